@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The exceptions of secretd, and the QMP error classes they stand for.
+
+Handlers raise these; only monitor turns them into replies. A ``desc`` goes to the client that
+caused it word for word, so it never holds anything the schema marks sensitive.
+
+    SecretdError
+     ├── CommandError              class GenericError: the words of the reply
+     │    ├── CommandNotFound      class CommandNotFound
+     │    ├── DeviceNotFound       class DeviceNotFound
+     │    ├── AccessDenied         class GenericError: access.check() said no
+     │    └── LockedMemoryExhausted   class GenericError: names the limit and how to raise it
+     ├── MemoryLockError           memory cannot be locked and --memory-lock=require was given
+     ├── UsageError                the command line cannot be carried out; exit status 1
+     └── ClosedError               the connection ended while its request was running
+"""
+
+
+class SecretdError(Exception):
+    """Root of all exceptions that secretd raises on purpose."""
+
+
+class CommandError(SecretdError):
+    """A command failed. ``desc`` is the text of the QMP error (QMP spec, section "Response")."""
+
+    error_class = "GenericError"
+
+    def __init__(self, desc: str) -> None:
+        super().__init__(desc)
+        self.desc = desc
+
+
+class CommandNotFound(CommandError):
+    """No such command in the table this connection looks in."""
+
+    error_class = "CommandNotFound"
+
+
+class DeviceNotFound(CommandError):
+    """A QOM path or type name that leads nowhere."""
+
+    error_class = "DeviceNotFound"
+
+
+class AccessDenied(CommandError):
+    """The peer may not do this; says nothing of whether the object exists."""
+
+
+class LockedMemoryExhausted(CommandError):
+    """No locked memory is left within RLIMIT_MEMLOCK."""
+
+
+class MemoryLockError(SecretdError):
+    """Secrets cannot be kept in locked memory, and the administrator requires it."""
+
+
+class UsageError(SecretdError):
+    """What the command line asks for cannot be done; the text is for the person who typed it."""
+
+
+class ClosedError(SecretdError):
+    """The connection ended before its request did."""

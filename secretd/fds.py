@@ -1,0 +1,352 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Descriptors that clients pass: who owns them, what they are, and what may be done with them.
+
+They are hostile (docs/design.md, "Descriptors are hostile"): a client can make writing, reading and
+even close() block for ever. So for a peer of another uid the loop only asks what a descriptor is
+(`classify`), and all else runs in `Offload`'s threads. Names and sets are as in QEMU's monitor/fds.c,
+but belong to one connection. monitor and deliver call this module; it does not send or receive.
+"""
+
+import array
+import asyncio
+import contextlib
+import errno
+import fcntl
+import os
+import socket
+import stat
+import threading
+import warnings
+from collections.abc import Callable
+from enum import Enum
+from typing import Final, ParamSpec, TypeVar
+
+from secretd.errors import CommandError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+SCM_MAX_FD: Final = 253
+"""Descriptors the kernel lets one message carry (SCM_MAX_FD, include/net/scm.h)."""
+
+DESCRIPTORS_PER_CONNECTION: Final = 64
+"""Descriptors one connection may hold by name and in sets together. QEMU has no limit."""
+
+THREADS_PER_UID: Final = 4
+"""Threads that one uid may keep busy with descriptors that block."""
+
+_SO_DOMAIN: Final = 39
+_F_GET_SEALS: Final = 1034
+_O_PATH: Final = 0o10000000
+_WRITE_SEALS: Final = 0x0002 | 0x0004 | 0x0008 | 0x0010  # shrink, grow, write, future write
+
+
+class Fd:
+    """Owns one descriptor until `take` or `close`; then it is -1, before the number can be reused.
+
+    ``closer`` carries out close(2), which may block where a client holds the other end.
+    """
+
+    __slots__ = ("_closer", "_fd")
+
+    def __init__(self, fd: int, closer: Callable[[int], object] = os.close) -> None:
+        self._fd = fd
+        self._closer = closer
+
+    def fileno(self) -> int:
+        """The descriptor, borrowed; -1 once closed."""
+        return self._fd
+
+    def take(self) -> int:
+        """Give the descriptor away; the caller closes it."""
+        fd, self._fd = self._fd, -1
+        return fd
+
+    def close(self) -> None:
+        """Close it. Does nothing the second time."""
+        fd = self.take()
+        if fd >= 0:
+            self._closer(fd)
+
+    def __del__(self) -> None:
+        if self._fd >= 0:
+            warnings.warn(f"unclosed descriptor {self._fd}", ResourceWarning, source=self)
+            self.close()
+
+    def __repr__(self) -> str:
+        return f"<Fd {self._fd}>"
+
+
+class PendingFd:
+    """The descriptor that waits on a connection until a command takes it.
+
+    QEMU keeps those of the latest message and only ever uses the first (chardev/char-socket.c).
+    """
+
+    def __init__(self) -> None:
+        self._waiting: Fd | None = None
+
+    def receive(self, fds: list[Fd]) -> None:
+        """Keep the first of a message's descriptors instead of the one that waited; close the rest."""
+        self.close()
+        self._waiting = fds[0]
+        for fd in fds[1:]:
+            fd.close()
+
+    def take(self) -> Fd:
+        """Return the waiting descriptor, or raise CommandError as monitor_get_fd()'s callers do."""
+        fd, self._waiting = self._waiting, None
+        if fd is None:
+            raise CommandError("No file descriptor supplied via SCM_RIGHTS")
+        return fd
+
+    def close(self) -> None:
+        """Close what waits."""
+        fd, self._waiting = self._waiting, None
+        if fd is not None:
+            fd.close()
+
+
+class NamedFds:
+    """The descriptors that getfd named (monitor/fds.c)."""
+
+    def __init__(self) -> None:
+        self._by_name: dict[str, Fd] = {}
+
+    def __len__(self) -> int:
+        return len(self._by_name)
+
+    def add(self, name: str, fd: Fd) -> None:
+        """Name a descriptor, closing what had the name. The descriptor is consumed in any case."""
+        if name[:1].isascii() and name[:1].isdigit():
+            fd.close()
+            raise CommandError("Parameter 'fdname' expects a name not starting with a digit")
+        previous = self._by_name.get(name)
+        self._by_name[name] = fd
+        if previous is not None:
+            previous.close()
+
+    def take(self, name: str) -> Fd:
+        """Return and forget the descriptor of that name."""
+        fd = self._by_name.pop(name, None)
+        if fd is None:
+            raise CommandError(f"File descriptor named '{name}' not found")
+        return fd
+
+    def close(self) -> None:
+        """Close and forget all."""
+        while self._by_name:
+            self._by_name.popitem()[1].close()
+
+
+class FdSets:
+    """The numbered sets of add-fd, remove-fd and query-fdsets (monitor/fds.c)."""
+
+    def __init__(self) -> None:
+        self._sets: dict[int, list[tuple[Fd, str | None]]] = {}
+
+    def __len__(self) -> int:
+        return sum(map(len, self._sets.values()))
+
+    def add(self, fd: Fd, set_id: int | None, opaque: str | None) -> dict[str, object]:
+        """Put a descriptor into a set, the lowest free one without ``set_id``; return AddfdInfo."""
+        if set_id is None:
+            set_id = next(i for i in range(len(self._sets) + 1) if i not in self._sets)
+        elif set_id < 0:
+            fd.close()
+            raise CommandError("Parameter 'fdset-id' expects a non-negative value")
+        self._sets.setdefault(set_id, []).append((fd, opaque))
+        return {"fd": fd.fileno(), "fdset-id": set_id}
+
+    def remove(self, set_id: int, number: int | None) -> None:
+        """Close one descriptor of a set, or all; an empty set is gone."""
+        members = self._sets.get(set_id, [])
+        doomed = [m for m in members if number is None or m[0].fileno() == number]
+        if not doomed:
+            detail = "" if number is None else f", fd:{number}"
+            raise CommandError(f"File descriptor named 'fdset-id:{set_id}{detail}' not found")
+        kept = [m for m in members if m not in doomed]
+        if kept:
+            self._sets[set_id] = kept
+        else:
+            del self._sets[set_id]
+        for fd, _ in doomed:
+            fd.close()
+
+    def query(self) -> list[dict[str, object]]:
+        """Return the FdsetInfo list: sets by descending id, descriptors in the order added."""
+        return [
+            {
+                "fds": [
+                    {"fd": fd.fileno()} | ({} if opaque is None else {"opaque": opaque})
+                    for fd, opaque in self._sets[set_id]
+                ],
+                "fdset-id": set_id,
+            }
+            for set_id in sorted(self._sets, reverse=True)
+        ]
+
+    def in_set(self, set_id: int) -> list[int]:
+        """Return the descriptors of a set, borrowed; empty if there is no such set."""
+        return [fd.fileno() for fd, _ in self._sets.get(set_id, [])]
+
+    def holds(self, number: int) -> bool:
+        """True if add-fd returned this number here and it has not been removed."""
+        return any(fd.fileno() == number for members in self._sets.values() for fd, _ in members)
+
+    def close(self) -> None:
+        """Close and forget all."""
+        for set_id in list(self._sets):
+            self.remove(set_id, None)
+
+
+class Kind(Enum):
+    """What a descriptor is, for delivering to it and reading from it."""
+
+    PIPE = "a pipe"
+    SOCKET = "a stream socket of a pair"
+    MEMFD = "a memfd"
+    FILE = "a regular file"
+    OTHER = "something else"
+
+
+def classify(fd: int) -> Kind:
+    """Find out what a borrowed descriptor is, with calls that cannot block."""
+    status = os.fstat(fd)
+    if fcntl.fcntl(fd, fcntl.F_GETFL) & _O_PATH:
+        return Kind.OTHER
+    if stat.S_ISFIFO(status.st_mode):
+        return Kind.PIPE
+    if stat.S_ISSOCK(status.st_mode):
+        return Kind.SOCKET if _is_socketpair_end(fd) else Kind.OTHER
+    if stat.S_ISREG(status.st_mode):
+        try:
+            fcntl.fcntl(fd, _F_GET_SEALS)
+        except OSError:
+            return Kind.FILE
+        return Kind.MEMFD if status.st_nlink == 0 else Kind.FILE
+    return Kind.OTHER
+
+
+def _is_socketpair_end(fd: int) -> bool:
+    """True for a connected AF_UNIX stream whose ends have no names.
+
+    Elsewhere the daemon would lend its own credentials to the bytes it sends.
+    """
+    borrowed = socket.socket(fileno=os.dup(fd))
+    try:
+        return (
+            borrowed.getsockopt(socket.SOL_SOCKET, _SO_DOMAIN) == socket.AF_UNIX
+            and borrowed.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE) == socket.SOCK_STREAM
+            and not borrowed.getsockname()
+            and not borrowed.getpeername()
+        )
+    except OSError as error:
+        if error.errno != errno.ENOTCONN:
+            raise
+        return False
+    finally:
+        borrowed.close()
+
+
+def is_writable(fd: int) -> bool:
+    """True if the descriptor was opened for writing."""
+    return fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE in (os.O_WRONLY, os.O_RDWR)
+
+
+def is_readable(fd: int) -> bool:
+    """True if the descriptor was opened for reading."""
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    return not flags & _O_PATH and flags & os.O_ACCMODE in (os.O_RDONLY, os.O_RDWR)
+
+
+def is_sealed(fd: int) -> bool:
+    """True if a memfd's seals forbid to size and fill it."""
+    return bool(fcntl.fcntl(fd, _F_GET_SEALS) & _WRITE_SEALS)
+
+
+def received(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
+    """Return the descriptors in what recvmsg(2) gave as ancillary data; the caller owns them."""
+    numbers = array.array("i")
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            numbers.frombytes(data[: len(data) - len(data) % numbers.itemsize])
+    return list(numbers)
+
+
+class Offload:
+    """Runs calls that a client can make block, in at most THREADS_PER_UID threads for each uid.
+
+    A call that is no longer waited for goes on in its thread.
+    """
+
+    def __init__(self) -> None:
+        self._busy: dict[int, int] = {}
+
+    def close(self, uid: int, fd: int) -> None:
+        """Close a descriptor in a thread; nobody waits for it.
+
+        When all of the uid's threads are stuck this still starts one: the descriptor must not leak.
+        The uid cannot go on, since `run` refuses it from then on.
+        """
+        self._start(uid, lambda: os.close(fd), lambda: None)
+
+    async def run(
+        self,
+        uid: int,
+        discard: Callable[[R], object],
+        function: Callable[P, R],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> R:
+        """Return ``function(*args)``, called in a thread.
+
+        ``discard`` is called in the loop with the result if nobody waits for it any more.
+        Raises CommandError when the uid's threads are all in use.
+        """
+        if self._busy.get(uid, 0) >= THREADS_PER_UID:
+            raise CommandError(
+                f"All {THREADS_PER_UID} threads for descriptors of uid {uid} are waiting; "
+                "finish or close those descriptors first"
+            )
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[R] = loop.create_future()
+
+        def settle(result: R | None, error: BaseException | None) -> None:
+            if future.cancelled():
+                if error is None:
+                    discard(result)  # type: ignore[arg-type]
+            elif error is not None:
+                future.set_exception(error)
+            else:
+                future.set_result(result)  # type: ignore[arg-type]
+
+        outcome: list[tuple[R | None, BaseException | None]] = []
+
+        def call() -> None:
+            try:
+                outcome.append((function(*args, **kwargs), None))
+            except BaseException as error:  # noqa: BLE001 - handed to whoever waits
+                outcome.append((None, error))
+
+        self._start(uid, call, lambda: settle(*outcome[0]))
+        return await future
+
+    def _start(self, uid: int, call: Callable[[], object], then: Callable[[], None]) -> None:
+        loop = asyncio.get_running_loop()
+        self._busy[uid] = self._busy.get(uid, 0) + 1
+
+        def finish() -> None:
+            self._busy[uid] -= 1
+            if not self._busy[uid]:
+                del self._busy[uid]
+            then()
+
+        def work() -> None:
+            with contextlib.suppress(OSError):
+                call()
+            with contextlib.suppress(RuntimeError):  # the loop has ended, and all with it
+                loop.call_soon_threadsafe(finish)
+
+        # A daemon thread: one that is stuck for ever must not keep the process from ending.
+        threading.Thread(target=work, name=f"offload-{uid}", daemon=True).start()

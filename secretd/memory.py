@@ -1,0 +1,363 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Locked memory: the only home of plaintext.
+
+An `Arena` hands out `LockedBuffer`s from memory that never reaches swap, a core dump or a child
+process. It is not a general allocator and knows nothing of secrets; state (property store),
+transport (receive space), crypto and the loaders call it.
+
+Rules
+- Code sees memoryviews of the mapping, made with PyMemoryView_FromMemory. An `mmap` object would
+  give bytes copies when sliced, and keeps a duplicate of the descriptor.
+- A buffer is wiped when it is freed; a window is unmapped only when all of it is free, since its
+  pages keep their content (memfd_secret has no hole punching).
+- The level is chosen once, when the process starts, and never degrades afterwards.
+"""
+
+import ctypes
+import errno
+import mmap
+import os
+import resource
+import threading
+from typing import Literal, Self
+
+from secretd.errors import LockedMemoryExhausted, MemoryLockError
+
+Level = Literal["secretmem", "mlock", "none"]
+
+SYS_MEMFD_SECRET = 447
+"""memfd_secret(2), Linux 5.14; the same number on every architecture."""
+
+FILE_BYTES = 64 << 30
+"""Size of each arena's file. memfd_secret cannot be resized; only what is mapped counts as locked."""
+
+SMALLEST_SLOT = 64
+"""Bytes of the smallest size class: a 32-byte key fits, 100,000 of them in 6.2 MiB."""
+
+SECRET_WINDOW = 256 << 10
+"""Bytes mapped at once for secrets."""
+
+SCRATCH_WINDOW = 64 << 10
+"""Bytes mapped at once for receive and scratch space: small, so that each size class costs little."""
+
+SCRATCH_RESERVE = 1 << 20
+"""Bytes of receive and scratch space mapped at start. With it 114,688 secrets of up to 64 bytes fit
+in the 8 MiB RLIMIT_MEMLOCK of an ordinary user."""
+
+_MADV_DONTFORK = 10
+_MADV_DONTDUMP = 16
+_PR_SET_DUMPABLE = 4
+_PYBUF_WRITE = 0x200
+_MAP_FAILED = ctypes.c_void_p(-1).value
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_long,
+]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.mlock.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_view_of = ctypes.pythonapi.PyMemoryView_FromMemory
+_view_of.restype = ctypes.py_object
+_view_of.argtypes = [ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int]
+
+_ZEROS = bytes(4096)
+
+
+def wipe(view: memoryview) -> None:
+    """Overwrite a writable memoryview of bytes with zeros."""
+    size = len(view)
+    for start in range(0, size - 4095, 4096):
+        view[start : start + 4096] = _ZEROS
+    rest = size & 4095
+    if rest:
+        view[size - rest :] = _ZEROS[:rest]
+
+
+def wipe_bytearray(data: bytearray) -> None:
+    """Overwrite a bytearray in place, without moving it."""
+    data[:] = bytes(len(data))
+
+
+def forbid_dumps() -> None:
+    """Make this process write no core file and refuse ptrace and /proc/PID/mem to other users.
+
+    prctl(2) PR_SET_DUMPABLE, setrlimit(2) RLIMIT_CORE.
+    """
+    _libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+class _Slab:
+    """A window cut into slots of one size."""
+
+    __slots__ = ("free", "index", "size", "used", "view")
+
+    def __init__(self, index: int, size: int, view: memoryview) -> None:
+        self.index = index
+        self.size = size
+        self.view = view
+        self.used = 0
+        # Reversed, so that the lowest slots are taken first and pages are touched in order.
+        self.free = list(range(len(view) // size - 1, -1, -1))
+
+
+class LockedBuffer:
+    """Bytes of an arena, owned until `free` or `disown`. It has no text form and cannot be pickled.
+
+    ``view`` is a writable memoryview of exactly the bytes asked for; ``offset`` is where they lie
+    in the arena's file.
+    """
+
+    __slots__ = ("_arena", "offset", "size", "view")
+
+    def __init__(self, arena: "Arena", offset: int, size: int) -> None:
+        self._arena: Arena | None = arena
+        self.offset = offset
+        self.size = size
+        self.view = arena.view(offset, size)
+
+    def free(self) -> None:
+        """Wipe the bytes and give them back. Does nothing the second time."""
+        arena = self.disown()
+        if arena is not None:
+            arena.free(self.offset, self.size)
+
+    def disown(self) -> "Arena | None":
+        """Leave the bytes to whoever noted their offset and size; returns the arena they are in."""
+        arena, self._arena = self._arena, None
+        return arena
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.free()
+
+    def __repr__(self) -> str:
+        return f"<LockedBuffer of {self.size} bytes>"
+
+    def __reduce__(self) -> str:
+        raise TypeError("a LockedBuffer cannot be pickled")
+
+
+class Arena:
+    """Slots of power-of-two size classes in windows of one memory file.
+
+    ``level`` is how well the file's pages are protected. Buffers of a window or more get windows of
+    their own. All sizes are bytes.
+    """
+
+    def __init__(self, level: Level, *, window: int = SECRET_WINDOW, reserve: int = 0) -> None:
+        self.level = level
+        self.held = 0
+        self._lock = threading.Lock()  # sources are read in threads
+        self._window = window
+        self._shift = window.bit_length() - 1
+        self._reserve = reserve // window
+        self._fd = _open_file(level)
+        os.ftruncate(self._fd, FILE_BYTES)
+        self._taken = bytearray()  # one byte a window of the file: 1 = in use
+        self._views: dict[int, memoryview] = {}  # windows in use
+        self._addresses: dict[int, int] = {}
+        self._slabs: dict[int, _Slab] = {}  # window -> slab
+        self._open: dict[int, list[_Slab]] = {}  # slot size -> slabs with a free slot
+        self._spare: dict[int, memoryview] = {}  # mapped windows that nothing uses
+        try:
+            for index in range(self._reserve):
+                self._spare[index] = self._map(index, 1)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def mapped(self) -> int:
+        """Bytes now mapped, and thus locked."""
+        return sum(map(len, self._views.values())) + sum(map(len, self._spare.values()))
+
+    def fileno(self) -> int:
+        """The arena's file, borrowed."""
+        return self._fd
+
+    def allocate(self, size: int) -> LockedBuffer:
+        """Return a zeroed buffer of ``size`` bytes, or raise LockedMemoryExhausted."""
+        with self._lock:
+            offset = self._allocate(size)
+        return LockedBuffer(self, offset, size)
+
+    def _allocate(self, size: int) -> int:
+        slot = _slot_size(size)
+        if slot >= self._window:
+            offset = self._allocate_windows(-(-size // self._window)) << self._shift
+        else:
+            open_slabs = self._open.get(slot)
+            if not open_slabs:
+                index = self._allocate_windows(1)
+                slab = _Slab(index, slot, self._views[index])
+                self._slabs[index] = slab
+                open_slabs = self._open.setdefault(slot, [])
+                open_slabs.append(slab)
+            slab = open_slabs[-1]
+            offset = (slab.index << self._shift) + slab.free.pop() * slot
+            slab.used += 1
+            if not slab.free:
+                open_slabs.pop()
+        self.held += size
+        return offset
+
+    def view(self, offset: int, size: int) -> memoryview:
+        """Return a writable view of bytes that an earlier `allocate` gave out."""
+        start = offset & (self._window - 1)
+        return self._views[offset >> self._shift][start : start + size]
+
+    def free(self, offset: int, size: int) -> None:
+        """Wipe and give back what `allocate` returned at ``offset`` for ``size``."""
+        with self._lock:
+            self._free(offset, size)
+
+    def _free(self, offset: int, size: int) -> None:
+        index = offset >> self._shift
+        view = self._views[index]
+        self.held -= size
+        slab = self._slabs.get(index)
+        if slab is None:
+            wipe(view[:size])
+            self._release_windows(index, len(view) >> self._shift)
+            return
+        start = offset & (self._window - 1)
+        wipe(view[start : start + size])
+        if not slab.free:
+            self._open[slab.size].append(slab)
+        slab.free.append(start // slab.size)
+        slab.used -= 1
+        if not slab.used:
+            self._open[slab.size].remove(slab)
+            del self._slabs[index]
+            self._release_windows(index, 1)
+
+    def close(self) -> None:
+        """Wipe, unmap and close everything. Views taken from the arena must not be used again."""
+        for index, view in (self._views | self._spare).items():
+            wipe(view)
+            self._unmap(index, view)
+        self._views.clear()
+        self._spare.clear()
+        self._slabs.clear()
+        self._open.clear()
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            os.close(fd)
+
+    def _allocate_windows(self, count: int) -> int:
+        if count == 1 and self._spare:
+            index, view = self._spare.popitem()
+        else:
+            free = bytes(count)
+            index = self._taken.find(free)
+            while index >= 0 and any(i in self._spare for i in range(index, index + count)):
+                index = self._taken.find(free, index + 1)
+            if index < 0:
+                index = max([len(self._taken), *(i + 1 for i in self._spare)])
+            view = self._map(index, count)
+        if len(self._taken) < index + count:
+            self._taken.extend(bytes(index + count - len(self._taken)))
+        self._taken[index : index + count] = b"\1" * count
+        self._views[index] = view
+        return index
+
+    def _release_windows(self, index: int, count: int) -> None:
+        view = self._views.pop(index)
+        self._taken[index : index + count] = bytes(count)
+        # One spare beyond the reserve, so that adding and deleting at a boundary does not map
+        # and unmap every time.
+        if count == 1 and len(self._spare) <= self._reserve:
+            self._spare[index] = view
+        else:
+            self._unmap(index, view)
+
+    def _map(self, index: int, count: int) -> memoryview:
+        length = count << self._shift
+        address = _libc.mmap(
+            None,
+            length,
+            mmap.PROT_READ | mmap.PROT_WRITE,
+            mmap.MAP_SHARED,
+            self._fd,
+            index << self._shift,
+        )
+        if address == _MAP_FAILED:
+            raise _exhausted(length, ctypes.get_errno())
+        if self.level == "mlock" and _libc.mlock(address, length) != 0:
+            error = ctypes.get_errno()
+            _libc.munmap(address, length)
+            raise _exhausted(length, error)
+        _libc.madvise(address, length, _MADV_DONTFORK)
+        _libc.madvise(address, length, _MADV_DONTDUMP)
+        self._addresses[index] = address
+        view: memoryview = _view_of(address, length, _PYBUF_WRITE)
+        return view
+
+    def _unmap(self, index: int, view: memoryview) -> None:
+        _libc.munmap(self._addresses.pop(index), len(view))
+
+
+def _slot_size(size: int) -> int:
+    """Return the size class for ``size`` bytes: the next power of two, at least SMALLEST_SLOT."""
+    return SMALLEST_SLOT if size <= SMALLEST_SLOT else 1 << (size - 1).bit_length()
+
+
+def _open_file(level: Level) -> int:
+    if level == "secretmem":
+        return _memfd_secret()
+    # The name shows in /proc/PID/maps only; it says nothing of the content.
+    return os.memfd_create("secretd", os.MFD_CLOEXEC)
+
+
+def _memfd_secret() -> int:
+    fd: int = _libc.syscall(SYS_MEMFD_SECRET, os.O_CLOEXEC)
+    if fd < 0:
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))
+    return fd
+
+
+def limit_text() -> str:
+    """Name RLIMIT_MEMLOCK as it stands, and how to raise it."""
+    soft = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    value = "unlimited" if soft == resource.RLIM_INFINITY else f"{soft} bytes"
+    return f"RLIMIT_MEMLOCK is {value}; raise it with LimitMEMLOCK= in the unit or 'ulimit -l'"
+
+
+def _exhausted(length: int, error: int) -> LockedMemoryExhausted:
+    if error not in (errno.EAGAIN, errno.ENOMEM, errno.EPERM):
+        return LockedMemoryExhausted(f"Unable to map {length} bytes: {os.strerror(error)}")
+    return LockedMemoryExhausted(f"No locked memory left for another {length} bytes: {limit_text()}")
+
+
+def choose_level(*, require: bool) -> Level:
+    """Find out once how well this process can protect memory.
+
+    ``require``: raise MemoryLockError instead of returning ``none``.
+    """
+    levels: tuple[Level, ...] = ("secretmem", "mlock")
+    for level in levels:
+        try:
+            arena = Arena(level, window=SCRATCH_WINDOW, reserve=SCRATCH_RESERVE)
+        except (OSError, LockedMemoryExhausted):
+            continue
+        arena.close()
+        return level
+    if require:
+        raise MemoryLockError(
+            f"memory cannot be locked and --memory-lock=require was given: {limit_text()}"
+        )
+    return "none"

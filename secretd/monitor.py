@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""One QMP session: which command a request means, its arguments, its reply (QEMU's monitor/qmp.c).
+
+A `Monitor` has the state of one connection: negotiation, and the descriptors it passed. Session state is
+which table a command is looked up in. It sees no socket; server feeds it requests and sends what it
+returns, commands carries them out. The only place where exceptions become replies.
+"""
+
+import asyncio
+import logging
+import os
+import traceback
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Final, Literal, TypeAlias
+
+from msgspec import UNSET, Struct
+from msgspec.structs import astuple
+
+from secretd.access import Door, Peer
+from secretd.deliver import Deliveries
+from secretd.errors import CommandError, CommandNotFound
+from secretd.fds import (
+    DESCRIPTORS_PER_CONNECTION,
+    Fd,
+    FdSets,
+    NamedFds,
+    Offload,
+    PendingFd,
+)
+from secretd.memory import Arena
+from secretd.qom.object import ObjectTree
+from secretd.qom.source import Source
+from secretd.schema import Command, FastDecoder, check
+from secretd.transport import Locked
+from secretd.wire import message as wire
+from secretd.wire.message import Malformed, Request
+from secretd.wire.qjson import Fault
+
+log = logging.getLogger("secretd")
+
+QEMU_VERSION: Final = (10, 0, 0)
+"""The QEMU whose answers ours are: what the greeting says."""
+
+QUOTED_BYTES: Final = 4096
+"""Bytes of the sender's own text that an error quotes at most. QEMU quotes all of it."""
+
+INTERNAL_ERROR: Final = "Internal error; the log of secretd has the details"
+
+Reply: TypeAlias = "bytes | Locked | Coroutine[object, object, bytes]"
+
+
+class Daemon:
+    """What all sessions share. ``stop`` ends the daemon in order; ``emit`` sends an event to all
+    sessions on the control door."""
+
+    def __init__(
+        self,
+        tree: ObjectTree,
+        commands: Iterable[Command],
+        package: str,
+        stop: Callable[[], None],
+        emit: Callable[[str, dict[str, object]], None],
+    ) -> None:
+        self.tree = tree
+        self.package = package
+        self.stop = stop
+        self.emit = emit
+        self.deliveries = Deliveries()
+        self.offload = Offload()
+        every = list(commands)
+        self.tables = {
+            Door.CONTROL: Table(every),
+            Door.CLIENT: Table([c for c in every if c.client]),
+        }
+
+    @property
+    def memory(self) -> Literal["secretmem", "mlock", "none"]:
+        """How well secrets are protected."""
+        return self.tree.journal.arena.level
+
+
+class Table:
+    """The commands of a door, by name and by the type of a decoded request."""
+
+    def __init__(self, commands: list[Command]) -> None:
+        self.by_name = {command.name: command for command in commands}
+        self.by_request: dict[type[Struct], Command] = {c.request: c for c in commands}
+        self.decode = FastDecoder(commands)
+
+
+class Monitor:
+    """The session of ``peer``."""
+
+    def __init__(self, daemon: Daemon, peer: Peer) -> None:
+        self.daemon = daemon
+        self.tree = daemon.tree
+        self.peer = peer
+        self.table = daemon.tables[peer.door]
+        self.negotiated = False
+        self.pending = PendingFd()
+        self.named = NamedFds()
+        self.fdsets = FdSets()
+        self.source = Source(
+            self.fdsets, self.scratch, daemon.offload, peer.uid, paths=peer.trusted
+        )
+
+    @property
+    def scratch(self) -> Arena:
+        """Locked memory for intermediate results."""
+        return self.tree.scratch
+
+    def greeting(self) -> bytes:
+        """Return the line that opens the session."""
+        return wire.greeting(QEMU_VERSION, self.daemon.package, [])
+
+    def take_descriptor(self) -> Fd:
+        """Return the descriptor that was passed, if there is room to keep it."""
+        fd = self.pending.take()
+        if len(self.named) + len(self.fdsets) >= DESCRIPTORS_PER_CONNECTION:
+            fd.close()
+            raise CommandError(
+                f"This connection holds {DESCRIPTORS_PER_CONNECTION} descriptors, which is the "
+                "limit; close some with closefd or remove-fd"
+            )
+        return fd
+
+    def receive(self, numbers: list[int]) -> None:
+        """Take over descriptors that came with a message."""
+        self.pending.receive([Fd(number, self.closer) for number in numbers])
+
+    def closer(self, fd: int) -> None:
+        """Close a descriptor of this peer, which may block for one that is not trusted."""
+        close_for(self.daemon, self.peer, fd)
+
+    def close(self) -> None:
+        """Close all descriptors of the session."""
+        self.pending.close()
+        self.named.close()
+        self.fdsets.close()
+
+    def handle(self, request: Request | Malformed | Struct) -> Reply:
+        """Carry out a request; return its reply, or a coroutine that ends with it."""
+        id_text: str | None = None
+        try:
+            if isinstance(request, Struct):
+                command = self.table.by_request[type(request)]
+                raw_id, arguments = request.id, request.arguments  # type: ignore[attr-defined]
+                if raw_id is not UNSET:
+                    id_text = str(memoryview(raw_id), "ascii")
+                self._check_negotiated(command.name)
+            elif isinstance(request, Malformed):
+                return self._malformed(request)
+            else:
+                id_text = request.id
+                self._check_negotiated(request.command)
+                found = self.table.by_name.get(request.command)
+                if found is None:
+                    raise CommandNotFound(f"The command {request.command} has not been found")
+                command = found
+                arguments = check(command, request.arguments)
+            if arguments is UNSET:
+                result = command.function(self)
+            elif command.boxed:
+                result = command.function(self, arguments)
+            else:
+                result = command.function(self, *astuple(arguments))
+            if result is None:
+                return wire.EMPTY_RETURN if id_text is None else wire.success(None, id_text)
+            if asyncio.iscoroutine(result):
+                return self._later(result, id_text)
+            return wire.success(result, id_text)
+        except Exception as error:  # noqa: BLE001 - a reply must never be lost
+            return _failure(error, id_text)
+
+    def _check_negotiated(self, name: str) -> None:
+        if not self.negotiated and name != "qmp_capabilities":
+            raise CommandNotFound("Expecting capabilities negotiation with 'qmp_capabilities'")
+
+    async def _later(self, result: Coroutine[object, object, object], id_text: str | None) -> bytes:
+        try:
+            return wire.success(await result, id_text)
+        except Exception as error:  # noqa: BLE001 - a reply must never be lost
+            return _failure(error, id_text)
+
+    def _malformed(self, request: Malformed) -> bytes | Locked:
+        fault = request.fault
+        if fault.quote is None:
+            return wire.failure("GenericError", fault.before, request.id)
+        if len(fault.quote) > QUOTED_BYTES:
+            fault = Fault(fault.before, fault.quote[:QUOTED_BYTES], fault.after)
+        buffer = self.scratch.allocate(wire.quoted_failure_size(fault))
+        return Locked(buffer, wire.write_quoted_failure(fault, buffer.view))
+
+
+def close_for(daemon: Daemon, peer: Peer, fd: int) -> None:
+    """Close a descriptor that a peer passed or is connected by."""
+    if peer.trusted:
+        os.close(fd)
+    else:
+        daemon.offload.close(peer.uid, fd)
+
+
+def _failure(error: Exception, id_text: str | None) -> bytes:
+    if isinstance(error, CommandError):
+        return wire.failure(error.error_class, error.desc, id_text)
+    # The exception's own text may quote what it choked on, so only its type and place are logged.
+    place = "".join(traceback.format_tb(error.__traceback__)).rstrip()
+    log.error("internal error: %s\n%s", type(error).__name__, place)
+    return wire.failure("GenericError", INTERNAL_ERROR, id_text)

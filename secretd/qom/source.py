@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Reading what ``file=`` names into locked memory: a path or a descriptor that the client passed.
+
+Everything here may block (a FIFO without a writer, a network file system), so over QMP it runs in a
+thread and with a time limit; on the command line it is called directly. qom.secret asks for a source by
+its name; which descriptors a name can mean is said by the connection's `Source`.
+"""
+
+import asyncio
+import os
+import re
+import select
+import stat
+import time
+from collections.abc import Callable
+from typing import Final
+
+from secretd.errors import AccessDenied, CommandError
+from secretd.fds import FdSets, Kind, Offload, classify, is_readable
+from secretd.memory import Arena, LockedBuffer
+from secretd.openat2 import open_without_magic_links
+
+SOURCE_BYTES: Final = 2 << 20
+"""Bytes a source may hold: a secret of the largest size in base64 with newlines. QEMU: no limit."""
+
+SOURCE_SECONDS: Final = 10.0
+"""Seconds within which a source must be read to its end. QEMU waits for ever."""
+
+_FIRST_BYTES: Final = 4096 - 2
+_FDSET: Final = re.compile(r"/dev/fdset/([0-9]+)")
+_DEV_FD: Final = re.compile(r"/dev/fd/([0-9]+)")
+
+
+class Source:
+    """What one connection's ``file=`` may name: its own descriptors, and paths if it may."""
+
+    def __init__(self, fdsets: FdSets, scratch: Arena, offload: Offload, uid: int, *, paths: bool):
+        self._fdsets = fdsets
+        self._scratch = scratch
+        self._offload = offload
+        self._uid = uid
+        self._paths = paths
+
+    async def read(self, name: str) -> LockedBuffer:
+        """Return the content with room for a quote on each side, or raise CommandError."""
+        fd = self._descriptor(name)
+        if fd is not None:
+            # A duplicate, so that the number stays ours whatever the connection does meanwhile.
+            copy = os.dup(fd)
+            call: Callable[[], LockedBuffer] = lambda: _read_and_close(copy, name, self._scratch)
+        elif self._paths:
+            call = lambda: read_path(name, self._scratch, magic_links=False)
+        else:
+            raise AccessDenied("Only uid 0 and the daemon's own uid may name a file")
+        try:
+            return await asyncio.wait_for(
+                self._offload.run(self._uid, LockedBuffer.free, call), SOURCE_SECONDS
+            )
+        except TimeoutError:
+            raise _too_late(name) from None
+
+    def _descriptor(self, name: str) -> int | None:
+        """Return the passed descriptor that ``name`` means, None if it is a path."""
+        match = _DEV_FD.fullmatch(name)
+        if match:
+            number = int(match[1])
+            if not self._fdsets.holds(number):
+                raise _not_opened(name, "No such file or directory")
+            return number
+        match = _FDSET.fullmatch(name)
+        if match:
+            numbers = self._fdsets.in_set(int(match[1]))
+            if not numbers:
+                raise _not_opened(name, "No such file or directory")
+            return next(filter(is_readable, numbers), numbers[0])
+        return None
+
+
+def read_path(name: str, scratch: Arena, *, magic_links: bool) -> LockedBuffer:
+    """Open and read a file to its end; blocks.
+
+    ``magic_links``: follow /proc/self/fd/N and the like, as process substitution needs.
+    """
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
+    try:
+        if magic_links:
+            fd = os.open(_bytes(name), flags)
+        else:
+            fd = open_without_magic_links(_bytes(name), flags)
+    except OSError as error:
+        raise _not_opened(name, os.strerror(error.errno or 0)) from None
+    try:
+        return _read(fd, name, scratch, seekable=stat.S_ISREG(os.fstat(fd).st_mode))
+    finally:
+        os.close(fd)
+
+
+def _read_and_close(fd: int, name: str, scratch: Arena) -> LockedBuffer:
+    try:
+        if not is_readable(fd):
+            raise CommandError(f"Unable to read {name}: the descriptor is not open for reading")
+        kind = classify(fd)
+        if kind is Kind.OTHER:
+            raise CommandError(
+                f"Unable to read {name}: the descriptor is not a pipe, socket pair, memfd or file"
+            )
+        return _read(fd, name, scratch, seekable=kind in (Kind.MEMFD, Kind.FILE))
+    finally:
+        os.close(fd)
+
+
+def _read(fd: int, name: str, scratch: Arena, *, seekable: bool) -> LockedBuffer:
+    """Read to the end: from offset 0 if that can be, without moving the owner's offset."""
+    deadline = time.monotonic() + SOURCE_SECONDS
+    expected = os.fstat(fd).st_size + 1 if seekable else _FIRST_BYTES
+    buffer = scratch.allocate(min(max(expected, _FIRST_BYTES), SOURCE_BYTES + 1) + 2)
+    fill = 0
+    try:
+        while True:
+            room = buffer.view[1 + fill : -1]
+            if not room:
+                if fill > SOURCE_BYTES:
+                    raise CommandError(
+                        f"Unable to read {name}: larger than the limit of {SOURCE_BYTES} bytes"
+                    )
+                buffer = _grown(buffer, fill, scratch)
+                continue
+            try:
+                if seekable:
+                    count = os.preadv(fd, [room], fill)
+                else:
+                    _wait(fd, name, deadline)
+                    count = os.readv(fd, [room])
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                raise _not_read(name, os.strerror(error.errno or 0)) from None
+            if count == 0:
+                return _cut(buffer, fill, scratch)
+            fill += count
+    except BaseException:
+        buffer.free()
+        raise
+
+
+def _wait(fd: int, name: str, deadline: float) -> None:
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+        raise _too_late(name)
+
+
+def _grown(buffer: LockedBuffer, fill: int, scratch: Arena) -> LockedBuffer:
+    larger = scratch.allocate(min(4 * fill, SOURCE_BYTES + 1) + 2)
+    larger.view[1 : 1 + fill] = buffer.view[1 : 1 + fill]
+    buffer.free()
+    return larger
+
+
+def _cut(buffer: LockedBuffer, fill: int, scratch: Arena) -> LockedBuffer:
+    """Return the content in a buffer of its own size, between two double quotes."""
+    exact = scratch.allocate(fill + 2)
+    exact.view[1 : 1 + fill] = buffer.view[1 : 1 + fill]
+    exact.view[0] = exact.view[fill + 1] = 0x22
+    buffer.free()
+    return exact
+
+
+def _bytes(name: str) -> bytes:
+    """The file name as QEMU holds it: NUL as C0 80, what argv could not decode as it was."""
+    return os.fsencode(name).replace(b"\0", b"\xc0\x80")
+
+
+def _displayed(name: str) -> str:
+    """g_filename_display_name(): each byte that is not UTF-8 shows as U+FFFD."""
+    return _bytes(name).decode(errors="replace")
+
+
+def _not_opened(name: str, reason: str) -> CommandError:
+    return CommandError(
+        f"Unable to read {_printable(name)}: Failed to open file “{_displayed(name)}”: {reason}"
+    )
+
+
+def _not_read(name: str, reason: str) -> CommandError:
+    return CommandError(
+        f"Unable to read {_printable(name)}: Error reading file “{_displayed(name)}”: {reason}"
+    )
+
+
+def _too_late(name: str) -> CommandError:
+    return CommandError(
+        f"Unable to read {_printable(name)}: no end of data within {SOURCE_SECONDS:g} seconds"
+    )
+
+
+def _printable(name: str) -> str:
+    return name.encode(errors="surrogateescape").decode(errors="replace")

@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Doors, sessions and the orderly stop.
+
+A `Listener` accepts on one socket; a `Session` ties a Transport, a codec and a Monitor together and has
+no behaviour beside that. daemon builds the `Server` and runs it.
+"""
+
+import asyncio
+import contextlib
+import errno
+import os
+import socket
+import stat
+import time
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Final
+
+from secretd.access import Door, Peer, admits, identify
+from secretd.errors import LockedMemoryExhausted, UsageError
+from secretd.monitor import Daemon, Monitor, close_for
+from secretd.qom.object import ObjectTree
+from secretd.schema import Command
+from secretd.transport import UNFINISHED_SECONDS, Locked, ReceiveSpace, Transport
+from secretd.wire import message as wire
+from secretd.wire.qjson import NeedData
+from secretd.wire.qmp import Connection
+
+LISTEN_BACKLOG: Final = 128
+"""Connections that may wait to be accepted."""
+
+ACCEPTS_PER_TURN: Final = 32
+"""Connections accepted before others get their turn."""
+
+RETRY_ACCEPT_SECONDS: Final = 0.5
+"""Seconds until the next try when the process has no descriptor left for a connection."""
+
+BATCH_BYTES: Final = 32 << 10
+"""Bytes of replies that are collected before they are sent together."""
+
+PATH_BYTES: Final = 107
+"""Bytes of a socket's path (unix(7): sun_path with its NUL)."""
+
+
+class Session:
+    """One connection; the Receiver of its Transport."""
+
+    def __init__(self, server: "Server", sock: socket.socket, peer: Peer) -> None:
+        self._server = server
+        self.monitor = Monitor(server.daemon, peer)
+        self._codec = Connection(self.monitor.table.decode)
+        self.kept_from = self._codec.kept_from
+        self.moved = self._codec.moved
+        self.descriptors = self.monitor.receive
+        self._out: list[bytes] = []
+        self._out_size = 0
+        self._consuming = False
+        self._task: asyncio.Task[None] | None = None
+        self.transport = Transport(sock, server.space, self, self.monitor.closer)
+        self.transport.send(self.monitor.greeting())
+
+    def consume(self, view: memoryview, position: int, end: int) -> int:
+        """Carry out the requests in the view, in order, until one must be waited for."""
+        codec_next, handle = self._codec.next, self.monitor.handle
+        transport = self.transport
+        self._consuming = True
+        while not (transport.is_closed or transport.backlogged or self._server.stopping):
+            position, request = codec_next(view, position, end)
+            if isinstance(request, NeedData):
+                break
+            reply = handle(request)
+            if isinstance(reply, bytes):
+                self._out.append(reply)
+                self._out_size += len(reply)
+                if self._out_size >= BATCH_BYTES:
+                    self._flush()
+            elif isinstance(reply, Locked):
+                self._flush()
+                transport.send(reply)
+            else:
+                self._flush()
+                transport.pause("busy")
+                self._task = self._server.start(self._finish(reply))
+                break
+        self._consuming = False
+        self._flush()
+        return position
+
+    async def _finish(self, reply: Coroutine[object, object, bytes]) -> None:
+        data = await reply
+        self._task = None
+        self.transport.send(data)
+        self.transport.resume("busy")
+
+    def _flush(self) -> None:
+        if self._out:
+            data = self._out[0] if len(self._out) == 1 else b"".join(self._out)
+            self._out.clear()
+            self._out_size = 0
+            self.transport.send(data)
+
+    def emit(self, event: bytes) -> None:
+        """Send an event, after the replies that are due."""
+        if self.monitor.negotiated:
+            self._out.append(event)
+            if not self._consuming:
+                self._flush()
+
+    def too_slow(self) -> None:
+        """A message was begun and not finished in time."""
+        self.transport.send(
+            wire.failure(
+                "GenericError",
+                f"No end of the message within {UNFINISHED_SECONDS:g} seconds; connection closed",
+                None,
+            )
+        )
+
+    def no_memory(self, error: LockedMemoryExhausted) -> None:
+        """There is no locked memory for an unfinished message."""
+        self.transport.send(wire.failure("GenericError", error.desc, None))
+
+    def closed(self) -> None:
+        """Forget the session."""
+        if self._task is not None:
+            self._task.cancel()
+        self._server.sessions.discard(self)
+        self.monitor.close()
+
+
+class Listener:
+    """A listening socket. ``path`` is the file to remove at the end, None if it is not ours."""
+
+    def __init__(self, sock: socket.socket, door: Door, path: str | None) -> None:
+        self.sock = sock
+        self.door = door
+        self.path = path
+        self._inode = os.stat(path).st_ino if path is not None else None
+
+    def close(self) -> None:
+        """Stop listening; remove the socket's file if it is still ours."""
+        self.sock.close()
+        if self.path is not None:
+            with contextlib.suppress(OSError):
+                if os.stat(self.path).st_ino == self._inode:
+                    os.unlink(self.path)
+
+
+def listen(path: str, door: Door, mode: int, gid: int = -1) -> Listener:
+    """Bind and listen. A stale socket is replaced; a live one, or another file, is a UsageError."""
+    if len(os.fsencode(path)) > PATH_BYTES:
+        raise UsageError(f"{path}: the path of a socket may have {PATH_BYTES} bytes at most")
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        _remove_stale(path)
+        umask = os.umask(0o777)
+        try:
+            sock.bind(path)
+        finally:
+            os.umask(umask)
+        os.chown(path, -1, gid)
+        os.chmod(path, mode)
+        sock.listen(LISTEN_BACKLOG)
+    except OSError as error:
+        sock.close()
+        raise UsageError(f"{path}: {os.strerror(error.errno or 0)}") from None
+    except BaseException:
+        sock.close()
+        raise
+    return Listener(sock, door, path)
+
+
+def _remove_stale(path: str) -> None:
+    try:
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise UsageError(f"{path}: exists and is not a socket; remove it or choose another path")
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+            return
+        except BlockingIOError:
+            pass
+    raise UsageError(
+        f"{path}: another process is listening there; stop it or choose another path"
+    )
+
+
+class Server:
+    """All doors and sessions of a process."""
+
+    def __init__(self, tree: ObjectTree, commands: Iterable[Command], package: str) -> None:
+        self.daemon = Daemon(tree, commands, package, self.stop, self._emit)
+        self.space = ReceiveSpace(tree.scratch)
+        self.sessions: set[Session] = set()
+        self.stopping = False
+        self._stopped = asyncio.Event()
+        self._listeners: list[Listener] = []
+        self._tasks = asyncio.TaskGroup()
+
+    def add(self, listener: Listener) -> None:
+        """Accept on a listener from now on."""
+        self._listeners.append(listener)
+        self._watch(listener)
+
+    def _watch(self, listener: Listener) -> None:
+        if not self.stopping:
+            loop = asyncio.get_running_loop()
+            loop.add_reader(listener.sock.fileno(), self._accept, listener)
+
+    def _accept(self, listener: Listener) -> None:
+        for _ in range(ACCEPTS_PER_TURN):
+            try:
+                sock, _ = listener.sock.accept()
+            except (BlockingIOError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
+                    raise
+                loop = asyncio.get_running_loop()
+                loop.remove_reader(listener.sock.fileno())
+                loop.call_later(RETRY_ACCEPT_SECONDS, self._watch, listener)
+                return
+            self._greet(sock, listener.door)
+
+    def _greet(self, sock: socket.socket, door: Door) -> None:
+        try:
+            peer = identify(sock, door)
+        except OSError:
+            sock.close()
+            return
+        sock.setblocking(False)
+        if admits(peer):
+            session = Session(self, sock, peer)
+            if not session.transport.is_closed:
+                self.sessions.add(session)
+            return
+        refusal = f"uid {peer.uid} may not use the control socket; connect to the client socket"
+        with contextlib.suppress(OSError):
+            sock.send(wire.failure("GenericError", refusal, None))
+        close_for(self.daemon, peer, sock.detach())
+
+    def start(self, coroutine: Coroutine[object, object, None]) -> asyncio.Task[None]:
+        """Run what a session waits for; it ends with the server at the latest."""
+        return self._tasks.create_task(coroutine)
+
+    def _emit(self, name: str, data: dict[str, object]) -> None:
+        now = time.time_ns() // 1000
+        event = wire.event(name, data, now // 1_000_000, now % 1_000_000)
+        for session in list(self.sessions):
+            if session.monitor.peer.door is Door.CONTROL:
+                session.emit(event)
+
+    def stop(self) -> None:
+        """End `run`. Requests not yet begun are not answered."""
+        self.stopping = True
+        self._stopped.set()
+
+    async def run(self, ready: Callable[[], None]) -> None:
+        """Serve until `stop`; then close everything. ``ready`` is called once all is open."""
+        async with self._tasks:
+            ready()
+            await self._stopped.wait()
+            loop = asyncio.get_running_loop()
+            for listener in self._listeners:
+                loop.remove_reader(listener.sock.fileno())
+                listener.close()
+            for session in list(self.sessions):
+                session.transport.close()
+        self.space.close()
+
+

@@ -1,0 +1,340 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""asyncio over AF_UNIX streams: bytes and descriptors in, bytes out, with backpressure both ways.
+
+A `Transport` receives straight into locked memory, keeps what is unfinished in a buffer of its own, and
+wipes what has been consumed. It cuts no messages: its `Receiver` (server.Session) says how far it
+got. asyncio's own transports copy into the heap and carry no descriptors, hence this one.
+
+Costs of a request on the usual path: epoll_wait, recvmsg, send; no allocation but the reply.
+"""
+
+import asyncio
+import socket
+from collections import deque
+from collections.abc import Callable
+from typing import Final, NamedTuple, Protocol
+
+from secretd.errors import LockedMemoryExhausted
+from secretd.fds import SCM_MAX_FD, received
+from secretd.memory import Arena, LockedBuffer, wipe
+from secretd.wire.qjson import MAX_MESSAGE_BYTES
+
+RECEIVE_BYTES: Final = 64 << 10
+"""Bytes of the receive buffer that all connections share: what one recvmsg(2) takes at most."""
+
+FIRST_TAIL_BYTES: Final = 2 << 10
+"""Bytes of a connection's own buffer at first; it grows fourfold. Small, so that many clients that
+stop half-way through a message leave receive space for the others."""
+
+LARGEST_TAIL_BYTES: Final = MAX_MESSAGE_BYTES + RECEIVE_BYTES
+"""Bytes one connection's unfinished message may take."""
+
+UNFINISHED_SECONDS: Final = 60.0
+"""Seconds within which a message that was begun must be finished. QEMU waits for ever."""
+
+BACKLOG_BYTES: Final = 64 << 10
+"""Bytes of replies that may wait for a client that does not read; then we stop reading from it."""
+
+_ANCILLARY_BYTES: Final = socket.CMSG_SPACE(4 * SCM_MAX_FD)
+"""Room for all descriptors of a message, so that the kernel never discards (closes) one itself."""
+
+
+class Locked(NamedTuple):
+    """Bytes to send that lie in locked memory and are wiped once sent."""
+
+    buffer: LockedBuffer
+    length: int
+
+
+class Receiver(Protocol):
+    """What a Transport calls. Positions are offsets into the view of that call."""
+
+    def consume(self, view: memoryview, position: int, end: int) -> int:
+        """Handle what stands from ``position``; return how far it was read."""
+
+    def kept_from(self, position: int) -> int:
+        """Return the first byte still needed where reading got to ``position``."""
+
+    def moved(self, distance: int) -> None:
+        """The bytes still needed lie ``distance`` lower from now on."""
+
+    def descriptors(self, numbers: list[int]) -> None:
+        """Take ownership of the descriptors that came with a message."""
+
+    def too_slow(self) -> None:
+        """A message is unfinished after UNFINISHED_SECONDS: say so; the connection is closed."""
+
+    def no_memory(self, error: LockedMemoryExhausted) -> None:
+        """There is no room for an unfinished message: say so; the connection is closed."""
+
+    def closed(self) -> None:
+        """The connection has ended. Called once."""
+
+
+class ReceiveSpace:
+    """The locked memory that connections receive into, shared by all."""
+
+    def __init__(self, arena: Arena) -> None:
+        self.arena = arena
+        self.shared = arena.allocate(RECEIVE_BYTES)
+        self.starved: set[Transport] = set()
+
+    def free(self, buffer: LockedBuffer) -> None:
+        """Give back a connection's buffer, and let one that waits for room try again."""
+        buffer.free()
+        loop = asyncio.get_running_loop()
+        while self.starved:
+            loop.call_soon(self.starved.pop().fed)
+
+    def close(self) -> None:
+        """Wipe and give back the shared buffer."""
+        self.shared.free()
+
+
+class Transport:
+    """One connection. ``closer`` closes the socket's descriptor, which may block for some peers."""
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        space: ReceiveSpace,
+        receiver: Receiver,
+        closer: Callable[[int], object],
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._sock = sock
+        self._space = space
+        self._receiver = receiver
+        self._closer = closer
+        self._tail: LockedBuffer | None = None
+        self._fill = 0  # bytes in the tail
+        self._position = 0  # how far of them was read
+        self._paused: set[str] = set()
+        self._reading = False
+        self._ended = False  # the client will send no more
+        self._out: deque[tuple[memoryview, LockedBuffer | None]] = deque()
+        self._backlog = 0
+        self._timer: asyncio.TimerHandle | None = None
+        self.is_closed = False
+        self._update_reading()
+
+    # --- in
+
+    def pause(self, reason: str) -> None:
+        """Stop reading and handling until `resume` is called for the same reason."""
+        self._paused.add(reason)
+        self._update_reading()
+
+    def resume(self, reason: str) -> None:
+        """Take back a `pause`; handle at once what had arrived by then."""
+        self._paused.discard(reason)
+        if self.is_closed or self._paused:
+            return
+        if self._tail is not None and self._position < self._fill:
+            self._advance(self._tail.view, self._fill)
+        self._start_timer()
+        self._finish_if_ended()
+        self._update_reading()
+
+    def fed(self) -> None:
+        """There may be room again for an unfinished message that had to wait."""
+        if not self.is_closed and self._grow():
+            self.resume("starved")
+
+    def _update_reading(self) -> None:
+        wanted = not (self._paused or self._ended or self.is_closed)
+        if wanted and not self._reading:
+            self._loop.add_reader(self._sock.fileno(), self._readable)
+        elif self._reading and not wanted:
+            self._loop.remove_reader(self._sock.fileno())
+        self._reading = wanted
+
+    def _readable(self) -> None:
+        view = self._space.shared.view if self._tail is None else self._tail.view
+        start = self._fill
+        try:
+            count, ancillary, _, _ = self._sock.recvmsg_into(
+                [view[start:]], _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC
+            )
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            self.close()
+            return
+        if ancillary:
+            numbers = received(ancillary)
+            if numbers:
+                self._receiver.descriptors(numbers)
+        if count == 0:
+            self._ended = True
+            self._finish_if_ended()
+            self._update_reading()
+            return
+        self._advance(view, start + count)
+
+    def _finish_if_ended(self) -> None:
+        # What was sent before the client's end is answered (as in QEMU); half a message is dropped.
+        if self._ended and not self._paused and not self._out:
+            self.close()
+
+    def _advance(self, view: memoryview, end: int) -> None:
+        try:
+            position = self._receiver.consume(view, self._position, end)
+        except BaseException:
+            wipe(view[:end])
+            self.close()
+            raise
+        if self.is_closed:
+            if view is self._space.shared.view:
+                wipe(view[:end])
+            return
+        kept = self._receiver.kept_from(position)
+        rest = end - kept
+        if kept and self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if rest == 0:
+            wipe(view[:end])
+            if self._tail is not None:
+                tail, self._tail = self._tail, None
+                self._space.free(tail)
+        elif self._tail is None:
+            if not self._move_to_tail(view[kept:end]):
+                wipe(view[:end])
+                return
+            wipe(view[:end])
+            self._receiver.moved(kept)
+        elif kept:
+            view[:rest] = view[kept:end]
+            wipe(view[rest:end])
+            self._receiver.moved(kept)
+        self._fill = rest
+        self._position = position - kept
+        if rest == 0:
+            return
+        self._start_timer()
+        if rest == self._tail.size and not self._grow():  # type: ignore[union-attr]
+            self._space.starved.add(self)
+            self.pause("starved")
+
+    def _move_to_tail(self, rest: memoryview) -> bool:
+        size = FIRST_TAIL_BYTES
+        while size <= len(rest):
+            size *= 4
+        try:
+            self._tail = self._space.arena.allocate(size)
+        except LockedMemoryExhausted as error:
+            self._receiver.no_memory(error)
+            self.close()
+            return False
+        self._tail.view[: len(rest)] = rest
+        return True
+
+    def _grow(self) -> bool:
+        """Move the unfinished message to a larger buffer; False if there is no room now."""
+        tail = self._tail
+        assert tail is not None
+        try:
+            larger = self._space.arena.allocate(min(4 * tail.size, LARGEST_TAIL_BYTES))
+        except LockedMemoryExhausted:
+            return False
+        larger.view[: self._fill] = tail.view[: self._fill]
+        self._tail = larger
+        self._space.free(tail)
+        return True
+
+    def _start_timer(self) -> None:
+        if self._tail is not None and self._timer is None and not self._paused:
+            self._timer = self._loop.call_later(UNFINISHED_SECONDS, self._too_slow)
+
+    def _too_slow(self) -> None:
+        self._timer = None
+        if not self._paused - {"starved"}:
+            self._receiver.too_slow()
+            self.close()
+
+    # --- out
+
+    def send(self, data: bytes | Locked) -> None:
+        """Send, or queue what the client does not take now. What is locked is wiped once sent."""
+        if self.is_closed:
+            if isinstance(data, Locked):
+                data.buffer.free()
+            return
+        if isinstance(data, Locked):
+            self._out.append((data.buffer.view[: data.length], data.buffer))
+            self._backlog += data.length
+        elif self._out:
+            self._out.append((memoryview(data), None))
+            self._backlog += len(data)
+        else:
+            sent = self._try(data)
+            if sent == len(data) or self.is_closed:
+                return
+            self._out.append((memoryview(data)[sent:], None))
+            self._backlog += len(data) - sent
+        self._flush()
+
+    @property
+    def backlogged(self) -> bool:
+        """True while the client has too many replies to read."""
+        return self._backlog > BACKLOG_BYTES
+
+    def _try(self, data: bytes | memoryview) -> int:
+        try:
+            return self._sock.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        except (BlockingIOError, InterruptedError):
+            return 0
+        except OSError:
+            self.close()
+            return 0
+
+    def _flush(self) -> None:
+        while self._out:
+            view, owner = self._out[0]
+            sent = self._try(view)
+            if self.is_closed:
+                return
+            self._backlog -= sent
+            if sent < len(view):
+                self._out[0] = (view[sent:], owner)
+                break
+            self._out.popleft()
+            if owner is not None:
+                owner.free()
+        if self._out:
+            self._loop.add_writer(self._sock.fileno(), self._writable)
+        else:
+            self._loop.remove_writer(self._sock.fileno())
+        if self.backlogged:
+            self.pause("backlog")
+
+    def _writable(self) -> None:
+        self._flush()
+        if self.is_closed:
+            return
+        if "backlog" in self._paused and not self.backlogged:
+            self.resume("backlog")
+        self._finish_if_ended()
+
+    # --- end
+
+    def close(self) -> None:
+        """End the connection now; wipe and drop what was not sent or not read."""
+        if self.is_closed:
+            return
+        self.is_closed = True
+        self._space.starved.discard(self)
+        if self._timer is not None:
+            self._timer.cancel()
+        self._loop.remove_reader(self._sock.fileno())
+        self._loop.remove_writer(self._sock.fileno())
+        for _, owner in self._out:
+            if owner is not None:
+                owner.free()
+        self._out.clear()
+        if self._tail is not None:
+            tail, self._tail = self._tail, None
+            self._space.free(tail)
+        self._closer(self._sock.detach())
+        self._receiver.closed()

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""JSON as QEMU writes it: qobject/json-writer.c and qjson.c.
+
+ASCII only, separators ", " and ": ", lines that end in CRLF. Not for anything sensitive but
+`write_quoted`, which stays in the buffer it is given. wire.qmp calls it.
+"""
+
+import re
+from typing import Final
+
+_PLAIN: Final = re.compile(r'[ !#-\[\]-~]*')
+_SHORT: Final = {
+    '"': '\\"',
+    "\\": "\\\\",
+    "\b": "\\b",
+    "\f": "\\f",
+    "\n": "\\n",
+    "\r": "\\r",
+    "\t": "\\t",
+}
+_SEQUENCE: Final = re.compile(
+    rb"[\x20-\x7e]|\xc0\x80|[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}"
+    rb"|[\xf0-\xf4][\x80-\xbf]{3}|.",
+    re.DOTALL,
+)
+
+
+def _character(character: str) -> str:
+    short = _SHORT.get(character)
+    if short is not None:
+        return short
+    code = ord(character)
+    if 0x20 <= code < 0x7F:
+        return character
+    if code < 0x10000:
+        return f"\\u{code:04X}"
+    code -= 0x10000
+    return f"\\u{0xD800 + (code >> 10):04X}\\u{0xDC00 + (code & 0x3FF):04X}"
+
+
+def string(text: str) -> str:
+    """Return ``text`` as a JSON string."""
+    if _PLAIN.fullmatch(text):
+        return f'"{text}"'
+    return '"' + "".join(map(_character, text)) + '"'
+
+
+def value(data: object) -> str:
+    """Return the JSON text of None, bool, int, float, str, lists and dicts of them."""
+    if isinstance(data, str):
+        return string(data)
+    if data is None:
+        return "null"
+    if data is True:
+        return "true"
+    if data is False:
+        return "false"
+    if isinstance(data, int):
+        return str(data)
+    if isinstance(data, float):
+        return f"{data:.17g}"
+    if isinstance(data, dict):
+        return "{" + ", ".join(f"{string(k)}: {value(v)}" for k, v in data.items()) + "}"
+    if isinstance(data, list):
+        return "[" + ", ".join(map(value, data)) + "]"
+    raise TypeError(f"{type(data).__name__} has no JSON form")
+
+
+def line(data: object) -> bytes:
+    """Return one message: the JSON text and CRLF."""
+    return value(data).encode("ascii") + b"\r\n"
+
+
+def write_quoted(quote: memoryview, into: memoryview) -> int:
+    """Write the sender's bytes as the inside of a JSON string; return the bytes written.
+
+    As QEMU prints a C string: up to the first NUL, what is not UTF-8 as U+FFFD. ``into`` must hold six
+    bytes for each of ``quote``. Only single characters ever become Python objects.
+    """
+    at = 0
+    for match in _SEQUENCE.finditer(quote):
+        start = match.start()
+        first = quote[start]
+        if first == 0:
+            break
+        if 0x20 <= first < 0x7F and first not in b'"\\':
+            into[at] = first
+            at += 1
+            continue
+        sequence = match[0]
+        text = "\0" if sequence == b"\xc0\x80" else sequence.decode(errors="replace")
+        for encoded in map(_character, text):
+            into[at : at + len(encoded)] = encoded.encode("ascii")
+            at += len(encoded)
+    return at

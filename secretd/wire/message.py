@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The messages of QMP (QMP spec, section "Protocol Specification") as values and as bytes.
+
+It does not read a stream (wire.qmp does) and knows no command.
+"""
+
+from typing import NamedTuple
+
+from secretd.wire import encode
+from secretd.wire.qjson import JSON, Fault
+
+EMPTY_RETURN = b'{"return": {}}\r\n'
+
+
+class Request(NamedTuple):
+    """A well-formed command object. ``id`` is the JSON text of the member, None without one."""
+
+    command: str
+    arguments: dict[str, JSON]
+    id: str | None
+
+
+class Malformed(NamedTuple):
+    """What is not a command object, in QEMU's words. It keeps its place in the queue."""
+
+    fault: Fault
+    id: str | None = None
+
+
+def greeting(qemu: tuple[int, int, int], package: str, capabilities: list[str]) -> bytes:
+    """Return the line a server opens with: version (major, minor, micro) and capabilities."""
+    return encode.line(
+        {"QMP": {"version": version(qemu, package), "capabilities": list(capabilities)}}
+    )
+
+
+def version(qemu: tuple[int, int, int], package: str) -> dict[str, object]:
+    """Return the VersionInfo of qapi/control.json."""
+    major, minor, micro = qemu
+    return {"qemu": {"micro": micro, "minor": minor, "major": major}, "package": package}
+
+
+def success(data: object, id_text: str | None) -> bytes:
+    """Return a success response; ``data`` None stands for an empty object."""
+    body = "{}" if data is None else encode.value(data)
+    suffix = "" if id_text is None else f', "id": {id_text}'
+    return f'{{"return": {body}{suffix}}}\r\n'.encode("ascii")
+
+
+def failure(error_class: str, desc: str, id_text: str | None) -> bytes:
+    """Return an error response."""
+    prefix = "" if id_text is None else f'"id": {id_text}, '
+    text = encode.string(desc)
+    return f'{{{prefix}"error": {{"class": "{error_class}", "desc": {text}}}}}\r\n'.encode("ascii")
+
+
+def quoted_failure_size(fault: Fault) -> int:
+    """Return how many bytes `write_quoted_failure` may need."""
+    assert fault.quote is not None
+    return 6 * (len(fault.quote) + len(fault.before) + len(fault.after)) + 64
+
+
+def write_quoted_failure(fault: Fault, into: memoryview) -> int:
+    """Write the error response that quotes the sender's bytes; return its length in bytes."""
+    assert fault.quote is not None
+    head = b'{"error": {"class": "GenericError", "desc": ' + encode.string(fault.before)[:-1].encode()
+    tail = encode.string(fault.after)[1:].encode() + b"}}\r\n"
+    into[: len(head)] = head
+    at = len(head) + encode.write_quoted(fault.quote, into[len(head) :])
+    into[at : at + len(tail)] = tail
+    return at + len(tail)
+
+
+def event(name: str, data: dict[str, object], seconds: int, microseconds: int) -> bytes:
+    """Return an event; the time is since the epoch."""
+    return encode.line(
+        {
+            "timestamp": {"seconds": seconds, "microseconds": microseconds},
+            "event": name,
+            "data": data,
+        }
+    )

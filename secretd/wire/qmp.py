@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The server's side of a QMP connection, sans-IO: bytes in, requests out.
+
+A `Connection` finds where a message ends and whether it is a command object, with QEMU's words when
+it is not (monitor/qmp.c, qapi/qmp-dispatch.c). It does not know which commands exist and holds no
+bytes: the caller keeps the buffer and says what it moved. server feeds it; monitor answers.
+
+The fast path is an optimisation that may only accept or decline: it is given one line at a time,
+and whatever it declines is read by the reference, wire.qjson.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Final, Generic, TypeVar
+
+from secretd.wire import encode
+from secretd.wire.message import Malformed, Request
+from secretd.wire.qjson import JSON, NEED_DATA, Fault, NeedData, Streamer, Text, to_python
+
+T = TypeVar("T")
+
+_LINE: Final = re.compile(rb"[^\n]*\n?")
+_BRACE: Final = 0x7B
+
+
+class Connection(Generic[T]):
+    """Requests out of a stream of bytes. ``fast`` takes the view of one line and returns the typed
+    request, or None to decline."""
+
+    def __init__(self, fast: Callable[[memoryview], T | None]) -> None:
+        self._fast = fast
+        self._streamer = Streamer()
+        self._declined = 0  # up to here the fast path has said no
+        self.kept_from = self._streamer.kept_from
+
+    @property
+    def idle(self) -> bool:
+        """True if no message is unfinished."""
+        return self._streamer.idle
+
+    def moved(self, distance: int) -> None:
+        """The bytes not yet consumed now lie ``distance`` lower in the view."""
+        self._streamer.moved(distance)
+        self._declined = 0
+
+    def next(
+        self, view: memoryview, position: int, end: int
+    ) -> tuple[int, Request | Malformed | T | NeedData]:
+        """Read on from ``position``; return where it stopped and what it found.
+
+        The views inside a request are good until the caller moves or wipes the bytes.
+        """
+        if self._declined <= position < end and view[position] == _BRACE and self._streamer.idle:
+            line_end = _LINE.match(view, position, end).end()  # type: ignore[union-attr]
+            request = self._fast(view[position:line_end])
+            if request is not None:
+                return line_end, request
+            self._declined = line_end
+        position, message = self._streamer.next(view, position, end)
+        if message is NEED_DATA:
+            return position, NEED_DATA
+        if isinstance(message, Fault):
+            return position, Malformed(message)
+        return position, _check_object(message)  # type: ignore[arg-type]
+
+
+def _check_object(message: JSON) -> Request | Malformed:
+    """qmp_dispatch_check_obj(): is it a command object?"""
+    if not isinstance(message, dict):
+        return Malformed(Fault("QMP input must be a JSON object"))
+    id_text = encode.value(to_python(message["id"])) if "id" in message else None
+    command = None
+    for key in sorted(message, key=_bucket):
+        value = message[key]
+        if key == "execute":
+            if not isinstance(value, Text):
+                return Malformed(Fault("QMP input member 'execute' must be a string"), id_text)
+            command = value.to_str()
+        elif key == "arguments":
+            if not isinstance(value, dict):
+                return Malformed(Fault("QMP input member 'arguments' must be an object"), id_text)
+        elif key != "id":
+            return Malformed(Fault(f"QMP input member '{key}' is unexpected"), id_text)
+    if command is None:
+        return Malformed(Fault("QMP input lacks member 'execute'"), id_text)
+    arguments = message.get("arguments", {})
+    assert isinstance(arguments, dict)
+    return Request(command, arguments, id_text)
+
+
+def _bucket(key: str) -> int:
+    """Where QDict keeps a key, and so when QEMU looks at it: tdb_hash() % 512 (qobject/qdict.c)."""
+    encoded = key.encode()
+    number = 0x238F13AF * len(encoded)
+    for index, byte in enumerate(encoded):
+        number += byte << (index * 5 % 24)
+    return (1103515243 * number + 12345 & 0xFFFFFFFF) % 512
