@@ -7,7 +7,7 @@ raises CommandError. What a command does is said in qom, access and deliver; her
 Commands of QEMU 10's qapi/ unless the docstring says that they are ours.
 """
 
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Coroutine
 from typing import Any, Final, Literal
 
 from msgspec import UNSET, UnsetType
@@ -68,7 +68,7 @@ def quit(monitor: Monitor) -> None:  # noqa: A001 - QEMU's name
 
 
 @COMMANDS()
-def object_add(monitor: Monitor, arguments: SecretOptions) -> Coroutine[Any, Any, None] | None:
+def object_add(monitor: Monitor, arguments: SecretOptions) -> Awaitable[None] | None:
     """Make an object."""
     return monitor.tree.add(arguments, monitor.source.read)
 
@@ -162,7 +162,8 @@ def secret_read(
     format: Literal["raw", "base64"] | UnsetType = UNSET,  # noqa: A002
 ) -> JSONObject | Coroutine[Any, Any, JSONObject]:
     """Write a secret to a descriptor: the one that getfd called ``fdname``, or the one passed with
-    this command. The descriptor is closed; the reply comes after the last byte was accepted."""
+    this command. The descriptor is closed; the reply comes after the last byte was accepted.
+    """
     fd = monitor.pending.take() if fdname is UNSET else monitor.named.take(fdname)
     try:
         grant = check(monitor.peer, id)
@@ -203,7 +204,8 @@ async def _deliver_rest(
 @COMMANDS()
 def secret_seal(monitor: Monitor, id: str, keyid: str) -> JSONObject:  # noqa: A002
     """Return a secret encrypted under another, as QEMU's object-add takes it with keyid, iv and
-    format=base64. Both in base64; the IV is fresh each time."""
+    format=base64. Both in base64; the IV is fresh each time.
+    """
     check(monitor.peer, id)
     plaintext = secret_plaintext(monitor.tree, id)
     key = secret_plaintext(monitor.tree, keyid)
@@ -221,7 +223,8 @@ def secret_generate(monitor: Monitor, id: str, size: int) -> None:  # noqa: A002
 @COMMANDS(client=True)
 def query_secrets(monitor: Monitor) -> list[JSONObject]:
     """List the secrets: id, type, size in bytes, how well their memory is protected. On the client
-    door only those that the caller may read."""
+    door only those that the caller may read.
+    """
     journal = monitor.tree.journal
     listed: list[JSONObject] = []
     for object_id in journal:

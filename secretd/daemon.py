@@ -126,11 +126,15 @@ def hide_data() -> None:
         if not equals:
             if index + 1 == len(words):
                 continue
-            index, text = index + 1, words[index + 1]
+            text = words[index + 1]
         hidden = _without_data(text)
         if hidden is not None:
-            fd, words[index] = hidden[0], ("--object=" if equals else "") + hidden[1]
+            fd, text = hidden
             fds.append(fd)
+            if equals:
+                words[index] = f"--object={text}"
+            else:
+                words[index + 1] = text
     if not fds:
         return
     print(
@@ -154,7 +158,9 @@ def _without_data(text: str) -> tuple[int, str] | None:
     if not isinstance(data, Text):
         return None
     if "file" in given:
-        raise UsageError(f"--object {given.get('qom-type')}: 'file' and 'data' are mutually exclusive")
+        raise UsageError(
+            f"--object {given.get('qom-type')}: 'file' and 'data' are mutually exclusive"
+        )
     value = data.decode_in_place()[1:-1]
     fd = os.memfd_create("secretd-argv", 0)
     with open(fd, "wb", closefd=False) as memfd:
@@ -194,7 +200,7 @@ def run(options: argparse.Namespace) -> int:
     finally:
         journal.close()
         journal.arena.close()
-        scratch.close()
+        scratch.wipe()
     return 0
 
 
@@ -245,7 +251,7 @@ def _default_doors() -> list[DoorSpec]:
         try:
             os.mkdir(directory, 0o700 if own else 0o755)
         except FileNotFoundError as error:
-            raise UsageError(f"{directory}: {os.strerror(error.errno)}") from None
+            raise UsageError(f"{directory}: {os.strerror(error.errno or 0)}") from None
     status = os.lstat(directory)
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
         raise UsageError(f"{directory}: is not a directory of uid {os.getuid()}; remove it")
@@ -268,13 +274,13 @@ async def _serve(tree: ObjectTree, doors: list[DoorSpec]) -> None:
     opened: list[Listener] = []
     try:
         for spec in doors:
-            opened.append(listen(spec.path, spec.door, spec.mode, spec.gid))
+            listener = listen(spec.path, spec.door, spec.mode, spec.gid)
+            opened.append(listener)
+            server.add(listener)
     except BaseException:
         for listener in opened:
             listener.close()
         raise
-    for listener in opened:
-        server.add(listener)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, server.stop)

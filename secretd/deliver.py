@@ -29,17 +29,42 @@ _SPLICE_BYTES: Final = 64 << 10
 _TAKES = "secret-read takes the write end of a pipe, an end of a stream socket pair, or a memfd"
 
 
+class _Waiting:
+    """A delivery whose other end is full."""
+
+    def __init__(self) -> None:
+        self.withdrawn = False
+        self._woken: asyncio.Future[None] | None = None
+
+    def wake(self) -> None:
+        """Go on with the delivery, or end it if it is withdrawn."""
+        if self._woken is not None and not self._woken.done():
+            self._woken.set_result(None)
+
+    async def writable(self, fd: int) -> None:
+        """Wait until something may be written, or the delivery is withdrawn."""
+        if self.withdrawn:
+            return
+        loop = asyncio.get_running_loop()
+        self._woken = loop.create_future()
+        loop.add_writer(fd, self.wake)
+        try:
+            await self._woken
+        finally:
+            loop.remove_writer(fd)
+
+
 class Deliveries:
     """The deliveries that wait for their reader."""
 
     def __init__(self) -> None:
-        self._waiting: dict[str, set[asyncio.Future[None]]] = {}
+        self._waiting: dict[str, set[_Waiting]] = {}
 
     def withdraw(self, object_id: str) -> None:
-        """End the running deliveries of a secret, before it is wiped."""
-        for future in self._waiting.pop(object_id, set()):
-            if not future.done():
-                future.set_exception(CommandError(f"Secret '{object_id}' was withdrawn"))
+        """End the running deliveries of a secret: none touches its plaintext after this returns."""
+        for waiting in self._waiting.pop(object_id, ()):
+            waiting.withdrawn = True
+            waiting.wake()
 
     def deliver(
         self, grant: Grant, plaintext: memoryview, fd: Fd
@@ -58,15 +83,22 @@ class Deliveries:
                 raise _failed(error) from None
             raise
         if position < len(plaintext):
-            return self._go_on(grant.object_id, plaintext[position:], fd, target)
+            # Known to `withdraw` from now on, not only when the coroutine first runs.
+            waiting = _Waiting()
+            self._waiting.setdefault(grant.object_id, set()).add(waiting)
+            return self._go_on(grant.object_id, plaintext[position:], fd, target, waiting)
         _release(target, fd)
         return None
 
-    async def _go_on(self, object_id: str, rest: memoryview, fd: Fd, target: "_Target") -> None:
+    async def _go_on(
+        self, object_id: str, rest: memoryview, fd: Fd, target: "_Target", waiting: _Waiting
+    ) -> None:
         try:
             async with asyncio.timeout(DELIVERY_SECONDS):
                 while rest:
-                    await self._writable(object_id, fd.fileno())
+                    await waiting.writable(fd.fileno())
+                    if waiting.withdrawn:
+                        raise CommandError(f"Secret '{object_id}' was withdrawn")
                     rest = rest[target.write(rest) :]
         except TimeoutError:
             raise CommandError(
@@ -75,21 +107,11 @@ class Deliveries:
         except OSError as error:
             raise _failed(error) from None
         finally:
-            _release(target, fd)
-
-    async def _writable(self, object_id: str, fd: int) -> None:
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[None] = loop.create_future()
-        waiting = self._waiting.setdefault(object_id, set())
-        waiting.add(future)
-        loop.add_writer(fd, lambda: future.done() or future.set_result(None))
-        try:
-            await future
-        finally:
-            loop.remove_writer(fd)
-            waiting.discard(future)
-            if not waiting:
+            waiters = self._waiting.get(object_id, set())
+            waiters.discard(waiting)
+            if not waiters:
                 self._waiting.pop(object_id, None)
+            _release(target, fd)
 
 
 def _release(target: "_Target | None", fd: Fd) -> None:

@@ -70,7 +70,7 @@ class Fd:
 
     def __del__(self) -> None:
         if self._fd >= 0:
-            warnings.warn(f"unclosed descriptor {self._fd}", ResourceWarning, source=self)
+            warnings.warn(f"unclosed descriptor {self._fd}", ResourceWarning, stacklevel=2)
             self.close()
 
     def __repr__(self) -> str:

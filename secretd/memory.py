@@ -244,10 +244,15 @@ class Arena:
             del self._slabs[index]
             self._release_windows(index, 1)
 
+    def wipe(self) -> None:
+        """Wipe all there is, at the end of a process whose threads may still hold views."""
+        for view in (*self._views.values(), *self._spare.values()):
+            wipe(view)
+
     def close(self) -> None:
         """Wipe, unmap and close everything. Views taken from the arena must not be used again."""
+        self.wipe()
         for index, view in (self._views | self._spare).items():
-            wipe(view)
             self._unmap(index, view)
         self._views.clear()
         self._spare.clear()
@@ -340,7 +345,9 @@ def limit_text() -> str:
 def _exhausted(length: int, error: int) -> LockedMemoryExhausted:
     if error not in (errno.EAGAIN, errno.ENOMEM, errno.EPERM):
         return LockedMemoryExhausted(f"Unable to map {length} bytes: {os.strerror(error)}")
-    return LockedMemoryExhausted(f"No locked memory left for another {length} bytes: {limit_text()}")
+    return LockedMemoryExhausted(
+        f"No locked memory left for another {length} bytes: {limit_text()}"
+    )
 
 
 def choose_level(*, require: bool) -> Level:

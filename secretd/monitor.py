@@ -51,7 +51,8 @@ Reply: TypeAlias = "bytes | Locked | Coroutine[object, object, bytes]"
 
 class Daemon:
     """What all sessions share. ``stop`` ends the daemon in order; ``emit`` sends an event to all
-    sessions on the control door."""
+    sessions on the control door.
+    """
 
     def __init__(
         self,

@@ -81,17 +81,15 @@ class Commands:
 
 def _command(function: Callable[..., Any], name: str, *, client: bool) -> Command:
     hints = typing.get_type_hints(function)
-    parameters = list(inspect.signature(function).parameters.values())[1:]
+    parameters: list[inspect.Parameter] = list(inspect.signature(function).parameters.values())[1:]
     boxed = len(parameters) == 1 and parameters[0].name == "arguments"
     argument_type: Any
     if boxed:
         argument_type = hints["arguments"]
         structs = list(typing.get_args(argument_type)) or [argument_type]
     else:
-        fields = [
-            (p.name, hints[p.name])
-            if p.default is p.empty
-            else (p.name, hints[p.name], p.default)
+        fields: list[Any] = [
+            (p.name, hints[p.name]) if p.default is p.empty else (p.name, hints[p.name], p.default)
             for p in parameters
         ]
         title = "".join(map(str.capitalize, name.split("-"))) + "Arguments"
@@ -100,14 +98,15 @@ def _command(function: Callable[..., Any], name: str, *, client: bool) -> Comman
         )
         structs = [argument_type]
     optional = all(not member.required for struct in structs for member in members(struct))
+    request_fields: list[Any] = [
+        ("arguments", argument_type | UnsetType, UNSET)
+        if optional
+        else ("arguments", argument_type),
+        ("id", Raw | UnsetType, UNSET),
+    ]
     request = msgspec.defstruct(
         "".join(map(str.capitalize, name.split("-"))) + "Request",
-        [
-            ("arguments", argument_type | UnsetType if optional else argument_type, UNSET)
-            if optional
-            else ("arguments", argument_type),
-            ("id", Raw | UnsetType, UNSET),
-        ],
+        request_fields,
         tag_field="execute",
         tag=name,
         forbid_unknown_fields=True,
@@ -179,7 +178,7 @@ def _check_boolean(name: str, value: JSON) -> bool:
     return value
 
 
-def _check_any(name: str, value: JSON) -> object:
+def _check_any(_name: str, value: JSON) -> object:
     return value
 
 
@@ -214,19 +213,19 @@ def _checker(hint: Any) -> Callable[[str, JSON], object]:
 def _check_list(name: str, value: JSON, element: Any) -> list[object]:
     if not isinstance(value, list):
         raise _wrong_type(name, "array")
-    checked = []
+    checked: list[object] = []
     for index, member in enumerate(value):
         if typing.get_origin(element) is Literal:
             # An array element has no name when its enum is refused, and QEMU prints NULL.
-            text = check_string(f"{name}[{index}]", member)
-            checked.append(check_enum("null", text, typing.get_args(element)))
+            word = check_string(f"{name}[{index}]", member)
+            checked.append(check_enum("null", word, typing.get_args(element)))
         else:
             checked.append(_checker(element)(f"{name}[{index}]", member))
     return checked
 
 
 _MEMBERS: dict[type[Struct], list[Member]] = {}
-_SENSITIVE: dict[type[Struct], tuple[str, ...]] = {}
+_SENSITIVE: dict[type[Struct] | type[UnsetType], tuple[str, ...]] = {}
 
 
 def check(command: Command, arguments: dict[str, JSON]) -> Struct:
@@ -320,7 +319,7 @@ class FastDecoder:
         return typing.cast(Struct, request)
 
 
-def _sensitive(struct: type[Struct]) -> tuple[str, ...]:
+def _sensitive(struct: type[Struct] | type[UnsetType]) -> tuple[str, ...]:
     """The names of the members that carry a secret."""
     names = _SENSITIVE.get(struct)
     if names is None:

@@ -122,7 +122,9 @@ class Session:
     def closed(self) -> None:
         """Forget the session."""
         if self._task is not None:
-            self._task.cancel()
+            # Not before its first step, which was scheduled before: only then does what it owns
+            # (a descriptor, a buffer) have someone to release it.
+            asyncio.get_running_loop().call_soon(self._task.cancel)
         self._server.sessions.discard(self)
         self.monitor.close()
 
@@ -172,7 +174,9 @@ def listen(path: str, door: Door, mode: int, gid: int = -1) -> Listener:
 def _remove_stale(path: str) -> None:
     try:
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            raise UsageError(f"{path}: exists and is not a socket; remove it or choose another path")
+            raise UsageError(
+                f"{path}: exists and is not a socket; remove it or choose another path"
+            )
     except FileNotFoundError:
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
@@ -183,9 +187,7 @@ def _remove_stale(path: str) -> None:
             return
         except BlockingIOError:
             pass
-    raise UsageError(
-        f"{path}: another process is listening there; stop it or choose another path"
-    )
+    raise UsageError(f"{path}: another process is listening there; stop it or choose another path")
 
 
 class Server:
@@ -270,5 +272,3 @@ class Server:
             for session in list(self.sessions):
                 session.transport.close()
         self.space.close()
-
-

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The property store of the objects: an append-only, checksummed journal in an ordinary memfd.
+r"""The property store of the objects: an append-only, checksummed journal in an ordinary memfd.
 
 It holds everything about an object but plaintext, which stays in the arena: a record names the slot. So
 arena and journal together are all that another process needs to go on. qom adds, reads and removes;
@@ -10,7 +10,7 @@ record's state byte; removing clears the state byte, then wipes the slot. In Pyt
 to record offset is kept.
 
 Layout (little-endian)
-    file     magic "secretd\\0", u32 format, u32 unused; then records, then zeros
+    file     magic "secretd\0", u32 format, u32 unused; then records, then zeros
     record   u32 length, u32 crc32 of what follows but the state byte, u8 state, u8 type,
              u16 id length, u32 slot size in bytes, u64 slot offset in the arena's file,
              id, properties as a JSON object; padded to 8 bytes
@@ -148,9 +148,11 @@ class Journal:
         if end > len(self._map):
             self._map.resize(max(2 * len(self._map), end))
         # Bytes behind the end are zeros, since the file only grows.
-        body = _RECORD.pack(
-            length, 0, _WRITTEN, type_number, len(encoded_id), size, slot
-        ) + encoded_id + text
+        body = (
+            _RECORD.pack(length, 0, _WRITTEN, type_number, len(encoded_id), size, slot)
+            + encoded_id
+            + text
+        )
         body += bytes(length - len(body))
         crc = struct.pack("<I", zlib.crc32(body[_CRC_FROM:]))
         self._map[offset:end] = body[:4] + crc + body[_STATE_OFFSET:]

@@ -75,7 +75,11 @@ class ObjectTree:
     """
 
     def __init__(
-        self, journal: Journal, scratch: Arena, types: tuple[ObjectType, ...], more: tuple[TypeInfo, ...]
+        self,
+        journal: Journal,
+        scratch: Arena,
+        types: tuple[ObjectType, ...],
+        more: tuple[TypeInfo, ...],
     ) -> None:
         self.journal = journal
         self.scratch = scratch
@@ -235,13 +239,17 @@ class ObjectTree:
 
     def list_types(self, implements: str | None, *, abstract: bool) -> list[dict[str, object]]:
         """Return the ObjectTypeInfo list of qom-list-types."""
-        return [
-            ({"abstract": True} if info.abstract else {})
-            | {"name": info.name}
-            | ({"parent": info.parent} if info.parent else {})
-            for info in self.types.values()
-            if (abstract or not info.abstract) and (implements is None or implements in info.ancestors)
-        ]
+        listed: list[dict[str, object]] = []
+        for info in self.types.values():
+            if info.abstract and not abstract:
+                continue
+            if implements is None or implements in info.ancestors:
+                entry: dict[str, object] = {"abstract": True} if info.abstract else {}
+                entry["name"] = info.name
+                if info.parent is not None:
+                    entry["parent"] = info.parent
+                listed.append(entry)
+        return listed
 
     def list_type_properties(self, name: str) -> list[dict[str, object]]:
         """Return the ObjectPropertyInfo list of qom-list-properties."""
@@ -254,5 +262,7 @@ class ObjectTree:
         return iter(self.journal)
 
 
-def _listed(properties: "list[tuple[str, str]] | tuple[tuple[str, str], ...]") -> list[dict[str, object]]:
+def _listed(
+    properties: "list[tuple[str, str]] | tuple[tuple[str, str], ...]",
+) -> list[dict[str, object]]:
     return [{"name": name, "type": kind} for name, kind in properties]

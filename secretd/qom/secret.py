@@ -156,9 +156,7 @@ def _decode(tree: ObjectTree, options: SecretOptions, quoted: memoryview) -> Loc
             raise CommandError("IV is required to decrypt secret")
         iv = crypto.decode_iv(options.iv)
         if options.format != "base64":
-            return _limited(
-                crypto.decrypt(quoted[1:-1], key, iv, tree.scratch, tree.journal.arena)
-            )
+            return _limited(crypto.decrypt(quoted[1:-1], key, iv, tree.scratch, tree.journal.arena))
         with crypto.decode_base64(quoted, tree.scratch, tree.scratch) as ciphertext:
             return _limited(
                 crypto.decrypt(ciphertext.view, key, iv, tree.scratch, tree.journal.arena)

@@ -13,6 +13,7 @@ import select
 import stat
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 from secretd.errors import AccessDenied, CommandError
@@ -34,7 +35,9 @@ _DEV_FD: Final = re.compile(r"/dev/fd/([0-9]+)")
 class Source:
     """What one connection's ``file=`` may name: its own descriptors, and paths if it may."""
 
-    def __init__(self, fdsets: FdSets, scratch: Arena, offload: Offload, uid: int, *, paths: bool):
+    def __init__(
+        self, fdsets: FdSets, scratch: Arena, offload: Offload, uid: int, *, paths: bool
+    ) -> None:
         self._fdsets = fdsets
         self._scratch = scratch
         self._offload = offload
@@ -44,12 +47,12 @@ class Source:
     async def read(self, name: str) -> LockedBuffer:
         """Return the content with room for a quote on each side, or raise CommandError."""
         fd = self._descriptor(name)
+        call: Callable[[], LockedBuffer]
         if fd is not None:
             # A duplicate, so that the number stays ours whatever the connection does meanwhile.
-            copy = os.dup(fd)
-            call: Callable[[], LockedBuffer] = lambda: _read_and_close(copy, name, self._scratch)
+            call = partial(_read_and_close, os.dup(fd), name, self._scratch)
         elif self._paths:
-            call = lambda: read_path(name, self._scratch, magic_links=False)
+            call = partial(read_path, name, self._scratch, magic_links=False)
         else:
             raise AccessDenied("Only uid 0 and the daemon's own uid may name a file")
         try:
@@ -83,10 +86,8 @@ def read_path(name: str, scratch: Arena, *, magic_links: bool) -> LockedBuffer:
     """
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
     try:
-        if magic_links:
-            fd = os.open(_bytes(name), flags)
-        else:
-            fd = open_without_magic_links(_bytes(name), flags)
+        opener = os.open if magic_links else open_without_magic_links
+        fd = opener(_bytes(name), flags)
     except OSError as error:
         raise _not_opened(name, os.strerror(error.errno or 0)) from None
     try:

@@ -8,7 +8,7 @@ ASCII only, separators ", " and ": ", lines that end in CRLF. Not for anything s
 import re
 from typing import Final
 
-_PLAIN: Final = re.compile(r'[ !#-\[\]-~]*')
+_PLAIN: Final = re.compile(r"[ !#-\[\]-~]*")
 _SHORT: Final = {
     '"': '\\"',
     "\\": "\\\\",

@@ -63,7 +63,9 @@ def quoted_failure_size(fault: Fault) -> int:
 def write_quoted_failure(fault: Fault, into: memoryview) -> int:
     """Write the error response that quotes the sender's bytes; return its length in bytes."""
     assert fault.quote is not None
-    head = b'{"error": {"class": "GenericError", "desc": ' + encode.string(fault.before)[:-1].encode()
+    head = (
+        b'{"error": {"class": "GenericError", "desc": ' + encode.string(fault.before)[:-1].encode()
+    )
     tail = encode.string(fault.after)[1:].encode() + b"}}\r\n"
     into[: len(head)] = head
     at = len(head) + encode.write_quoted(fault.quote, into[len(head) :])

@@ -79,26 +79,18 @@ _AGAIN = _START | _LOOKAHEAD
 _IN_STRING = range(0x20, 0xFE)
 
 _TABLE: Final = {
-    _RECOVERY: _row(
-        _RECOVERY, {range(0x20): _AGAIN, range(0xFE, 0x100): _AGAIN, "{}[]:,": _AGAIN}
-    ),
+    _RECOVERY: _row(_RECOVERY, {range(0x20): _AGAIN, range(0xFE, 0x100): _AGAIN, "{}[]:,": _AGAIN}),
     _DQ: _row(_ERROR, {_IN_STRING: _DQ, "\\": _DQ_ESCAPE, '"': STRING}),
     _DQ_ESCAPE: _row(_ERROR, {_IN_STRING: _DQ}),
     _SQ: _row(_ERROR, {_IN_STRING: _SQ, "\\": _SQ_ESCAPE, "'": STRING}),
     _SQ_ESCAPE: _row(_ERROR, {_IN_STRING: _SQ}),
-    _ZERO: _row(
-        INTEGER | _LOOKAHEAD, {"0123456789": _ERROR, "eE": _EXP_E, ".": _MANTISSA}
-    ),
+    _ZERO: _row(INTEGER | _LOOKAHEAD, {"0123456789": _ERROR, "eE": _EXP_E, ".": _MANTISSA}),
     _EXP_DIGITS: _row(FLOAT | _LOOKAHEAD, {"0123456789": _EXP_DIGITS}),
     _EXP_SIGN: _row(_ERROR, {"0123456789": _EXP_DIGITS}),
     _EXP_E: _row(_ERROR, {"0123456789": _EXP_DIGITS, "+-": _EXP_SIGN}),
     _MANTISSA: _row(_ERROR, {"0123456789": _MANTISSA_DIGITS}),
-    _MANTISSA_DIGITS: _row(
-        FLOAT | _LOOKAHEAD, {"0123456789": _MANTISSA_DIGITS, "eE": _EXP_E}
-    ),
-    _DIGITS: _row(
-        INTEGER | _LOOKAHEAD, {"0123456789": _DIGITS, "eE": _EXP_E, ".": _MANTISSA}
-    ),
+    _MANTISSA_DIGITS: _row(FLOAT | _LOOKAHEAD, {"0123456789": _MANTISSA_DIGITS, "eE": _EXP_E}),
+    _DIGITS: _row(INTEGER | _LOOKAHEAD, {"0123456789": _DIGITS, "eE": _EXP_E, ".": _MANTISSA}),
     _SIGN: _row(_ERROR, {"0": _ZERO, "123456789": _DIGITS}),
     _KEYWORD: _row(KEYWORD | _LOOKAHEAD, {range(0x61, 0x7B): _KEYWORD}),
     _START: _row(
@@ -145,9 +137,7 @@ _VALID: Final = re.compile(
     rb"(?:" + _UTF8 + rb"|\\[\"'\\/bfnrt]|" + _BMP + rb"|" + _PAIR + rb")*+", re.DOTALL
 )
 _PLAIN: Final = re.compile(rb"[\x20-\x5b\x5d-\x7f]*+")
-_ESCAPE: Final = re.compile(
-    rb"\\(?:u([dD][89abAB]..)\\u(....)|u(....)|(.))", re.DOTALL
-)
+_ESCAPE: Final = re.compile(rb"\\(?:u([dD][89abAB]..)\\u(....)|u(....)|(.))", re.DOTALL)
 _UNICODE_ESCAPE: Final = re.compile(
     rb"\\u(?:[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|.{0,4})", re.DOTALL
 )
@@ -168,7 +158,7 @@ class Text:
         """Return the content. Only for members the schema does not mark sensitive."""
         content = bytes(self.view[self.start + 1 : self.end - 1])
         if b"\\" in content:
-            content = _ESCAPE.sub(lambda match: _unescape(match), content)
+            content = _ESCAPE.sub(_unescape, content)
         return content.replace(b"\xc0\x80", b"\0").decode()
 
     def decode_in_place(self) -> memoryview:
@@ -219,12 +209,13 @@ class Number:
         return "<Number>"
 
 
-JSON: TypeAlias = "None | bool | Number | Text | list[JSON] | dict[str, JSON]"
+JSON: TypeAlias = "bool | Number | Text | list[JSON] | dict[str, JSON] | None"
 
 
 class Fault(NamedTuple):
     """What is wrong with a message: ``JSON parse error, …``. ``quote`` is the sender's own text, still
-    in locked memory; the reply is built around it there."""
+    in locked memory; the reply is built around it there.
+    """
 
     before: str
     quote: memoryview | None = None
@@ -271,7 +262,9 @@ class Streamer:
         self._token -= distance
         self._tokens = [(kind, s - distance, e - distance) for kind, s, e in self._tokens]
 
-    def next(self, view: memoryview, position: int, end: int) -> tuple[int, "JSON | Fault | NeedData"]:
+    def next(
+        self, view: memoryview, position: int, end: int
+    ) -> tuple[int, "JSON | Fault | NeedData"]:
         """Read from ``position`` until a message ends, something is wrong, or ``end``.
 
         Returns where it stopped and the parsed message, the `Fault`, or `NEED_DATA`.
@@ -293,7 +286,9 @@ class Streamer:
             if following == _ERROR:
                 self._state = _RECOVERY
                 self._reset()
-                return position, Fault("JSON parse error, stray '", view[self._token : position], "'")
+                return position, Fault(
+                    "JSON parse error, stray '", view[self._token : position], "'"
+                )
             if LCURLY <= following <= STRING:
                 state = _START
                 outcome = self._take(following, view, self._token, position)
@@ -360,7 +355,7 @@ def _parse(view: memoryview, tokens: Iterator[tuple[int, int, int]]) -> JSON:
     while True:
         # A value is due.
         value: JSON
-        if kind == LCURLY or kind == LSQUARE:
+        if kind in (LCURLY, LSQUARE):
             container: dict[str, JSON] | list[JSON] = {} if kind == LCURLY else []
             closer = RCURLY if kind == LCURLY else RSQUARE
             kind, start, end = next(tokens)
@@ -408,7 +403,7 @@ def _scalar(view: memoryview, kind: int, start: int, end: int) -> JSON:
         if _PLAIN.match(view, start + 1, end - 1).end() != end - 1:  # type: ignore[union-attr]
             _check_string(view, start + 1, end - 1)
         return Text(view, start, end)
-    if kind == INTEGER or kind == FLOAT:
+    if kind in (INTEGER, FLOAT):
         return Number(view, start, end, integer=kind == INTEGER)
     if kind == KEYWORD:
         word = view[start:end]

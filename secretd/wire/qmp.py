@@ -25,7 +25,8 @@ _BRACE: Final = 0x7B
 
 class Connection(Generic[T]):
     """Requests out of a stream of bytes. ``fast`` takes the view of one line and returns the typed
-    request, or None to decline."""
+    request, or None to decline.
+    """
 
     def __init__(self, fast: Callable[[memoryview], T | None]) -> None:
         self._fast = fast

@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""An asyncio client: secretd's commands over qemu.qmp's QMPClient, and plaintext through pipes.
+
+Plaintext never stands in JSON: `add` passes a descriptor that the daemon reads, `read` one that it
+writes, into locked memory of this process. Errors are qemu.qmp's: `ConnectError`, `ExecuteError`,
+`ExecInterruptedError`, `StateError`. Used by ctl, and by programs that keep their secrets in secretd.
+
+    async with Client("/run/secretd/control.sock") as client:
+        await client.generate("disk0", 32)
+        with await client.read("disk0") as plaintext:
+            use(plaintext.view)
+"""
+
+import asyncio
+import os
+from collections.abc import Callable, Mapping
+from typing import Final, Literal, NamedTuple, Self, cast
+
+from qemu.qmp import (
+    ConnectError,
+    ExecInterruptedError,
+    ExecuteError,
+    QMPClient,
+    QMPError,
+    StateError,
+)
+
+from secretd import paths
+from secretd.memory import SCRATCH_WINDOW, Arena, LockedBuffer, choose_level
+
+Format = Literal["raw", "base64"]
+
+_CHUNK_BYTES: Final = 64 << 10
+
+
+class SecretInfo(NamedTuple):
+    """One line of query-secrets. ``size`` is bytes, ``memory`` secretmem, mlock or none."""
+
+    id: str
+    qom_type: str
+    size: int
+    memory: str
+
+
+class Sealed(NamedTuple):
+    """What secret-seal returns: AES-256-CBC ciphertext and its IV, both in base64."""
+
+    data: str
+    iv: str
+
+
+class Encoding(NamedTuple):
+    """How the content of a secret to be added is encoded: base64 or not, encrypted under ``keyid`` or
+    not. ``iv`` is base64.
+    """
+
+    format: Format = "raw"
+    keyid: str | None = None
+    iv: str | None = None
+
+
+PLAIN: Final = Encoding()
+
+
+class Client:
+    """A connection to secretd. Use it as an async context manager, or call `connect` and `close`."""
+
+    def __init__(self, path: str | None = None) -> None:
+        """``path``: the socket; default $SECRETD_SOCKET, else the control or the client socket."""
+        self.path = path or default_socket()
+        self._qmp = QMPClient("secretd")
+        self._passing = asyncio.Lock()
+        self._names = 0
+        self._arena: Arena | None = None
+
+    async def connect(self) -> None:
+        """Connect and negotiate. Raises qemu.qmp's ConnectError."""
+        await self._qmp.connect(self.path)
+
+    async def close(self) -> None:
+        """Disconnect, and wipe what `read` returned and nobody freed."""
+        try:
+            await self._qmp.disconnect()
+        finally:
+            if self._arena is not None:
+                arena, self._arena = self._arena, None
+                arena.close()
+
+    async def __aenter__(self) -> Self:
+        await self.connect()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()
+
+    # --- objects
+
+    async def add(self, object_id: str, fd: int, encoding: Encoding = PLAIN) -> None:
+        """Add a secret whose content the daemon reads from ``fd`` (borrowed): a file or memfd from its
+        start, a pipe or socket to its end.
+        """
+        async with self._passing:
+            self._qmp.send_fd_scm(fd)
+            added = await self._execute("add-fd")
+        set_id = cast(dict[str, int], added)["fdset-id"]
+        arguments = {"qom-type": "secret", "id": object_id, "file": f"/dev/fdset/{set_id}"}
+        options = encoding._asdict().items()
+        arguments |= {name: value for name, value in options if value is not None}
+        try:
+            await self._execute("object-add", arguments)
+        finally:
+            await self._execute("remove-fd", {"fdset-id": set_id})
+
+    async def add_bytes(
+        self, object_id: str, plaintext: memoryview, encoding: Encoding = PLAIN
+    ) -> None:
+        """Add a secret from memory, through a pipe."""
+        source, sink = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        writing = asyncio.ensure_future(_write_all(sink, plaintext))
+        try:
+            await self.add(object_id, source, encoding)
+        finally:
+            os.close(source)
+            writing.cancel()
+            await asyncio.gather(writing, return_exceptions=True)
+
+    async def generate(self, object_id: str, size: int = 32) -> None:
+        """Add a secret of ``size`` random bytes."""
+        await self._execute("secret-generate", {"id": object_id, "size": size})
+
+    async def delete(self, object_id: str) -> None:
+        """Remove an object; its plaintext is wiped when this returns."""
+        await self._execute("object-del", {"id": object_id})
+
+    async def list(self) -> list[SecretInfo]:
+        """Return the secrets this connection may know of."""
+        secrets = cast("list[dict[str, str]]", await self._execute("query-secrets"))
+        return [SecretInfo(s["id"], s["qom-type"], int(s["size"]), s["memory"]) for s in secrets]
+
+    async def version(self) -> str:
+        """Return the daemon's own version, such as "secretd 0.1.0"."""
+        return cast(dict[str, str], await self._execute("query-version"))["package"]
+
+    # --- hand-over
+
+    async def read(self, object_id: str, *, format: Format = "raw") -> LockedBuffer:  # noqa: A002
+        """Return a secret in locked memory; free it, or use it as a context manager, to wipe it."""
+        source, sink = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        reading = asyncio.ensure_future(self._read_all(source))
+        try:
+            try:
+                size = await self.read_into(object_id, sink, format=format)
+            finally:
+                os.close(sink)
+            buffer = await reading
+            assert buffer.size == size
+            return buffer
+        finally:
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
+            os.close(source)
+
+    async def read_into(
+        self,
+        object_id: str,
+        fd: int,
+        *,
+        format: Format = "raw",  # noqa: A002 - QEMU's word
+    ) -> int:
+        """Have the daemon write a secret to ``fd`` (borrowed): the write end of a pipe, an end of a
+        stream socket pair, or a memfd. Returns its size in bytes.
+        """
+        async with self._passing:
+            self._qmp.send_fd_scm(fd)
+            self._names += 1
+            name = f"secretd-client-{self._names}"
+            await self._execute("getfd", {"fdname": name})
+        reply = await self._execute(
+            "secret-read", {"id": object_id, "fdname": name, "format": format}
+        )
+        return cast(dict[str, int], reply)["size"]
+
+    async def seal(self, object_id: str, keyid: str) -> Sealed:
+        """Return a secret encrypted under another, for QEMU's object-add."""
+        arguments = {"id": object_id, "keyid": keyid}
+        reply = cast(dict[str, str], await self._execute("secret-seal", arguments))
+        return Sealed(reply["data"], reply["iv"])
+
+    # --- inside
+
+    async def _execute(self, command: str, arguments: Mapping[str, object] | None = None) -> object:
+        return await self._qmp.execute(command, arguments)
+
+    def buffer(self, size: int) -> LockedBuffer:
+        """Return locked memory of this process, for plaintext on its way in or out."""
+        if self._arena is None:
+            self._arena = Arena(choose_level(require=False), window=SCRATCH_WINDOW)
+        return self._arena.allocate(size)
+
+    async def _read_all(self, fd: int) -> LockedBuffer:
+        buffer = self.buffer(_CHUNK_BYTES)
+        fill = 0
+        try:
+            while True:
+                if fill == buffer.size:
+                    larger = self.buffer(4 * fill)
+                    larger.view[:fill] = buffer.view
+                    buffer.free()
+                    buffer = larger
+                try:
+                    count = os.readv(fd, [buffer.view[fill:]])
+                except BlockingIOError:
+                    loop = asyncio.get_running_loop()
+                    await _ready(fd, loop.add_reader, loop.remove_reader)
+                    continue
+                if count == 0:
+                    exact = self.buffer(fill)
+                    exact.view[:] = buffer.view[:fill]
+                    return exact
+                fill += count
+        finally:
+            buffer.free()
+
+
+async def _write_all(fd: int, data: memoryview) -> None:
+    loop = asyncio.get_running_loop()
+    try:
+        while data:
+            try:
+                data = data[os.writev(fd, [data]) :]
+            except BlockingIOError:
+                await _ready(fd, loop.add_writer, loop.remove_writer)
+    finally:
+        os.close(fd)
+
+
+async def _ready(
+    fd: int,
+    add: Callable[..., object],
+    remove: Callable[[int], object],
+) -> None:
+    future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    add(fd, _settle, future)
+    try:
+        await future
+    finally:
+        remove(fd)
+
+
+def _settle(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def default_socket() -> str:
+    """Return $SECRETD_SOCKET, else the control socket's default path if this user may use it, else
+    the client socket's.
+    """
+    given = os.environ.get("SECRETD_SOCKET")
+    if given:
+        return given
+    control = paths.control_path()
+    for path in (control, paths.client_path(), "/run/secretd/client.sock"):
+        if os.access(path, os.W_OK):
+            return path
+    return control
+
+
+__all__ = [
+    "Client",
+    "ConnectError",
+    "Encoding",
+    "ExecInterruptedError",
+    "ExecuteError",
+    "Format",
+    "QMPError",
+    "Sealed",
+    "SecretInfo",
+    "StateError",
+    "default_socket",
+]

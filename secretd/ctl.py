@@ -1,0 +1,393 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The command `secretctl`: secretd from a shell.
+
+Opens files and passes their descriptors, so that plaintext goes past this process where it can. What
+it must hold for a moment (a prompt, a pipe it looks into) lies in locked memory.
+
+Exit status: 0 done; 1 secretd or the system refused, the reason is on stderr; 2 wrong usage; for
+`run` the status of the command that was run (126 or 127 if it could not be started).
+"""
+
+import argparse
+import asyncio
+import errno
+import json
+import os
+import shutil
+import stat
+import sys
+import termios
+from collections.abc import Awaitable, Callable
+
+from qemu.qmp import QMPClient, QMPError
+
+from secretd import __version__
+from secretd.client import (
+    Client,
+    ConnectError,
+    Encoding,
+    ExecuteError,
+    Format,
+    SecretInfo,
+    default_socket,
+)
+from secretd.errors import SecretdError, UsageError
+from secretd.memory import LockedBuffer, forbid_dumps
+
+_STDIN_BYTES = 2 << 20
+_PROMPT_BYTES = 4096
+_PIPE_BYTES = 64 << 10
+"""What a pipe holds at first (pipe(7))."""
+
+
+def main() -> int:
+    """Run `secretctl`; return the exit status."""
+    options = _parser().parse_args()
+    forbid_dumps()
+    try:
+        verb: Callable[[argparse.Namespace], Awaitable[int | None]] | None = options.verb
+        if verb is None:
+            return shell(options)
+        return asyncio.run(_with_errors(verb, options)) or 0
+    except KeyboardInterrupt:
+        return 130
+    except SecretdError as error:
+        return _fail(str(error))
+    except OSError as error:
+        return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+
+
+async def _with_errors(
+    verb: Callable[[argparse.Namespace], Awaitable[int | None]], options: argparse.Namespace
+) -> int | None:
+    try:
+        return await verb(options)
+    except ConnectError as error:
+        cause = error.exc
+        reason = os.strerror(cause.errno) if isinstance(cause, OSError) and cause.errno else cause
+        hint = (
+            "; is secretd running? Start it with 'secretd', or name its socket with --socket"
+            if isinstance(cause, (FileNotFoundError, ConnectionRefusedError))
+            else ""
+        )
+        return _fail(f"cannot connect to {error_path(error, options)}: {reason}{hint}")
+    except ExecuteError as error:
+        return _fail(str(error))
+    except QMPError as error:
+        return _fail(f"the connection was lost: {error}")
+
+
+def error_path(_error: ConnectError, options: argparse.Namespace) -> str:
+    """Return the socket that could not be connected to."""
+    failed: str | None = getattr(options, "connecting", None)
+    return failed or options.socket or default_socket()
+
+
+def _fail(message: str) -> int:
+    print(f"secretctl: {message}", file=sys.stderr)
+    return 1
+
+
+def _warn(message: str) -> None:
+    print(f"secretctl: warning: {message}", file=sys.stderr)
+
+
+def _client(options: argparse.Namespace) -> Client:
+    return Client(options.socket)
+
+
+# --- add
+
+
+async def add(options: argparse.Namespace) -> None:
+    """Add a secret from a file, a descriptor, stdin or a prompt."""
+    async with _client(options) as client:
+        encoding = Encoding(options.format, options.keyid, options.iv)
+        if options.file is not None:
+            fd = os.open(options.file, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                await _add_fd(client, options, fd, encoding)
+            finally:
+                os.close(fd)
+        elif options.prompt or (options.fd is None and not options.stdin and sys.stdin.isatty()):
+            with _prompt(client, f"Secret {options.id}: ") as typed:
+                end = _find_newline(typed.view)
+                await client.add_bytes(options.id, typed.view[:end], encoding)
+        else:
+            await _add_fd(client, options, 0 if options.fd is None else options.fd, encoding)
+
+
+async def _add_fd(client: Client, options: argparse.Namespace, fd: int, encoding: Encoding) -> None:
+    status = os.fstat(fd)
+    if stat.S_ISREG(status.st_mode):
+        if status.st_size:
+            _check_newline(os.pread(fd, 1, status.st_size - 1) == b"\n", options.format)
+        await client.add(options.id, fd, encoding)
+        return
+    # A pipe can be read only once: look at its end here, in locked memory.
+    with client.buffer(_STDIN_BYTES + 1) as buffer:
+        fill = 0
+        while count := await asyncio.to_thread(os.readv, fd, [buffer.view[fill:]]):
+            fill += count
+            if fill > _STDIN_BYTES:
+                raise UsageError(f"more than {_STDIN_BYTES} bytes were given")
+        _check_newline(fill > 0 and buffer.view[fill - 1] == 0x0A, options.format)
+        await client.add_bytes(options.id, buffer.view[:fill], encoding)
+
+
+def _check_newline(found: bool, format: Format) -> None:  # noqa: A002
+    if found and format == "raw":
+        _warn("the secret ends in a newline, which is kept; 'printf %s' writes none")
+
+
+def _prompt(client: Client, text: str) -> LockedBuffer:
+    """Read a line from the terminal without echo."""
+    fd = os.open("/dev/tty", os.O_RDWR | os.O_CLOEXEC | os.O_NOCTTY)
+    try:
+        before = termios.tcgetattr(fd)
+        silent = termios.tcgetattr(fd)
+        silent[3] &= ~termios.ECHO
+        buffer = client.buffer(_PROMPT_BYTES)
+        os.write(fd, text.encode())
+        termios.tcsetattr(fd, termios.TCSAFLUSH, silent)
+        try:
+            os.readv(fd, [buffer.view])
+        finally:
+            termios.tcsetattr(fd, termios.TCSAFLUSH, before)
+            os.write(fd, b"\n")
+        return buffer
+    finally:
+        os.close(fd)
+
+
+def _find_newline(view: memoryview) -> int:
+    return next((i for i, byte in enumerate(view) if byte in (0x0A, 0)), len(view))
+
+
+# --- read, list, status, del, seal, generate
+
+
+async def read(options: argparse.Namespace) -> None:
+    """Write a secret to stdout."""
+    if os.isatty(1) and not options.force:
+        raise UsageError(
+            "stdout is a terminal; send the secret to a pipe or a file, or use --force"
+        )
+    async with _client(options) as client:
+        with await client.read(options.id, format=options.format) as secret:
+            rest = secret.view
+            while rest:
+                rest = rest[os.write(1, rest) :]
+
+
+async def list_secrets(options: argparse.Namespace) -> None:
+    """List the secrets."""
+    async with _client(options) as client:
+        secrets = await client.list()
+    if options.json:
+        print(json.dumps([s._asdict() for s in secrets]))
+    else:
+        print(_table(secrets))
+
+
+def _table(secrets: list[SecretInfo]) -> str:
+    rows = [("ID", "TYPE", "BYTES", "MEMORY")]
+    rows += [(s.id, s.qom_type, str(s.size), s.memory) for s in secrets]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        f"{i:<{widths[0]}}  {t:<{widths[1]}}  {n:>{widths[2]}}  {m}" for i, t, n, m in rows
+    )
+
+
+async def status(options: argparse.Namespace) -> None:
+    """Tell who answers, how many secrets it holds and how they are protected."""
+    async with _client(options) as client:
+        secrets = await client.list()
+        facts = {
+            "daemon": await client.version(),
+            "socket": client.path,
+            "secrets": len(secrets),
+            "bytes": sum(s.size for s in secrets),
+            "memory": ", ".join(sorted({s.memory for s in secrets})) or "-",
+        }
+    if options.json:
+        print(json.dumps(facts))
+    else:
+        print("\n".join(f"{name:<8} {value}" for name, value in facts.items()))
+
+
+async def delete(options: argparse.Namespace) -> None:
+    """Remove a secret."""
+    async with _client(options) as client:
+        await client.delete(options.id)
+
+
+async def seal(options: argparse.Namespace) -> None:
+    """Print a secret encrypted under another."""
+    async with _client(options) as client:
+        sealed = await client.seal(options.id, options.keyid)
+    print(json.dumps(sealed._asdict()))
+
+
+async def generate(options: argparse.Namespace) -> None:
+    """Add a secret of random bytes."""
+    async with _client(options) as client:
+        await client.generate(options.id, options.bytes)
+
+
+async def push(options: argparse.Namespace) -> None:
+    """Seal a secret and add it to a running QEMU."""
+    async with _client(options) as client:
+        sealed = await client.seal(options.id, options.keyid)
+    options.connecting = options.qmp
+    qemu = QMPClient("qemu")
+    await qemu.connect(options.qmp)
+    try:
+        await qemu.execute(
+            "object-add",
+            {
+                "qom-type": "secret",
+                "id": options.as_name or options.id,
+                "keyid": options.qemu_keyid or options.keyid,
+                "data": sealed.data,
+                "iv": sealed.iv,
+                "format": "base64",
+            },
+        )
+    finally:
+        await qemu.disconnect()
+
+
+# --- run, shell
+
+
+async def run(options: argparse.Namespace) -> int:
+    """Run a command with {NAME} replaced by a /dev/fd/N that reads as the secret."""
+    fds: dict[str, int] = {}
+    async with _client(options) as client:
+        for wanted in options.secret:
+            object_id, _, name = wanted.partition("=")
+            via = _via_memfd if options.via == "memfd" else _via_pipe
+            fds[name or object_id] = await via(client, object_id)
+    command = []
+    for word in options.command:
+        for name, fd in fds.items():
+            word = word.replace(f"{{{name}}}", f"/dev/fd/{fd}")  # noqa: PLW2901
+        command.append(word)
+    for fd in fds.values():
+        os.set_inheritable(fd, True)
+    try:
+        os.execvp(command[0], command)
+    except OSError as error:
+        _fail(f"{command[0]}: {error.strerror}")
+        return 127 if error.errno == errno.ENOENT else 126
+
+
+async def _via_memfd(client: Client, object_id: str) -> int:
+    fd = os.memfd_create("secret", os.MFD_CLOEXEC)
+    await client.read_into(object_id, fd)
+    return fd
+
+
+async def _via_pipe(client: Client, object_id: str) -> int:
+    """The whole secret waits in the pipe, so that the command can simply replace this process."""
+    import fcntl
+
+    source, sink = os.pipe2(os.O_CLOEXEC)
+    try:
+        size = next((s.size for s in await client.list() if s.id == object_id), 0)
+        if size > _PIPE_BYTES:
+            fcntl.fcntl(sink, fcntl.F_SETPIPE_SZ, size)
+        await client.read_into(object_id, sink)
+    finally:
+        os.close(sink)
+    return source
+
+
+def shell(options: argparse.Namespace) -> int:
+    """Become qmp-shell on the socket."""
+    beside = os.path.join(os.path.dirname(sys.executable), "qmp-shell")
+    program = beside if os.access(beside, os.X_OK) else shutil.which("qmp-shell")
+    if program is None:
+        return _fail("qmp-shell was not found; it comes with the Python package qemu.qmp")
+    return os.execv(program, [program, *options.arguments, options.socket or default_socket()])
+
+
+# --- the command line
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="secretctl",
+        description="Add secrets to a running secretd, and hand them on without showing them.",
+        epilog="'secretctl VERB --help' tells more of each.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--socket",
+        metavar="PATH",
+        help="secretd's socket (default: $SECRETD_SOCKET, else the control or client socket)",
+    )
+    parser.add_argument("--version", action="version", version=f"secretctl {__version__}")
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+
+    def verb(
+        name: str, function: Callable[..., Awaitable[int | None]] | None, text: str
+    ) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=text, description=text, allow_abbrev=False)
+        sub.set_defaults(verb=function)
+        return sub
+
+    sub = verb("add", add, "add a secret; asks for it on the terminal if no source is given")
+    sub.add_argument("id", metavar="ID")
+    source = sub.add_mutually_exclusive_group()
+    source.add_argument("--file", metavar="PATH", help="read it from a file or <(command)")
+    source.add_argument("--fd", metavar="N", type=int, help="read it from an inherited descriptor")
+    source.add_argument("--stdin", action="store_true", help="read it from standard input")
+    source.add_argument("--prompt", action="store_true", help="ask for it on the terminal")
+    sub.add_argument("--format", choices=("raw", "base64"), default="raw")
+    sub.add_argument("--keyid", metavar="K", help="the secret it is encrypted under (AES-256-CBC)")
+    sub.add_argument("--iv", metavar="B64", help="its initialisation vector in base64")
+
+    sub = verb("read", read, "write a secret to standard output")
+    sub.add_argument("id", metavar="ID")
+    sub.add_argument("--format", choices=("raw", "base64"), default="raw")
+    sub.add_argument("--force", action="store_true", help="even if that is a terminal")
+
+    for name, function, text in (
+        ("list", list_secrets, "list the secrets"),
+        ("status", status, "tell who answers and how secrets are protected"),
+    ):
+        sub = verb(name, function, text)
+        sub.add_argument("--json", action="store_true", help="for programs")
+
+    sub = verb("del", delete, "remove a secret")
+    sub.add_argument("id", metavar="ID")
+
+    sub = verb("seal", seal, "print a secret encrypted under another, as QEMU takes it")
+    sub.add_argument("id", metavar="ID")
+    sub.add_argument("--keyid", metavar="K", required=True)
+
+    sub = verb("push", push, "seal a secret and object-add it into a running QEMU")
+    sub.add_argument("id", metavar="ID")
+    sub.add_argument("--keyid", metavar="K", required=True, help="the master key both hold")
+    sub.add_argument("--qmp", metavar="SOCKET", required=True, help="QEMU's QMP socket")
+    sub.add_argument("--as", dest="as_name", metavar="NAME", help="its id in QEMU (default: ID)")
+    sub.add_argument("--qemu-keyid", metavar="NAME", help="the key's id in QEMU (default: K)")
+
+    sub = verb("run", run, "run a command with {NAME} replaced by a /dev/fd/N that is the secret")
+    sub.add_argument("--via", choices=("memfd", "pipe"), default="memfd")
+    sub.add_argument("--secret", action="append", metavar="ID[=NAME]", required=True)
+    sub.add_argument("command", nargs="+", metavar="-- CMD", help="the command and its arguments")
+
+    sub = verb("generate", generate, "add a secret of random bytes that nobody has seen")
+    sub.add_argument("id", metavar="ID")
+    sub.add_argument("--bytes", type=int, default=32, metavar="N")
+
+    sub = verb("shell", None, "qmp-shell on secretd's socket")
+    sub.add_argument("arguments", nargs=argparse.REMAINDER, help="options of qmp-shell, such as -H")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
