@@ -124,6 +124,8 @@ async def _add_fd(client: Client, options: argparse.Namespace, fd: int, encoding
             _check_newline(os.pread(fd, 1, status.st_size - 1) == b"\n", options.format)
         await client.add(options.id, fd, encoding)
         return
+    if stat.S_ISDIR(status.st_mode):
+        raise UsageError(f"{options.file or f'descriptor {fd}'}: {os.strerror(errno.EISDIR)}")
     # A pipe can be read only once: look at its end here, in locked memory.
     with client.buffer(_STDIN_BYTES + 1) as buffer:
         fill = 0
@@ -185,9 +187,14 @@ async def list_secrets(options: argparse.Namespace) -> None:
     async with _client(options) as client:
         secrets = await client.list()
     if options.json:
-        print(json.dumps([s._asdict() for s in secrets]))
+        print(json.dumps([_info(s) for s in secrets]))
     else:
         print(_table(secrets))
+
+
+def _info(secret: SecretInfo) -> dict[str, object]:
+    """The words of query-secrets."""
+    return {name.replace("_", "-"): value for name, value in secret._asdict().items()}
 
 
 def _table(secrets: list[SecretInfo]) -> str:

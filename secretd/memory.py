@@ -97,15 +97,24 @@ def forbid_dumps() -> None:
 class _Slab:
     """A window cut into slots of one size."""
 
-    __slots__ = ("free", "index", "size", "used", "view")
+    __slots__ = ("count", "freed", "fresh", "index", "size", "used", "view")
 
     def __init__(self, index: int, size: int, view: memoryview) -> None:
         self.index = index
         self.size = size
         self.view = view
+        self.count = len(view) // size
         self.used = 0
-        # Reversed, so that the lowest slots are taken first and pages are touched in order.
-        self.free = list(range(len(view) // size - 1, -1, -1))
+        self.fresh = 0  # slots from here on were never used
+        self.freed: list[int] = []
+
+    def take(self) -> int:
+        """Return the number of a free slot; there must be one."""
+        self.used += 1
+        if self.freed:
+            return self.freed.pop()
+        self.fresh += 1
+        return self.fresh - 1
 
 
 class LockedBuffer:
@@ -207,9 +216,8 @@ class Arena:
                 open_slabs = self._open.setdefault(slot, [])
                 open_slabs.append(slab)
             slab = open_slabs[-1]
-            offset = (slab.index << self._shift) + slab.free.pop() * slot
-            slab.used += 1
-            if not slab.free:
+            offset = (slab.index << self._shift) + slab.take() * slot
+            if slab.used == slab.count:
                 open_slabs.pop()
         self.held += size
         return offset
@@ -235,9 +243,9 @@ class Arena:
             return
         start = offset & (self._window - 1)
         wipe(view[start : start + size])
-        if not slab.free:
+        if slab.used == slab.count:
             self._open[slab.size].append(slab)
-        slab.free.append(start // slab.size)
+        slab.freed.append(start // slab.size)
         slab.used -= 1
         if not slab.used:
             self._open[slab.size].remove(slab)

@@ -142,7 +142,9 @@ class Transport:
             self.resume("starved")
 
     def _update_reading(self) -> None:
-        wanted = not (self._paused or self._ended or self.is_closed)
+        if self.is_closed:
+            return
+        wanted = not (self._paused or self._ended)
         if wanted and not self._reading:
             self._loop.add_reader(self._sock.fileno(), self._readable)
         elif self._reading and not wanted:

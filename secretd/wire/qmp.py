@@ -51,7 +51,10 @@ class Connection(Generic[T]):
 
         The views inside a request are good until the caller moves or wipes the bytes.
         """
-        if self._declined <= position < end and view[position] == _BRACE and self._streamer.idle:
+        if position == end:
+            self._declined = 0
+            return position, NEED_DATA
+        if self._declined <= position and view[position] == _BRACE and self._streamer.idle:
             line_end = _LINE.match(view, position, end).end()  # type: ignore[union-attr]
             request = self._fast(view[position:line_end])
             if request is not None:
