@@ -51,7 +51,7 @@ class Connection(Generic[T]):
 
         The views inside a request are good until the caller moves or wipes the bytes.
         """
-        if position == end:
+        if position == end and self._streamer.idle:
             self._declined = 0
             return position, NEED_DATA
         if self._declined <= position and view[position] == _BRACE and self._streamer.idle:
@@ -62,6 +62,7 @@ class Connection(Generic[T]):
             self._declined = line_end
         position, message = self._streamer.next(view, position, end)
         if message is NEED_DATA:
+            self._declined = 0
             return position, NEED_DATA
         if isinstance(message, Fault):
             return position, Malformed(message)
