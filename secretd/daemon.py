@@ -36,7 +36,8 @@ from secretd.qom.source import read_path
 from secretd.schema import check
 from secretd.server import Listener, Server, listen
 from secretd.state import Journal
-from secretd.wire.qjson import Text, to_python
+from secretd.wire import encode
+from secretd.wire.qjson import Text
 
 ARGV_FDS = "SECRETD_ARGV_FDS"
 """Environment variable from one incarnation to the next: memfds that hold what ``data=`` had."""
@@ -158,15 +159,17 @@ def _without_data(text: str) -> tuple[int, str] | None:
     if not isinstance(data, Text):
         return None
     if "file" in given:
-        raise UsageError(
-            f"--object {given.get('qom-type')}: 'file' and 'data' are mutually exclusive"
-        )
+        raise UsageError("--object: 'file' and 'data' are mutually exclusive")
     value = data.decode_in_place()[1:-1]
     fd = os.memfd_create("secretd-argv", 0)
     with open(fd, "wb", closefd=False) as memfd:
         memfd.write(value)
-    members = {key: str(to_python(value)) for key, value in given.items()}
-    return fd, keyval.compose(members | {"file": f"/dev/fd/{fd}"}, "qom-type")
+    file = {"file": f"/dev/fd/{fd}"}
+    if text.startswith("{"):
+        return fd, encode.value(given | file)
+    members = keyval.parse(text, "qom-type")
+    del members["data"]
+    return fd, keyval.compose(members | file, "qom-type")
 
 
 def _close_argv_fds() -> None:

@@ -8,6 +8,8 @@ ASCII only, separators ", " and ": ", lines that end in CRLF. Not for anything s
 import re
 from typing import Final
 
+from secretd.wire.qjson import Number, Text
+
 _PLAIN: Final = re.compile(r"[ !#-\[\]-~]*")
 _SHORT: Final = {
     '"': '\\"',
@@ -45,8 +47,48 @@ def string(text: str) -> str:
     return '"' + "".join(map(_character, text)) + '"'
 
 
+class _Verbatim(str):
+    """JSON text that is ready."""
+
+    __slots__ = ()
+
+
 def value(data: object) -> str:
-    """Return the JSON text of None, bool, int, float, str, lists and dicts of them."""
+    """Return the JSON text of None, bool, int, float, str, lists and dicts of them; and of what
+    wire.qjson parsed, unless that is sensitive.
+
+    Iterative, since 1024 levels are more than Python's stack takes.
+    """
+    parts: list[str] = []
+    stack = [data]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, _Verbatim):
+            parts.append(item)
+        elif isinstance(item, dict):
+            stack.append(_Verbatim("}"))
+            for key, member in reversed(item.items()):
+                stack += (member, _Verbatim(f", {string(key)}: "))
+            if item:
+                stack[-1] = _Verbatim(str(stack[-1])[2:])
+            parts.append("{")
+        elif isinstance(item, list):
+            stack.append(_Verbatim("]"))
+            for element in reversed(item):
+                stack += (element, _Verbatim(", "))
+            if item:
+                stack.pop()
+            parts.append("[")
+        else:
+            parts.append(_scalar(item))
+    return "".join(parts)
+
+
+def _scalar(data: object) -> str:
+    if isinstance(data, Text):
+        return string(data.to_str())
+    if isinstance(data, Number):
+        data = data.value()
     if isinstance(data, str):
         return string(data)
     if data is None:
@@ -59,10 +101,6 @@ def value(data: object) -> str:
         return str(data)
     if isinstance(data, float):
         return f"{data:.17g}"
-    if isinstance(data, dict):
-        return "{" + ", ".join(f"{string(k)}: {value(v)}" for k, v in data.items()) + "}"
-    if isinstance(data, list):
-        return "[" + ", ".join(map(value, data)) + "]"
     raise TypeError(f"{type(data).__name__} has no JSON form")
 
 

@@ -434,16 +434,3 @@ def _unescape(match: re.Match[bytes]) -> bytes:
     if high is not None:
         return chr(0x10000 + ((int(high, 16) & 0x3FF) << 10) + (int(low, 16) & 0x3FF)).encode()
     return chr(int(code, 16)).encode().replace(b"\0", b"\xc0\x80")
-
-
-def to_python(value: JSON) -> object:
-    """Return plain Python values. Only for what the schema does not mark sensitive."""
-    if isinstance(value, Text):
-        return value.to_str()
-    if isinstance(value, Number):
-        return value.value()
-    if isinstance(value, list):
-        return [to_python(element) for element in value]
-    if isinstance(value, dict):
-        return {key: to_python(member) for key, member in value.items()}
-    return value

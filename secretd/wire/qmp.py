@@ -15,11 +15,12 @@ from typing import Final, Generic, TypeVar
 
 from secretd.wire import encode
 from secretd.wire.message import Malformed, Request
-from secretd.wire.qjson import JSON, NEED_DATA, Fault, NeedData, Streamer, Text, to_python
+from secretd.wire.qjson import JSON, NEED_DATA, Fault, NeedData, Streamer, Text
 
 T = TypeVar("T")
 
 _LINE: Final = re.compile(rb"[^\n]*\n?")
+_BLANK: Final = re.compile(rb"[ \t\r\n]*")
 _BRACE: Final = 0x7B
 
 
@@ -51,15 +52,24 @@ class Connection(Generic[T]):
 
         The views inside a request are good until the caller moves or wipes the bytes.
         """
-        if position == end and self._streamer.idle:
-            self._declined = 0
-            return position, NEED_DATA
-        if self._declined <= position and view[position] == _BRACE and self._streamer.idle:
+        if self._streamer.idle:
+            if position < end and view[position] <= 0x20:
+                position = _BLANK.match(view, position, end).end()  # type: ignore[union-attr]
+            if position == end:
+                self._declined = 0
+                return position, NEED_DATA
+            if self._declined > position or view[position] != _BRACE:
+                return self._reference(view, position, end)
             line_end = _LINE.match(view, position, end).end()  # type: ignore[union-attr]
             request = self._fast(view[position:line_end])
             if request is not None:
                 return line_end, request
             self._declined = line_end
+        return self._reference(view, position, end)
+
+    def _reference(
+        self, view: memoryview, position: int, end: int
+    ) -> tuple[int, Request | Malformed | NeedData]:
         position, message = self._streamer.next(view, position, end)
         if message is NEED_DATA:
             self._declined = 0
@@ -73,7 +83,7 @@ def _check_object(message: JSON) -> Request | Malformed:
     """qmp_dispatch_check_obj(): is it a command object?"""
     if not isinstance(message, dict):
         return Malformed(Fault("QMP input must be a JSON object"))
-    id_text = encode.value(to_python(message["id"])) if "id" in message else None
+    id_text = encode.value(message["id"]) if "id" in message else None
     command = None
     for key in sorted(message, key=_bucket):
         value = message[key]

@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What tests share: an arena, a running server, a raw QMP client, and what real parts there are."""
+
+import asyncio
+import contextlib
+import fcntl
+import gc
+import json
+import os
+import shutil
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+
+from secretd.access import Door
+from secretd.commands import COMMANDS
+from secretd.memory import SCRATCH_RESERVE, SCRATCH_WINDOW, Arena
+from secretd.qom.object import ObjectTree
+from secretd.qom.secret import SECRET_COMMON, Secret
+from secretd.server import Server, listen
+from secretd.state import Journal
+
+REQUIRE_REAL = bool(os.environ.get("SECRETD_REQUIRE_REAL"))
+ARENA_LEVEL = "secretmem"
+
+
+def need(condition: bool, reason: str) -> None:
+    """Skip a test that needs a real part; fail it where all real parts are required."""
+    if not condition:
+        if REQUIRE_REAL:
+            pytest.fail(f"required here: {reason}")
+        pytest.skip(reason)
+
+
+def need_program(*names: str) -> None:
+    """Skip or fail without these programs."""
+    missing = [name for name in names if shutil.which(name) is None]
+    need(not missing, f"not installed: {', '.join(missing)}")
+
+
+def need_root() -> None:
+    """Skip or fail without root."""
+    need(os.getuid() == 0, "needs root")
+
+
+def open_fds() -> set[str]:
+    """The descriptors of this process."""
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            found.add(f"{name} {os.readlink(f'/proc/self/fd/{name}')}")
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _no_leaked_fds() -> Iterator[None]:
+    before = open_fds()
+    yield
+    gc.collect()
+    leaked = open_fds() - before
+    leaked = {name for name in leaked if "/.coverage" not in name and "/.hypothesis" not in name}
+    assert not leaked
+
+
+@pytest.fixture
+def arena() -> Iterator[Arena]:
+    """An arena in the best memory there is; it must be empty at the end."""
+    made = Arena(ARENA_LEVEL)
+    yield made
+    held = made.held
+    made.close()
+    assert held == 0
+
+
+class Client:
+    """A QMP client of few words: blocking, sees every byte."""
+
+    def __init__(self, path: str, *, negotiate: bool = True) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(20)
+        self.sock.connect(path)
+        self._buffer = b""
+        if negotiate:
+            self.greeting = self.reply()
+            assert self.cmd("qmp_capabilities") == {"return": {}}
+
+    def line(self) -> bytes:
+        """The next line; b"" at the end."""
+        while b"\n" not in self._buffer:
+            data = self.sock.recv(1 << 16)
+            if not data:
+                return b""
+            self._buffer += data
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        return line + b"\n"
+
+    def reply(self) -> dict:
+        """The next reply."""
+        line = self.line()
+        assert line.endswith(b"\r\n"), line
+        assert line.isascii()
+        return json.loads(line)
+
+    def send(self, data: bytes, fds: tuple[int, ...] = ()) -> None:
+        """Send bytes, with descriptors."""
+        if fds:
+            assert socket.send_fds(self.sock, [data], list(fds)) == len(data)
+        else:
+            self.sock.sendall(data)
+
+    def ask(self, data: bytes, fds: tuple[int, ...] = ()) -> dict:
+        """Send bytes, return the next reply."""
+        self.send(data, fds)
+        return self.reply()
+
+    def cmd(self, command: str, arguments: dict | None = None, fds: tuple[int, ...] = ()) -> dict:
+        """Execute a command; return the whole reply."""
+        message: dict = {"execute": command}
+        if arguments is not None:
+            message["arguments"] = arguments
+        return self.ask(json.dumps(message).encode() + b"\n", fds)
+
+    def ok(self, command: str, arguments: dict | None = None, fds: tuple[int, ...] = ()) -> object:
+        """Execute a command that succeeds; return what it returns."""
+        reply = self.cmd(command, arguments, fds)
+        assert "return" in reply, reply
+        return reply["return"]
+
+    def fail(self, command: str, arguments: dict | None = None, fds: tuple[int, ...] = ()) -> str:
+        """Execute a command that fails; return the words."""
+        reply = self.cmd(command, arguments, fds)
+        assert "error" in reply, reply
+        return reply["error"]["desc"]
+
+    def add(self, object_id: str, **options: str) -> dict:
+        """Add a secret; return the whole reply."""
+        return self.cmd("object-add", {"qom-type": "secret", "id": object_id, **options})
+
+    def read(self, object_id: str, **options: str) -> bytes:
+        """Read a secret through a pipe."""
+        source, sink = os.pipe()
+        try:
+            with contextlib.suppress(PermissionError):
+                fcntl.fcntl(sink, fcntl.F_SETPIPE_SZ, 1 << 20)
+            size = self.ok("secret-read", {"id": object_id, **options}, (sink,))["size"]
+            os.close(sink)
+            sink = -1
+            with open(source, "rb", closefd=False) as pipe:
+                data = pipe.read()
+            assert len(data) == size
+            return data
+        finally:
+            os.close(source)
+            if sink >= 0:
+                os.close(sink)
+
+    def close(self) -> None:
+        """Disconnect."""
+        self.sock.close()
+
+
+class Daemon:
+    """A server in a thread of this process, with both doors."""
+
+    def __init__(self, directory: Path, level: str = ARENA_LEVEL) -> None:
+        self.control = str(directory / "control.sock")
+        self.client = str(directory / "client.sock")
+        self._level = level
+        self._clients: list[Client] = []
+        self._ready: Future[None] = Future()
+        self._thread = threading.Thread(target=self._main)
+        self._thread.start()
+        self._ready.result(20)
+
+    def _main(self) -> None:
+        try:
+            asyncio.run(self._serve())
+        except BaseException as error:
+            if not self._ready.done():
+                self._ready.set_exception(error)
+            else:
+                raise
+
+    async def _serve(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.errors: list[dict] = []
+        self.loop.set_exception_handler(lambda _loop, context: self.errors.append(context))
+        self.scratch = Arena(self._level, window=SCRATCH_WINDOW, reserve=SCRATCH_RESERVE)
+        self.journal = Journal(Arena(self._level))
+        self.tree = ObjectTree(self.journal, self.scratch, (Secret(),), (SECRET_COMMON,))
+        self.server = Server(self.tree, COMMANDS.by_name.values(), "secretd test")
+        try:
+            self.server.add(listen(self.control, Door.CONTROL, 0o600))
+            self.server.add(listen(self.client, Door.CLIENT, 0o666))
+            await self.server.run(lambda: self._ready.set_result(None))
+            self.held = self.scratch.held
+        finally:
+            self.journal.close()
+            self.journal.arena.close()
+            self.scratch.close()
+
+    def call(self, function: Callable[[], object]) -> object:
+        """Run a function in the server's thread; return its result."""
+        done: Future[object] = Future()
+
+        def run() -> None:
+            try:
+                done.set_result(function())
+            except BaseException as error:
+                done.set_exception(error)
+
+        self.loop.call_soon_threadsafe(run)
+        return done.result(20)
+
+    def connect(self, *, door: str = "control", negotiate: bool = True) -> Client:
+        """Connect; the client is closed with the daemon."""
+        path = self.control if door == "control" else self.client
+        client = Client(path, negotiate=negotiate)
+        self._clients.append(client)
+        return client
+
+    def stop(self) -> None:
+        """Stop; nothing may be left over."""
+        for client in self._clients:
+            client.close()
+        if self._thread.is_alive():
+            with contextlib.suppress(RuntimeError):
+                self.loop.call_soon_threadsafe(self.server.stop)
+        self._thread.join(20)
+        assert not self._thread.is_alive()
+        assert self.errors == []
+        assert self.held == 0, "scratch memory was not freed"
+        assert not os.path.exists(self.control)
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[Daemon]:
+    """A running server."""
+    made = Daemon(tmp_path)
+    yield made
+    made.stop()
+
+
+@pytest.fixture
+def qmp(daemon: Daemon) -> Client:
+    """A client on the control door."""
+    return daemon.connect()
