@@ -26,6 +26,7 @@ from qemu.qmp import (
 )
 
 from secretd import paths
+from secretd.fds import Fd
 from secretd.memory import SCRATCH_WINDOW, Arena, LockedBuffer, choose_level
 
 Format = Literal["raw", "base64"]
@@ -78,7 +79,7 @@ class Client:
         await self._qmp.connect(self.path)
 
     async def close(self) -> None:
-        """Disconnect, and wipe what `read` returned and nobody freed."""
+        """Disconnect, and wipe what `read` returned: it reads as zeros then."""
         try:
             await self._qmp.disconnect()
         finally:
@@ -115,7 +116,8 @@ class Client:
         self, object_id: str, plaintext: memoryview, encoding: Encoding = PLAIN
     ) -> None:
         """Add a secret from memory, through a pipe."""
-        source, sink = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        source, number = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        sink = Fd(number)
         writing = asyncio.ensure_future(_write_all(sink, plaintext))
         try:
             await self.add(object_id, source, encoding)
@@ -123,6 +125,7 @@ class Client:
             os.close(source)
             writing.cancel()
             await asyncio.gather(writing, return_exceptions=True)
+            sink.close()
 
     async def generate(self, object_id: str, size: int = 32) -> None:
         """Add a secret of ``size`` random bytes."""
@@ -210,8 +213,7 @@ class Client:
                 try:
                     count = os.readv(fd, [buffer.view[fill:]])
                 except BlockingIOError:
-                    loop = asyncio.get_running_loop()
-                    await _ready(fd, loop.add_reader, loop.remove_reader)
+                    await readable(fd)
                     continue
                 if count == 0:
                     exact = self.buffer(fill)
@@ -222,16 +224,20 @@ class Client:
             buffer.free()
 
 
-async def _write_all(fd: int, data: memoryview) -> None:
+async def _write_all(sink: Fd, data: memoryview) -> None:
     loop = asyncio.get_running_loop()
-    try:
-        while data:
-            try:
-                data = data[os.writev(fd, [data]) :]
-            except BlockingIOError:
-                await _ready(fd, loop.add_writer, loop.remove_writer)
-    finally:
-        os.close(fd)
+    while data:
+        try:
+            data = data[os.writev(sink.fileno(), [data]) :]
+        except BlockingIOError:
+            await _ready(sink.fileno(), loop.add_writer, loop.remove_writer)
+    sink.close()
+
+
+async def readable(fd: int) -> None:
+    """Wait until a pipe, socket or terminal has something to read."""
+    loop = asyncio.get_running_loop()
+    await _ready(fd, loop.add_reader, loop.remove_reader)
 
 
 async def _ready(
@@ -261,7 +267,7 @@ def default_socket() -> str:
         return given
     control = paths.control_path()
     for path in (control, paths.client_path(), "/run/secretd/client.sock"):
-        if os.access(path, os.W_OK):
+        if os.access(path, os.W_OK) and paths.is_trusted(os.path.dirname(path)):
             return path
     return control
 
@@ -278,4 +284,5 @@ __all__ = [
     "SecretInfo",
     "StateError",
     "default_socket",
+    "readable",
 ]

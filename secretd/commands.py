@@ -13,7 +13,7 @@ from typing import Any, Final, Literal
 from msgspec import UNSET, UnsetType
 
 from secretd import crypto
-from secretd.access import check, may_list
+from secretd.access import check, readable
 from secretd.errors import CommandError, CommandNotFound
 from secretd.memory import LockedBuffer
 from secretd.monitor import QEMU_VERSION, Monitor
@@ -227,18 +227,17 @@ def query_secrets(monitor: Monitor) -> list[JSONObject]:
     """
     journal = monitor.tree.journal
     listed: list[JSONObject] = []
-    for object_id in journal:
+    for object_id in readable(monitor.peer, journal):
         kind = monitor.tree.type_of(object_id)
         summary = journal.summary(object_id)
         assert kind is not None
         assert summary is not None
-        if may_list(monitor.peer, object_id):
-            listed.append(
-                {
-                    "id": object_id,
-                    "qom-type": kind.info.name,
-                    "size": summary[1],
-                    "memory": monitor.daemon.memory,
-                }
-            )
+        listed.append(
+            {
+                "id": object_id,
+                "qom-type": kind.info.name,
+                "size": summary[1],
+                "memory": monitor.daemon.memory,
+            }
+        )
     return listed

@@ -13,7 +13,9 @@ import asyncio
 import errno
 import json
 import os
+import resource
 import shutil
+import signal
 import stat
 import sys
 import termios
@@ -30,6 +32,7 @@ from secretd.client import (
     Format,
     SecretInfo,
     default_socket,
+    readable,
 )
 from secretd.errors import SecretdError, UsageError
 from secretd.memory import LockedBuffer, forbid_dumps
@@ -43,6 +46,7 @@ _PIPE_BYTES = 64 << 10
 def main() -> int:
     """Run `secretctl`; return the exit status."""
     options = _parser().parse_args()
+    options.core_limit = resource.getrlimit(resource.RLIMIT_CORE)
     forbid_dumps()
     try:
         verb: Callable[[argparse.Namespace], Awaitable[int | None]] | None = options.verb
@@ -63,24 +67,23 @@ async def _with_errors(
     try:
         return await verb(options)
     except ConnectError as error:
-        cause = error.exc
-        reason = os.strerror(cause.errno) if isinstance(cause, OSError) and cause.errno else cause
-        hint = (
-            "; is secretd running? Start it with 'secretd', or name its socket with --socket"
-            if isinstance(cause, (FileNotFoundError, ConnectionRefusedError))
-            else ""
-        )
-        return _fail(f"cannot connect to {error_path(error, options)}: {reason}{hint}")
+        return _cannot_connect(error, options)
     except ExecuteError as error:
         return _fail(str(error))
     except QMPError as error:
         return _fail(f"the connection was lost: {error}")
 
 
-def error_path(_error: ConnectError, options: argparse.Namespace) -> str:
-    """Return the socket that could not be connected to."""
-    failed: str | None = getattr(options, "connecting", None)
-    return failed or options.socket or default_socket()
+def _cannot_connect(error: ConnectError, options: argparse.Namespace) -> int:
+    qemu: str | None = getattr(options, "connecting", None)
+    cause = error.exc
+    reason = os.strerror(cause.errno) if isinstance(cause, OSError) and cause.errno else cause
+    absent = isinstance(cause, (FileNotFoundError, ConnectionRefusedError))
+    path = qemu or options.socket or default_socket()
+    _fail(f"cannot connect to {path}: {reason}{'; is it running?' if absent else ''}")
+    if absent and qemu is None:
+        _fail("start it with 'secretd', or name its socket with --socket")
+    return 1
 
 
 def _fail(message: str) -> int:
@@ -110,8 +113,10 @@ async def add(options: argparse.Namespace) -> None:
             finally:
                 os.close(fd)
         elif options.prompt or (options.fd is None and not options.stdin and sys.stdin.isatty()):
-            with _prompt(client, f"Secret {options.id}: ") as typed:
+            with await _prompt(client, f"Secret {options.id}: ") as typed:
                 end = _find_newline(typed.view)
+                if not end:
+                    raise UsageError("nothing was typed")
                 await client.add_bytes(options.id, typed.view[:end], encoding)
         else:
             await _add_fd(client, options, 0 if options.fd is None else options.fd, encoding)
@@ -129,7 +134,11 @@ async def _add_fd(client: Client, options: argparse.Namespace, fd: int, encoding
     # A pipe can be read only once: look at its end here, in locked memory.
     with client.buffer(_STDIN_BYTES + 1) as buffer:
         fill = 0
-        while count := await asyncio.to_thread(os.readv, fd, [buffer.view[fill:]]):
+        while True:
+            await readable(fd)
+            count = os.readv(fd, [buffer.view[fill:]])
+            if not count:
+                break
             fill += count
             if fill > _STDIN_BYTES:
                 raise UsageError(f"more than {_STDIN_BYTES} bytes were given")
@@ -142,7 +151,7 @@ def _check_newline(found: bool, format: Format) -> None:  # noqa: A002
         _warn("the secret ends in a newline, which is kept; 'printf %s' writes none")
 
 
-def _prompt(client: Client, text: str) -> LockedBuffer:
+async def _prompt(client: Client, text: str) -> LockedBuffer:
     """Read a line from the terminal without echo."""
     fd = os.open("/dev/tty", os.O_RDWR | os.O_CLOEXEC | os.O_NOCTTY)
     try:
@@ -153,6 +162,7 @@ def _prompt(client: Client, text: str) -> LockedBuffer:
         os.write(fd, text.encode())
         termios.tcsetattr(fd, termios.TCSAFLUSH, silent)
         try:
+            await readable(fd)
             os.readv(fd, [buffer.view])
         finally:
             termios.tcsetattr(fd, termios.TCSAFLUSH, before)
@@ -283,6 +293,10 @@ async def run(options: argparse.Namespace) -> int:
         command.append(word)
     for fd in fds.values():
         os.set_inheritable(fd, True)
+    # The command starts as from a shell: Python ignores these signals, we forbade core files.
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):
+        signal.signal(number, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_CORE, options.core_limit)
     try:
         os.execvp(command[0], command)
     except OSError as error:

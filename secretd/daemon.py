@@ -11,6 +11,7 @@ import contextlib
 import grp
 import logging
 import os
+import re
 import resource
 import signal
 import stat
@@ -31,7 +32,7 @@ from secretd.memory import (
     limit_text,
 )
 from secretd.qom.object import ObjectTree
-from secretd.qom.secret import SECRET_COMMON, Secret
+from secretd.qom.secret import SECRET_COMMON, Secret, SecretOptions
 from secretd.qom.source import read_path
 from secretd.schema import check
 from secretd.server import Listener, Server, listen
@@ -74,8 +75,8 @@ _MODES = {Door.CONTROL: 0o600, Door.CLIENT: 0o666}
 def main() -> int:
     """Run the daemon; return the exit status."""
     try:
-        options = _parser().parse_args(_argv())
         hide_data()
+        options = _parse_options(_argv())
         return run(options)
     except (SecretdError, OSError) as error:
         print(f"secretd: {error}", file=sys.stderr)
@@ -84,7 +85,8 @@ def main() -> int:
 
 def _argv() -> list[str]:
     """QEMU's users type one dash."""
-    return ["--object" if word == "-object" else word for word in sys.argv[1:]]
+    one = ("-object", "-object=")
+    return [f"-{word}" if word.startswith(one) else word for word in sys.argv[1:]]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -107,6 +109,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--version", action="version", version=f"secretd {__version__}")
     return parser
+
+
+def _parse_options(words: list[str]) -> argparse.Namespace:
+    """Parse; argparse would print unknown arguments whole, and a secret may stand in one."""
+    parser = _parser()
+    options, unknown = parser.parse_known_args(words)
+    if unknown:
+        name = unknown[0].partition("=")[0]
+        shown = f"option {name}" if name.startswith("-") else "argument"
+        parser.error(f"unknown {shown}")
+    return options
 
 
 # --- before anything else: what stands in argv
@@ -172,10 +185,14 @@ def _without_data(text: str) -> tuple[int, str] | None:
     return fd, keyval.compose(members | file, "qom-type")
 
 
-def _close_argv_fds() -> None:
-    for number in filter(None, os.environ.pop(ARGV_FDS, "").split(",")):
-        os.ftruncate(int(number), 0)
-        os.close(int(number))
+def _argv_fds() -> list[int]:
+    return [int(number) for number in filter(None, os.environ.pop(ARGV_FDS, "").split(","))]
+
+
+def _close_argv_fds(fds: list[int]) -> None:
+    for fd in fds:
+        os.ftruncate(fd, 0)
+        os.close(fd)
 
 
 # --- start
@@ -196,9 +213,10 @@ def run(options: argparse.Namespace) -> int:
     journal = Journal(Arena(level))
     try:
         tree = ObjectTree(journal, scratch, (Secret(),), (SECRET_COMMON,))
-        for text in options.object:
-            make_object(tree, text)
-        _close_argv_fds()
+        hidden = _argv_fds()
+        for number, text in enumerate(options.object, 1):
+            make_object(tree, text, number, hidden)
+        _close_argv_fds(hidden)
         asyncio.run(_serve(tree, doors))
     finally:
         journal.close()
@@ -207,8 +225,11 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def make_object(tree: ObjectTree, text: str) -> None:
-    """Make the object that ``--object TEXT`` says, or raise UsageError naming the option."""
+def make_object(tree: ObjectTree, text: str, number: int, hidden: list[int]) -> None:
+    """Make the object that ``--object TEXT`` says, or raise UsageError naming the option.
+
+    ``number``: which of the options it is, from 1. ``hidden``: descriptors that stand for data=.
+    """
 
     def read(name: str) -> LockedBuffer:
         return read_path(name, tree.scratch, magic_links=True)
@@ -217,7 +238,23 @@ def make_object(tree: ObjectTree, text: str) -> None:
         options = check(COMMANDS.by_name["object-add"], keyval.arguments(text))
         tree.add(options, read)
     except (CommandError, UsageError) as error:
+        if "data" in text:
+            # It may hold a secret, and the words may quote a part of it.
+            raise UsageError(
+                f"--object number {number} (not shown, since it has data): {_unquoted(str(error))}; "
+                "a comma in a value is written twice"
+            ) from None
         raise UsageError(f"--object {text}: {error}") from None
+    assert isinstance(options, SecretOptions)
+    if options.file in [f"/dev/fd/{fd}" for fd in hidden]:
+        record = tree.journal.get(options.id)
+        assert record is not None
+        tree.journal.set_properties(options.id, record.properties | {"file": ""})
+
+
+def _unquoted(words: str) -> str:
+    known = ("data", "file", "format", "keyid", "iv", "id", "qom-type")
+    return re.sub("'([^']*)'", lambda m: m[0] if m[1] in known else "'…'", words)
 
 
 def door_spec(door: Door, text: str) -> DoorSpec:
@@ -249,7 +286,7 @@ def door_spec(door: Door, text: str) -> DoorSpec:
 
 def _default_doors() -> list[DoorSpec]:
     directory = paths.default_directory()
-    own = os.getuid() != 0 and "XDG_RUNTIME_DIR" not in os.environ
+    own = not paths.has_runtime_directory()
     with contextlib.suppress(FileExistsError):
         try:
             os.mkdir(directory, 0o700 if own else 0o755)

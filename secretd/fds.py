@@ -17,6 +17,7 @@ import socket
 import stat
 import threading
 import warnings
+from collections import deque
 from collections.abc import Callable
 from enum import Enum
 from typing import Final, ParamSpec, TypeVar
@@ -34,6 +35,9 @@ DESCRIPTORS_PER_CONNECTION: Final = 64
 
 THREADS_PER_UID: Final = 4
 """Threads that one uid may keep busy with descriptors that block."""
+
+DESCRIPTORS_WAITING_PER_UID: Final = 1024
+"""Descriptors of one uid that may wait to be closed; with more, its connections are closed."""
 
 _SO_DOMAIN: Final = 39
 _F_GET_SEALS: Final = 1034
@@ -277,19 +281,26 @@ def received(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
 class Offload:
     """Runs calls that a client can make block, in at most THREADS_PER_UID threads for each uid.
 
-    A call that is no longer waited for goes on in its thread.
+    What more a uid asks for waits for one of its own threads. A call that nobody waits for any more
+    goes on in its thread.
     """
 
     def __init__(self) -> None:
-        self._busy: dict[int, int] = {}
+        self._lock = threading.Lock()
+        self._threads: dict[int, int] = {}
+        self._queues: dict[int, deque[Callable[[], object]]] = {}
+
+    def busy(self, uid: int) -> bool:
+        """True if a uid has so much waiting to be closed that it must not bring more."""
+        return len(self._queues.get(uid, ())) > DESCRIPTORS_WAITING_PER_UID
+
+    def idle(self) -> bool:
+        """True if no call runs or waits."""
+        return not self._threads
 
     def close(self, uid: int, fd: int) -> None:
-        """Close a descriptor in a thread; nobody waits for it.
-
-        When all of the uid's threads are stuck this still starts one: the descriptor must not leak.
-        The uid cannot go on, since `run` refuses it from then on.
-        """
-        self._start(uid, lambda: os.close(fd), lambda: None)
+        """Close a descriptor in a thread; nobody waits for it."""
+        self._submit(uid, lambda: os.close(fd))
 
     async def run(
         self,
@@ -302,13 +313,7 @@ class Offload:
         """Return ``function(*args)``, called in a thread.
 
         ``discard`` is called in the loop with the result if nobody waits for it any more.
-        Raises CommandError when the uid's threads are all in use.
         """
-        if self._busy.get(uid, 0) >= THREADS_PER_UID:
-            raise CommandError(
-                f"All {THREADS_PER_UID} threads for descriptors of uid {uid} are waiting; "
-                "finish or close those descriptors first"
-            )
         loop = asyncio.get_running_loop()
         future: asyncio.Future[R] = loop.create_future()
 
@@ -321,32 +326,58 @@ class Offload:
             else:
                 future.set_result(result)  # type: ignore[arg-type]
 
-        outcome: list[tuple[R | None, BaseException | None]] = []
-
         def call() -> None:
+            outcome: tuple[R | None, BaseException | None]
             try:
-                outcome.append((function(*args, **kwargs), None))
+                outcome = (function(*args, **kwargs), None)
             except BaseException as error:  # noqa: BLE001 - handed to whoever waits
-                outcome.append((None, error))
+                outcome = (None, error)
+            with contextlib.suppress(RuntimeError):  # the loop has ended, and all with it
+                loop.call_soon_threadsafe(settle, *outcome)
 
-        self._start(uid, call, lambda: settle(*outcome[0]))
-        return await future
+        self._submit(uid, call)
+        try:
+            return await future
+        except asyncio.CancelledError:
+            if future.done() and not future.cancelled() and future.exception() is None:
+                discard(future.result())
+            raise
 
-    def _start(self, uid: int, call: Callable[[], object], then: Callable[[], None]) -> None:
-        loop = asyncio.get_running_loop()
-        self._busy[uid] = self._busy.get(uid, 0) + 1
+    def _submit(self, uid: int, call: Callable[[], object]) -> None:
+        with self._lock:
+            self._queues.setdefault(uid, deque()).append(call)
+            count = self._threads.get(uid, 0)
+            if count >= THREADS_PER_UID:
+                return
+            self._threads[uid] = count + 1
+        # A daemon thread: one that is stuck for ever must not keep the process from ending.
+        thread = threading.Thread(
+            target=self._work, args=(uid,), name=f"offload-{uid}", daemon=True
+        )
+        try:
+            thread.start()
+        except RuntimeError:
+            # No thread is to be had. Another one of this uid, or the next call, finds the queue.
+            self._retire(uid)
 
-        def finish() -> None:
-            self._busy[uid] -= 1
-            if not self._busy[uid]:
-                del self._busy[uid]
-            then()
-
-        def work() -> None:
+    def _work(self, uid: int) -> None:
+        while True:
+            with self._lock:
+                queue = self._queues[uid]
+                if not queue:
+                    self._retire_locked(uid)
+                    return
+                call = queue.popleft()
             with contextlib.suppress(OSError):
                 call()
-            with contextlib.suppress(RuntimeError):  # the loop has ended, and all with it
-                loop.call_soon_threadsafe(finish)
 
-        # A daemon thread: one that is stuck for ever must not keep the process from ending.
-        threading.Thread(target=work, name=f"offload-{uid}", daemon=True).start()
+    def _retire(self, uid: int) -> None:
+        with self._lock:
+            self._retire_locked(uid)
+
+    def _retire_locked(self, uid: int) -> None:
+        self._threads[uid] -= 1
+        if not self._threads[uid]:
+            del self._threads[uid]
+            if not self._queues[uid]:
+                del self._queues[uid]

@@ -91,7 +91,8 @@ def forbid_dumps() -> None:
     prctl(2) PR_SET_DUMPABLE, setrlimit(2) RLIMIT_CORE.
     """
     _libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _, hard = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, hard))
 
 
 class _Slab:
@@ -230,7 +231,8 @@ class Arena:
     def free(self, offset: int, size: int) -> None:
         """Wipe and give back what `allocate` returned at ``offset`` for ``size``."""
         with self._lock:
-            self._free(offset, size)
+            if self._fd >= 0:
+                self._free(offset, size)
 
     def _free(self, offset: int, size: int) -> None:
         index = offset >> self._shift
@@ -258,16 +260,17 @@ class Arena:
             wipe(view)
 
     def close(self) -> None:
-        """Wipe, unmap and close everything. Views taken from the arena must not be used again."""
+        """Wipe and close everything. What nobody holds is unmapped; a buffer that is still held
+        stays readable, as zeros, until the process ends.
+        """
         self.wipe()
-        for index, view in (self._views | self._spare).items():
-            self._unmap(index, view)
-        self._views.clear()
-        self._spare.clear()
-        self._slabs.clear()
-        self._open.clear()
-        if self._fd >= 0:
-            fd, self._fd = self._fd, -1
+        if not self.held:
+            for index, view in (self._views | self._spare).items():
+                self._unmap(index, view)
+            self._views.clear()
+            self._spare.clear()
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
             os.close(fd)
 
     def _allocate_windows(self, count: int) -> int:

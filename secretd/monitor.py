@@ -34,12 +34,15 @@ from secretd.schema import Command, FastDecoder, check
 from secretd.transport import Locked
 from secretd.wire import message as wire
 from secretd.wire.message import Malformed, Request
-from secretd.wire.qjson import Fault
+from secretd.wire.qjson import MAX_MESSAGE_BYTES, Fault
 
 log = logging.getLogger("secretd")
 
 QEMU_VERSION: Final = (10, 0, 0)
 """The QEMU whose answers ours are: what the greeting says."""
+
+CLIENT_MESSAGE_BYTES: Final = 64 << 10
+"""Bytes of one message on the client door, where no command carries a secret."""
 
 QUOTED_BYTES: Final = 4096
 """Bytes of the sender's own text that an error quotes at most. QEMU quotes all of it."""
@@ -70,8 +73,8 @@ class Daemon:
         self.offload = Offload()
         every = list(commands)
         self.tables = {
-            Door.CONTROL: Table(every),
-            Door.CLIENT: Table([c for c in every if c.client]),
+            Door.CONTROL: Table(every, MAX_MESSAGE_BYTES),
+            Door.CLIENT: Table([c for c in every if c.client], CLIENT_MESSAGE_BYTES),
         }
 
     @property
@@ -81,12 +84,13 @@ class Daemon:
 
 
 class Table:
-    """The commands of a door, by name and by the type of a decoded request."""
+    """The commands of a door, by name and by the type of a decoded request; the largest message."""
 
-    def __init__(self, commands: list[Command]) -> None:
+    def __init__(self, commands: list[Command], max_bytes: int) -> None:
         self.by_name = {command.name: command for command in commands}
         self.by_request: dict[type[Struct], Command] = {c.request: c for c in commands}
         self.decode = FastDecoder(commands)
+        self.max_bytes = max_bytes
 
 
 class Monitor:
@@ -125,9 +129,10 @@ class Monitor:
             )
         return fd
 
-    def receive(self, numbers: list[int]) -> None:
-        """Take over descriptors that came with a message."""
+    def receive(self, numbers: list[int]) -> bool:
+        """Take over descriptors that came with a message; False if the peer brings too many."""
         self.pending.receive([Fd(number, self.closer) for number in numbers])
+        return not self.daemon.offload.busy(self.peer.uid)
 
     def closer(self, fd: int) -> None:
         """Close a descriptor of this peer, which may block for one that is not trusted."""
@@ -201,10 +206,14 @@ def close_for(daemon: Daemon, peer: Peer, fd: int) -> None:
         daemon.offload.close(peer.uid, fd)
 
 
+def log_internal(error: Exception) -> None:
+    """Log an unknown exception: its type and place. Its own text may quote what it choked on."""
+    place = "".join(traceback.format_tb(error.__traceback__)).rstrip()
+    log.error("internal error: %s\n%s", type(error).__name__, place)
+
+
 def _failure(error: Exception, id_text: str | None) -> bytes:
     if isinstance(error, CommandError):
         return wire.failure(error.error_class, error.desc, id_text)
-    # The exception's own text may quote what it choked on, so only its type and place are logged.
-    place = "".join(traceback.format_tb(error.__traceback__)).rstrip()
-    log.error("internal error: %s\n%s", type(error).__name__, place)
+    log_internal(error)
     return wire.failure("GenericError", INTERNAL_ERROR, id_text)

@@ -2,6 +2,7 @@
 """Where the sockets are when nobody says otherwise. daemon makes them, client and ctl look there."""
 
 import os
+import stat
 import tempfile
 
 
@@ -13,10 +14,23 @@ def default_directory() -> str:
     uid = os.getuid()
     if uid == 0:
         return "/run/secretd"
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    if runtime:
-        return os.path.join(runtime, "secretd")
+    if has_runtime_directory():
+        return os.path.join(os.environ["XDG_RUNTIME_DIR"], "secretd")
     return os.path.join(tempfile.gettempdir(), f"secretd-{uid}")
+
+
+def has_runtime_directory() -> bool:
+    """True where sockets lie in a directory that only root or this user can have made."""
+    return os.getuid() == 0 or bool(os.environ.get("XDG_RUNTIME_DIR"))
+
+
+def is_trusted(directory: str) -> bool:
+    """True if a directory is root's or this user's, so that nobody else put a socket there."""
+    try:
+        status = os.lstat(directory)
+    except OSError:
+        return False
+    return stat.S_ISDIR(status.st_mode) and status.st_uid in (0, os.getuid())
 
 
 def control_path() -> str:

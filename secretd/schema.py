@@ -87,6 +87,10 @@ def _command(function: Callable[..., Any], name: str, *, client: bool) -> Comman
     if boxed:
         argument_type = hints["arguments"]
         structs = list(typing.get_args(argument_type)) or [argument_type]
+        # msgspec wants the tag only of a union: with one type, add one that cannot be asked for.
+        config = structs[0].__struct_config__
+        nothing = msgspec.defstruct("Nothing", [], tag_field=config.tag_field, tag="\0")
+        argument_type = Union[(*structs, nothing)]
     else:
         fields: list[Any] = [
             (p.name, hints[p.name]) if p.default is p.empty else (p.name, hints[p.name], p.default)

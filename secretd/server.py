@@ -17,7 +17,7 @@ from typing import Final
 
 from secretd.access import Door, Peer, admits, identify
 from secretd.errors import LockedMemoryExhausted, UsageError
-from secretd.monitor import Daemon, Monitor, close_for
+from secretd.monitor import Daemon, Monitor, close_for, log_internal
 from secretd.qom.object import ObjectTree
 from secretd.schema import Command
 from secretd.transport import UNFINISHED_SECONDS, Locked, ReceiveSpace, Transport
@@ -34,6 +34,9 @@ ACCEPTS_PER_TURN: Final = 32
 RETRY_ACCEPT_SECONDS: Final = 0.5
 """Seconds until the next try when the process has no descriptor left for a connection."""
 
+TURN_SECONDS: Final = 0.005
+"""Seconds after which a connection that sends one request after the other lets the others go on."""
+
 BATCH_BYTES: Final = 32 << 10
 """Bytes of replies that are collected before they are sent together."""
 
@@ -47,7 +50,8 @@ class Session:
     def __init__(self, server: "Server", sock: socket.socket, peer: Peer) -> None:
         self._server = server
         self.monitor = Monitor(server.daemon, peer)
-        self._codec = Connection(self.monitor.table.decode)
+        table = self.monitor.table
+        self._codec = Connection(table.decode, table.max_bytes)
         self.kept_from = self._codec.kept_from
         self.moved = self._codec.moved
         self.descriptors = self.monitor.receive
@@ -63,6 +67,7 @@ class Session:
         codec_next, handle = self._codec.next, self.monitor.handle
         transport = self.transport
         self._consuming = True
+        turn_ends = time.monotonic() + TURN_SECONDS
         while not (transport.is_closed or transport.backlogged or self._server.stopping):
             position, request = codec_next(view, position, end)
             if isinstance(request, NeedData):
@@ -81,6 +86,10 @@ class Session:
                 transport.pause("busy")
                 self._task = self._server.start(self._finish(reply))
                 break
+            if time.monotonic() > turn_ends:
+                transport.pause("turn")
+                asyncio.get_running_loop().call_soon(transport.resume, "turn")
+                break
         self._consuming = False
         self._flush()
         return position
@@ -89,7 +98,10 @@ class Session:
         data = await reply
         self._task = None
         self.transport.send(data)
-        self.transport.resume("busy")
+        try:
+            self.transport.resume("busy")
+        except Exception as error:  # noqa: BLE001 - it ends this connection, not the daemon
+            log_internal(error)
 
     def _flush(self) -> None:
         if self._out:
@@ -234,12 +246,15 @@ class Server:
             sock.close()
             return
         sock.setblocking(False)
-        if admits(peer):
+        if self.daemon.offload.busy(peer.uid):
+            refusal = f"uid {peer.uid} has too many descriptors that block when they are closed"
+        elif admits(peer):
             session = Session(self, sock, peer)
             if not session.transport.is_closed:
                 self.sessions.add(session)
             return
-        refusal = f"uid {peer.uid} may not use the control socket; connect to the client socket"
+        else:
+            refusal = f"uid {peer.uid} may not use the control socket; connect to the client socket"
         with contextlib.suppress(OSError):
             sock.send(wire.failure("GenericError", refusal, None))
         close_for(self.daemon, peer, sock.detach())

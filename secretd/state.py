@@ -88,13 +88,17 @@ class Journal:
         plaintext: LockedBuffer | None,
     ) -> None:
         """Store an object under an id that is free; takes over the plaintext buffer."""
+        if object_id in self._offsets:
+            raise ValueError("the id is taken")
         size, slot = (0, NO_SLOT) if plaintext is None else (plaintext.size, plaintext.offset)
+        self._compact_if_due()
         self._offsets[object_id] = self._append(object_id, type_number, properties, size, slot)
         if plaintext is not None:
             plaintext.disown()
 
     def set_properties(self, object_id: str, properties: dict[str, object]) -> None:
         """Replace an object's properties; its plaintext stays."""
+        self._compact_if_due()
         old = self._offsets[object_id]
         record = self._read(old)
         # Two live records with one slot, for a moment: the later one counts.
@@ -139,8 +143,6 @@ class Journal:
     def _append(
         self, object_id: str, type_number: int, properties: dict[str, object], size: int, slot: int
     ) -> int:
-        if self._dead > max(_COMPACT_BYTES, self._end // 2):
-            self._compact()
         encoded_id = object_id.encode()
         text = msgspec.json.encode(properties) if properties else b""
         length = -(-(_RECORD.size + len(encoded_id) + len(text)) // 8) * 8
@@ -171,8 +173,13 @@ class Journal:
         text = self._map[start + id_length : offset + length].rstrip(b"\0")
         return Record(object_id, kind, size, slot, msgspec.json.decode(text) if text else {})
 
-    def _compact(self) -> None:
-        """Copy what lives into a second file and go on with that one."""
+    def _compact_if_due(self) -> None:
+        """Where most is dead, copy what lives into a second file and go on with that one.
+
+        Offsets noted before are void then.
+        """
+        if self._dead <= max(_COMPACT_BYTES, self._end // 2):
+            return
         fd, fresh = _new_file(max(_INITIAL_BYTES, 2 * (self._end - self._dead)))
         offsets = {}
         end = _FILE.size

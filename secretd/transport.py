@@ -32,8 +32,21 @@ LARGEST_TAIL_BYTES: Final = MAX_MESSAGE_BYTES + RECEIVE_BYTES
 UNFINISHED_SECONDS: Final = 60.0
 """Seconds within which a message that was begun must be finished. QEMU waits for ever."""
 
+SMALL_TAIL_BYTES: Final = 8 << 10
+"""Bytes of an unfinished message up to which there is nearly always room."""
+
+LARGE_TAILS_BYTES: Final = LARGEST_TAIL_BYTES + (768 << 10)
+"""Bytes that all unfinished messages above SMALL_TAIL_BYTES may take together: one of the largest,
+what it grows from, and a few others. Locked memory is small; who comes too late waits."""
+
+TAILS_BYTES: Final = LARGE_TAILS_BYTES + (512 << 10)
+"""Bytes that all unfinished messages may take together: also 64 to 256 small ones."""
+
 BACKLOG_BYTES: Final = 64 << 10
 """Bytes of replies that may wait for a client that does not read; then we stop reading from it."""
+
+_CLIENTS_TURN: Final = frozenset({"starved", "backlog"})
+"""Pauses during which a connection's time runs: what it holds, it holds at its own pace."""
 
 _ANCILLARY_BYTES: Final = socket.CMSG_SPACE(4 * SCM_MAX_FD)
 """Room for all descriptors of a message, so that the kernel never discards (closes) one itself."""
@@ -58,8 +71,8 @@ class Receiver(Protocol):
     def moved(self, distance: int) -> None:
         """The bytes still needed lie ``distance`` lower from now on."""
 
-    def descriptors(self, numbers: list[int]) -> None:
-        """Take ownership of the descriptors that came with a message."""
+    def descriptors(self, numbers: list[int]) -> bool:
+        """Take ownership of the descriptors that came with a message; False to end the connection."""
 
     def too_slow(self) -> None:
         """A message is unfinished after UNFINISHED_SECONDS: say so; the connection is closed."""
@@ -77,10 +90,23 @@ class ReceiveSpace:
     def __init__(self, arena: Arena) -> None:
         self.arena = arena
         self.shared = arena.allocate(RECEIVE_BYTES)
+        self.held = 0  # bytes of connections' own buffers
         self.starved: set[Transport] = set()
 
+    def allocate(self, size: int) -> LockedBuffer:
+        """Return a connection's buffer, or raise LockedMemoryExhausted."""
+        limit = TAILS_BYTES if size <= SMALL_TAIL_BYTES else LARGE_TAILS_BYTES
+        if self.held + size > limit:
+            raise LockedMemoryExhausted(
+                f"Unfinished messages take {self.held} of {limit} bytes; try again later"
+            )
+        buffer = self.arena.allocate(size)
+        self.held += size
+        return buffer
+
     def free(self, buffer: LockedBuffer) -> None:
-        """Give back a connection's buffer, and let one that waits for room try again."""
+        """Give back a connection's buffer, and let those that wait for room try again."""
+        self.held -= buffer.size
         buffer.free()
         loop = asyncio.get_running_loop()
         while self.starved:
@@ -127,8 +153,10 @@ class Transport:
 
     def resume(self, reason: str) -> None:
         """Take back a `pause`; handle at once what had arrived by then."""
+        if self.is_closed or (reason == "backlog" and self.backlogged):
+            return
         self._paused.discard(reason)
-        if self.is_closed or self._paused:
+        if self._paused:
             return
         if self._tail is not None and self._position < self._fill:
             self._advance(self._tail.view, self._fill)
@@ -138,8 +166,12 @@ class Transport:
 
     def fed(self) -> None:
         """There may be room again for an unfinished message that had to wait."""
-        if not self.is_closed and self._grow():
+        if self.is_closed:
+            return
+        if self._grow():
             self.resume("starved")
+        else:
+            self._space.starved.add(self)
 
     def _update_reading(self) -> None:
         if self.is_closed:
@@ -165,8 +197,10 @@ class Transport:
             return
         if ancillary:
             numbers = received(ancillary)
-            if numbers:
-                self._receiver.descriptors(numbers)
+            if numbers and not self._receiver.descriptors(numbers):
+                wipe(view[start : start + count])
+                self.close()
+                return
         if count == 0:
             self._ended = True
             self._finish_if_ended()
@@ -183,7 +217,9 @@ class Transport:
         try:
             position = self._receiver.consume(view, self._position, end)
         except BaseException:
-            wipe(view[:end])
+            # Once closed, the connection's own buffer is wiped and no longer there.
+            if view is self._space.shared.view or not self.is_closed:
+                wipe(view[:end])
             self.close()
             raise
         if self.is_closed:
@@ -223,8 +259,12 @@ class Transport:
         size = FIRST_TAIL_BYTES
         while size <= len(rest):
             size *= 4
+        allocate = self._space.allocate
         try:
-            self._tail = self._space.arena.allocate(size)
+            try:
+                self._tail = allocate(size)
+            except LockedMemoryExhausted:
+                self._tail = allocate(len(rest))  # no room to grow, so it will have to wait
         except LockedMemoryExhausted as error:
             self._receiver.no_memory(error)
             self.close()
@@ -236,8 +276,11 @@ class Transport:
         """Move the unfinished message to a larger buffer; False if there is no room now."""
         tail = self._tail
         assert tail is not None
+        size = 4 * tail.size
+        if 4 * size > LARGEST_TAIL_BYTES:
+            size = LARGEST_TAIL_BYTES
         try:
-            larger = self._space.arena.allocate(min(4 * tail.size, LARGEST_TAIL_BYTES))
+            larger = self._space.allocate(size)
         except LockedMemoryExhausted:
             return False
         larger.view[: self._fill] = tail.view[: self._fill]
@@ -246,12 +289,12 @@ class Transport:
         return True
 
     def _start_timer(self) -> None:
-        if self._tail is not None and self._timer is None and not self._paused:
+        if self._tail is not None and self._timer is None and not self._paused - _CLIENTS_TURN:
             self._timer = self._loop.call_later(UNFINISHED_SECONDS, self._too_slow)
 
     def _too_slow(self) -> None:
         self._timer = None
-        if not self._paused - {"starved"}:
+        if not self._paused - _CLIENTS_TURN:
             self._receiver.too_slow()
             self.close()
 
@@ -305,19 +348,14 @@ class Transport:
             if owner is not None:
                 owner.free()
         if self._out:
-            self._loop.add_writer(self._sock.fileno(), self._writable)
+            self._loop.add_writer(self._sock.fileno(), self._flush)
         else:
             self._loop.remove_writer(self._sock.fileno())
         if self.backlogged:
             self.pause("backlog")
-
-    def _writable(self) -> None:
-        self._flush()
-        if self.is_closed:
-            return
-        if "backlog" in self._paused and not self.backlogged:
-            self.resume("backlog")
-        self._finish_if_ended()
+        elif "backlog" in self._paused or (self._ended and not self._out):
+            # Not from here: whoever sends may be in the middle of handling requests.
+            self._loop.call_soon(self.resume, "backlog")
 
     # --- end
 

@@ -106,6 +106,8 @@ def test_the_fast_path_takes_the_common_cases(line: bytes, expected: object) -> 
         b'{"execute":"object-add","arguments":{"qom-type":"secret","id":"s","data":5}}',
         b'{"execute":"object-add","arguments":{"qom-type":"secret","id":"s","data":"1","data":"2"}}',
         b'{"execute":"object-add","arguments":{"qom-type":"secret","id":"s","format":"hex"}}',
+        b'{"execute":"object-add","arguments":{"id":"a","data":"x","format":"raw","format":"raw"}}',
+        b'{"execute":"object-add","arguments":{"id":"a","data":"x"}}',
         b'{"execute":"nope"}',
         b'{"execute":"query-version",',
         b'{"execute":"query-version","id":' + b"[" * 2000 + b"]" * 2000 + b"}",

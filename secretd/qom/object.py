@@ -101,15 +101,15 @@ class ObjectTree:
         if isinstance(plaintext, LockedBuffer):
             self.store(options, plaintext)
             return None
+        # Taken from now on, not only when the coroutine first runs.
+        self._loading.add(options.id)  # type: ignore[attr-defined]
         return self._add_later(options, plaintext)
 
     async def _add_later(self, options: Struct, plaintext: Awaitable[LockedBuffer]) -> None:
-        object_id: str = options.id  # type: ignore[attr-defined]
-        self._loading.add(object_id)
         try:
             self.store(options, await plaintext)
         finally:
-            self._loading.discard(object_id)
+            self._loading.discard(options.id)  # type: ignore[attr-defined]
 
     def check_new(self, object_id: str) -> None:
         """Raise CommandError unless an object of that id can be added."""
@@ -256,6 +256,8 @@ class ObjectTree:
         info = self.types.get(name)
         if info is None:
             raise DeviceNotFound(f"Class '{name}' not found")
+        if "object" not in info.ancestors:
+            raise CommandError("Parameter 'typename' expects a QOM type")
         return _listed(info.properties)
 
     def __iter__(self) -> Iterator[str]:

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Final
 
 from secretd.errors import AccessDenied, CommandError
-from secretd.fds import FdSets, Kind, Offload, classify, is_readable
+from secretd.fds import Fd, FdSets, Kind, Offload, classify, is_readable
 from secretd.memory import Arena, LockedBuffer
 from secretd.openat2 import open_without_magic_links
 
@@ -28,8 +28,8 @@ SOURCE_SECONDS: Final = 10.0
 """Seconds within which a source must be read to its end. QEMU waits for ever."""
 
 _FIRST_BYTES: Final = 4096 - 2
-_FDSET: Final = re.compile(r"/dev/fdset/([0-9]+)")
-_DEV_FD: Final = re.compile(r"/dev/fd/([0-9]+)")
+_FDSET: Final = re.compile(r"/dev/fdset/([0-9]{1,10})")
+_DEV_FD: Final = re.compile(r"/dev/fd/([0-9]{1,10})")
 
 
 class Source:
@@ -50,7 +50,8 @@ class Source:
         call: Callable[[], LockedBuffer]
         if fd is not None:
             # A duplicate, so that the number stays ours whatever the connection does meanwhile.
-            call = partial(_read_and_close, os.dup(fd), name, self._scratch)
+            copy = Fd(os.dup(fd))
+            call = partial(_read_and_close, copy, name, self._scratch)
         elif self._paths:
             call = partial(read_path, name, self._scratch, magic_links=False)
         else:
@@ -96,7 +97,8 @@ def read_path(name: str, scratch: Arena, *, magic_links: bool) -> LockedBuffer:
         os.close(fd)
 
 
-def _read_and_close(fd: int, name: str, scratch: Arena) -> LockedBuffer:
+def _read_and_close(owned: Fd, name: str, scratch: Arena) -> LockedBuffer:
+    fd = owned.fileno()
     try:
         if not is_readable(fd):
             raise CommandError(f"Unable to read {name}: the descriptor is not open for reading")
@@ -107,7 +109,7 @@ def _read_and_close(fd: int, name: str, scratch: Arena) -> LockedBuffer:
             )
         return _read(fd, name, scratch, seekable=kind in (Kind.MEMFD, Kind.FILE))
     finally:
-        os.close(fd)
+        owned.close()
 
 
 def _read(fd: int, name: str, scratch: Arena, *, seekable: bool) -> LockedBuffer:

@@ -20,9 +20,10 @@ _SHORT: Final = {
     "\r": "\\r",
     "\t": "\\t",
 }
+# What mod_utf8_codepoint() takes as one sequence, valid or not (util/unicode.c).
 _SEQUENCE: Final = re.compile(
-    rb"[\x20-\x7e]|\xc0\x80|[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}"
-    rb"|[\xf0-\xf4][\x80-\xbf]{3}|.",
+    rb"[\xc0-\xdf][\x80-\xbf]?|[\xe0-\xef][\x80-\xbf]{0,2}|[\xf0-\xf7][\x80-\xbf]{0,3}"
+    rb"|[\xf8-\xfb][\x80-\xbf]{0,4}|[\xfc\xfd][\x80-\xbf]{0,5}|.",
     re.DOTALL,
 )
 
@@ -125,9 +126,19 @@ def write_quoted(quote: memoryview, into: memoryview) -> int:
             into[at] = first
             at += 1
             continue
-        sequence = match[0]
-        text = "\0" if sequence == b"\xc0\x80" else sequence.decode(errors="replace")
-        for encoded in map(_character, text):
-            into[at : at + len(encoded)] = encoded.encode("ascii")
-            at += len(encoded)
+        encoded = _character(_decoded(match[0])).encode("ascii")
+        into[at : at + len(encoded)] = encoded
+        at += len(encoded)
     return at
+
+
+def _decoded(sequence: bytes) -> str:
+    """Return the character, U+FFFD for what is none (noncharacters too)."""
+    if sequence == b"\xc0\x80":
+        return "\0"
+    try:
+        character = sequence.decode()
+    except UnicodeDecodeError:
+        return "\ufffd"
+    code = ord(character)
+    return "\ufffd" if code & 0xFFFE == 0xFFFE or 0xFDD0 <= code <= 0xFDEF else character

@@ -10,6 +10,7 @@ Differences from QEMU's limits stand in docs/protocol.md.
 """
 
 import re
+from array import array
 from collections.abc import Iterator
 from typing import Final, NamedTuple, TypeAlias
 
@@ -17,8 +18,9 @@ MAX_MESSAGE_BYTES = 2 << 20
 """Bytes of one message, from its first token to its last. QEMU: 64 MiB of token text
 (MAX_TOKEN_SIZE); ours lie in locked memory, and a secret that large comes by descriptor."""
 
-MAX_TOKENS = 64 << 10
-"""Tokens of one message. QEMU: 2 Mi (MAX_TOKEN_COUNT); each costs us some 100 bytes while it waits."""
+MAX_TOKENS = 16 << 10
+"""Tokens of one message. QEMU: 2 Mi (MAX_TOKEN_COUNT); each costs 8 bytes while the message waits for its
+end, and up to 200 once it is parsed."""
 
 MAX_NESTING = 1024
 """Open brackets and braces of one message; QEMU's MAX_NESTING."""
@@ -55,6 +57,11 @@ KEYWORD: Final = 24
 STRING: Final = 25
 _SKIP = 26
 
+# A token in one number: kind, start and end, each offset below 2^28.
+_KIND_SHIFT: Final = 56
+_START_SHIFT: Final = 28
+_OFFSET_MASK: Final = (1 << 28) - 1
+
 _LOOKAHEAD = 0x80
 """Flag: the byte is not part of the token and is looked at again."""
 
@@ -79,12 +86,15 @@ _AGAIN = _START | _LOOKAHEAD
 _IN_STRING = range(0x20, 0xFE)
 
 _TABLE: Final = {
-    _RECOVERY: _row(_RECOVERY, {range(0x20): _AGAIN, range(0xFE, 0x100): _AGAIN, "{}[]:,": _AGAIN}),
+    _RECOVERY: _row(
+        _RECOVERY,
+        {range(0x20): _AGAIN, "\t": _RECOVERY, range(0xFE, 0x100): _AGAIN, "{}[]:,": _AGAIN},
+    ),
     _DQ: _row(_ERROR, {_IN_STRING: _DQ, "\\": _DQ_ESCAPE, '"': STRING}),
     _DQ_ESCAPE: _row(_ERROR, {_IN_STRING: _DQ}),
     _SQ: _row(_ERROR, {_IN_STRING: _SQ, "\\": _SQ_ESCAPE, "'": STRING}),
     _SQ_ESCAPE: _row(_ERROR, {_IN_STRING: _SQ}),
-    _ZERO: _row(INTEGER | _LOOKAHEAD, {"0123456789": _ERROR, "eE": _EXP_E, ".": _MANTISSA}),
+    _ZERO: _row(INTEGER | _LOOKAHEAD, {"0123456789": _ERROR, ".": _MANTISSA}),
     _EXP_DIGITS: _row(FLOAT | _LOOKAHEAD, {"0123456789": _EXP_DIGITS}),
     _EXP_SIGN: _row(_ERROR, {"0123456789": _EXP_DIGITS}),
     _EXP_E: _row(_ERROR, {"0123456789": _EXP_DIGITS, "+-": _EXP_SIGN}),
@@ -112,7 +122,7 @@ _TABLE: Final = {
 _RUNS: Final = {
     _DQ: re.compile(rb'[^"\\\x00-\x1f\xfe\xff]*'),
     _SQ: re.compile(rb"[^'\\\x00-\x1f\xfe\xff]*"),
-    _RECOVERY: re.compile(rb"[^{}\[\]:,\x00-\x1f\xfe\xff]*"),
+    _RECOVERY: re.compile(rb"[^{}\[\]:,\x00-\x08\x0a-\x1f\xfe\xff]*"),
     _START: re.compile(rb"[ \t\r\n]*"),
     _KEYWORD: re.compile(rb"[a-z]*"),
     _DIGITS: re.compile(rb"[0-9]*"),
@@ -236,13 +246,16 @@ class Streamer:
     it tells by how much with `moved`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, max_bytes: int = MAX_MESSAGE_BYTES) -> None:
+        self._max_bytes = max_bytes
         self._state = _START
         self._token = 0  # where the unfinished token starts; only in the states of one
         self._reset()
 
     def _reset(self) -> None:
-        self._tokens: list[tuple[int, int, int]] = []
+        # Packed as `_pack` does, relative to _base: a message may have many, and waits for its end.
+        self._tokens = array("Q")
+        self._base = 0
         self._braces = 0
         self._brackets = 0
 
@@ -254,13 +267,13 @@ class Streamer:
     def kept_from(self, position: int) -> int:
         """Return the offset of the first byte still needed, where `next` has come to ``position``."""
         if self._tokens:
-            return self._tokens[0][1]
+            return self._base + (self._tokens[0] >> _START_SHIFT & _OFFSET_MASK)
         return position if self._state in (_START, _RECOVERY) else self._token
 
     def moved(self, distance: int) -> None:
         """The bytes still needed now lie ``distance`` lower than before."""
         self._token -= distance
-        self._tokens = [(kind, s - distance, e - distance) for kind, s, e in self._tokens]
+        self._base -= distance
 
     def next(
         self, view: memoryview, position: int, end: int
@@ -270,11 +283,15 @@ class Streamer:
         Returns where it stopped and the parsed message, the `Fault`, or `NEED_DATA`.
         """
         state = self._state
-        while position < end:
+        # Where the limit is crossed must not depend on the pieces in which the bytes arrive.
+        bound = end
+        if self._tokens or state not in (_START, _RECOVERY):
+            bound = min(end, self.kept_from(position) + self._max_bytes)
+        while position < bound:
             run = _RUNS.get(state)
             if run is not None:
-                position = run.match(view, position, end).end()  # type: ignore[union-attr]
-                if position == end:
+                position = run.match(view, position, bound).end()  # type: ignore[union-attr]
+                if position == bound:
                     break
             following = _TABLE[state][view[position]]
             if following & _LOOKAHEAD:
@@ -282,6 +299,8 @@ class Streamer:
             else:
                 if state == _START:
                     self._token = position
+                    if not self._tokens:
+                        bound = min(end, position + self._max_bytes)
                 position += 1
             if following == _ERROR:
                 self._state = _RECOVERY
@@ -298,14 +317,11 @@ class Streamer:
             else:
                 state = _START if following == _SKIP else following
         self._state = state
-        if position - self.kept_from(position) > MAX_MESSAGE_BYTES:
-            return position, self._too_large()
+        if position < end:
+            self._state = _START
+            self._reset()
+            return position, Fault("JSON token size limit exceeded")
         return position, NEED_DATA
-
-    def _too_large(self) -> Fault:
-        self._state = _START
-        self._reset()
-        return Fault("JSON token size limit exceeded")
 
     def _take(self, kind: int, view: memoryview, start: int, end: int) -> "JSON | Fault | NeedData":
         """json-streamer.c: count brackets, apply the limits, parse at the end of a message."""
@@ -319,23 +335,31 @@ class Streamer:
             self._brackets -= 1
         tokens = self._tokens
         fault = None
-        if end - (tokens[0][1] if tokens else start) > MAX_MESSAGE_BYTES:
-            fault = Fault("JSON token size limit exceeded")
-        elif len(tokens) >= MAX_TOKENS:
+        if len(tokens) >= MAX_TOKENS:
             fault = Fault("JSON token count limit exceeded")
         elif self._braces + self._brackets > MAX_NESTING:
             fault = Fault("JSON nesting depth limit exceeded")
         if fault is not None:
             self._reset()
             return fault
-        tokens.append((kind, start, end))
+        if not tokens:
+            self._base = start
+        tokens.append(kind << _KIND_SHIFT | start - self._base << _START_SHIFT | end - self._base)
         if (self._braces > 0 or self._brackets > 0) and self._braces >= 0 and self._brackets >= 0:
             return NEED_DATA
+        base = self._base
         self._reset()
         try:
-            return _parse(view, iter(tokens))
+            return _parse(view, _unpack(tokens, base))
         except _ParseError as error:
             return error.fault
+
+
+def _unpack(tokens: "array[int]", base: int) -> Iterator[tuple[int, int, int]]:
+    """Yield kind, start and end of each token."""
+    for token in tokens:
+        start = base + (token >> _START_SHIFT & _OFFSET_MASK)
+        yield token >> _KIND_SHIFT, start, base + (token & _OFFSET_MASK)
 
 
 class _ParseError(Exception):
@@ -411,7 +435,7 @@ def _scalar(view: memoryview, kind: int, start: int, end: int) -> JSON:
             if word == text:
                 return value
         # vsnprintf() into message[1024] cuts what does not fit.
-        raise _ParseError("invalid keyword '", word[:1006], "'" if len(word) < 1007 else "")
+        raise _ParseError("invalid keyword '", word[:1006], "'" if len(word) < 1006 else "")
     raise _ParseError("expecting value")
 
 

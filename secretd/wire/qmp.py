@@ -15,7 +15,7 @@ from typing import Final, Generic, TypeVar
 
 from secretd.wire import encode
 from secretd.wire.message import Malformed, Request
-from secretd.wire.qjson import JSON, NEED_DATA, Fault, NeedData, Streamer, Text
+from secretd.wire.qjson import JSON, MAX_MESSAGE_BYTES, NEED_DATA, Fault, NeedData, Streamer, Text
 
 T = TypeVar("T")
 
@@ -29,9 +29,11 @@ class Connection(Generic[T]):
     request, or None to decline.
     """
 
-    def __init__(self, fast: Callable[[memoryview], T | None]) -> None:
+    def __init__(
+        self, fast: Callable[[memoryview], T | None], max_bytes: int = MAX_MESSAGE_BYTES
+    ) -> None:
         self._fast = fast
-        self._streamer = Streamer()
+        self._streamer = Streamer(max_bytes)
         self._declined = 0  # up to here the fast path has said no
         self.kept_from = self._streamer.kept_from
 
@@ -84,23 +86,27 @@ def _check_object(message: JSON) -> Request | Malformed:
     if not isinstance(message, dict):
         return Malformed(Fault("QMP input must be a JSON object"))
     id_text = encode.value(message["id"]) if "id" in message else None
-    command = None
-    for key in sorted(message, key=_bucket):
-        value = message[key]
-        if key == "execute":
-            if not isinstance(value, Text):
-                return Malformed(Fault("QMP input member 'execute' must be a string"), id_text)
-            command = value.to_str()
-        elif key == "arguments":
-            if not isinstance(value, dict):
-                return Malformed(Fault("QMP input member 'arguments' must be an object"), id_text)
-        elif key != "id":
-            return Malformed(Fault(f"QMP input member '{key}' is unexpected"), id_text)
-    if command is None:
+    wrong = [key for key in reversed(message) if not _is_good(key, message[key])]
+    if wrong:
+        # QEMU names the first that it comes by in the order of its hash table.
+        key = min(wrong, key=_bucket) if len(wrong) > 1 else wrong[0]
+        words = {"execute": "must be a string", "arguments": "must be an object"}
+        fault = Fault(f"QMP input member '{key}' {words.get(key, 'is unexpected')}")
+        return Malformed(fault, id_text)
+    command = message.get("execute")
+    if not isinstance(command, Text):
         return Malformed(Fault("QMP input lacks member 'execute'"), id_text)
     arguments = message.get("arguments", {})
     assert isinstance(arguments, dict)
-    return Request(command, arguments, id_text)
+    return Request(command.to_str(), arguments, id_text)
+
+
+def _is_good(key: str, value: JSON) -> bool:
+    if key == "execute":
+        return isinstance(value, Text)
+    if key == "arguments":
+        return isinstance(value, dict)
+    return key == "id"
 
 
 def _bucket(key: str) -> int:

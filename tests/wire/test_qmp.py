@@ -39,6 +39,8 @@ def test_a_command_object_gives_command_arguments_and_the_text_of_its_id() -> No
             None,
         ),
         (b'{"execute": "x", "foo": 1, "bar": 2}', "QMP input member 'bar' is unexpected", None),
+        (b'{"eea": 1, "arguments": 5}', "QMP input member 'arguments' must be an object", None),
+        (b'{"arguments": 5, "eea": 1}', "QMP input member 'eea' is unexpected", None),
         (b'{"exec-oob": "x", "id": 1}', "QMP input member 'exec-oob' is unexpected", "1"),
     ],
 )

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The asyncio client against a running server."""
+
+import asyncio
+import base64
+import os
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from secretd import client as module
+from secretd import paths
+from secretd.client import Client, ConnectError, Encoding, ExecuteError, SecretInfo, default_socket
+from tests.conftest import Daemon
+
+
+def with_client(daemon: Daemon, use: Callable[[Client], Awaitable[None]]) -> None:
+    async def main() -> None:
+        async with Client(daemon.control) as client:
+            await use(client)
+
+    asyncio.run(main())
+
+
+def test_secrets_go_in_and_come_out(daemon: Daemon) -> None:
+    """Every method once, with small and large secrets."""
+
+    async def use(client: Client) -> None:
+        assert await client.version() == "secretd test"
+        fd = os.memfd_create("x")
+        os.write(fd, base64.b64encode(b"letmein"))
+        await client.add("a", fd, Encoding("base64"))
+        os.close(fd)
+        big = os.urandom(1 << 20)
+        await client.add_bytes("big", memoryview(big))
+        await client.add_bytes("empty", memoryview(b""))
+        await client.generate("key", 32)
+        assert (await client.list())[0] == SecretInfo("a", "secret", 7, "secretmem")
+        with await client.read("a") as secret:
+            assert bytes(secret.view) == b"letmein"
+        with await client.read("a", format="base64") as secret:
+            assert bytes(secret.view) == base64.b64encode(b"letmein")
+        with await client.read("empty") as secret:
+            assert len(secret) == 0
+        large = await client.read("big")
+        assert bytes(large.view) == big
+        sealed = await client.seal("a", "key")
+        await client.add_bytes(
+            "again", memoryview(sealed.data.encode()), Encoding("base64", "key", sealed.iv)
+        )
+        with await client.read("again") as secret:
+            assert bytes(secret.view) == b"letmein"
+        many = await asyncio.gather(*(client.read("a") for _ in range(30)))
+        assert all(bytes(secret.view) == b"letmein" for secret in many)
+        await client.delete("a")
+        with pytest.raises(ExecuteError, match="No secret with id 'a'"):
+            await client.read("a")
+        with pytest.raises(ExecuteError, match="object 'a' not found"):
+            await client.delete("a")
+
+    with_client(daemon, use)
+
+
+def test_a_failed_add_leaves_no_descriptor_in_the_daemon(daemon: Daemon) -> None:
+    """Nor a task or a pipe here."""
+
+    async def use(client: Client) -> None:
+        with pytest.raises(ExecuteError, match="expects an identifier"):
+            await client.add_bytes("1", memoryview(bytes(1 << 20)))
+        assert await client._execute("query-fdsets") == []
+
+    with_client(daemon, use)
+
+
+def test_connecting_to_nothing_is_a_connect_error(tmp_path: Path) -> None:
+    """qemu.qmp's exception, with the cause in it."""
+
+    async def main() -> None:
+        with pytest.raises(ConnectError):
+            await Client(str(tmp_path / "none")).connect()
+
+    asyncio.run(main())
+
+
+def test_a_wait_that_is_settled_twice_is_settled_once() -> None:
+    """The loop may call back again before the waiter runs."""
+
+    async def main() -> None:
+        future = asyncio.get_running_loop().create_future()
+        module._settle(future)
+        module._settle(future)
+        assert future.done()
+
+    asyncio.run(main())
+
+
+def test_the_default_socket_is_the_best_one_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The environment, else control, else client, else where control would be."""
+    monkeypatch.setenv("SECRETD_SOCKET", "/x")
+    assert default_socket() == "/x"
+    monkeypatch.delenv("SECRETD_SOCKET")
+    monkeypatch.setattr(paths, "default_directory", lambda: str(tmp_path))
+    monkeypatch.setattr(os, "access", lambda path, _mode: Path(path).exists() and "run" not in path)
+    control, client = str(tmp_path / "control.sock"), str(tmp_path / "client.sock")
+    assert default_socket() == control
+    Path(client).touch()
+    assert default_socket() == client
+    Path(control).touch()
+    assert default_socket() == control
+
+
+def test_the_default_directory_depends_on_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    """/run for root, the runtime directory of a user, else a private one in the temporary directory."""
+    monkeypatch.setattr(os, "getuid", lambda: 0)
+    assert paths.default_directory() == "/run/secretd"
+    monkeypatch.setattr(os, "getuid", lambda: 1000)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/1000")
+    assert paths.default_directory() == "/run/user/1000/secretd"
+    monkeypatch.delenv("XDG_RUNTIME_DIR")
+    assert paths.default_directory().endswith("/secretd-1000")

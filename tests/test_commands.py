@@ -1,0 +1,544 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The commands on a running server: objects, properties, descriptors, hand-over, both doors."""
+
+import base64
+import os
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from secretd.qom import source
+from tests.conftest import Client, Daemon
+
+KEY = base64.b64encode(bytes(range(32))).decode()
+IV = base64.b64encode(bytes(range(16))).decode()
+
+
+def encrypt(content: bytes) -> bytes:
+    """AES-256-CBC with PKCS#7 padding under KEY and IV, by other code."""
+    from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
+    padding = 16 - len(content) % 16
+    encryptor = Cipher(algorithms.AES(bytes(range(32))), modes.CBC(bytes(range(16)))).encryptor()
+    return encryptor.update(content + bytes([padding]) * padding) + encryptor.finalize()
+
+
+# --- negotiation and general commands
+
+
+def test_nothing_but_negotiation_is_answered_before_it(daemon: Daemon) -> None:
+    """QEMU's words; malformed messages get their usual error."""
+    client = daemon.connect(negotiate=False)
+    greeting = client.reply()
+    assert greeting["QMP"]["version"]["qemu"] == {"major": 10, "minor": 0, "micro": 0}
+    assert greeting["QMP"]["version"]["package"] == "secretd test"
+    assert greeting["QMP"]["capabilities"] == []
+    words = "Expecting capabilities negotiation with 'qmp_capabilities'"
+    for command in ("query-version", "nope"):
+        reply = client.cmd(command)
+        assert reply == {"error": {"class": "CommandNotFound", "desc": words}}
+    assert client.ask(b'{"execute":"query-version","id":7}')["id"] == 7
+    assert client.ask(b"{]")["error"]["desc"] == "JSON parse error, expecting value"
+    assert client.fail("qmp_capabilities", {"enable": ["oob"]}) == "Capability oob not available"
+    assert client.cmd("qmp_capabilities", {"enable": []}) == {"return": {}}
+    assert client.cmd("qmp_capabilities") == {
+        "error": {
+            "class": "CommandNotFound",
+            "desc": "Capabilities negotiation is already complete, command ignored",
+        }
+    }
+
+
+def test_general_commands(qmp: Client) -> None:
+    """Version, name, the list of commands, and what is no command."""
+    assert qmp.ok("query-version") == qmp.greeting["QMP"]["version"]
+    assert qmp.ok("query-name") == {}
+    names = [command["name"] for command in qmp.ok("query-commands")]
+    assert {"object-add", "secret-read", "query-commands", "qmp_capabilities"} <= set(names)
+    assert qmp.cmd("nope") == {
+        "error": {"class": "CommandNotFound", "desc": "The command nope has not been found"}
+    }
+    assert qmp.ask(b'{"execute":"query-name","id":{"b":1,"a":["x",null]}}') == {
+        "return": {},
+        "id": {"b": 1, "a": ["x", None]},
+    }
+
+
+# --- objects
+
+
+def test_secrets_are_added_in_every_encoding(qmp: Client, tmp_path: Path) -> None:
+    """Data or file, raw or base64, in clear or encrypted, chains of keys."""
+    raw, b64, aes = tmp_path / "raw", tmp_path / "b64", tmp_path / "aes"
+    raw.write_bytes(b"letmein\0\xff")
+    b64.write_bytes(base64.encodebytes(b"letmein\0\xff"))
+    aes.write_bytes(encrypt(b"letmein\0\xff"))
+    assert qmp.add("data", data="letmein") == {"return": {}}
+    assert qmp.read("data") == b"letmein"
+    assert qmp.add("escaped", data='l\u00e9t"m\\e\0in') == {"return": {}}
+    assert qmp.read("escaped") == 'l\u00e9t"m\\e'.encode() + b"\xc0\x80in"
+    assert qmp.add("b64", data="bGV0\nbWVpbg==", format="base64") == {"return": {}}
+    assert qmp.read("b64") == b"letmein"
+    assert qmp.add("empty", data="") == {"return": {}}
+    assert qmp.read("empty") == b""
+    assert qmp.add("file", file=str(raw)) == {"return": {}}
+    assert qmp.add("file64", file=str(b64), format="base64") == {"return": {}}
+    assert qmp.add("k", data=KEY, format="base64") == {"return": {}}
+    assert qmp.add("aes", file=str(aes), keyid="k", iv=IV) == {"return": {}}
+    sealed = base64.encodebytes(encrypt(b"letmein\0\xff")).decode()
+    assert qmp.add("aes64", data=sealed, keyid="k", iv=IV, format="base64") == {"return": {}}
+    for name in ("file", "file64", "aes", "aes64"):
+        assert qmp.read(name) == b"letmein\0\xff", name
+    chained = qmp.ok("secret-seal", {"id": "k", "keyid": "k"})
+    assert qmp.add("k2", keyid="k", format="base64", **chained) == {"return": {}}
+    assert qmp.cmd("object-del", {"id": "k"}) == {"return": {}}
+    assert qmp.read("k2") == bytes(range(32))
+    assert qmp.add("plain-iv", data="x", iv="rubbish") == {"return": {}}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "Either 'file' or 'data' must be provided"),
+        ({"data": "", "file": ""}, "'file' and 'data' are mutually exclusive"),
+        ({"file": "/nope"},
+         "Unable to read /nope: Failed to open file “/nope”: No such file or directory"),
+        ({"file": ""}, "Unable to read : Failed to open file “”: No such file or directory"),
+        ({"file": "/n\0"},
+         "Unable to read /n\0: Failed to open file “/n\ufffd\ufffd”: No such file or directory"),
+        ({"file": "/dev"}, "Unable to read /dev: Error reading file “/dev”: Is a directory"),
+        ({"file": "/proc/1/root"},
+         "Unable to read /proc/1/root: Failed to open file “/proc/1/root”: Too many levels of symbolic links"),
+        ({"file": "/dev/fd/0"},
+         "Unable to read /dev/fd/0: Failed to open file “/dev/fd/0”: No such file or directory"),
+        ({"file": "/dev/fdset/7"},
+         "Unable to read /dev/fdset/7: Failed to open file “/dev/fdset/7”: No such file or directory"),
+        ({"data": "x", "keyid": "nope"}, "No secret with id 'nope'"),
+        ({"data": "x", "keyid": "new"}, "Secret with id 'new' has no data"),
+        ({"data": "x", "keyid": "short"}, "Key should be 32 bytes in length"),
+        ({"data": "x", "keyid": "k"}, "IV is required to decrypt secret"),
+        ({"data": "x", "keyid": "k", "iv": "!"}, "Base64 data contains invalid characters"),
+        ({"data": "x", "keyid": "k", "iv": "AAAA"}, "IV should be 16 bytes in length not 3"),
+        ({"data": "!", "keyid": "k", "iv": IV, "format": "base64"},
+         "Base64 data contains invalid characters"),
+        ({"data": "x", "keyid": "k", "iv": IV}, "Length 1 must be a multiple of block size 16"),
+        ({"data": "!!", "format": "base64"}, "Base64 data contains invalid characters"),
+    ],
+)  # fmt: skip
+def test_a_failed_add_says_why_and_leaves_nothing(
+    daemon: Daemon, qmp: Client, options: dict[str, str], words: str
+) -> None:
+    """QEMU's words, and the same objects and memory as before."""
+    qmp.add("k", data=KEY, format="base64")
+    qmp.add("short", data="x")
+    held = daemon.call(lambda: (daemon.journal.arena.held, daemon.scratch.held))
+    assert qmp.add("new", **options)["error"] == {"class": "GenericError", "desc": words}
+    assert [secret["id"] for secret in qmp.ok("query-secrets")] == ["k", "short"]
+    assert daemon.call(lambda: (daemon.journal.arena.held, daemon.scratch.held)) == held
+
+
+def test_ids_are_checked(qmp: Client) -> None:
+    """Well-formed, not too long, not taken; `type` is taken."""
+    for bad in ("", "1a", "_a", "a b", "a/b", "é"):
+        assert qmp.fail("object-add", {"qom-type": "secret", "id": bad, "data": "x"}) == (
+            "Parameter 'id' expects an identifier"
+        )
+    assert qmp.add("a" * 4096, data="x") == {"return": {}}
+    assert qmp.add("a" * 4097, data="x")["error"]["desc"] == (
+        "Parameter 'id' is longer than the limit of 4096 bytes"
+    )
+    assert qmp.add("a.b-c_d", data="x") == {"return": {}}
+    for taken in ("a.b-c_d", "type"):
+        assert qmp.add(taken, data="x")["error"]["desc"] == (
+            f"attempt to add duplicate property '{taken}' to object (type 'container')"
+        )
+    assert qmp.fail("object-del", {"id": "nope"}) == "object 'nope' not found"
+    assert qmp.cmd("object-del", {"id": "a.b-c_d"}) == {"return": {}}
+    assert qmp.add("a.b-c_d", data="x") == {"return": {}}
+
+
+def test_a_secret_has_a_largest_size(qmp: Client, tmp_path: Path) -> None:
+    """1 MiB is taken, one byte more is refused; a source that could hold no secret is not read on."""
+    big = tmp_path / "big"
+    big.write_bytes(b"x" * (1 << 20))
+    assert qmp.add("fits", file=str(big)) == {"return": {}}
+    assert qmp.read("fits") == b"x" * (1 << 20)
+    with open(os.memfd_create("x"), "w+b") as memfd:
+        qmp.ok("secret-read", {"id": "fits", "format": "base64"}, (memfd.fileno(),))
+        assert memfd.read() == base64.b64encode(b"x" * (1 << 20))
+    words = "The secret has 1048577 bytes, more than the limit of 1048576 bytes"
+    big.write_bytes(b"x" * ((1 << 20) + 1))
+    assert qmp.add("big", file=str(big))["error"]["desc"] == words
+    big.write_bytes(base64.b64encode(b"x" * ((1 << 20) + 1)))
+    assert qmp.add("big", file=str(big), format="base64")["error"]["desc"] == words
+    big.write_bytes(b"x" * ((2 << 20) + 1))
+    assert qmp.add("big", file=str(big))["error"]["desc"] == (
+        f"Unable to read {big}: larger than the limit of 2097152 bytes"
+    )
+    assert qmp.add("zero", file="/dev/zero")["error"]["desc"] == (
+        "Unable to read /dev/zero: larger than the limit of 2097152 bytes"
+    )
+
+
+def test_properties_read_and_change_as_in_qemu_but_for_data(qmp: Client) -> None:
+    """What the client gave is returned, data never; what was loaded stays."""
+    qmp.add("s", data="letmein", iv="i")
+
+    def get(name: str, path: str = "s") -> dict:
+        return qmp.cmd("qom-get", {"path": path, "property": name})
+
+    def set_(name: str, value: object, path: str = "s") -> dict:
+        return qmp.cmd("qom-set", {"path": path, "property": name, "value": value})
+
+    assert get("data")["error"]["desc"] == "Property 'secret.data' is not readable"
+    assert [get(name)["return"] for name in ("type", "format", "keyid", "iv", "file")] == [
+        "secret", "raw", "", "i", "",
+    ]  # fmt: skip
+    assert get("nope")["error"]["desc"] == "Property 'secret.nope' not found"
+    for name, value in (("format", "base64"), ("keyid", "k"), ("iv", ""), ("file", "/x")):
+        assert set_(name, value) == {"return": {}}
+        assert get(name)["return"] == value
+    assert set_("data", "other") == {"return": {}}
+    assert qmp.read("s") == b"letmein"
+    assert set_("data", 5)["error"]["desc"] == "Invalid parameter type for 'data', expected: string"
+    assert set_("format", 5)["error"]["desc"] == (
+        "Invalid parameter type for 'format', expected: string"
+    )
+    assert set_("format", "hex")["error"]["desc"] == (
+        "Parameter 'format' does not accept value 'hex'"
+    )
+    assert set_("type", "x")["error"]["desc"] == "Property 'secret.type' is not writable"
+    assert set_("nope", None)["error"]["desc"] == "Property 'secret.nope' not found"
+    assert get("type", "/objects")["return"] == "container"
+    assert get("objects", "/")["return"] == "/objects"
+    assert get("s", "/objects")["return"] == "/objects/s"
+    assert get("x", "/")["error"]["desc"] == "Property 'container.x' not found"
+    assert set_("s", "x", "/objects")["error"]["desc"] == "Property 'container.s' is not writable"
+    assert set_("x", "x", "/objects")["error"]["desc"] == "Property 'container.x' not found"
+    for reply in (get("type", "/nope"), set_("data", "x", "/nope")):
+        assert reply["error"] == {"class": "DeviceNotFound", "desc": "Device '/nope' not found"}
+
+
+def test_paths_lead_where_they_do_in_qemu(qmp: Client) -> None:
+    """Absolute, partial, with slashes too many, ambiguous."""
+    qmp.add("s", data="x")
+    secret = ["type", "iv", "keyid", "format", "file", "data"]
+
+    def names(path: str) -> list[str]:
+        return [entry["name"] for entry in qmp.ok("qom-list", {"path": path})]
+
+    assert qmp.ok("qom-list", {"path": "/objects"}) == [
+        {"name": "type", "type": "string"},
+        {"name": "s", "type": "child<secret>"},
+    ]
+    assert names("/") == names("//") == ["type", "objects"]
+    for path in ("/objects/s", "objects/s", "s", "s/", "//objects//s", "/objects/s/"):
+        assert names(path) == secret
+    for path in ("/s", "nope", "/objects/nope", "s/type", "."):
+        assert qmp.cmd("qom-list", {"path": path})["error"] == {
+            "class": "DeviceNotFound",
+            "desc": f"Device '{path}' not found",
+        }
+    assert qmp.fail("qom-list", {"path": ""}) == "Path '' is ambiguous"
+    assert qmp.fail("qom-get", {"path": "", "property": "type"}) == "Device '' not found"
+    qmp.add("objects", data="x")
+    assert qmp.fail("qom-list", {"path": "objects"}) == "Path 'objects' is ambiguous"
+
+
+def test_types_are_listed(qmp: Client) -> None:
+    """With their parents, abstract ones on request, by what they implement."""
+    assert qmp.ok("qom-list-types") == [
+        {"name": "container", "parent": "object"},
+        {"name": "secret", "parent": "secret_common"},
+    ]
+    abstract = qmp.ok("qom-list-types", {"abstract": True})
+    assert {"abstract": True, "name": "secret_common", "parent": "object"} in abstract
+    assert {"abstract": True, "name": "object"} in abstract
+    for base in ("secret_common", "user-creatable", "interface"):
+        assert qmp.ok("qom-list-types", {"implements": base}) == [
+            {"name": "secret", "parent": "secret_common"}
+        ]
+    assert qmp.ok("qom-list-types", {"implements": "nope"}) == []
+    assert qmp.ok("qom-list-properties", {"typename": "secret"})[3] == {
+        "name": "format",
+        "type": "QCryptoSecretFormat",
+    }
+    assert qmp.cmd("qom-list-properties", {"typename": "nope"})["error"] == {
+        "class": "DeviceNotFound",
+        "desc": "Class 'nope' not found",
+    }
+
+
+def test_secrets_are_listed_with_size_and_protection(qmp: Client) -> None:
+    """query-secrets, whose words are ours."""
+    qmp.add("a", data="letmein")
+    assert qmp.ok("secret-generate", {"id": "b", "size": 48}) == {}
+    assert qmp.ok("query-secrets") == [
+        {"id": "a", "qom-type": "secret", "size": 7, "memory": "secretmem"},
+        {"id": "b", "qom-type": "secret", "size": 48, "memory": "secretmem"},
+    ]
+
+
+def test_random_secrets_are_made_inside(qmp: Client) -> None:
+    """Of the size asked for, different each time, up to the limit."""
+    for name in ("a", "b"):
+        assert qmp.cmd("secret-generate", {"id": name, "size": 32}) == {"return": {}}
+    a, b = qmp.read("a"), qmp.read("b")
+    assert len(a) == 32
+    assert a != b
+    assert qmp.cmd("secret-generate", {"id": "c", "size": 1 << 20}) == {"return": {}}
+    for size in (0, -1, (1 << 20) + 1):
+        assert qmp.fail("secret-generate", {"id": "d", "size": size}) == (
+            "Parameter 'size' expects a value between 1 and 1048576"
+        )
+    assert qmp.fail("secret-generate", {"id": "a", "size": 1}).startswith(
+        "attempt to add duplicate"
+    )
+    assert qmp.fail("secret-generate", {"id": "1", "size": 1}) == (
+        "Parameter 'id' expects an identifier"
+    )
+
+
+def test_sealing_wants_two_secrets_and_a_key_of_32_bytes(qmp: Client) -> None:
+    """What is sealed is taken by object-add."""
+    qmp.add("k", data=KEY, format="base64")
+    qmp.add("s", data="letmein")
+    sealed = qmp.ok("secret-seal", {"id": "s", "keyid": "k"})
+    assert qmp.add("again", keyid="k", format="base64", **sealed) == {"return": {}}
+    assert qmp.read("again") == b"letmein"
+    assert qmp.fail("secret-seal", {"id": "nope", "keyid": "k"}) == "No secret with id 'nope'"
+    assert qmp.fail("secret-seal", {"id": "s", "keyid": "nope"}) == "No secret with id 'nope'"
+    assert qmp.fail("secret-seal", {"id": "k", "keyid": "s"}) == "Key should be 32 bytes in length"
+
+
+# --- descriptors
+
+
+def test_descriptors_are_named_and_numbered_as_in_qemu(qmp: Client) -> None:
+    """add-fd, remove-fd, query-fdsets, getfd, closefd with QEMU's words."""
+    none = "No file descriptor supplied via SCM_RIGHTS"
+    assert qmp.fail("add-fd") == qmp.fail("getfd", {"fdname": "a"}) == none
+    with open("/dev/null") as file:
+        fd = (file.fileno(),)
+        assert qmp.fail("add-fd", {"fdset-id": -1}, fd) == (
+            "Parameter 'fdset-id' expects a non-negative value"
+        )
+        first = qmp.ok("add-fd", None, fd)
+        assert first["fdset-id"] == 0
+        second = qmp.ok("add-fd", {"fdset-id": 5, "opaque": "o"}, fd)
+        third = qmp.ok("add-fd", {"fdset-id": 5, "opaque": ""}, fd)
+        assert qmp.ok("add-fd", {}, fd)["fdset-id"] == 1
+        assert qmp.ok("query-fdsets")[0] == {
+            "fdset-id": 5,
+            "fds": [{"fd": second["fd"], "opaque": "o"}, {"fd": third["fd"], "opaque": ""}],
+        }
+        assert [fdset["fdset-id"] for fdset in qmp.ok("query-fdsets")] == [5, 1, 0]
+        assert qmp.cmd("remove-fd", {"fdset-id": 5, "fd": second["fd"]}) == {"return": {}}
+        assert qmp.fail("remove-fd", {"fdset-id": 5, "fd": second["fd"]}) == (
+            f"File descriptor named 'fdset-id:5, fd:{second['fd']}' not found"
+        )
+        assert qmp.cmd("remove-fd", {"fdset-id": 5}) == {"return": {}}
+        assert qmp.fail("remove-fd", {"fdset-id": 5}) == (
+            "File descriptor named 'fdset-id:5' not found"
+        )
+        assert qmp.cmd("getfd", {"fdname": "a"}, fd) == {"return": {}}
+        assert qmp.cmd("getfd", {"fdname": "a"}, fd) == {"return": {}}
+        assert qmp.cmd("getfd", {"fdname": ""}, fd) == {"return": {}}
+        assert qmp.fail("getfd", {"fdname": "1a"}, fd) == (
+            "Parameter 'fdname' expects a name not starting with a digit"
+        )
+        assert qmp.fail("getfd", {"fdname": "b"}) == none
+    assert qmp.cmd("closefd", {"fdname": "a"}) == {"return": {}}
+    assert qmp.fail("closefd", {"fdname": "a"}) == "File descriptor named 'a' not found"
+
+
+def test_a_descriptor_waits_for_the_command_that_takes_it(qmp: Client) -> None:
+    """It may come before the command, with other commands, with bad ones; only the first counts."""
+    with open("/dev/null") as file:
+        fd = file.fileno()
+        qmp.send(b" ", (fd,))
+        assert qmp.cmd("query-name") == {"return": {}}
+        assert qmp.fail("getfd", {"fdname": 5}).startswith("Invalid parameter type")
+        assert qmp.ask(b"{]", (fd, fd, fd))["error"]["desc"] == "JSON parse error, expecting value"
+        assert qmp.cmd("getfd", {"fdname": "a"}) == {"return": {}}
+        assert qmp.fail("getfd", {"fdname": "b"}) == "No file descriptor supplied via SCM_RIGHTS"
+
+
+def test_a_connection_holds_a_limited_number_of_descriptors(qmp: Client) -> None:
+    """The limit is named, and closing one makes room."""
+    with open("/dev/null") as file:
+        fd = (file.fileno(),)
+        for number in range(64):
+            command = ("getfd", {"fdname": f"n{number}"}) if number % 2 else ("add-fd", None)
+            assert "return" in qmp.cmd(*command, fd)
+        words = (
+            "This connection holds 64 descriptors, which is the limit; close some with closefd "
+            "or remove-fd"
+        )
+        assert qmp.fail("getfd", {"fdname": "more"}, fd) == qmp.fail("add-fd", None, fd) == words
+        assert qmp.cmd("closefd", {"fdname": "n1"}) == {"return": {}}
+        assert qmp.cmd("getfd", {"fdname": "more"}, fd) == {"return": {}}
+
+
+def memfd(content: bytes) -> int:
+    fd = os.memfd_create("test", os.MFD_CLOEXEC)
+    os.write(fd, content)
+    return fd
+
+
+def test_a_secret_comes_from_a_passed_descriptor(qmp: Client, tmp_path: Path) -> None:
+    """Memfd and file from their start whatever the offset, pipe and socket to their end; both
+    spellings; the descriptor's offset stays.
+    """
+    fd = memfd(b"letmein")
+    added = qmp.ok("add-fd", {"fdset-id": 3}, (fd,))
+    assert qmp.add("m1", file="/dev/fdset/3") == {"return": {}}
+    assert qmp.add("m2", file=f"/dev/fd/{added['fd']}") == {"return": {}}
+    assert qmp.read("m1") == qmp.read("m2") == b"letmein"
+    assert os.lseek(fd, 0, os.SEEK_CUR) == 7
+    os.close(fd)
+    (tmp_path / "f").write_bytes(base64.encodebytes(b"x" * 5000))
+    with open(tmp_path / "f") as file:
+        qmp.ok("add-fd", {"fdset-id": 4}, (file.fileno(),))
+    assert qmp.add("f", file="/dev/fdset/4", format="base64") == {"return": {}}
+    assert qmp.read("f") == b"x" * 5000
+    source_, sink = os.pipe()
+    os.write(sink, b"y" * 20000)
+    os.close(sink)
+    qmp.ok("add-fd", {"fdset-id": 5}, (source_,))
+    os.close(source_)
+    assert qmp.add("p", file="/dev/fdset/5") == {"return": {}}
+    assert qmp.read("p") == b"y" * 20000
+    ours, theirs = socket.socketpair()
+    qmp.ok("add-fd", {"fdset-id": 6}, (theirs.fileno(),))
+    theirs.close()
+    ours.sendall(b"from a socket")
+    ours.close()
+    assert qmp.add("s", file="/dev/fdset/6") == {"return": {}}
+    assert qmp.read("s") == b"from a socket"
+
+
+def test_a_descriptor_that_is_no_source_is_refused(qmp: Client, tmp_path: Path) -> None:
+    """Write-only, O_PATH, directories, devices; of a set, the one that can be read is taken."""
+    target = tmp_path / "f"
+    target.write_bytes(b"x")
+    for number, (path, flags) in enumerate(
+        (
+            (target, os.O_WRONLY),
+            (target, os.O_PATH),
+            (tmp_path, os.O_RDONLY),
+            ("/dev/null", os.O_RDONLY),
+        )
+    ):
+        fd = os.open(path, flags)
+        qmp.ok("add-fd", {"fdset-id": number}, (fd,))
+        os.close(fd)
+    for number in (0, 1):
+        assert qmp.add("a", file=f"/dev/fdset/{number}")["error"]["desc"] == (
+            f"Unable to read /dev/fdset/{number}: the descriptor is not open for reading"
+        )
+    for number in (2, 3):
+        assert qmp.add("a", file=f"/dev/fdset/{number}")["error"]["desc"] == (
+            f"Unable to read /dev/fdset/{number}: the descriptor is not a pipe, socket pair, memfd "
+            "or file"
+        )
+    fd = memfd(b"z")
+    qmp.ok("add-fd", {"fdset-id": 0}, (fd,))
+    os.close(fd)
+    assert qmp.add("a", file="/dev/fdset/0") == {"return": {}}
+
+
+def test_descriptors_and_names_belong_to_their_connection(daemon: Daemon, qmp: Client) -> None:
+    """Unlike QEMU's, which all monitors share."""
+    other = daemon.connect()
+    fd = memfd(b"letmein")
+    added = qmp.ok("add-fd", {"fdset-id": 3}, (fd,))
+    qmp.ok("getfd", {"fdname": "a"}, (fd,))
+    os.close(fd)
+    assert other.ok("query-fdsets") == []
+    assert other.add("x", file=f"/dev/fd/{added['fd']}")["error"]["desc"].endswith(
+        "No such file or directory"
+    )
+    assert other.fail("secret-read", {"id": "x", "fdname": "a"}) == (
+        "File descriptor named 'a' not found"
+    )
+
+
+def test_a_fifo_holds_up_only_the_connection_that_asked(
+    daemon: Daemon, qmp: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others are answered meanwhile; the id is taken but not yet there; the time is limited."""
+    fifo = str(tmp_path / "fifo")
+    os.mkfifo(fifo)
+    other = daemon.connect()
+    qmp.send(
+        b'{"execute":"object-add","arguments":{"qom-type":"secret","id":"slow","file":"%s"}}'
+        b'{"execute":"query-name","id":"after"}' % fifo.encode()
+    )
+    while "duplicate" not in other.add("slow", data="x").get("error", {}).get("desc", ""):
+        other.cmd("object-del", {"id": "slow"})
+    assert other.fail("object-del", {"id": "slow"}) == "object 'slow' not found"
+    with open(fifo, "wb") as writer:
+        writer.write(b"letmein")
+    assert qmp.reply() == {"return": {}}
+    assert qmp.reply() == {"return": {}, "id": "after"}
+    assert qmp.read("slow") == b"letmein"
+    monkeypatch.setattr(source, "SOURCE_SECONDS", 0.05)
+    assert qmp.add("never", file=fifo)["error"]["desc"] == (
+        f"Unable to read {fifo}: no end of data within 0.05 seconds"
+    )
+    assert other.add("never", data="x") == {"return": {}}
+    while not daemon.server.daemon.offload.idle():
+        pass
+
+
+def test_a_connection_that_ends_while_its_source_is_read_leaves_nothing(
+    daemon: Daemon, tmp_path: Path
+) -> None:
+    """The thread finishes by itself; what it read is wiped."""
+    fifo = str(tmp_path / "fifo")
+    os.mkfifo(fifo)
+    client = daemon.connect()
+    client.send(
+        b'{"execute":"object-add","arguments":{"qom-type":"secret","id":"s","file":"%s"}}'
+        % fifo.encode()
+    )
+    while not daemon.call(lambda: set(daemon.tree._loading)):
+        pass
+    # Only the server ends this connection: it does not read from it while it waits.
+    daemon.call(lambda: [session.transport.close() for session in list(daemon.server.sessions)])
+    with open(fifo, "wb") as writer:
+        writer.write(b"letmein")
+    deadline = time.monotonic() + 10
+    while not daemon.server.daemon.offload.idle() and time.monotonic() < deadline:
+        pass
+    assert daemon.call(lambda: daemon.tree._loading) == set()
+    assert daemon.call(lambda: len(daemon.journal)) == 0
+
+
+# --- the client door
+
+
+def test_the_client_door_refuses_every_read_and_shows_nothing(daemon: Daemon, qmp: Client) -> None:
+    """The same words whether the secret exists or not; administration is not there at all."""
+    qmp.add("s", data="letmein")
+    client = daemon.connect(door="client")
+    source_, sink = os.pipe()
+    for name in ("s", "nope"):
+        assert client.cmd("secret-read", {"id": name}, (sink,))["error"] == {
+            "class": "GenericError",
+            "desc": f"Reading secret '{name}' is not permitted",
+        }
+    os.close(sink)
+    assert os.read(source_, 10) == b""
+    os.close(source_)
+    assert client.ok("query-secrets") == []
+    for command in ("object-add", "object-del", "qom-list", "qom-get", "secret-seal", "quit"):
+        assert client.fail(command) == f"The command {command} has not been found"
+    names = {command["name"] for command in client.ok("query-commands")}
+    assert names == {
+        "qmp_capabilities", "query-version", "query-commands", "add-fd", "remove-fd", "query-fdsets",
+        "getfd", "closefd", "secret-read", "query-secrets",
+    }  # fmt: skip

@@ -1,0 +1,333 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""secretctl against a running server: what it does, prints and returns."""
+
+import json
+import os
+import pty
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from secretd import ctl
+from tests.conftest import Client, Daemon
+
+BIN = os.path.dirname(sys.executable)
+SECRETCTL = os.path.join(BIN, "secretctl")
+
+
+class Ctl:
+    """Runs secretctl in this process."""
+
+    def __init__(
+        self, daemon: Daemon, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+    ):
+        self._socket = daemon.control
+        self._monkeypatch = monkeypatch
+        self._capfd = capfd
+
+    def __call__(self, *words: str, status: int = 0, socket: str | None = None) -> tuple[str, str]:
+        """Run; return stdout and stderr."""
+        monkeypatch = self._monkeypatch
+        monkeypatch.setattr(sys, "argv", ["secretctl", "--socket", socket or self._socket, *words])
+        self._capfd.readouterr()
+        assert ctl.main() == status
+        captured = self._capfd.readouterr()
+        return captured.out, captured.err
+
+
+@pytest.fixture
+def run(daemon: Daemon, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> Ctl:
+    monkeypatch.setattr(ctl, "forbid_dumps", lambda: None)
+    return Ctl(daemon, monkeypatch, capfd)
+
+
+def test_a_secret_is_added_from_a_file_and_read_to_a_pipe(run: Ctl, tmp_path: Path) -> None:
+    """A newline at the end is kept, with a warning; base64 has none of that."""
+    plain, newline, empty = tmp_path / "plain", tmp_path / "newline", tmp_path / "empty"
+    plain.write_text("letmein")
+    newline.write_text("bGV0bWVpbg==\n")
+    empty.touch()
+    assert run("add", "a", "--file", str(plain)) == ("", "")
+    _, err = run("add", "b", "--file", str(newline))
+    assert "warning: the secret ends in a newline" in err
+    assert run("add", "c", "--file", str(newline), "--format", "base64") == ("", "")
+    assert run("add", "d", "--file", str(empty)) == ("", "")
+    assert run("read", "a") == ("letmein", "")
+    assert run("read", "b") == ("bGV0bWVpbg==\n", "")
+    assert run("read", "c") == ("letmein", "")
+    assert run("read", "c", "--format", "base64") == ("bGV0bWVpbg==", "")
+    assert run("read", "d") == ("", "")
+
+
+def test_a_secret_is_added_from_a_pipe(run: Ctl, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By --fd, --stdin or by default; the newline is noticed here too; too much is refused."""
+
+    def piped(content: bytes) -> int:
+        source, sink = os.pipe()
+        if os.fork() == 0:
+            os.close(source)
+            with open(sink, "wb") as writer:
+                writer.write(content)
+            os._exit(0)
+        os.close(sink)
+        return source
+
+    source = piped(b"letmein")
+    assert run("add", "a", "--fd", str(source)) == ("", "")
+    os.close(source)
+    assert run("read", "a") == ("letmein", "")
+    source = piped(b"x" * (3 << 20))
+    _, err = run("add", "b", "--fd", str(source), status=1)
+    assert err == "secretctl: more than 2097152 bytes were given\n"
+    os.close(source)
+    saved = os.dup(0)
+    for words in (["--stdin"], []):
+        source = piped(b"line\n")
+        os.dup2(source, 0)
+        os.close(source)
+        _, err = run("add", f"s{len(words)}", *words)
+        assert "newline" in err
+    os.dup2(saved, 0)
+    os.close(saved)
+    assert run("read", "s0") == run("read", "s1") == ("line\n", "")
+    while True:
+        try:
+            os.wait()
+        except ChildProcessError:
+            break
+
+
+def in_terminal(words: list[str], typed: bytes, *, expect: bytes) -> tuple[int, bytes]:
+    """Run secretctl in a terminal of its own; type when it has printed what is expected."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(SECRETCTL, [SECRETCTL, *words])
+    seen = b""
+    try:
+        while expect not in seen:
+            seen += os.read(terminal, 1000)
+        # The prompt is written before the echo is switched off: wait for that.
+        import termios
+
+        while termios.tcgetattr(terminal)[3] & termios.ECHO and typed:
+            time.sleep(0)
+        os.write(terminal, typed)
+        while True:
+            seen += os.read(terminal, 1000)
+    except OSError:
+        pass
+    os.close(terminal)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), seen
+
+
+@pytest.mark.parametrize("words", [["--prompt"], []])
+def test_a_secret_is_asked_for_on_the_terminal_without_echo(
+    daemon: Daemon, qmp: Client, words: list[str]
+) -> None:
+    """It does not show, and its newline does not count."""
+    status, seen = in_terminal(
+        ["--socket", daemon.control, "add", "asked", *words], b"letmein\n", expect=b"Secret asked: "
+    )
+    assert status == 0
+    assert b"letmein" not in seen
+    assert qmp.read("asked") == b"letmein"
+
+
+def test_a_secret_is_not_printed_on_a_terminal_unless_forced(daemon: Daemon, qmp: Client) -> None:
+    """The way out is in the message."""
+    qmp.add("s", data="letmein")
+    words = ["--socket", daemon.control, "read", "s"]
+    status, seen = in_terminal(words, b"", expect=b"--force")
+    assert status == 1
+    assert b"stdout is a terminal; send the secret to a pipe or a file, or use --force" in seen
+    status, seen = in_terminal([*words, "--force"], b"", expect=b"letmein")
+    assert status == 0
+
+
+def test_lists_and_status_for_people_and_programs(run: Ctl, qmp: Client) -> None:
+    """A table, or JSON in the words of query-secrets."""
+    out, _ = run("status")
+    assert "secrets  0" in out
+    assert "memory   -" in out
+    qmp.add("disk0", data="letmein")
+    out, _ = run("list")
+    assert out == "ID     TYPE    BYTES  MEMORY\ndisk0  secret      7  secretmem\n"
+    out, _ = run("list", "--json")
+    assert json.loads(out) == [
+        {"id": "disk0", "qom-type": "secret", "size": 7, "memory": "secretmem"}
+    ]
+    out, _ = run("status", "--json")
+    facts = json.loads(out)
+    assert (facts["daemon"], facts["secrets"], facts["bytes"]) == ("secretd test", 1, 7)
+
+
+def test_secrets_are_generated_sealed_and_deleted(run: Ctl, qmp: Client) -> None:
+    """And errors are the daemon's own words."""
+    assert run("generate", "k") == ("", "")
+    assert run("generate", "s", "--bytes", "5") == ("", "")
+    sealed = json.loads(run("seal", "s", "--keyid", "k")[0])
+    assert qmp.add("again", keyid="k", format="base64", **sealed) == {"return": {}}
+    assert qmp.read("again") == qmp.read("s")
+    assert run("del", "s") == ("", "")
+    assert run("del", "s", status=1) == ("", "secretctl: object 's' not found\n")
+    _, err = run("add", "s", "--file", "/nope", status=1)
+    assert err == "secretctl: /nope: No such file or directory\n"
+    _, err = run("add", "s", "--file", "/tmp", status=1)
+    assert err == "secretctl: /tmp: Is a directory\n"
+
+
+def test_a_secret_is_pushed_into_another_qmp_server(run: Ctl, qmp: Client, tmp_path: Path) -> None:
+    """Here a second secretd; with QEMU in tests/e2e."""
+    (tmp_path / "other").mkdir()
+    other = Daemon(tmp_path / "other")
+    try:
+        qmp.ok("secret-generate", {"id": "k", "size": 32})
+        qmp.add("s", data="letmein")
+        sealed = qmp.ok("secret-seal", {"id": "k", "keyid": "k"})
+        assert "data" in sealed
+        key = qmp.read("k")
+        there = other.connect()
+        fd = os.memfd_create("x")
+        os.write(fd, key)
+        added = there.ok("add-fd", None, (fd,))
+        os.close(fd)
+        assert there.add("master", file=f"/dev/fd/{added['fd']}") == {"return": {}}
+        words = ["push", "s", "--keyid", "k", "--qmp", other.control]
+        assert run(*words, "--as", "disk", "--qemu-keyid", "master") == ("", "")
+        assert there.read("disk") == b"letmein"
+        assert run(*words, status=1) == ("", "secretctl: No secret with id 'k'\n")
+        _, err = run("push", "s", "--keyid", "k", "--qmp", str(tmp_path / "no"), status=1)
+        assert err == (
+            f"secretctl: cannot connect to {tmp_path / 'no'}: No such file or directory; "
+            "is it running?\n"
+        )
+    finally:
+        other.stop()
+
+
+@pytest.mark.parametrize("via", ["memfd", "pipe"])
+def test_a_command_is_run_with_secrets_as_descriptors(
+    daemon: Daemon, qmp: Client, via: str
+) -> None:
+    """{NAME} becomes a path that reads as the secret; the command's status is returned."""
+    qmp.add("s", data="letmein")
+    qmp.ok("secret-generate", {"id": "big", "size": 1 << 20})
+    command = [SECRETCTL, "--socket", daemon.control, "run", "--via", via]
+    done = subprocess.run(
+        [*command, "--secret", "s", "--secret", "big=key", "--",
+         "sh", "-c", "cat x{s} ${0#x} && wc -c < ${1#x}; exit 7", "x{s}", "x{key}"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 7
+    assert "letmein" in done.stdout
+    done = subprocess.run(
+        [*command, "--secret", "s", "--secret", "big=key", "--", "sh", "-c",
+         "cat $0; wc -c < $1", "{s}", "{key}"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == "letmein1048576\n"
+    for name, status in (("/nope", 127), ("/tmp", 126)):
+        done = subprocess.run(
+            [*command, "--secret", "s", "--", name], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == status
+        assert done.stderr.startswith(f"secretctl: {name}: ")
+    done = subprocess.run(
+        [*command, "--secret", "none", "--", "true"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr == "secretctl: No secret with id 'none'\n"
+
+
+def test_shell_is_qmp_shell_on_the_socket(daemon: Daemon, qmp: Client) -> None:
+    """With its options passed on."""
+    done = subprocess.run(
+        [SECRETCTL, "--socket", daemon.control, "shell"],
+        input="object-add qom-type=secret id=s data=letmein\nquery-secrets\n",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "Welcome to the QMP low-level shell!" in done.stdout
+    assert qmp.read("s") == b"letmein"
+
+
+def test_shell_without_qmp_shell_says_where_it_comes_from(
+    run: Ctl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is part of a dependency, but may be missing."""
+    monkeypatch.setattr(os, "access", lambda *_args: False)
+    monkeypatch.setattr(shutil, "which", lambda _name: None)
+    _, err = run("shell", status=1)
+    assert err == (
+        "secretctl: qmp-shell was not found; it comes with the Python package qemu.qmp\n"
+    )
+
+
+def test_a_daemon_that_is_not_there_is_said_with_the_next_step(run: Ctl, tmp_path: Path) -> None:
+    """Which socket, why, and what to do."""
+    none = str(tmp_path / "none")
+    _, err = run("list", status=1, socket=none)
+    assert err == (
+        f"secretctl: cannot connect to {none}: No such file or directory; is it running?\n"
+        "secretctl: start it with 'secretd', or name its socket with --socket\n"
+    )
+    (tmp_path / "file").touch()
+    _, err = run("list", status=1, socket=str(tmp_path / "file"))
+    assert "Connection refused; is it running?" in err
+    _, err = run("list", status=1, socket=str(tmp_path))
+    assert f"cannot connect to {tmp_path}: " in err
+
+
+def test_a_daemon_that_goes_away_is_said(
+    run: Ctl, daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when it does so in the middle."""
+    monkeypatch.setattr(
+        daemon.tree,
+        "list_types",
+        lambda *_a, **_k: [s.transport.close() for s in daemon.server.sessions.copy()],
+    )
+    monkeypatch.setattr("secretd.client.Client.list", lambda self: self._execute("qom-list-types"))
+    _, err = run("list", status=1)
+    assert err.startswith("secretctl: the connection was lost")
+
+
+def test_an_interrupt_is_status_130(run: Ctl, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a shell has it."""
+
+    async def interrupted(_client: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("secretd.client.Client.list", interrupted)
+    run("list", status=130)
+
+
+def test_usage_errors_are_status_2(run: Ctl) -> None:
+    """From argparse, with the usage."""
+    with pytest.raises(SystemExit) as caught:
+        run("add")
+    assert caught.value.code == 2
+
+
+@pytest.mark.parametrize("typed", [b"\n", b"\x04"])
+def test_nothing_typed_adds_nothing(daemon: Daemon, qmp: Client, typed: bytes) -> None:
+    """Return or Ctrl-D at the prompt is no secret."""
+    status, seen = in_terminal(
+        ["--socket", daemon.control, "add", "asked"], typed, expect=b"Secret asked: "
+    )
+    assert status == 1
+    assert b"nothing was typed" in seen
+    assert qmp.ok("query-secrets") == []
+
+
+def test_ctrl_c_at_the_prompt_ends_it_and_gives_the_echo_back(daemon: Daemon, qmp: Client) -> None:
+    """At the first try."""
+    words = ["--socket", daemon.control, "add", "asked"]
+    status, _ = in_terminal(words, b"\x03", expect=b"Secret asked: ")
+    assert status == 130
+    assert qmp.ok("query-secrets") == []

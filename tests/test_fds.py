@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Descriptors: ownership, and calls that may block in threads of their own."""
+
+import asyncio
+import os
+import socket
+import threading
+
+import pytest
+
+from secretd import fds
+from secretd.fds import Fd, Kind, Offload, classify
+
+
+def test_an_fd_is_closed_once_and_given_away_once() -> None:
+    """-1 from then on, so that a reused number is never touched."""
+    number = os.memfd_create("x")
+    fd = Fd(number)
+    assert repr(fd) == f"<Fd {number}>"
+    assert fd.fileno() == number
+    fd.close()
+    fd.close()
+    assert fd.fileno() == -1
+    other = Fd(os.memfd_create("x"))
+    number = other.take()
+    other.close()
+    os.close(number)
+
+
+def test_a_forgotten_fd_warns_and_is_closed() -> None:
+    """A leak fails the suite, since warnings are errors there."""
+    fd = Fd(os.memfd_create("x"))
+    with pytest.warns(ResourceWarning, match="unclosed descriptor"):
+        fd.__del__()
+    assert fd.fileno() == -1
+
+
+def test_what_came_by_scm_rights_is_found() -> None:
+    """Among other ancillary data."""
+    number = (7).to_bytes(4, "little")
+    assert fds.received([(socket.SOL_SOCKET, socket.SCM_RIGHTS, number * 2 + b"x")]) == [7, 7]
+    assert fds.received([(socket.SOL_SOCKET, 2, number), (1, 1, b"")]) == [7] * 0
+
+
+def test_a_socket_whose_peer_cannot_be_asked_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only ENOTCONN means that it is not connected."""
+
+    class Broken(socket.socket):
+        def getpeername(self) -> object:
+            raise OSError(5, "x")
+
+    ours, theirs = socket.socketpair()
+    monkeypatch.setattr(fds.socket, "socket", Broken)
+    with pytest.raises(OSError, match="x"):
+        classify(ours.fileno())
+    monkeypatch.undo()
+    assert classify(ours.fileno()) is Kind.SOCKET
+    ours.close()
+    theirs.close()
+
+
+async def idle(offload: Offload) -> None:
+    """Wait until all threads have ended."""
+    while not offload.idle():  # noqa: ASYNC110 - threads tell no event
+        await asyncio.sleep(0)
+
+
+def test_blocking_calls_run_in_a_bounded_number_of_threads() -> None:
+    """A uid that has used up its share waits for itself; another uid does not."""
+
+    async def main() -> None:
+        offload = Offload()
+        go_on = threading.Event()
+        running = [
+            asyncio.ensure_future(offload.run(1000, lambda _: None, go_on.wait))
+            for _ in range(fds.THREADS_PER_UID)
+        ]
+        await asyncio.sleep(0)
+        waiting = asyncio.ensure_future(offload.run(1000, lambda _: None, lambda: "later"))
+        assert await offload.run(1001, lambda _: None, lambda: "done") == "done"
+        go_on.set()
+        assert await asyncio.gather(*running) == [True] * fds.THREADS_PER_UID
+        assert await waiting == "later"
+        with pytest.raises(ZeroDivisionError):
+            await offload.run(1000, lambda _: None, lambda: 1 // 0)
+        await idle(offload)
+        assert offload._queues == {}
+
+    asyncio.run(main())
+
+
+def test_the_result_of_a_call_that_nobody_waits_for_is_discarded() -> None:
+    """Whatever it holds is released, once the call has ended; errors are dropped."""
+
+    async def main() -> None:
+        offload = Offload()
+        go_on = threading.Event()
+        discarded: list[str] = []
+
+        def work() -> str:
+            go_on.wait()
+            return "result"
+
+        def fail() -> str:
+            go_on.wait()
+            raise ValueError
+
+        tasks = [
+            asyncio.ensure_future(offload.run(1, discarded.append, function))
+            for function in (work, fail)
+        ]
+        await asyncio.sleep(0)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        go_on.set()
+        await idle(offload)
+        await asyncio.sleep(0)
+        assert discarded == ["result"]
+
+    asyncio.run(main())
+
+
+def test_a_thread_that_outlives_the_loop_ends_quietly() -> None:
+    """A stuck descriptor keeps neither the loop nor the process from ending."""
+    go_on = threading.Event()
+    offload = Offload()
+
+    async def main() -> None:
+        task = asyncio.ensure_future(offload.run(1, lambda _: None, go_on.wait))
+        await asyncio.sleep(0)
+        task.cancel()
+
+    asyncio.run(main())
+    go_on.set()
+    for thread in threading.enumerate():
+        if thread.name == "offload-1":
+            thread.join(10)
+            assert not thread.is_alive()
+
+
+def test_closing_for_a_stranger_happens_in_a_thread() -> None:
+    """The loop does not wait for close(2)."""
+
+    async def main() -> None:
+        offload = Offload()
+        source, sink = os.pipe()
+        offload.close(1000, sink)
+        await idle(offload)
+        assert os.read(source, 1) == b""
+        os.close(source)
+
+    asyncio.run(main())
+
+
+def test_a_result_that_comes_with_the_cancellation_is_discarded() -> None:
+    """Both may happen in one turn of the loop."""
+
+    async def main() -> None:
+        offload = Offload()
+        discarded: list[str] = []
+        task = asyncio.ensure_future(offload.run(1, discarded.append, lambda: "result"))
+        await asyncio.sleep(0)
+        await idle(offload)
+        asyncio.get_running_loop().call_soon(task.cancel)
+        await asyncio.gather(task, return_exceptions=True)
+        assert discarded == ["result"] or task.result() == "result"
+
+    asyncio.run(main())
+
+
+def test_a_uid_with_too_much_to_close_is_busy() -> None:
+    """Its descriptors are kept until a thread is free, and it must bring no more."""
+
+    async def main() -> None:
+        offload = Offload()
+        go_on = threading.Event()
+        running = [
+            asyncio.ensure_future(offload.run(1000, lambda _: None, go_on.wait))
+            for _ in range(fds.THREADS_PER_UID)
+        ]
+        await asyncio.sleep(0)
+        source, sink = os.pipe()
+        for _ in range(fds.DESCRIPTORS_WAITING_PER_UID + 1):
+            assert not offload.busy(1000)
+            offload.close(1000, os.dup(sink))
+        assert offload.busy(1000)
+        assert not offload.busy(1001)
+        os.close(sink)
+        go_on.set()
+        await asyncio.gather(*running)
+        await idle(offload)
+        assert os.read(source, 1) == b""
+        os.close(source)
+
+    asyncio.run(main())
+
+
+def test_without_a_new_thread_the_call_waits_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the system has no thread to give, nothing is lost."""
+
+    async def main() -> None:
+        offload = Offload()
+        source, sink = os.pipe()
+        with monkeypatch.context() as patch:
+
+            def none(_thread: threading.Thread) -> None:
+                raise RuntimeError("can't start new thread")
+
+            patch.setattr(threading.Thread, "start", none)
+            offload.close(1000, sink)
+        assert offload.idle()
+        assert await offload.run(1000, lambda _: None, lambda: "done") == "done"
+        await idle(offload)
+        assert os.read(source, 1) == b""
+        os.close(source)
+
+    asyncio.run(main())

@@ -1,0 +1,561 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Sessions on a running server: framing, backpressure, hostile clients, doors, the end."""
+
+import asyncio
+import contextlib
+import errno
+import json
+import os
+import random
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from secretd import access, server, transport
+from secretd.access import Door
+from secretd.errors import LockedMemoryExhausted, UsageError
+from secretd.memory import Arena
+from secretd.server import listen
+from secretd.transport import Transport
+from tests.conftest import Client, Daemon
+
+NAME = b'{"execute":"query-name"}'
+
+
+def test_the_greeting_comes_in_one_write(daemon: Daemon) -> None:
+    """A client may read it with one recv."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(daemon.control)
+        line = sock.recv(4096)
+    assert line.startswith(b'{"QMP": ')
+    assert line.endswith(b"}\r\n")
+    assert line.count(b"\n") == 1
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_commands_in_any_pieces_get_the_same_replies(
+    daemon: Daemon, qmp: Client, seed: int
+) -> None:
+    """Several in one write, one over several, pretty-printed, single-quoted, without newlines."""
+    rng = random.Random(seed)
+    messages, expected = [], []
+    for number in range(40):
+        kind = rng.randrange(6)
+        if kind == 0:
+            messages.append(b'{"execute":"query-name","id":%d}' % number)
+            expected.append({"return": {}, "id": number})
+        elif kind == 1:
+            messages.append(b"{ 'execute' :\n\t'query-name',\r\n'id': '%d' }" % number)
+            expected.append({"return": {}, "id": str(number)})
+        elif kind == 2:
+            data = json.dumps('x\u00e9"' * rng.randrange(300)).encode()
+            messages.append(
+                b'{"execute":"object-add","arguments":{"qom-type":"secret","id":"s%d","data":%s}}'
+                % (number, data)
+            )
+            expected.append({"return": {}})
+        elif kind == 3:
+            messages.append(b"\xff")
+            expected.append(
+                {"error": {"class": "GenericError", "desc": "JSON parse error, stray '\ufffd'"}}
+            )
+        elif kind == 4:
+            messages.append(b'{"execute":"nope","id":null}\n')
+            expected.append(
+                {"id": None, "error": {"class": "CommandNotFound",
+                                       "desc": "The command nope has not been found"}}
+            )  # fmt: skip
+        else:
+            messages.append(b'{"execute":"object-del","arguments":{"id":"none"}}\r\n')
+            expected.append({"error": {"class": "GenericError", "desc": "object 'none' not found"}})
+    stream = b"".join(message + rng.choice([b"", b"\n", b"\r\n", b" "]) for message in messages)
+    at = 0
+    while at < len(stream):
+        size = rng.choice([1, 2, 7, 100, 3000, len(stream)])
+        qmp.send(stream[at : at + size])
+        at += size
+        if rng.random() < 0.05:
+            daemon.connect().cmd("query-name")
+    assert [qmp.reply() for _ in expected] == expected
+
+
+def test_a_half_close_is_answered_and_half_a_message_dropped(daemon: Daemon, qmp: Client) -> None:
+    """Commands already sent are answered, then comes the end."""
+    qmp.send(NAME * 3 + b'{"execute":')
+    qmp.sock.shutdown(socket.SHUT_WR)
+    assert [qmp.reply() for _ in range(3)] == [{"return": {}}] * 3
+    assert qmp.line() == b""
+    assert daemon.connect().cmd("query-name") == {"return": {}}
+
+
+def test_a_half_close_waits_for_the_command_that_runs(
+    daemon: Daemon, qmp: Client, tmp_path: Path
+) -> None:
+    """Its reply is sent before the end."""
+    fifo = str(tmp_path / "fifo")
+    os.mkfifo(fifo)
+    qmp.send(
+        b'{"execute":"object-add","arguments":{"qom-type":"secret","id":"s","file":"%s"}}'
+        % fifo.encode()
+    )
+    qmp.sock.shutdown(socket.SHUT_WR)
+    with open(fifo, "wb"):
+        pass
+    assert qmp.reply() == {"return": {}}
+    assert qmp.line() == b""
+
+
+def test_a_client_that_does_not_read_stalls_only_itself(daemon: Daemon, qmp: Client) -> None:
+    """Its replies stop at a bound; when it reads, all of them come, in order."""
+    silent = daemon.connect()
+    silent.sock.setblocking(False)
+    sent = 0
+    quiet_since = time.monotonic()
+    while time.monotonic() - quiet_since < 0.3:
+        try:
+            message = b'{"execute":"query-commands","id":%d}\n' % sent
+            if silent.sock.send(message) == len(message):
+                sent += 1
+            else:
+                break
+            quiet_since = time.monotonic()
+        except BlockingIOError:
+            assert qmp.cmd("query-name") == {"return": {}}
+    (session,) = [s for s in daemon.server.sessions if s.transport._backlog]
+    assert session.transport._backlog < transport.BACKLOG_BYTES + server.BATCH_BYTES + 4096
+    silent.sock.setblocking(True)
+    silent.sock.settimeout(20)
+    for number in range(sent):
+        assert silent.reply()["id"] == number
+
+
+def test_unfinished_messages_are_limited_in_time(
+    daemon: Daemon, qmp: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client is told; one that finishes messages now and then is not affected."""
+    monkeypatch.setattr(transport, "UNFINISHED_SECONDS", 0.1)
+    slow = daemon.connect()
+    slow.send(NAME + b'{"execute":')
+    assert slow.reply() == {"return": {}}
+    assert slow.reply()["error"]["desc"] == (
+        "No end of the message within 60 seconds; connection closed"
+    )
+    assert slow.line() == b""
+    end = time.monotonic() + 0.3
+    while time.monotonic() < end:
+        assert qmp.ask(b'{"execute":"query-name"}{"execute":') == {"return": {}}
+        assert qmp.ask(b'"query-name"}') == {"return": {}}
+    assert qmp.cmd("query-name") == {"return": {}}
+
+
+def test_a_pause_does_not_forget_the_time_limit(
+    daemon: Daemon, qmp: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is unfinished behind a command that waits is timed from when that is done."""
+    monkeypatch.setattr(transport, "UNFINISHED_SECONDS", 0.1)
+    fifo = str(tmp_path / "fifo")
+    os.mkfifo(fifo)
+    qmp.send(
+        b'{"execute":"object-add","arguments":{"qom-type":"secret","id":"s","file":"%s"}} {"exec'
+        % fifo.encode()
+    )
+    with open(fifo, "wb"):
+        pass
+    assert qmp.reply() == {"return": {}}
+    assert qmp.reply()["error"]["desc"].startswith("No end of the message")
+
+
+def test_large_messages_grow_and_leave_no_memory_behind(daemon: Daemon, qmp: Client) -> None:
+    """A secret of 1 MiB inline; then the receive space is as before."""
+    before = daemon.call(lambda: daemon.scratch.held)
+    data = b'{"execute":"object-add","arguments":{"qom-type":"secret","id":"s","data":"%s"}}' % (
+        b"x" * (1 << 20)
+    )
+    assert qmp.ask(data) == {"return": {}}
+    assert qmp.read("s") == b"x" * (1 << 20)
+    assert daemon.call(lambda: daemon.scratch.held) == before
+
+
+def test_a_message_over_the_limit_is_refused_and_the_next_answered(qmp: Client) -> None:
+    """2 MiB, in QEMU's words."""
+    qmp.send(b'{"execute":"' + b"x" * ((2 << 20) + 1) + b"\n\xff\n")
+    assert qmp.reply()["error"]["desc"] == "JSON token size limit exceeded"
+    qmp.send(b'{"execute":"query-name","id":"after"}')
+    while qmp.reply().get("id") != "after":
+        pass
+
+
+class StarvedArena(Arena):
+    """An arena that has no room for large buffers while told so."""
+
+    starved = False
+
+    def allocate(self, size: int):
+        """Refuse what is larger than half a window."""
+        if self.starved and size > (64 << 10 if self.starved == "large" else 0):
+            raise LockedMemoryExhausted("No locked memory left")
+        return super().allocate(size)
+
+
+@pytest.fixture
+def starving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A server whose scratch memory can be made to run out."""
+    from tests import conftest
+
+    monkeypatch.setattr(conftest, "Arena", StarvedArena)
+    made = Daemon(tmp_path)
+    yield made
+    made.stop()
+
+
+def test_when_receive_space_is_used_up_large_messages_wait_for_it(starving: Daemon) -> None:
+    """Small ones go on; the large one continues when another connection frees its space."""
+    other = starving.connect()
+    other.send(b'{"x": "' + b"y" * 3000)
+    large = starving.connect()
+    starving.scratch.starved = "large"
+    message = b'{"execute":"%s","id":"large"}' % (b"x" * 200000)
+    large.sock.setblocking(False)
+    sent = 0
+    while not starving.call(lambda: starving.server.space.starved):
+        with contextlib.suppress(BlockingIOError):
+            sent += large.sock.send(message[sent:])
+    assert starving.connect().cmd("query-name") == {"return": {}}
+    starving.scratch.starved = False
+    assert other.ask(b'"}')["error"]["desc"] == "QMP input lacks member 'execute'"[:0] + (
+        "QMP input member 'x' is unexpected"
+    )
+    large.sock.settimeout(20)
+    large.send(message[sent:])
+    assert large.reply()["id"] == "large"
+
+
+def test_a_starved_connection_is_closed_when_its_time_is_up(
+    starving: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does not hold its space for ever, and one that still finds no room waits on."""
+    monkeypatch.setattr(transport, "UNFINISHED_SECONDS", 1.0)
+    other = starving.connect()
+    other.send(b'{"x": "' + b"y" * 3000)
+    large = starving.connect()
+    starving.scratch.starved = "large"
+    large.sock.setblocking(False)
+    large.send(b'"')
+    while not starving.call(lambda: starving.server.space.starved):
+        with contextlib.suppress(BlockingIOError):
+            large.send(b"x" * 1000)
+    other.send(b'"}')
+    large.sock.settimeout(20)
+    with contextlib.suppress(ConnectionError):
+        assert "No end of the message" in large.reply()["error"]["desc"]
+        assert large.line() == b""
+
+
+def test_a_connection_without_any_room_is_told_and_closed(starving: Daemon) -> None:
+    """Nothing else can be done with bytes that have nowhere to lie."""
+    client = starving.connect()
+    starving.scratch.starved = True
+    client.send(b'{"half": ')
+    assert client.reply()["error"]["desc"] == "No locked memory left"
+    assert client.line() == b""
+    starving.scratch.starved = False
+
+
+def test_an_error_that_quotes_the_sender_is_cut(qmp: Client) -> None:
+    """At 4096 bytes, in locked memory, wherever it stands among other replies."""
+    qmp.send(NAME + b'{"a": "' + b"z" * 100000 + b"\n" + NAME)
+    assert qmp.reply() == {"return": {}}
+    words = qmp.reply()["error"]["desc"]
+    assert words == "JSON parse error, stray '\"" + "z" * 4095 + "'"
+    assert qmp.reply() == {"return": {}}
+
+
+def test_quoted_errors_to_a_client_that_does_not_read_are_kept_and_sent(daemon: Daemon) -> None:
+    """They wait in locked memory, which is freed when they are sent or the client leaves."""
+    for leaves in (False, True):
+        client = daemon.connect()
+        message = b'"' + b"q" * 4000 + b"\n\n"
+        client.sock.setblocking(False)
+        sent = 0
+        while True:
+            try:
+                sent += client.sock.send((message * 20)[sent % len(message) :])
+            except BlockingIOError:
+                if daemon.call(lambda: [s for s in daemon.server.sessions if s.transport._out]):
+                    break
+        if leaves:
+            client.close()
+        else:
+            client.sock.settimeout(20)
+            for _ in range(sent // len(message)):
+                assert client.reply()["error"]["desc"].startswith("JSON parse error, stray '\"qqq")
+            client.close()
+    while daemon.call(lambda: len(daemon.server.sessions)):
+        pass
+
+
+def test_descriptors_without_bytes_to_spare_do_not_leak(daemon: Daemon, qmp: Client) -> None:
+    """253 in a message, again and again; the daemon keeps one."""
+    with open("/dev/null") as file:
+        many = tuple([file.fileno()] * 253)
+        for _ in range(20):
+            assert qmp.ask(NAME, many) == {"return": {}}
+    count = len(os.listdir("/proc/self/fd"))
+    assert qmp.ask(NAME, many[:0]) == {"return": {}}
+    assert len(os.listdir("/proc/self/fd")) == count
+
+
+def test_clients_that_misbehave_together_disturb_nobody(daemon: Daemon, qmp: Client) -> None:
+    """Silent, half-way, flooding, never reading, passing many descriptors, closing at any byte."""
+    rng = random.Random(7)
+    qmp.add("s", data="x")
+    script = b'{"execute":"qmp_capabilities"}\n{"execute":"secret-read","arguments":{"id":"s"}}\n'
+    crowd: list[socket.socket] = []
+    with open("/dev/null") as null:
+        for number in range(120):
+            sock = socket.socket(socket.AF_UNIX)
+            sock.connect(daemon.control)
+            sock.setblocking(False)
+            crowd.append(sock)
+            with contextlib.suppress(OSError):
+                kind = number % 6
+                if kind == 1:
+                    sock.send(b'{"execute":"qmp_cap')
+                elif kind == 2:
+                    sock.send(script * 500)
+                elif kind == 3:
+                    for _ in range(3):
+                        socket.send_fds(sock, [script], [null.fileno()] * 253)
+                elif kind == 4:
+                    sock.send(script[: rng.randrange(len(script))])
+                    crowd.pop().close()
+                elif kind == 5:
+                    sock.send(rng.randbytes(5000))
+            if number % 10 == 0:
+                assert qmp.read("s") == b"x"
+    for sock in crowd:
+        sock.close()
+    assert qmp.read("s") == b"x"
+    while daemon.call(lambda: len(daemon.server.sessions)) > 1:
+        pass
+
+
+def test_quit_stops_the_daemon_in_order(daemon: Daemon, qmp: Client) -> None:
+    """The event to all administrators, then the reply, then the end; nothing pipelined is answered."""
+    other = daemon.connect()
+    waiting = daemon.connect(negotiate=False)
+    waiting.reply()
+    client = daemon.connect(door="client")
+    qmp.send(b'{"execute":"quit","id":1}' + NAME)
+    event = qmp.reply()
+    assert event["event"] == "SHUTDOWN"
+    assert event["data"] == {"guest": False, "reason": "host-qmp-quit"}
+    assert abs(event["timestamp"]["seconds"] - time.time()) < 60
+    assert qmp.reply() == {"return": {}, "id": 1}
+    assert qmp.line() == b""
+    assert other.reply()["event"] == "SHUTDOWN"
+    assert other.line() == b""
+    assert waiting.line() == client.line() == b""
+    daemon._thread.join(20)
+    assert not os.path.exists(daemon.control)
+
+
+def test_the_control_door_is_for_root_and_the_own_uid(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others are told and closed; the client door lets them in, as they are."""
+    monkeypatch.setattr(access.Peer, "trusted", property(lambda _self: False))
+    client = Client(daemon.control, negotiate=False)
+    assert client.reply()["error"]["desc"] == (
+        f"uid {os.getuid()} may not use the control socket; connect to the client socket"
+    )
+    assert client.line() == b""
+    client.close()
+    allowed = daemon.connect(door="client")
+    fd = os.memfd_create("x")
+    allowed.ok("getfd", {"fdname": "a"}, (fd,))
+    allowed.ok("getfd", {"fdname": "a"}, (fd,))
+    allowed.ok("add-fd", None, (fd, fd, fd))
+    os.close(fd)
+    assert allowed.cmd("closefd", {"fdname": "a"}) == {"return": {}}
+    allowed.close()
+    while daemon.call(lambda: not daemon.server.daemon.offload.idle() or daemon.server.sessions):
+        pass
+
+
+def test_only_root_and_the_own_uid_may_name_a_path(
+    daemon: Daemon, qmp: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The daemon would open it with its own rights."""
+    monkeypatch.setattr(access.Peer, "trusted", property(lambda self: self.pid == 0))
+    monkeypatch.setattr(server, "admits", lambda _peer: True)
+    other = daemon.connect()
+    assert other.add("s", file="/etc/hostname")["error"]["desc"] == (
+        "Only uid 0 and the daemon's own uid may name a file"
+    )
+    assert qmp.add("s", file="/etc/passwd") == {"return": {}}
+    other.close()
+    while daemon.call(
+        lambda: not daemon.server.daemon.offload.idle() or len(daemon.server.sessions) > 1
+    ):
+        pass
+
+
+def test_an_internal_error_is_answered_and_logged_without_its_text(
+    daemon: Daemon, qmp: Client, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No reply is lost, and no secret reaches the log."""
+
+    def broken(*_args: object) -> None:
+        raise ValueError("let" + "mein")
+
+    async def broken_later(_name: str) -> None:
+        await asyncio.sleep(0)
+        broken()
+
+    monkeypatch.setattr(daemon.tree, "list_types", lambda *_a, **_k: broken())
+    monkeypatch.setattr(daemon.tree, "add", lambda *_a: broken_later("x"))
+    words = "Internal error; the log of secretd has the details"
+    assert qmp.fail("qom-list-types") == words
+    assert qmp.add("s", data="x")["error"]["desc"] == words
+    assert "ValueError" in caplog.text
+    assert "test_server.py" in caplog.text
+    assert "letmein" not in caplog.text
+
+
+def test_a_failure_while_reading_closes_the_connection_and_wipes(
+    daemon: Daemon, qmp: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error outside of any command ends that connection only."""
+    other = daemon.connect()
+
+    def broken(*_args: object) -> None:
+        raise RuntimeError
+
+    (session,) = [s for s in daemon.server.sessions if s.transport._sock.fileno() >= 0][:1]
+    monkeypatch.setattr(session._codec, "next", broken)
+    clients = (qmp, other)
+    ended = [c for c in clients if ask_or_end(c) is None]
+    assert len(ended) == 1
+    shared = daemon.call(lambda: bytes(daemon.server.space.shared.view[:100]))
+    assert shared == bytes(100)
+    assert len(daemon.errors) == 1
+    daemon.errors.clear()
+
+
+def ask_or_end(client: Client) -> dict | None:
+    client.send(NAME)
+    line = client.line()
+    return json.loads(line) if line else None
+
+
+def test_out_of_descriptors_accepting_pauses_and_goes_on(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """EMFILE is not the end, and no busy loop."""
+    monkeypatch.setattr(server, "RETRY_ACCEPT_SECONDS", 0.05)
+    failures = [errno.EMFILE, errno.ENFILE]
+    (listener, *_rest) = daemon.server._listeners
+    real = listener.sock
+
+    class Socket:
+        """A listening socket that fails a few times."""
+
+        def fileno(self) -> int:
+            return real.fileno()
+
+        def accept(self) -> object:
+            if failures:
+                raise OSError(failures.pop(), "x")
+            return real.accept()
+
+        def close(self) -> None:
+            real.close()
+
+    listener.sock = Socket()
+    assert daemon.connect().cmd("query-name") == {"return": {}}
+    assert not failures
+    failures.append(errno.EBADF)
+    with contextlib.suppress(TimeoutError):
+        sock = socket.socket(socket.AF_UNIX)
+        sock.connect(daemon.control)
+        while not daemon.errors:
+            pass
+        sock.close()
+    assert daemon.errors.pop()["exception"].errno == errno.EBADF
+    while daemon.call(lambda: len(daemon.server.sessions)) > 1:
+        pass
+
+
+def test_a_peer_that_is_gone_at_accept_is_forgotten(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the kernel no longer knows it, or it does not take the greeting."""
+
+    def gone(*_args: object) -> None:
+        raise OSError(errno.ENOTCONN, "x")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(server, "identify", gone)
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(daemon.control)
+            assert sock.recv(1) == b""
+    with monkeypatch.context() as patch:
+        patch.setattr(Transport, "_try", lambda self, _data: self.close() or 0)
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(daemon.control)
+            assert sock.recv(1) == b""
+    assert daemon.call(lambda: len(daemon.server.sessions)) == 0
+
+
+# --- listening
+
+
+def test_a_stale_socket_is_replaced_and_a_live_one_is_not(daemon: Daemon, tmp_path: Path) -> None:
+    """As with other daemons; another file is not touched."""
+    stale = tmp_path / "stale"
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(stale))
+    listener = listen(str(stale), Door.CONTROL, 0o600)
+    assert stale.stat().st_mode & 0o777 == 0o600
+    with pytest.raises(UsageError, match="another process is listening there"):
+        listen(str(stale), Door.CONTROL, 0o600)
+    backlog = []
+    for _ in range(200):
+        sock = socket.socket(socket.AF_UNIX)
+        sock.setblocking(False)
+        backlog.append(sock)
+        if sock.connect_ex(str(stale)):
+            break
+    with pytest.raises(UsageError, match="another process is listening there"):
+        listen(str(stale), Door.CONTROL, 0o600)
+    for sock in backlog:
+        sock.close()
+    listener.close()
+    assert not stale.exists()
+    stale.write_text("x")
+    with pytest.raises(UsageError, match="exists and is not a socket"):
+        listen(str(stale), Door.CONTROL, 0o600)
+    assert stale.read_text() == "x"
+
+
+def test_paths_that_cannot_be_bound_are_named(tmp_path: Path) -> None:
+    """Too long, or in no directory."""
+    with pytest.raises(UsageError, match="107 bytes at most"):
+        listen(str(tmp_path / ("x" * 120)), Door.CONTROL, 0o600)
+    with pytest.raises(UsageError, match="No such file or directory"):
+        listen(str(tmp_path / "no" / "s"), Door.CONTROL, 0o600)
+
+
+def test_a_socket_file_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
+    """At the end only what is still ours is removed."""
+    path = str(tmp_path / "s")
+    first = listen(path, Door.CLIENT, 0o666)
+    os.rename(path, str(tmp_path / "moved"))
+    second = listen(path, Door.CLIENT, 0o666)
+    first.close()
+    assert os.path.exists(path)
+    os.unlink(path)
+    second.close()
