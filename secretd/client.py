@@ -12,6 +12,7 @@ writes, into locked memory of this process. Errors are qemu.qmp's: `ConnectError
 """
 
 import asyncio
+import contextlib
 import os
 from collections.abc import Callable, Mapping
 from typing import Final, Literal, NamedTuple, Self, cast
@@ -81,7 +82,8 @@ class Client:
     async def close(self) -> None:
         """Disconnect, and wipe what `read` returned: it reads as zeros then."""
         try:
-            await self._qmp.disconnect()
+            with contextlib.suppress(EOFError):  # how qemu.qmp tells that the server left first
+                await self._qmp.disconnect()
         finally:
             if self._arena is not None:
                 arena, self._arena = self._arena, None

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """secretctl against a running server: what it does, prints and returns."""
 
+import contextlib
 import json
 import os
 import pty
 import shutil
 import subprocess
 import sys
-import time
+import termios
+import threading
 from pathlib import Path
 
 import pytest
@@ -65,15 +67,16 @@ def test_a_secret_is_added_from_a_file_and_read_to_a_pipe(run: Ctl, tmp_path: Pa
 
 def test_a_secret_is_added_from_a_pipe(run: Ctl, monkeypatch: pytest.MonkeyPatch) -> None:
     """By --fd, --stdin or by default; the newline is noticed here too; too much is refused."""
+    writers = []
+
+    def write(sink: int, content: bytes) -> None:
+        with contextlib.suppress(BrokenPipeError), open(sink, "wb") as writer:
+            writer.write(content)
 
     def piped(content: bytes) -> int:
         source, sink = os.pipe()
-        if os.fork() == 0:
-            os.close(source)
-            with open(sink, "wb") as writer:
-                writer.write(content)
-            os._exit(0)
-        os.close(sink)
+        writers.append(threading.Thread(target=write, args=(sink, content)))
+        writers[-1].start()
         return source
 
     source = piped(b"letmein")
@@ -94,34 +97,36 @@ def test_a_secret_is_added_from_a_pipe(run: Ctl, monkeypatch: pytest.MonkeyPatch
     os.dup2(saved, 0)
     os.close(saved)
     assert run("read", "s0") == run("read", "s1") == ("line\n", "")
-    while True:
-        try:
-            os.wait()
-        except ChildProcessError:
-            break
+    for writer in writers:
+        writer.join(10)
 
 
 def in_terminal(words: list[str], typed: bytes, *, expect: bytes) -> tuple[int, bytes]:
     """Run secretctl in a terminal of its own; type when it has printed what is expected."""
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.execv(SECRETCTL, [SECRETCTL, *words])
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        ["setsid", "--ctty", "--wait", SECRETCTL, *words],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+    )
+    os.close(theirs)
     seen = b""
     try:
         while expect not in seen:
-            seen += os.read(terminal, 1000)
+            seen += os.read(ours, 1000)
         # The prompt is written before the echo is switched off: wait for that.
-        import termios
-
-        while termios.tcgetattr(terminal)[3] & termios.ECHO and typed:
-            time.sleep(0)
-        os.write(terminal, typed)
+        while typed and termios.tcgetattr(ours)[3] & termios.ECHO:
+            pass
+        os.write(ours, typed)
         while True:
-            seen += os.read(terminal, 1000)
-    except OSError:
+            seen += os.read(ours, 1000)
+    except OSError:  # EIO: nobody has the terminal open any more
         pass
-    os.close(terminal)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), seen
+    finally:
+        os.close(ours)
+        status = process.wait(20)
+    return status, seen
 
 
 @pytest.mark.parametrize("words", [["--prompt"], []])
