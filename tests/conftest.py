@@ -82,7 +82,11 @@ class Client:
     def __init__(self, path: str, *, negotiate: bool = True) -> None:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.sock.settimeout(20)
-        self.sock.connect(path)
+        try:
+            self.sock.connect(path)
+        except OSError:
+            self.sock.close()
+            raise
         self._buffer = b""
         if negotiate:
             self.greeting = self.reply()

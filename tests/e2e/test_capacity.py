@@ -13,10 +13,8 @@ from tests.e2e.conftest import SECRETD, WITHOUT_IPC_LOCK, Process
 
 LIMIT = 8 << 20
 ADD = b'{"execute":"object-add","arguments":{"qom-type":"secret","id":"s%06d","data":"%032d"}}\n'
-NO_SECRETMEM = (
-    "import sys; sys.path.insert(0, %r); from seccomp import refuse; refuse(447); "
-    % str(Path(__file__).parent.parent)
-)
+HERE = str(Path(__file__).parent.parent)
+NO_SECRETMEM = f"sys.path.insert(0, {HERE!r}); from seccomp import refuse; refuse(447); "
 
 
 def limited(level: str) -> list[str]:

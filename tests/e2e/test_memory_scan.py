@@ -1,0 +1,337 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Root's /proc/PID/mem finds nothing: 1,000 secrets over every path, scanned right after each operation.
+
+Twice: with memfd_secret, which a scan cannot see at all, and on a kernel without it, where the arena is
+ordinary memory and must hold exactly one copy of each secret, and none after deletion.
+"""
+
+import base64
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Client, need_program, need_root
+from tests.e2e.conftest import SECRETCTL, SECRETD, Process
+from tests.e2e.scan import SECRET_BYTES, scan, secret
+
+KEY = secret(999_999).encode()
+IV = bytes(range(16))
+IV64 = base64.b64encode(IV).decode()
+EACH = 78
+HERE = str(Path(__file__).parent.parent)
+
+
+def encrypt(content: bytes) -> bytes:
+    from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
+    padding = 16 - len(content) % 16
+    encryptor = Cipher(algorithms.AES(KEY), modes.CBC(IV)).encryptor()
+    return encryptor.update(content + bytes([padding]) * padding) + encryptor.finalize()
+
+
+def b64(content: bytes) -> str:
+    return base64.b64encode(content).decode()
+
+
+def test_the_scanner_finds_planted_copies_in_every_encoding() -> None:
+    """Otherwise the other tests here prove nothing."""
+    plant = """
+import base64, sys
+sys.path.insert(0, sys.argv[1])
+from scan import secret
+text = secret(7)
+shapes = [text[5:13].encode(), text.encode("utf-16-le")[10:34], text.encode("utf-32-le")[8:60]]
+shapes += [base64.b64encode(b"x" * n + text.encode())[8:26] for n in range(3)]
+kept = shapes[int(sys.argv[2])]
+del text, shapes
+import gc; gc.collect()
+print("ready", flush=True)
+sys.stdin.read()
+"""
+    found = []
+    for number in range(6):
+        process = subprocess.Popen(
+            [sys.executable, "-c", plant, str(Path(__file__).parent), str(number)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+        assert process.stdout.readline() == b"ready\n"
+        found.append(bool(scan(process.pid).outside))
+        process.stdin.close()
+        process.wait()
+        process.stdout.close()
+    assert found == [True] * 6
+
+
+class Scene:
+    """A daemon, what it should hold, and a check that nothing else is to be found."""
+
+    def __init__(self, process: Process, level: str, held: dict[str, bytes]) -> None:
+        self.process = process
+        self.client = process.connect()
+        self.level = level
+        self.held = held
+        self.number = 10_000
+        self.scans = 0
+
+    def next(self) -> tuple[str, str]:
+        """The next id and secret."""
+        self.number += 1
+        return f"s{self.number}", secret(self.number)
+
+    def add(self, object_id: str, content: str, **options: str) -> None:
+        """Add a secret that is expected to be there then."""
+        assert self.client.add(object_id, **options) == {"return": {}}
+        self.held[object_id] = content.encode()
+
+    def check(self) -> None:
+        """Scan now."""
+        found = scan(self.process.pid)
+        self.scans += 1
+        assert found.outside == []
+        assert found.scanned > 10 << 20
+        inside = sorted(found.inside)
+        assert inside == ([] if self.level == "secretmem" else sorted(self.held.values()))
+
+
+@pytest.fixture(params=["secretmem", "mlock"])
+def scene(request: pytest.FixtureRequest, start: Callable[..., Process], tmp_path: Path) -> Scene:
+    """A daemon that has secrets from its command line: data=, a file, process substitution."""
+    need_root()
+    need_program("bash")
+    level: str = request.param
+    python = f"{Path(SECRETD).parent}/python"
+    code = "import sys; from secretd.daemon import main; "
+    if level == "mlock":
+        code += f"sys.path.insert(0, {HERE!r}); from seccomp import refuse; refuse(447); "
+    (tmp_path / "daemon.py").write_text(code + "sys.exit(main())\n")
+    held, objects = {}, []
+    for number in range(EACH):
+        text = secret(number)
+        object_id = f"o{number}"
+        held[object_id] = text.encode()
+        kind = number % 3
+        if kind == 0:
+            objects.append(f"--object secret,id={object_id},data={text}")
+        elif kind == 1:
+            (tmp_path / object_id).write_text(text)
+            objects.append(f"--object secret,id={object_id},file={object_id}")
+        else:
+            objects.append(f"--object secret,id={object_id},file=<(printf %s '{text}')")
+    held["key"] = KEY
+    (tmp_path / "key").write_text(b64(KEY) + "\n")
+    objects.append("--object secret,id=key,format=base64,file=key")
+    script = f'exec {python} daemon.py "$@" ' + " ".join(objects)
+    (tmp_path / "start.sh").write_text(script)
+    process = start(command=["bash", str(tmp_path / "start.sh")])
+    return Scene(process, level, held)
+
+
+def test_no_copy_of_any_secret_is_found_outside_of_the_arena(scene: Scene, tmp_path: Path) -> None:
+    """After adding over every path, reading, sealing, failing and deleting."""
+    client = scene.client
+    assert {s["memory"] for s in client.ok("query-secrets")} == {scene.level}
+    cmdline = Path(f"/proc/{scene.process.pid}/cmdline").read_bytes()
+    assert secret(0).encode() not in cmdline
+    scene.check()
+
+    for add in (inline, escaped, by_hand, inline_base64, inline_aes, file_aes, path, path_base64, fdset,
+                fdset_pipe, byte_by_byte, slowly, by_secretctl):  # fmt: skip
+        for _ in range(EACH if add is not by_secretctl else 10):
+            add(scene, tmp_path)
+        scene.check()
+    assert len(scene.held) >= 1000
+
+    for mess in malformed(*scene.next()):
+        client.send(mess + b'\n\xff\n{"execute":"query-name","id":"sync"}')
+        while client.reply().get("id") != "sync":
+            pass
+        scene.check()
+
+    for object_id in list(scene.held)[::40]:
+        assert client.read(object_id) == scene.held[object_id]
+        assert client.read(object_id, format="base64") == base64.b64encode(scene.held[object_id])
+        read_into_memfd(client, object_id)
+        client.ok("secret-seal", {"id": object_id, "keyid": "key"})
+    scene.check()
+    abandoned_reads(scene)
+    scene.check()
+
+    for object_id in list(scene.held)[::2]:
+        assert client.cmd("object-del", {"id": object_id}) == {"return": {}}
+        del scene.held[object_id]
+    scene.check()
+    for object_id in list(scene.held):
+        assert client.cmd("object-del", {"id": object_id}) == {"return": {}}
+    scene.held.clear()
+    scene.check()
+    print(f"\n{scene.level}: {scene.scans} scans, nothing found")
+
+
+def inline(scene: Scene, _tmp_path: Path) -> None:
+    object_id, text = scene.next()
+    scene.add(object_id, text, data=text)
+
+
+def escaped(scene: Scene, _tmp_path: Path) -> None:
+    object_id, text = scene.next()
+    data = text.replace("q", "\\u0071", 3)
+    scene.client.send(
+        b'{"execute":"object-add","arguments":{"qom-type":"secret","id":"%s","data":"%s"}}'
+        % (object_id.encode(), data.encode())
+    )
+    assert scene.client.reply() == {"return": {}}
+    scene.held[object_id] = text.encode()
+
+
+def by_hand(scene: Scene, _tmp_path: Path) -> None:
+    object_id, text = scene.next()
+    scene.client.send(
+        b"{ 'execute': 'object-add',\n 'arguments': { 'qom-type': 'secret', 'id': '%s', 'data': '%s' } }\n"
+        % (object_id.encode(), text.encode())
+    )
+    assert scene.client.reply() == {"return": {}}
+    scene.held[object_id] = text.encode()
+
+
+def inline_base64(scene: Scene, _tmp_path: Path) -> None:
+    object_id, text = scene.next()
+    scene.add(object_id, text, data=b64(text.encode()), format="base64")
+
+
+def inline_aes(scene: Scene, _tmp_path: Path) -> None:
+    object_id, text = scene.next()
+    data = b64(encrypt(text.encode()))
+    scene.add(object_id, text, data=data, format="base64", keyid="key", iv=IV64)
+
+
+def file_aes(scene: Scene, tmp_path: Path) -> None:
+    object_id, text = scene.next()
+    (tmp_path / "f").write_bytes(encrypt(text.encode()))
+    scene.add(object_id, text, file=str(tmp_path / "f"), keyid="key", iv=IV64)
+
+
+def path(scene: Scene, tmp_path: Path) -> None:
+    object_id, text = scene.next()
+    (tmp_path / "f").write_text(text)
+    scene.add(object_id, text, file=str(tmp_path / "f"))
+
+
+def path_base64(scene: Scene, tmp_path: Path) -> None:
+    object_id, text = scene.next()
+    encoded = b64(text.encode())
+    (tmp_path / "f").write_text(encoded[:20] + "\n" + encoded[20:] + "\n")
+    scene.add(object_id, text, file=str(tmp_path / "f"), format="base64")
+
+
+def fdset(scene: Scene, _tmp_path: Path) -> None:
+    object_id, text = scene.next()
+    fd = os.memfd_create("x")
+    os.write(fd, text.encode())
+    added = scene.client.ok("add-fd", None, (fd,))
+    os.close(fd)
+    scene.add(object_id, text, file=f"/dev/fd/{added['fd']}")
+    scene.client.ok("remove-fd", {"fdset-id": added["fdset-id"]})
+
+
+def fdset_pipe(scene: Scene, _tmp_path: Path) -> None:
+    object_id, text = scene.next()
+    source, sink = os.pipe()
+    added = scene.client.ok("add-fd", None, (source,))
+    os.close(source)
+    os.write(sink, text.encode())
+    os.close(sink)
+    scene.add(object_id, text, file=f"/dev/fdset/{added['fdset-id']}")
+    scene.client.ok("remove-fd", {"fdset-id": added["fdset-id"]})
+
+
+def message(object_id: str, text: str) -> bytes:
+    return b'{"execute":"object-add","arguments":{"qom-type":"secret","id":"%s","data":"%s"}}\n' % (
+        object_id.encode(),
+        text.encode(),
+    )
+
+
+def byte_by_byte(scene: Scene, _tmp_path: Path) -> None:
+    object_id, text = scene.next()
+    data = message(object_id, text)
+    step = 1 if scene.number % 10 == 0 else 11
+    for at in range(0, len(data), step):
+        scene.client.send(data[at : at + step])
+    assert scene.client.reply() == {"return": {}}
+    scene.held[object_id] = text.encode()
+
+
+def slowly(scene: Scene, _tmp_path: Path) -> None:
+    """Half a message lies about while others are handled; it is in locked memory."""
+    object_id, text = scene.next()
+    data = message(object_id, text)
+    other = Client(scene.process.control)
+    other.send(data[:-20])
+    assert scene.client.cmd("query-name") == {"return": {}}
+    if scene.number % 26 == 0 and scene.level == "secretmem":
+        scene.check()
+    other.send(data[-20:])
+    assert other.reply() == {"return": {}}
+    other.close()
+    scene.held[object_id] = text.encode()
+
+
+def by_secretctl(scene: Scene, _tmp_path: Path) -> None:
+    object_id, text = scene.next()
+    command = f"exec {SECRETCTL} --socket {scene.process.control} add {object_id} "
+    command += f"--file <(printf %s '{text}')"
+    subprocess.run(["bash", "-c", command], check=True, timeout=30)
+    scene.held[object_id] = text.encode()
+
+
+def malformed(object_id: str, text: str) -> list[bytes]:
+    """Messages that carry a secret and fail, each in another way."""
+    good = message(object_id, text)
+    secret_bytes = text.encode()
+    encoded = b64(secret_bytes).encode()
+    head = b'{"execute":"object-add","arguments":{"qom-type":"secret","id":"x",'
+    return [
+        good[:-20],
+        good[: good.index(b"~") + 20] + b"\n",
+        good.replace(b'"data"', b"data"),
+        head + b'"data":' + secret_bytes + b"}}",
+        head + b'"data":"' + secret_bytes + b'","data":"' + secret_bytes + b'"}}',
+        head + b'"data":["' + secret_bytes + b'"]}}',
+        head + b'"data":"' + secret_bytes + b'","format":"hex"}}',
+        head + b'"data":"' + secret_bytes + b'","nope":1}}',
+        head + b'"data":"' + secret_bytes + b'","file":"/x"}}',
+        head + b'"data":"' + secret_bytes + b'","format":"base64"}}',
+        head + b'"data":"' + encoded[:-2] + b'","format":"base64"}}',
+        head + b'"data":"' + encoded[:24] + b"\\\\u0051" + encoded[24:] + b'","format":"base64"}}',
+        head + b'"data":"' + secret_bytes + b'","keyid":"key","iv":"' + IV64.encode() + b'"}}',
+        head + b'"data":"' + secret_bytes + b'","keyid":"nope"}}',
+        head + b'"data":"' + secret_bytes + b'\\ud800"}}',
+        head + b'"data":"' + secret_bytes + b'\xc3"}}',
+        b'{"execute":"nope","arguments":{"data":"' + secret_bytes + b'"}}',
+        b'{"execute":"qom-set","arguments":{"path":"key","property":"data","value":"'
+        + secret_bytes
+        + b'"}}',
+        b"\xff".join(bytes([byte]) for byte in good),
+    ]
+
+
+def read_into_memfd(client: Client, object_id: str) -> None:
+    fd = os.memfd_create("x")
+    assert client.ok("secret-read", {"id": object_id}, (fd,)) == {"size": SECRET_BYTES}
+    os.close(fd)
+
+
+def abandoned_reads(scene: Scene) -> None:
+    """Deliveries in base64 that are ended by the reader's leaving."""
+    object_id = next(iter(scene.held))
+    for _ in range(5):
+        source, sink = os.pipe()
+        os.close(source)
+        assert "Broken pipe" in scene.client.fail(
+            "secret-read", {"id": object_id, "format": "base64"}, (sink,)
+        )
+        os.close(sink)
