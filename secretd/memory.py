@@ -194,10 +194,6 @@ class Arena:
         """Bytes now mapped, and thus locked."""
         return sum(map(len, self._views.values())) + sum(map(len, self._spare.values()))
 
-    def fileno(self) -> int:
-        """The arena's file, borrowed."""
-        return self._fd
-
     def allocate(self, size: int) -> LockedBuffer:
         """Return a zeroed buffer of ``size`` bytes, or raise LockedMemoryExhausted."""
         with self._lock:

@@ -142,21 +142,20 @@ class Session:
 
 
 class Listener:
-    """A listening socket. ``path`` is the file to remove at the end, None if it is not ours."""
+    """A listening socket; its file is removed at the end."""
 
-    def __init__(self, sock: socket.socket, door: Door, path: str | None) -> None:
+    def __init__(self, sock: socket.socket, door: Door, path: str) -> None:
         self.sock = sock
         self.door = door
         self.path = path
-        self._inode = os.stat(path).st_ino if path is not None else None
+        self._inode = os.stat(path).st_ino
 
     def close(self) -> None:
         """Stop listening; remove the socket's file if it is still ours."""
         self.sock.close()
-        if self.path is not None:
-            with contextlib.suppress(OSError):
-                if os.stat(self.path).st_ino == self._inode:
-                    os.unlink(self.path)
+        with contextlib.suppress(FileNotFoundError):
+            if os.stat(self.path).st_ino == self._inode:
+                os.unlink(self.path)
 
 
 def listen(path: str, door: Door, mode: int, gid: int = -1) -> Listener:

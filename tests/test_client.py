@@ -121,3 +121,30 @@ def test_the_default_directory_depends_on_the_user(monkeypatch: pytest.MonkeyPat
     assert paths.default_directory() == "/run/user/1000/secretd"
     monkeypatch.delenv("XDG_RUNTIME_DIR")
     assert paths.default_directory().endswith("/secretd-1000")
+
+
+def test_a_directory_is_trusted_if_root_or_this_user_owns_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Elsewhere somebody could have put a socket of their own."""
+    assert paths.is_trusted(str(tmp_path))
+    assert not paths.is_trusted(str(tmp_path / "none"))
+    (tmp_path / "link").symlink_to(tmp_path)
+    assert not paths.is_trusted(str(tmp_path / "link"))
+    os.chown(tmp_path, 12345, -1) if os.getuid() == 0 else monkeypatch.setattr(
+        os, "getuid", lambda: 7
+    )
+    assert not paths.is_trusted(str(tmp_path))
+
+
+def test_what_was_read_is_wiped_with_the_client(daemon: Daemon) -> None:
+    """A buffer that outlives its client reads as zeros, and can still be freed."""
+
+    async def main() -> None:
+        async with Client(daemon.control) as client:
+            await client.add_bytes("s", memoryview(b"letmein"))
+            secret = await client.read("s")
+        assert bytes(secret.view) == bytes(7)
+        secret.free()
+
+    asyncio.run(main())

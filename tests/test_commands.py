@@ -266,6 +266,9 @@ def test_types_are_listed(qmp: Client) -> None:
         "name": "format",
         "type": "QCryptoSecretFormat",
     }
+    assert qmp.fail("qom-list-properties", {"typename": "interface"}) == (
+        "Parameter 'typename' expects a QOM type"
+    )
     assert qmp.cmd("qom-list-properties", {"typename": "nope"})["error"] == {
         "class": "DeviceNotFound",
         "desc": "Class 'nope' not found",
@@ -478,8 +481,9 @@ def test_a_fifo_holds_up_only_the_connection_that_asked(
         b'{"execute":"object-add","arguments":{"qom-type":"secret","id":"slow","file":"%s"}}'
         b'{"execute":"query-name","id":"after"}' % fifo.encode()
     )
-    while "duplicate" not in other.add("slow", data="x").get("error", {}).get("desc", ""):
-        other.cmd("object-del", {"id": "slow"})
+    while not daemon.call(lambda: set(daemon.tree._loading)):
+        pass
+    assert "duplicate" in other.add("slow", data="x")["error"]["desc"]
     assert other.fail("object-del", {"id": "slow"}) == "object 'slow' not found"
     with open(fifo, "wb") as writer:
         writer.write(b"letmein")
@@ -517,6 +521,47 @@ def test_a_connection_that_ends_while_its_source_is_read_leaves_nothing(
         pass
     assert daemon.call(lambda: daemon.tree._loading) == set()
     assert daemon.call(lambda: len(daemon.journal)) == 0
+
+
+def test_a_source_that_is_not_ready_after_all_is_waited_for(
+    qmp: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another reader of the same pipe may have been faster."""
+    real, calls = os.readv, []
+
+    def readv(fd: int, buffers: list[memoryview]) -> int:
+        calls.append(fd)
+        if len(calls) == 1:
+            raise BlockingIOError
+        return real(fd, buffers)
+
+    source_, sink = os.pipe()
+    qmp.ok("add-fd", None, (source_,))
+    os.close(source_)
+    os.write(sink, b"letmein")
+    os.close(sink)
+    monkeypatch.setattr(os, "readv", readv)
+    assert qmp.add("s", file="/dev/fdset/0") == {"return": {}}
+    assert qmp.read("s") == b"letmein"
+    assert len(calls) > 2
+
+
+def test_what_cannot_be_stored_is_freed(
+    daemon: Daemon, qmp: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the journal has no room, or the random source fails."""
+
+    def full(*_args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(daemon.journal, "_append", full)
+        assert qmp.add("s", data="x")["error"]["desc"].startswith("Internal error")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "readv", full)
+        assert qmp.fail("secret-generate", {"id": "s", "size": 9}).startswith("Internal error")
+    assert daemon.call(lambda: daemon.journal.arena.held) == 0
+    assert qmp.add("s", data="x") == {"return": {}}
 
 
 # --- the client door

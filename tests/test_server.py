@@ -510,6 +510,135 @@ def test_a_peer_that_is_gone_at_accept_is_forgotten(
     assert daemon.call(lambda: len(daemon.server.sessions)) == 0
 
 
+def only_session(daemon: Daemon) -> server.Session:
+    (session,) = daemon.server.sessions
+    return session
+
+
+def test_a_closed_connection_takes_nothing_any_more(daemon: Daemon, qmp: Client) -> None:
+    """Late calls, from a task or a timer, do no harm, and what is locked is freed."""
+    session = only_session(daemon)
+
+    def late() -> None:
+        own = session.transport
+        own.pause("busy")
+        own._too_slow()
+        assert not own.is_closed
+        own._readable()
+        own.resume("busy")
+        own.close()
+        own.close()
+        own.fed()
+        own.resume("busy")
+        own.send(b"x")
+        own.send(transport.Locked(daemon.scratch.allocate(10), 10))
+
+    daemon.call(late)
+    assert qmp.line() == b""
+
+
+def test_a_uid_with_too_many_descriptors_to_close_is_shut_out(
+    daemon: Daemon, qmp: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its connection ends when it brings more, and a new one is told why."""
+    monkeypatch.setattr(daemon.server.daemon.offload, "busy", lambda _uid: True)
+    assert qmp.cmd("query-name") == {"return": {}}
+    with open("/dev/null") as file:
+        qmp.send(NAME, (file.fileno(),))
+    assert qmp.line() == b""
+    other = daemon.connect(negotiate=False)
+    assert other.reply()["error"]["desc"] == (
+        f"uid {os.getuid()} has too many descriptors that block when they are closed"
+    )
+    assert other.line() == b""
+
+
+def test_a_failure_in_a_connection_that_closed_itself_touches_no_freed_memory(
+    daemon: Daemon, qmp: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own buffer is gone by then."""
+    qmp.send(b'{"half": "' + b"x" * 100)
+    session = only_session(daemon)
+    while not daemon.call(lambda: session.transport._fill):
+        pass
+
+    def broken(*_args: object) -> None:
+        session.transport.close()
+        raise RuntimeError
+
+    monkeypatch.setattr(session._codec, "next", broken)
+    qmp.send(b"more")
+    assert qmp.line() == b""
+    while not daemon.errors:
+        pass
+    daemon.errors.clear()
+
+
+def test_a_failure_behind_a_command_that_waited_ends_that_connection_only(
+    daemon: Daemon, qmp: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It happens in a task, and must not take the server's other tasks with it."""
+    fifo = str(tmp_path / "fifo")
+    os.mkfifo(fifo)
+    session = only_session(daemon)
+    qmp.send(
+        b'{"execute":"object-add","arguments":{"qom-type":"secret","id":"s","file":"%s"}}%s'
+        % (fifo.encode(), NAME)
+    )
+    while not daemon.call(lambda: session._task):
+        pass
+
+    def broken(*_args: object) -> None:
+        raise RuntimeError
+
+    monkeypatch.setattr(session._codec, "next", broken)
+    with open(fifo, "wb"):
+        pass
+    assert qmp.reply() == {"return": {}}
+    assert qmp.line() == b""
+    assert daemon.connect().cmd("query-name") == {"return": {}}
+
+
+def test_a_client_that_reads_again_is_answered_on(daemon: Daemon, qmp: Client) -> None:
+    """Whoever empties the queue of replies also ends the pause."""
+    session = only_session(daemon)
+
+    def fill() -> None:
+        session.transport.send(b"x" * (4 << 20) + b"\r\n")
+        assert "backlog" in session.transport._paused
+        session.transport.resume("backlog")
+        assert "backlog" in session.transport._paused
+
+    daemon.call(fill)
+    qmp.send(NAME)
+    assert len(qmp.line()) == (4 << 20) + 2
+    assert qmp.reply() == {"return": {}}
+
+
+def test_a_long_series_of_requests_lets_others_go_on(
+    daemon: Daemon, qmp: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One request a turn here; all are answered, in order."""
+    monkeypatch.setattr(server, "TURN_SECONDS", -1.0)
+    other = daemon.connect()
+    qmp.send(b"".join(b'{"execute":"query-name","id":%d}\n' % n for n in range(2000)))
+    assert other.cmd("query-name") == {"return": {}}
+    assert [qmp.reply()["id"] for _ in range(2000)] == list(range(2000))
+
+
+def test_a_listener_is_not_watched_again_once_the_server_stops(daemon: Daemon) -> None:
+    """The retry after EMFILE may come late."""
+
+    def late() -> None:
+        (listener, *_rest) = daemon.server._listeners
+        daemon.server.stop()
+        daemon.loop.remove_reader(listener.sock.fileno())
+        daemon.server._watch(listener)
+        assert not daemon.loop.remove_reader(listener.sock.fileno())
+
+    daemon.call(late)
+
+
 # --- listening
 
 
@@ -559,3 +688,4 @@ def test_a_socket_file_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
     assert os.path.exists(path)
     os.unlink(path)
     second.close()
+    assert not os.path.exists(path)

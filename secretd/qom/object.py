@@ -6,7 +6,7 @@ objects by an `ObjectType`. It decides nothing about who may do what. commands c
 """
 
 import re
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from typing import Final, NamedTuple, Protocol
 
 from msgspec import Struct
@@ -259,9 +259,6 @@ class ObjectTree:
         if "object" not in info.ancestors:
             raise CommandError("Parameter 'typename' expects a QOM type")
         return _listed(info.properties)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.journal)
 
 
 def _listed(

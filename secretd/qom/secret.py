@@ -122,7 +122,7 @@ def secret_plaintext(tree: ObjectTree, object_id: str, loading: str | None = Non
         if object_id == loading:
             raise CommandError(f"Secret with id '{object_id}' has no data")
         raise CommandError(f"No secret with id '{object_id}'")
-    if "secret_common" not in kind.info.ancestors:
+    if "secret_common" not in kind.info.ancestors:  # pragma: no cover - no other types yet
         raise CommandError(f"Object with id '{object_id}' is not a secret")
     return tree.journal.plaintext(object_id)
 

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""secretd's start, where it needs no process of its own: the default sockets."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from secretd import daemon, paths
+from secretd.access import Door
+from secretd.errors import UsageError
+
+
+@pytest.fixture
+def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The default directory, which does not exist yet."""
+    made = tmp_path / "secretd"
+    monkeypatch.setattr(paths, "default_directory", lambda: str(made))
+    return made
+
+
+def test_without_options_both_doors_open_in_the_default_directory(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which is made, open to others where the client door is to be reached, else private."""
+    monkeypatch.setattr(paths, "has_runtime_directory", lambda: True)
+    for _again in range(2):
+        assert [(s.door, s.path, s.mode) for s in daemon._default_doors()] == [
+            (Door.CONTROL, str(directory / "control.sock"), 0o600),
+            (Door.CLIENT, str(directory / "client.sock"), 0o666),
+        ]
+    assert directory.stat().st_mode & 0o777 == 0o755
+    directory.rmdir()
+    monkeypatch.setattr(paths, "has_runtime_directory", lambda: False)
+    daemon._default_doors()
+    assert directory.stat().st_mode & 0o777 == 0o700
+    directory.chmod(0o755)
+    with pytest.raises(UsageError, match="others may enter it; run 'chmod 700"):
+        daemon._default_doors()
+
+
+def test_a_default_directory_that_is_not_ours_is_refused(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A link, a file, or in no directory at all."""
+    directory.symlink_to("/tmp")
+    with pytest.raises(UsageError, match="is not a directory of uid"):
+        daemon._default_doors()
+    monkeypatch.setattr(paths, "default_directory", lambda: str(directory / "no" / "no"))
+    directory.unlink()
+    with pytest.raises(UsageError, match="No such file or directory"):
+        daemon._default_doors()
+
+
+def test_only_a_client_door_is_fine(tmp_path: Path) -> None:
+    """There is nothing to type next, then; a second door that fails closes the first."""
+    secretd = os.path.join(os.path.dirname(sys.executable), "secretd")
+    process = subprocess.Popen(
+        [secretd, "--client", str(tmp_path / "c")], stderr=subprocess.PIPE, text=True
+    )
+    said = ""
+    while "memory" not in said:
+        said += process.stderr.readline()
+    process.terminate()
+    said += process.stderr.read()
+    process.stderr.close()
+    assert process.wait(10) == 0
+    assert "client socket  " in said
+    assert "try:" not in said
+    assert said.endswith("secretd: stopped; all secrets are wiped\n")
+    done = subprocess.run(
+        [secretd, "--client", str(tmp_path / "c"), "--control", "/nope/c"],
+        capture_output=True, text=True, check=False, timeout=20,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert not (tmp_path / "c").exists()
