@@ -71,7 +71,7 @@ def test_only_a_client_door_is_fine(tmp_path: Path) -> None:
     assert "try:" not in said
     assert said.endswith("secretd: stopped; all secrets are wiped\n")
     done = subprocess.run(
-        [secretd, "--client", str(tmp_path / "c"), "--control", "/nope/c"],
+        [secretd, "--client", str(tmp_path / "c"), "--client", "/nope/c"],
         capture_output=True, text=True, check=False, timeout=20,
     )  # fmt: skip
     assert done.returncode == 1

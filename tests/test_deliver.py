@@ -267,6 +267,31 @@ def test_a_secret_that_does_not_exist_is_said_and_the_descriptor_closed(loaded: 
     os.close(source)
 
 
+def test_one_delivery_that_ends_leaves_another_of_the_same_secret_going(
+    daemon: Daemon, loaded: Client
+) -> None:
+    """Each has its own reader."""
+    other = daemon.connect()
+    message = b'{"execute":"secret-read","arguments":{"id":"big"}}'
+    first, first_sink = os.pipe()
+    second, second_sink = os.pipe()
+    loaded.send(message, (first_sink,))
+    other.send(message, (second_sink,))
+    os.close(first_sink)
+    os.close(second_sink)
+    waiting = daemon.server.daemon.deliveries._waiting
+    while daemon.call(lambda: len(waiting.get("big", ()))) < 2:
+        pass
+    os.close(first)
+    assert loaded.reply()["error"]["desc"] == "Unable to write the secret: Broken pipe"
+    received = 0
+    while chunk := os.read(second, 1 << 16):
+        received += len(chunk)
+    os.close(second)
+    assert received == 1 << 20
+    assert other.reply() == {"return": {"size": 1 << 20}}
+
+
 @pytest.mark.parametrize("form", ["raw", "base64"])
 def test_deleting_ends_a_running_delivery(daemon: Daemon, loaded: Client, form: str) -> None:
     """The client is told, and nothing more of the secret is written."""

@@ -639,6 +639,23 @@ def test_a_listener_is_not_watched_again_once_the_server_stops(daemon: Daemon) -
     daemon.call(late)
 
 
+def test_many_that_connect_at_once_are_all_greeted(daemon: Daemon) -> None:
+    """More than are accepted in one turn."""
+    crowd: list[socket.socket] = []
+
+    def connect() -> None:
+        for _ in range(server.ACCEPTS_PER_TURN + 8):
+            crowd.append(socket.socket(socket.AF_UNIX))
+            crowd[-1].connect(daemon.control)
+
+    daemon.call(connect)
+    for sock in crowd:
+        assert sock.recv(1000).startswith(b'{"QMP"')
+        sock.close()
+    while daemon.call(lambda: len(daemon.server.sessions)):
+        pass
+
+
 # --- listening
 
 
