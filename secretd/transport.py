@@ -161,6 +161,7 @@ class Transport:
         if self._tail is not None and self._position < self._fill:
             self._advance(self._tail.view, self._fill)
         self._start_timer()
+        self._make_room()
         self._finish_if_ended()
         self._update_reading()
 
@@ -251,7 +252,13 @@ class Transport:
         if rest == 0:
             return
         self._start_timer()
-        if rest == self._tail.size and not self._grow():  # type: ignore[union-attr]
+        self._make_room()
+
+    def _make_room(self) -> None:
+        """Where all was read and an unfinished message fills its buffer, get a larger one or wait."""
+        if self._paused or self._tail is None or self._fill < self._tail.size:
+            return
+        if not self._grow():
             self._space.starved.add(self)
             self.pause("starved")
 

@@ -232,6 +232,17 @@ def test_when_receive_space_is_used_up_large_messages_wait_for_it(starving: Daem
     assert large.reply()["id"] == "large"
 
 
+def test_requests_that_wait_for_their_turn_need_no_more_room(
+    starving: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is whole and only waits is no unfinished message, however much of it there is."""
+    monkeypatch.setattr(server, "TURN_SECONDS", -1.0)
+    client = starving.connect()
+    starving.scratch.starved = "large"
+    client.send(b"".join(b'{"execute":"query-name","id":%d}\n' % n for n in range(5000)))
+    assert [client.reply()["id"] for _ in range(5000)] == list(range(5000))
+
+
 def test_a_starved_connection_is_closed_when_its_time_is_up(
     starving: Daemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
