@@ -18,7 +18,7 @@ import stat
 import sys
 from typing import NamedTuple
 
-from secretd import __version__, keyval, paths
+from secretd import __version__, argv, keyval, paths
 from secretd.access import Door
 from secretd.commands import COMMANDS
 from secretd.errors import CommandError, SecretdError, UsageError
@@ -37,11 +37,6 @@ from secretd.qom.source import read_path
 from secretd.schema import check
 from secretd.server import Listener, Server, listen
 from secretd.state import Journal
-from secretd.wire import encode
-from secretd.wire.qjson import Text
-
-ARGV_FDS = "SECRETD_ARGV_FDS"
-"""Environment variable from one incarnation to the next: memfds that hold what ``data=`` had."""
 
 _EPILOG = """\
 The control socket takes every command from uid 0 and the daemon's own uid; the client socket lets
@@ -75,18 +70,12 @@ _MODES = {Door.CONTROL: 0o600, Door.CLIENT: 0o666}
 def main() -> int:
     """Run the daemon; return the exit status."""
     try:
-        hide_data()
-        options = _parse_options(_argv())
+        argv.hide_data()
+        options = _parse_options(argv.words())
         return run(options)
     except (SecretdError, OSError) as error:
         print(f"secretd: {error}", file=sys.stderr)
         return 1
-
-
-def _argv() -> list[str]:
-    """QEMU's users type one dash."""
-    one = ("-object", "-object=")
-    return [f"-{word}" if word.startswith(one) else word for word in sys.argv[1:]]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -122,79 +111,6 @@ def _parse_options(words: list[str]) -> argparse.Namespace:
     return options
 
 
-# --- before anything else: what stands in argv
-
-
-def hide_data() -> None:
-    """Run this program anew without the values of ``--object …data=``.
-
-    They move to memfds that the next incarnation reads as files: the same process, but with no copy
-    of them in its memory or in /proc/PID/cmdline.
-    """
-    words = _argv()
-    fds: list[int] = []
-    for index, word in enumerate(words):
-        option, equals, text = word.partition("=")
-        if option != "--object":
-            continue
-        if not equals:
-            if index + 1 == len(words):
-                continue
-            text = words[index + 1]
-        hidden = _without_data(text)
-        if hidden is not None:
-            fd, text = hidden
-            fds.append(fd)
-            if equals:
-                words[index] = f"--object={text}"
-            else:
-                words[index + 1] = text
-    if not fds:
-        return
-    print(
-        "secretd: warning: --object with data= shows the secret to every user of this machine until "
-        "secretd has started; use file= instead (a path, or <(command) in bash)",
-        file=sys.stderr,
-        flush=True,
-    )
-    os.environ[ARGV_FDS] = ",".join(map(str, fds))
-    interpreter = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
-    os.execv(sys.executable, [*interpreter, *words])
-
-
-def _without_data(text: str) -> tuple[int, str] | None:
-    """Return a memfd with the value of ``data`` and the text that names it instead."""
-    try:
-        given = keyval.arguments(text)
-    except UsageError:
-        return None  # said again, with the option's name, when the objects are made
-    data = given.pop("data", None)
-    if not isinstance(data, Text):
-        return None
-    if "file" in given:
-        raise UsageError("--object: 'file' and 'data' are mutually exclusive")
-    value = data.decode_in_place()[1:-1]
-    fd = os.memfd_create("secretd-argv", 0)
-    with open(fd, "wb", closefd=False) as memfd:
-        memfd.write(value)
-    file = {"file": f"/dev/fd/{fd}"}
-    if text.startswith("{"):
-        return fd, encode.value(given | file)
-    members = keyval.parse(text, "qom-type")
-    del members["data"]
-    return fd, keyval.compose(members | file, "qom-type")
-
-
-def _argv_fds() -> list[int]:
-    return [int(number) for number in filter(None, os.environ.pop(ARGV_FDS, "").split(","))]
-
-
-def _close_argv_fds(fds: list[int]) -> None:
-    for fd in fds:
-        os.ftruncate(fd, 0)
-        os.close(fd)
-
-
 # --- start
 
 
@@ -213,10 +129,10 @@ def run(options: argparse.Namespace) -> int:
     journal = Journal(Arena(level))
     try:
         tree = ObjectTree(journal, scratch, (Secret(),), (SECRET_COMMON,))
-        hidden = _argv_fds()
+        hidden = argv.hidden_fds()
         for number, text in enumerate(options.object, 1):
             make_object(tree, text, number, hidden)
-        _close_argv_fds(hidden)
+        argv.close(hidden)
         asyncio.run(_serve(tree, doors))
     finally:
         journal.close()

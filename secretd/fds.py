@@ -3,41 +3,29 @@
 
 They are hostile (docs/design.md, "Descriptors are hostile"): a client can make writing, reading and
 even close() block for ever. So for a peer of another uid the loop only asks what a descriptor is
-(`classify`), and all else runs in `Offload`'s threads. Names and sets are as in QEMU's monitor/fds.c,
-but belong to one connection. monitor and deliver call this module; it does not send or receive.
+(`classify`), and all else runs in the threads of offload.Offload. Names and sets are as in QEMU's
+monitor/fds.c, but belong to one connection. monitor and deliver call this module; it does not send
+or receive.
 """
 
 import array
-import asyncio
-import contextlib
 import errno
 import fcntl
 import os
 import socket
 import stat
-import threading
 import warnings
-from collections import deque
 from collections.abc import Callable
 from enum import Enum
-from typing import Final, ParamSpec, TypeVar
+from typing import Final
 
 from secretd.errors import CommandError
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 SCM_MAX_FD: Final = 253
 """Descriptors the kernel lets one message carry (SCM_MAX_FD, include/net/scm.h)."""
 
 DESCRIPTORS_PER_CONNECTION: Final = 64
 """Descriptors one connection may hold by name and in sets together. QEMU has no limit."""
-
-THREADS_PER_UID: Final = 4
-"""Threads that one uid may keep busy with descriptors that block."""
-
-DESCRIPTORS_WAITING_PER_UID: Final = 1024
-"""Descriptors of one uid that may wait to be closed; with more, its connections are closed."""
 
 _SO_DOMAIN: Final = 39
 _F_GET_SEALS: Final = 1034
@@ -276,108 +264,3 @@ def received(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             numbers.frombytes(data[: len(data) - len(data) % numbers.itemsize])
     return list(numbers)
-
-
-class Offload:
-    """Runs calls that a client can make block, in at most THREADS_PER_UID threads for each uid.
-
-    What more a uid asks for waits for one of its own threads. A call that nobody waits for any more
-    goes on in its thread.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._threads: dict[int, int] = {}
-        self._queues: dict[int, deque[Callable[[], object]]] = {}
-
-    def busy(self, uid: int) -> bool:
-        """True if a uid has so much waiting to be closed that it must not bring more."""
-        return len(self._queues.get(uid, ())) > DESCRIPTORS_WAITING_PER_UID
-
-    def idle(self) -> bool:
-        """True if no call runs or waits."""
-        return not self._threads
-
-    def close(self, uid: int, fd: int) -> None:
-        """Close a descriptor in a thread; nobody waits for it."""
-        self._submit(uid, lambda: os.close(fd))
-
-    async def run(
-        self,
-        uid: int,
-        discard: Callable[[R], object],
-        function: Callable[P, R],
-        *args: P.args,
-        **kwargs: P.kwargs,
-    ) -> R:
-        """Return ``function(*args)``, called in a thread.
-
-        ``discard`` is called in the loop with the result if nobody waits for it any more.
-        """
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[R] = loop.create_future()
-
-        def settle(result: R | None, error: BaseException | None) -> None:
-            if future.cancelled():
-                if error is None:
-                    discard(result)  # type: ignore[arg-type]
-            elif error is not None:
-                future.set_exception(error)
-            else:
-                future.set_result(result)  # type: ignore[arg-type]
-
-        def call() -> None:
-            outcome: tuple[R | None, BaseException | None]
-            try:
-                outcome = (function(*args, **kwargs), None)
-            except BaseException as error:  # noqa: BLE001 - handed to whoever waits
-                outcome = (None, error)
-            with contextlib.suppress(RuntimeError):  # the loop has ended, and all with it
-                loop.call_soon_threadsafe(settle, *outcome)
-
-        self._submit(uid, call)
-        try:
-            return await future
-        except asyncio.CancelledError:
-            if future.done() and not future.cancelled() and future.exception() is None:
-                discard(future.result())
-            raise
-
-    def _submit(self, uid: int, call: Callable[[], object]) -> None:
-        with self._lock:
-            self._queues.setdefault(uid, deque()).append(call)
-            count = self._threads.get(uid, 0)
-            if count >= THREADS_PER_UID:
-                return
-            self._threads[uid] = count + 1
-        # A daemon thread: one that is stuck for ever must not keep the process from ending.
-        thread = threading.Thread(
-            target=self._work, args=(uid,), name=f"offload-{uid}", daemon=True
-        )
-        try:
-            thread.start()
-        except RuntimeError:
-            # No thread is to be had. Another one of this uid, or the next call, finds the queue.
-            self._retire(uid)
-
-    def _work(self, uid: int) -> None:
-        while True:
-            with self._lock:
-                queue = self._queues[uid]
-                if not queue:
-                    self._retire_locked(uid)
-                    return
-                call = queue.popleft()
-            with contextlib.suppress(OSError):
-                call()
-
-    def _retire(self, uid: int) -> None:
-        with self._lock:
-            self._retire_locked(uid)
-
-    def _retire_locked(self, uid: int) -> None:
-        self._threads[uid] -= 1
-        if not self._threads[uid]:
-            del self._threads[uid]
-            if not self._queues[uid]:
-                del self._queues[uid]

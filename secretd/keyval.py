@@ -9,7 +9,8 @@ from typing import Final
 
 from secretd.errors import UsageError
 from secretd.wire import encode
-from secretd.wire.qjson import JSON, NEED_DATA, Fault, Streamer
+from secretd.wire.parser import JSON, Fault
+from secretd.wire.qjson import NEED_DATA, Streamer
 
 _KEY: Final = re.compile(r"[A-Za-z][A-Za-z0-9_-]*(?:\.(?:[0-9]+|[A-Za-z][A-Za-z0-9_-]*))*")
 

@@ -24,17 +24,18 @@ from secretd.fds import (
     Fd,
     FdSets,
     NamedFds,
-    Offload,
     PendingFd,
 )
 from secretd.memory import Arena
+from secretd.offload import Offload
 from secretd.qom.object import ObjectTree
 from secretd.qom.source import Source
 from secretd.schema import Command, FastDecoder, check
 from secretd.transport import Locked
 from secretd.wire import message as wire
 from secretd.wire.message import Malformed, Request
-from secretd.wire.qjson import MAX_MESSAGE_BYTES, Fault
+from secretd.wire.parser import Fault
+from secretd.wire.qjson import MAX_MESSAGE_BYTES
 
 log = logging.getLogger("secretd")
 

@@ -30,7 +30,7 @@ import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType
 
 from secretd.errors import CommandError
-from secretd.wire.qjson import JSON, Number, Text
+from secretd.wire.parser import JSON, Number, Text
 
 _INT64 = range(-(1 << 63), 1 << 63)
 

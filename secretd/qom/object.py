@@ -14,7 +14,7 @@ from msgspec import Struct
 from secretd.errors import CommandError, DeviceNotFound
 from secretd.memory import Arena, LockedBuffer
 from secretd.state import Journal, Record
-from secretd.wire.qjson import JSON
+from secretd.wire.parser import JSON
 
 ID_BYTES: Final = 4096
 """Bytes of an object's id. QEMU has no limit."""

@@ -17,7 +17,7 @@ from secretd.memory import LockedBuffer
 from secretd.qom.object import ObjectTree, ReadSource, TypeInfo
 from secretd.schema import check_enum, check_string
 from secretd.state import Record
-from secretd.wire.qjson import JSON, Text
+from secretd.wire.parser import JSON, Text
 
 SECRET_BYTES: Final = 1 << 20
 """Bytes of one secret: the most that systemd takes as a credential. QEMU: no limit."""

@@ -17,8 +17,9 @@ from functools import partial
 from typing import Final
 
 from secretd.errors import AccessDenied, CommandError
-from secretd.fds import Fd, FdSets, Kind, Offload, classify, is_readable
+from secretd.fds import Fd, FdSets, Kind, classify, is_readable
 from secretd.memory import Arena, LockedBuffer
+from secretd.offload import Offload
 from secretd.openat2 import open_without_magic_links
 
 SOURCE_BYTES: Final = 2 << 20

@@ -8,7 +8,7 @@ ASCII only, separators ", " and ": ", lines that end in CRLF. Not for anything s
 import re
 from typing import Final
 
-from secretd.wire.qjson import Number, Text
+from secretd.wire.parser import Number, Text
 
 _PLAIN: Final = re.compile(r"[ !#-\[\]-~]*")
 _SHORT: Final = {

@@ -7,7 +7,7 @@ It does not read a stream (wire.qmp does) and knows no command.
 from typing import NamedTuple
 
 from secretd.wire import encode
-from secretd.wire.qjson import JSON, Fault
+from secretd.wire.parser import JSON, Fault
 
 EMPTY_RETURN = b'{"return": {}}\r\n'
 

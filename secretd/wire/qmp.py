@@ -15,7 +15,8 @@ from typing import Final, Generic, TypeVar
 
 from secretd.wire import encode
 from secretd.wire.message import Malformed, Request
-from secretd.wire.qjson import JSON, MAX_MESSAGE_BYTES, NEED_DATA, Fault, NeedData, Streamer, Text
+from secretd.wire.parser import JSON, Fault, Text
+from secretd.wire.qjson import MAX_MESSAGE_BYTES, NEED_DATA, NeedData, Streamer
 
 T = TypeVar("T")
 

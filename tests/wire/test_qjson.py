@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from secretd.wire import encode, qjson
-from secretd.wire.qjson import NEED_DATA, Fault, Number, Streamer, Text
+from secretd.wire.parser import Fault, Number, Text
+from secretd.wire.qjson import NEED_DATA, Streamer
 
 
 def outcomes(data: bytes, cuts: list[int] | None = None) -> list[str]:

@@ -7,7 +7,8 @@ import pytest
 
 from secretd.wire import encode, message
 from secretd.wire.message import Malformed, Request
-from secretd.wire.qjson import NEED_DATA, Fault, Text
+from secretd.wire.parser import Fault, Text
+from secretd.wire.qjson import NEED_DATA
 from secretd.wire.qmp import Connection
 
 

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What stands in argv: secrets given with ``--object …data=`` leave it before anything else is done.
+
+It makes no objects and knows no other option; daemon calls it first of all.
+"""
+
+import os
+import sys
+
+from secretd import keyval
+from secretd.errors import UsageError
+from secretd.wire import encode
+from secretd.wire.parser import Text
+
+ARGV_FDS = "SECRETD_ARGV_FDS"
+"""Environment variable from one incarnation to the next: memfds that hold what ``data=`` had."""
+
+
+def words() -> list[str]:
+    """Return the arguments; QEMU's users type ``-object`` with one dash."""
+    one = ("-object", "-object=")
+    return [f"-{word}" if word.startswith(one) else word for word in sys.argv[1:]]
+
+
+def hide_data() -> None:
+    """Run this program anew without the values of ``--object …data=``.
+
+    They move to memfds that the next incarnation reads as files: the same process, but with no copy
+    of them in its memory or in /proc/PID/cmdline.
+    """
+    given_words = words()
+    fds: list[int] = []
+    for index, word in enumerate(given_words):
+        option, equals, text = word.partition("=")
+        if option != "--object":
+            continue
+        if not equals:
+            if index + 1 == len(given_words):
+                continue
+            text = given_words[index + 1]
+        hidden = _without_data(text)
+        if hidden is not None:
+            fd, text = hidden
+            fds.append(fd)
+            if equals:
+                given_words[index] = f"--object={text}"
+            else:
+                given_words[index + 1] = text
+    if not fds:
+        return
+    print(
+        "secretd: warning: --object with data= shows the secret to every user of this machine until "
+        "secretd has started; use file= instead (a path, or <(command) in bash)",
+        file=sys.stderr,
+        flush=True,
+    )
+    os.environ[ARGV_FDS] = ",".join(map(str, fds))
+    interpreter = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
+    os.execv(sys.executable, [*interpreter, *given_words])
+
+
+def _without_data(text: str) -> tuple[int, str] | None:
+    """Return a memfd with the value of ``data`` and the text that names it instead."""
+    try:
+        given = keyval.arguments(text)
+    except UsageError:
+        return None  # said again, with the option's name, when the objects are made
+    data = given.pop("data", None)
+    if not isinstance(data, Text):
+        return None
+    if "file" in given:
+        raise UsageError("--object: 'file' and 'data' are mutually exclusive")
+    value = data.decode_in_place()[1:-1]
+    fd = os.memfd_create("secretd-argv", 0)
+    with open(fd, "wb", closefd=False) as memfd:
+        memfd.write(value)
+    file = {"file": f"/dev/fd/{fd}"}
+    if text.startswith("{"):
+        return fd, encode.value(given | file)
+    members = keyval.parse(text, "qom-type")
+    del members["data"]
+    return fd, keyval.compose(members | file, "qom-type")
+
+
+def hidden_fds() -> list[int]:
+    """Return the memfds that hold what ``data=`` had, of this incarnation."""
+    return [int(number) for number in filter(None, os.environ.pop(ARGV_FDS, "").split(","))]
+
+
+def close(fds: list[int]) -> None:
+    """Empty and close them, once the objects are made."""
+    for fd in fds:
+        os.ftruncate(fd, 0)
+        os.close(fd)

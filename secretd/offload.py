@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Threads for calls that a client can make block, a few for each uid.
+
+close(2), open(2), read(2) on what others pass or name may never return (docs/design.md, "Descriptors are
+hostile"). It knows nothing of descriptors or secrets; monitor closes through it, qom.source reads.
+"""
+
+import asyncio
+import contextlib
+import os
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Final, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+THREADS_PER_UID: Final = 4
+"""Threads that one uid may keep busy with descriptors that block."""
+
+DESCRIPTORS_WAITING_PER_UID: Final = 1024
+"""Descriptors of one uid that may wait to be closed; with more, its connections are closed."""
+
+
+class Offload:
+    """Runs calls that a client can make block, in at most THREADS_PER_UID threads for each uid.
+
+    What more a uid asks for waits for one of its own threads. A call that nobody waits for any more
+    goes on in its thread.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._threads: dict[int, int] = {}
+        self._queues: dict[int, deque[Callable[[], object]]] = {}
+
+    def busy(self, uid: int) -> bool:
+        """True if a uid has so much waiting to be closed that it must not bring more."""
+        return len(self._queues.get(uid, ())) > DESCRIPTORS_WAITING_PER_UID
+
+    def idle(self) -> bool:
+        """True if no call runs or waits."""
+        return not self._threads
+
+    def close(self, uid: int, fd: int) -> None:
+        """Close a descriptor in a thread; nobody waits for it."""
+        self._submit(uid, lambda: os.close(fd))
+
+    async def run(
+        self,
+        uid: int,
+        discard: Callable[[R], object],
+        function: Callable[P, R],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> R:
+        """Return ``function(*args)``, called in a thread.
+
+        ``discard`` is called in the loop with the result if nobody waits for it any more.
+        """
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[R] = loop.create_future()
+
+        def settle(result: R | None, error: BaseException | None) -> None:
+            if future.cancelled():
+                if error is None:
+                    discard(result)  # type: ignore[arg-type]
+            elif error is not None:
+                future.set_exception(error)
+            else:
+                future.set_result(result)  # type: ignore[arg-type]
+
+        def call() -> None:
+            outcome: tuple[R | None, BaseException | None]
+            try:
+                outcome = (function(*args, **kwargs), None)
+            except BaseException as error:  # noqa: BLE001 - handed to whoever waits
+                outcome = (None, error)
+            with contextlib.suppress(RuntimeError):  # the loop has ended, and all with it
+                loop.call_soon_threadsafe(settle, *outcome)
+
+        self._submit(uid, call)
+        try:
+            return await future
+        except asyncio.CancelledError:
+            if future.done() and not future.cancelled() and future.exception() is None:
+                discard(future.result())
+            raise
+
+    def _submit(self, uid: int, call: Callable[[], object]) -> None:
+        with self._lock:
+            self._queues.setdefault(uid, deque()).append(call)
+            count = self._threads.get(uid, 0)
+            if count >= THREADS_PER_UID:
+                return
+            self._threads[uid] = count + 1
+        # A daemon thread: one that is stuck for ever must not keep the process from ending.
+        thread = threading.Thread(
+            target=self._work, args=(uid,), name=f"offload-{uid}", daemon=True
+        )
+        try:
+            thread.start()
+        except RuntimeError:
+            # No thread is to be had. Another one of this uid, or the next call, finds the queue.
+            self._retire(uid)
+
+    def _work(self, uid: int) -> None:
+        while True:
+            with self._lock:
+                queue = self._queues[uid]
+                if not queue:
+                    self._retire_locked(uid)
+                    return
+                call = queue.popleft()
+            with contextlib.suppress(OSError):
+                call()
+
+    def _retire(self, uid: int) -> None:
+        with self._lock:
+            self._retire_locked(uid)
+
+    def _retire_locked(self, uid: int) -> None:
+        self._threads[uid] -= 1
+        if not self._threads[uid]:
+            del self._threads[uid]
+            if not self._queues[uid]:
+                del self._queues[uid]

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Calls that may block, in threads of their own."""
+
+import asyncio
+import os
+import threading
+
+import pytest
+
+from secretd import offload as module
+from secretd.offload import Offload
+
+
+async def idle(offload: Offload) -> None:
+    """Wait until all threads have ended."""
+    while not offload.idle():  # noqa: ASYNC110 - threads tell no event
+        await asyncio.sleep(0)
+
+
+def test_blocking_calls_run_in_a_bounded_number_of_threads() -> None:
+    """A uid that has used up its share waits for itself; another uid does not."""
+
+    async def main() -> None:
+        offload = Offload()
+        go_on = threading.Event()
+        running = [
+            asyncio.ensure_future(offload.run(1000, lambda _: None, go_on.wait))
+            for _ in range(module.THREADS_PER_UID)
+        ]
+        await asyncio.sleep(0)
+        waiting = asyncio.ensure_future(offload.run(1000, lambda _: None, lambda: "later"))
+        assert await offload.run(1001, lambda _: None, lambda: "done") == "done"
+        go_on.set()
+        assert await asyncio.gather(*running) == [True] * module.THREADS_PER_UID
+        assert await waiting == "later"
+        with pytest.raises(ZeroDivisionError):
+            await offload.run(1000, lambda _: None, lambda: 1 // 0)
+        await idle(offload)
+        assert offload._queues == {}
+
+    asyncio.run(main())
+
+
+def test_the_result_of_a_call_that_nobody_waits_for_is_discarded() -> None:
+    """Whatever it holds is released, once the call has ended; errors are dropped."""
+
+    async def main() -> None:
+        offload = Offload()
+        go_on = threading.Event()
+        discarded: list[str] = []
+
+        def work() -> str:
+            go_on.wait()
+            return "result"
+
+        def fail() -> str:
+            go_on.wait()
+            raise ValueError
+
+        tasks = [
+            asyncio.ensure_future(offload.run(1, discarded.append, function))
+            for function in (work, fail)
+        ]
+        await asyncio.sleep(0)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        go_on.set()
+        await idle(offload)
+        await asyncio.sleep(0)
+        assert discarded == ["result"]
+
+    asyncio.run(main())
+
+
+def test_a_thread_that_outlives_the_loop_ends_quietly() -> None:
+    """A stuck descriptor keeps neither the loop nor the process from ending."""
+    go_on = threading.Event()
+    offload = Offload()
+
+    async def main() -> None:
+        task = asyncio.ensure_future(offload.run(1, lambda _: None, go_on.wait))
+        await asyncio.sleep(0)
+        task.cancel()
+
+    asyncio.run(main())
+    go_on.set()
+    for thread in threading.enumerate():
+        if thread.name == "offload-1":
+            thread.join(10)
+            assert not thread.is_alive()
+
+
+def test_closing_for_a_stranger_happens_in_a_thread() -> None:
+    """The loop does not wait for close(2)."""
+
+    async def main() -> None:
+        offload = Offload()
+        source, sink = os.pipe()
+        offload.close(1000, sink)
+        await idle(offload)
+        assert os.read(source, 1) == b""
+        os.close(source)
+
+    asyncio.run(main())
+
+
+def test_a_result_that_comes_with_the_cancellation_is_discarded() -> None:
+    """Both may happen in one turn of the loop."""
+
+    async def main() -> None:
+        offload = Offload()
+        discarded: list[str] = []
+        go_on = threading.Event()
+
+        def work() -> str:
+            go_on.wait()
+            return "result"
+
+        task = asyncio.ensure_future(offload.run(1, discarded.append, work))
+        await asyncio.sleep(0)
+        go_on.set()
+        while not offload.idle():  # without giving the loop its turn
+            pass
+        asyncio.get_running_loop().call_soon(task.cancel)
+        await asyncio.gather(task, return_exceptions=True)
+        assert discarded == ["result"]
+
+    asyncio.run(main())
+
+
+def test_a_uid_with_too_much_to_close_is_busy() -> None:
+    """Its descriptors are kept until a thread is free, and it must bring no more."""
+
+    async def main() -> None:
+        offload = Offload()
+        go_on = threading.Event()
+        running = [
+            asyncio.ensure_future(offload.run(1000, lambda _: None, go_on.wait))
+            for _ in range(module.THREADS_PER_UID)
+        ]
+        await asyncio.sleep(0)
+        source, sink = os.pipe()
+        for _ in range(module.DESCRIPTORS_WAITING_PER_UID + 1):
+            assert not offload.busy(1000)
+            offload.close(1000, os.dup(sink))
+        assert offload.busy(1000)
+        assert not offload.busy(1001)
+        os.close(sink)
+        go_on.set()
+        await asyncio.gather(*running)
+        await idle(offload)
+        assert os.read(source, 1) == b""
+        os.close(source)
+
+    asyncio.run(main())
+
+
+def test_without_a_new_thread_the_call_waits_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the system has no thread to give, nothing is lost."""
+
+    async def main() -> None:
+        offload = Offload()
+        source, sink = os.pipe()
+        with monkeypatch.context() as patch:
+
+            def none(_thread: threading.Thread) -> None:
+                raise RuntimeError("can't start new thread")
+
+            patch.setattr(threading.Thread, "start", none)
+            offload.close(1000, sink)
+        assert offload.idle()
+        assert await offload.run(1000, lambda _: None, lambda: "done") == "done"
+        await idle(offload)
+        assert os.read(source, 1) == b""
+        os.close(source)
+
+    asyncio.run(main())
