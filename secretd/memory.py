@@ -251,8 +251,11 @@ class Arena:
             self._release_windows(index, 1)
 
     def wipe(self) -> None:
-        """Wipe all there is, at the end of a process whose threads may still hold views."""
-        for view in (*self._views.values(), *self._spare.values()):
+        """Wipe all there is, at the end of a process whose threads may still hold views.
+
+        Spare windows were wiped when they were freed; touching them would only allocate pages.
+        """
+        for view in self._views.values():
             wipe(view)
 
     def close(self) -> None:

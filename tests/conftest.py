@@ -15,6 +15,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from secretd.access import Door
 from secretd.commands import COMMANDS
@@ -23,6 +24,9 @@ from secretd.qom.object import ObjectTree
 from secretd.qom.secret import SECRET_COMMON, Secret
 from secretd.server import Server, listen
 from secretd.state import Journal
+
+settings.register_profile("secretd", deadline=None)  # no timing assertions
+settings.load_profile("secretd")
 
 REQUIRE_REAL = bool(os.environ.get("SECRETD_REQUIRE_REAL"))
 ARENA_LEVEL = "secretmem"

@@ -180,7 +180,7 @@ EDITS = st.lists(
 
 @given(MESSAGES, st.sampled_from([(",", ":"), (", ", ": ")]), EDITS)
 @example({"execute": "quit"}, (",", ":"), [(1, 0, b'"execute":"quit",')])
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_fast_path_and_reference_are_one_behaviour(
     message: dict, separators: tuple[str, str], edits: list[tuple[int, int, bytes]]
 ) -> None:
