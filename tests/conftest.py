@@ -19,7 +19,7 @@ from hypothesis import settings
 
 from secretd.access import Door
 from secretd.commands import COMMANDS
-from secretd.memory import SCRATCH_RESERVE, SCRATCH_WINDOW, Arena
+from secretd.memory import SCRATCH_RESERVE, SCRATCH_WINDOW, Arena, choose_level
 from secretd.qom.object import ObjectTree
 from secretd.qom.secret import SECRET_COMMON, Secret
 from secretd.server import Server, listen
@@ -29,7 +29,7 @@ settings.register_profile("secretd", deadline=None)  # no timing assertions
 settings.load_profile("secretd")
 
 REQUIRE_REAL = bool(os.environ.get("SECRETD_REQUIRE_REAL"))
-ARENA_LEVEL = "secretmem"
+ARENA_LEVEL = choose_level(require=False)
 
 
 def need(condition: bool, reason: str) -> None:
@@ -44,6 +44,11 @@ def need_program(*names: str) -> None:
     """Skip or fail without these programs."""
     missing = [name for name in names if shutil.which(name) is None]
     need(not missing, f"not installed: {', '.join(missing)}")
+
+
+def need_level(level: str) -> None:
+    """Skip or fail where the kernel has no memfd_secret (5.14, and not switched off)."""
+    need(level != "secretmem" or ARENA_LEVEL == "secretmem", "this kernel gives no memfd_secret")
 
 
 def need_root() -> None:

@@ -12,7 +12,7 @@ import pytest
 from secretd import client as module
 from secretd import paths
 from secretd.client import Client, ConnectError, Encoding, ExecuteError, SecretInfo, default_socket
-from tests.conftest import Daemon
+from tests.conftest import ARENA_LEVEL, Daemon
 
 
 def with_client(daemon: Daemon, use: Callable[[Client], Awaitable[None]]) -> None:
@@ -36,7 +36,7 @@ def test_secrets_go_in_and_come_out(daemon: Daemon) -> None:
         await client.add_bytes("big", memoryview(big))
         await client.add_bytes("empty", memoryview(b""))
         await client.generate("key", 32)
-        assert (await client.list())[0] == SecretInfo("a", "secret", 7, "secretmem")
+        assert (await client.list())[0] == SecretInfo("a", "secret", 7, ARENA_LEVEL)
         with await client.read("a") as secret:
             assert bytes(secret.view) == b"letmein"
         with await client.read("a", format="base64") as secret:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from secretd.qom import source
-from tests.conftest import Client, Daemon
+from tests.conftest import ARENA_LEVEL, Client, Daemon
 
 KEY = base64.b64encode(bytes(range(32))).decode()
 IV = base64.b64encode(bytes(range(16))).decode()
@@ -280,8 +280,8 @@ def test_secrets_are_listed_with_size_and_protection(qmp: Client) -> None:
     qmp.add("a", data="letmein")
     assert qmp.ok("secret-generate", {"id": "b", "size": 48}) == {}
     assert qmp.ok("query-secrets") == [
-        {"id": "a", "qom-type": "secret", "size": 7, "memory": "secretmem"},
-        {"id": "b", "qom-type": "secret", "size": 48, "memory": "secretmem"},
+        {"id": "a", "qom-type": "secret", "size": 7, "memory": ARENA_LEVEL},
+        {"id": "b", "qom-type": "secret", "size": 48, "memory": ARENA_LEVEL},
     ]
 
 

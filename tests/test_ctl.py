@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from secretd import ctl
-from tests.conftest import Client, Daemon
+from tests.conftest import ARENA_LEVEL, Client, Daemon
 
 BIN = os.path.dirname(sys.executable)
 SECRETCTL = os.path.join(BIN, "secretctl")
@@ -160,10 +160,10 @@ def test_lists_and_status_for_people_and_programs(run: Ctl, qmp: Client) -> None
     assert "memory   -" in out
     qmp.add("disk0", data="letmein")
     out, _ = run("list")
-    assert out == "ID     TYPE    BYTES  MEMORY\ndisk0  secret      7  secretmem\n"
+    assert out == f"ID     TYPE    BYTES  MEMORY\ndisk0  secret      7  {ARENA_LEVEL}\n"
     out, _ = run("list", "--json")
     assert json.loads(out) == [
-        {"id": "disk0", "qom-type": "secret", "size": 7, "memory": "secretmem"}
+        {"id": "disk0", "qom-type": "secret", "size": 7, "memory": ARENA_LEVEL}
     ]
     out, _ = run("status", "--json")
     facts = json.loads(out)

@@ -13,7 +13,7 @@ import pytest
 
 from secretd import access, deliver
 from secretd.access import Door, Grant, Peer
-from tests.conftest import Client, Daemon
+from tests.conftest import Client, Daemon, need_level
 
 SECRET = b"letmein-" * 4
 
@@ -157,6 +157,7 @@ def read_only_memfd() -> tuple[int, list[int]]:
 
 
 def memfd_secret() -> tuple[int, list[int]]:
+    need_level("secretmem")
     return ctypes.CDLL(None).syscall(447, 0), []
 
 

@@ -12,10 +12,12 @@ import pytest
 
 from secretd import memory
 from secretd.memory import Arena, LockedBuffer
+from tests.conftest import ARENA_LEVEL, need_level
 
 
 @pytest.fixture(params=["secretmem", "mlock", "none"])
 def any_arena(request: pytest.FixtureRequest) -> Arena:
+    need_level(request.param)
     made = Arena(request.param, window=memory.SCRATCH_WINDOW)
     yield made
     made.close()
@@ -58,7 +60,7 @@ def test_the_arenas_file_does_not_grow_over_many_cycles(arena: Arena) -> None:
 
 def test_a_large_buffer_does_not_lie_over_a_spare_window() -> None:
     """Mapped windows that nothing uses are not mapped a second time."""
-    arena = Arena("secretmem", window=4096, reserve=3 * 4096)
+    arena = Arena(ARENA_LEVEL, window=4096, reserve=3 * 4096)
     small = [arena.allocate(2048) for _ in range(8)]
     for buffer in small[4:]:
         buffer.free()
@@ -137,6 +139,7 @@ LIMIT = "import resource; resource.setrlimit(resource.RLIMIT_MEMLOCK, ({0}, {0})
 @pytest.mark.parametrize("level", ["secretmem", "mlock"])
 def test_running_out_names_the_limit_and_leaves_the_rest_working(level: str) -> None:
     """The one too many is refused; what is freed can be used again."""
+    need_level(level)
     done = in_subprocess(
         LIMIT.format(1 << 20)
         + f"""

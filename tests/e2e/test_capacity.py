@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import need
+from tests.conftest import need, need_level
 from tests.e2e.conftest import SECRETD, WITHOUT_IPC_LOCK, Process
 
 LIMIT = 8 << 20
@@ -32,6 +32,7 @@ def test_100_000_secrets_fit_in_8_mib_and_the_one_too_many_is_refused(
     start: Callable[..., Process], level: str
 ) -> None:
     """Every one is reported locked; the error names the limit; all before it still work."""
+    need_level(level)
     hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)[1]
     need(hard in (-1, resource.RLIM_INFINITY) or hard >= LIMIT, f"RLIMIT_MEMLOCK is {hard}")
     process = start("--memory-lock=require", command=limited(level))

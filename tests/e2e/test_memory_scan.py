@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Client, need_program, need_root
+from tests.conftest import Client, need_level, need_program, need_root
 from tests.e2e.conftest import SECRETCTL, SECRETD, Process
 from tests.e2e.scan import SECRET_BYTES, scan, secret
 
@@ -103,6 +103,7 @@ def scene(request: pytest.FixtureRequest, start: Callable[..., Process], tmp_pat
     need_root()
     need_program("bash")
     level: str = request.param
+    need_level(level)
     python = f"{Path(SECRETD).parent}/python"
     code = "import sys; from secretd.daemon import main; "
     if level == "mlock":
