@@ -7,6 +7,7 @@ import fcntl
 import gc
 import json
 import os
+import resource
 import shutil
 import socket
 import threading
@@ -24,6 +25,10 @@ from secretd.qom.object import ObjectTree
 from secretd.qom.secret import SECRET_COMMON, Secret
 from secretd.server import Server, listen
 from secretd.state import Journal
+
+# As the daemon does: 1024 descriptors, the usual soft limit, are few where messages bring 253.
+_hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (_hard_limit, _hard_limit))
 
 settings.register_profile("secretd", deadline=None)  # no timing assertions
 settings.load_profile("secretd")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import need_program
+from tests.conftest import need_program, need_root
 from tests.e2e.conftest import SECRETD, Process
 
 PREPARE = r"""
@@ -61,12 +61,20 @@ def test_a_value_on_the_command_line_is_gone_once_the_daemon_runs(
     cmdline = Path(f"/proc/{process.pid}/cmdline").read_bytes()
     assert b"letmein" not in cmdline
     assert b"secret,id=sec0,file=/dev/fd/" in cmdline
-    assert b"letmein" not in Path(f"/proc/{process.pid}/environ").read_bytes()
     assert "warning: --object with data= shows the secret to every user" in process.said
     assert "use file= instead" in process.said
     client = process.connect()
     assert client.read("sec0") == client.read("s1") == b"letmein"
     assert client.ok("qom-get", {"path": "sec0", "property": "file"}) == ""
+
+
+def test_the_memfd_of_a_value_is_closed_and_the_environment_clean(
+    start: Callable[..., Process],
+) -> None:
+    """Only root sees that of a process that is not dumpable."""
+    need_root()
+    process = start("--object", "secret,id=sec0,data=letmein")
+    assert b"letmein" not in Path(f"/proc/{process.pid}/environ").read_bytes()
     links = [Path(f"/proc/{process.pid}/fd/{n}") for n in range(3, 40)]
     assert not [p for p in links if p.is_symlink() and "secretd-argv" in str(p.readlink())]
 
