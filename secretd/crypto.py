@@ -29,7 +29,7 @@ _encode_base64_into = msgspec.json.Encoder().encode_into
 _NOT_NEWLINES: Final = re.compile(rb"[^\n]+")
 _NEWLINE: Final = re.compile(rb"\n")
 _NUL: Final = re.compile(rb"\0")
-_BASE64: Final = re.compile(rb'"[A-Za-z0-9+/]*+={0,2}"')
+_BASE64: Final = re.compile(rb'"[A-Za-z0-9+/]*={0,2}"')
 _INVALID = "Base64 data contains invalid characters"
 
 

@@ -268,9 +268,9 @@ def text_of(raw: Raw) -> memoryview:
     return memoryview(raw)[1:-1]
 
 
-_FAST_ID: Final = re.compile(rb'(?:0|-?[1-9][0-9]{0,17}|"[ !#-\[\]-~]*+")')
-_FAST_SENSITIVE: Final = re.compile(rb'"[ !#-\[\]-~]*+"')
-_ORDINARY = rb'[^"\\\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\xff]*+'
+_FAST_ID: Final = re.compile(rb'(?:0|-?[1-9][0-9]{0,17}|"[ !#-\[\]-~]*")')
+_FAST_SENSITIVE: Final = re.compile(rb'"[ !#-\[\]-~]*"')
+_ORDINARY = rb'[^"\\\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\xff]*'
 _EMPTY: Final = Raw(b"")
 
 
