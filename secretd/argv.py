@@ -16,6 +16,17 @@ ARGV_FDS = "SECRETD_ARGV_FDS"
 """Environment variable from one incarnation to the next: memfds that hold what ``data=`` had."""
 
 
+MEMBERS = frozenset({"qom-type", "id", "format", "keyid", "iv", "file"})
+"""Members of an object that hold no secret, and may be shown."""
+
+DOUBLED = "a comma in a value is written twice"
+
+
+def unnamed(number: int) -> str:
+    """Name an option whose text may hold a secret; ``number`` counts from 1."""
+    return f"--object number {number} (not shown, since it may hold a secret)"
+
+
 def words() -> list[str]:
     """Return the arguments; QEMU's users type ``-object`` with one dash."""
     one = ("-object", "-object=")
@@ -30,6 +41,7 @@ def hide_data() -> None:
     """
     given_words = words()
     fds: list[int] = []
+    number = 0
     for index, word in enumerate(given_words):
         option, equals, text = word.partition("=")
         if option != "--object":
@@ -38,7 +50,8 @@ def hide_data() -> None:
             if index + 1 == len(given_words):
                 continue
             text = given_words[index + 1]
-        hidden = _without_data(text)
+        number += 1
+        hidden = _without_data(text, number)
         if hidden is not None:
             fd, text = hidden
             fds.append(fd)
@@ -59,7 +72,7 @@ def hide_data() -> None:
     os.execv(sys.executable, [*interpreter, *given_words])
 
 
-def _without_data(text: str) -> tuple[int, str] | None:
+def _without_data(text: str, number: int) -> tuple[int, str] | None:
     """Return a memfd with the value of ``data`` and the text that names it instead."""
     try:
         given = keyval.arguments(text)
@@ -69,7 +82,10 @@ def _without_data(text: str) -> tuple[int, str] | None:
     if not isinstance(data, Text):
         return None
     if "file" in given:
-        raise UsageError("--object: 'file' and 'data' are mutually exclusive")
+        raise UsageError(f"{unnamed(number)}: 'file' and 'data' are mutually exclusive")
+    if not given.keys() <= MEMBERS:
+        # A comma that was not doubled: what follows it may be the rest of the secret.
+        raise UsageError(f"{unnamed(number)}: Parameter '…' is unexpected; {DOUBLED}")
     value = data.decode_in_place()[1:-1]
     fd = os.memfd_create("secretd-argv", 0)
     with open(fd, "wb", closefd=False) as memfd:

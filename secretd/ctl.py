@@ -36,6 +36,7 @@ from secretd.client import (
 )
 from secretd.errors import SecretdError, UsageError
 from secretd.memory import LockedBuffer, forbid_dumps
+from secretd.options import QuietParser
 
 _STDIN_BYTES = 2 << 20
 _PROMPT_BYTES = 4096
@@ -104,6 +105,8 @@ def _client(options: argparse.Namespace) -> Client:
 
 async def add(options: argparse.Namespace) -> None:
     """Add a secret from a file, a descriptor, stdin or a prompt."""
+    if options.iv is not None and options.keyid is None:
+        raise UsageError("--iv goes with --keyid, the secret that it is encrypted under")
     async with _client(options) as client:
         encoding = Encoding(options.format, options.keyid, options.iv)
         if options.file is not None:
@@ -123,10 +126,13 @@ async def add(options: argparse.Namespace) -> None:
 
 
 async def _add_fd(client: Client, options: argparse.Namespace, fd: int, encoding: Encoding) -> None:
-    status = os.fstat(fd)
+    try:
+        status = os.fstat(fd)
+    except OSError as error:
+        raise UsageError(f"descriptor {fd}: {error.strerror}") from None
     if stat.S_ISREG(status.st_mode):
-        if status.st_size:
-            _check_newline(os.pread(fd, 1, status.st_size - 1) == b"\n", options.format)
+        last = os.pread(fd, 1, max(0, status.st_size - 1))
+        _check_end(last[0] if last else None, options.format)
         await client.add(options.id, fd, encoding)
         return
     if stat.S_ISDIR(status.st_mode):
@@ -142,12 +148,15 @@ async def _add_fd(client: Client, options: argparse.Namespace, fd: int, encoding
             fill += count
             if fill > _STDIN_BYTES:
                 raise UsageError(f"more than {_STDIN_BYTES} bytes were given")
-        _check_newline(fill > 0 and buffer.view[fill - 1] == 0x0A, options.format)
+        _check_end(buffer.view[fill - 1] if fill else None, options.format)
         await client.add_bytes(options.id, buffer.view[:fill], encoding)
 
 
-def _check_newline(found: bool, format: Format) -> None:  # noqa: A002
-    if found and format == "raw":
+def _check_end(last: int | None, format: Format) -> None:  # noqa: A002
+    """Warn of what is probably not meant; ``last`` is the last byte, None if there is none."""
+    if last is None:
+        _warn("the secret is empty")
+    elif last == 0x0A and format == "raw":
         _warn("the secret ends in a newline, which is kept; 'printf %s' writes none")
 
 
@@ -271,6 +280,8 @@ async def push(options: argparse.Namespace) -> None:
                 "format": "base64",
             },
         )
+    except ExecuteError as error:
+        raise UsageError(f"QEMU says: {error}") from None
     finally:
         await qemu.disconnect()
 
@@ -285,7 +296,10 @@ async def run(options: argparse.Namespace) -> int:
         for wanted in options.secret:
             object_id, _, name = wanted.partition("=")
             via = _via_memfd if options.via == "memfd" else _via_pipe
-            fds[name or object_id] = await via(client, object_id)
+            name = name or object_id
+            if all(f"{{{name}}}" not in word for word in options.command):
+                raise UsageError(f"{{{name}}} does not stand in the command")
+            fds[name] = await via(client, object_id)
     command = []
     for word in options.command:
         for name, fd in fds.items():
@@ -337,8 +351,8 @@ def shell(options: argparse.Namespace) -> int:
 # --- the command line
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> QuietParser:
+    parser = QuietParser(
         prog="secretctl",
         description="Add secrets to a running secretd, and hand them on without showing them.",
         epilog="'secretctl VERB --help' tells more of each.",
@@ -357,6 +371,9 @@ def _parser() -> argparse.ArgumentParser:
     ) -> argparse.ArgumentParser:
         sub = verbs.add_parser(name, help=text, description=text, allow_abbrev=False)
         sub.set_defaults(verb=function)
+        sub.add_argument(
+            "--socket", metavar="PATH", default=argparse.SUPPRESS, help="as before the verb"
+        )
         return sub
 
     sub = verb("add", add, "add a secret; asks for it on the terminal if no source is given")
@@ -366,13 +383,13 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--fd", metavar="N", type=int, help="read it from an inherited descriptor")
     source.add_argument("--stdin", action="store_true", help="read it from standard input")
     source.add_argument("--prompt", action="store_true", help="ask for it on the terminal")
-    sub.add_argument("--format", choices=("raw", "base64"), default="raw")
+    sub.add_argument("--format", choices=("raw", "base64"), default="raw", help="how it is encoded")
     sub.add_argument("--keyid", metavar="K", help="the secret it is encrypted under (AES-256-CBC)")
     sub.add_argument("--iv", metavar="B64", help="its initialisation vector in base64")
 
     sub = verb("read", read, "write a secret to standard output")
     sub.add_argument("id", metavar="ID")
-    sub.add_argument("--format", choices=("raw", "base64"), default="raw")
+    sub.add_argument("--format", choices=("raw", "base64"), default="raw", help="how to write it")
     sub.add_argument("--force", action="store_true", help="even if that is a terminal")
 
     for name, function, text in (
@@ -387,7 +404,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = verb("seal", seal, "print a secret encrypted under another, as QEMU takes it")
     sub.add_argument("id", metavar="ID")
-    sub.add_argument("--keyid", metavar="K", required=True)
+    sub.add_argument("--keyid", metavar="K", required=True, help="the secret to encrypt it under")
 
     sub = verb("push", push, "seal a secret and object-add it into a running QEMU")
     sub.add_argument("id", metavar="ID")
@@ -397,13 +414,17 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--qemu-keyid", metavar="NAME", help="the key's id in QEMU (default: K)")
 
     sub = verb("run", run, "run a command with {NAME} replaced by a /dev/fd/N that is the secret")
-    sub.add_argument("--via", choices=("memfd", "pipe"), default="memfd")
-    sub.add_argument("--secret", action="append", metavar="ID[=NAME]", required=True)
-    sub.add_argument("command", nargs="+", metavar="-- CMD", help="the command and its arguments")
+    sub.add_argument(
+        "--via", choices=("memfd", "pipe"), default="memfd", help="a pipe can be read only once"
+    )
+    sub.add_argument(
+        "--secret", action="append", metavar="ID[=NAME]", required=True, help="for {NAME}, or {ID}"
+    )
+    sub.add_argument("command", nargs="+", metavar="CMD", help="after --, with its arguments")
 
     sub = verb("generate", generate, "add a secret of random bytes that nobody has seen")
     sub.add_argument("id", metavar="ID")
-    sub.add_argument("--bytes", type=int, default=32, metavar="N")
+    sub.add_argument("--bytes", type=int, default=32, metavar="N", help="its size (default: 32)")
 
     sub = verb("shell", None, "qmp-shell on secretd's socket")
     sub.add_argument("arguments", nargs=argparse.REMAINDER, help="options of qmp-shell, such as -H")

@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import resource
+import shutil
 import signal
 import stat
 import sys
@@ -31,17 +32,19 @@ from secretd.memory import (
     forbid_dumps,
     limit_text,
 )
+from secretd.options import QuietParser
 from secretd.qom.object import ObjectTree
 from secretd.qom.secret import SECRET_COMMON, Secret, SecretOptions
 from secretd.qom.source import read_path
 from secretd.schema import check
 from secretd.server import Listener, Server, listen
 from secretd.state import Journal
+from secretd.wire.parser import Text
 
 _EPILOG = """\
-The control socket takes every command from uid 0 and the daemon's own uid; the client socket lets
-programs fetch what they have been granted. With neither option both open at their defaults:
-DIR/control.sock and DIR/client.sock, DIR being /run/secretd for root, else $XDG_RUNTIME_DIR/secretd.
+The control socket takes every command from uid 0 and the daemon's own uid; the client socket delivers
+no secret until access rules are built. With neither option both open at their defaults, control.sock
+and client.sock in /run/secretd for root, else $XDG_RUNTIME_DIR/secretd, else $TMPDIR/secretd-UID.
 
 SPEC of a socket is PATH[,mode=OCTAL][,group=NAME], a comma in PATH doubled.
 SPEC of an object is as in QEMU:  secret,id=NAME,file=PATH[,format=raw|base64][,keyid=ID,iv=BASE64]
@@ -71,15 +74,15 @@ def main() -> int:
     """Run the daemon; return the exit status."""
     try:
         argv.hide_data()
-        options = _parse_options(argv.words())
+        options = _parser().parse_args(argv.words())
         return run(options)
     except (SecretdError, OSError) as error:
         print(f"secretd: {error}", file=sys.stderr)
         return 1
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> QuietParser:
+    parser = QuietParser(
         prog="secretd",
         description="Keep secrets in locked memory and hand them out through descriptors, over QMP.",
         epilog=_EPILOG,
@@ -98,17 +101,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--version", action="version", version=f"secretd {__version__}")
     return parser
-
-
-def _parse_options(words: list[str]) -> argparse.Namespace:
-    """Parse; argparse would print unknown arguments whole, and a secret may stand in one."""
-    parser = _parser()
-    options, unknown = parser.parse_known_args(words)
-    if unknown:
-        name = unknown[0].partition("=")[0]
-        shown = f"option {name}" if name.startswith("-") else "argument"
-        parser.error(f"unknown {shown}")
-    return options
 
 
 # --- start
@@ -154,13 +146,11 @@ def make_object(tree: ObjectTree, text: str, number: int, hidden: list[int]) -> 
         options = check(COMMANDS.by_name["object-add"], keyval.arguments(text))
         tree.add(options, read)
     except (CommandError, UsageError) as error:
-        if "data" in text:
-            # It may hold a secret, and the words may quote a part of it.
-            raise UsageError(
-                f"--object number {number} (not shown, since it has data): {_unquoted(str(error))}; "
-                "a comma in a value is written twice"
-            ) from None
-        raise UsageError(f"--object {text}: {error}") from None
+        if _may_be_shown(text, hidden):
+            raise UsageError(f"--object {text}: {error}") from None
+        # Its words may quote a part of it.
+        words = f"{argv.unnamed(number)}: {_unquoted(str(error))}"
+        raise UsageError(f"{words}; {argv.DOUBLED}" if "…" in words else words) from None
     assert isinstance(options, SecretOptions)
     if options.file in [f"/dev/fd/{fd}" for fd in hidden]:
         record = tree.journal.get(options.id)
@@ -168,8 +158,19 @@ def make_object(tree: ObjectTree, text: str, number: int, hidden: list[int]) -> 
         tree.journal.set_properties(options.id, record.properties | {"file": ""})
 
 
+def _may_be_shown(text: str, hidden: list[int]) -> bool:
+    """True if nothing in the text of an object, as it stands now or as it was typed, is a secret."""
+    try:
+        given = keyval.arguments(text)
+    except UsageError:
+        return False
+    file = given.get("file")
+    typed = not isinstance(file, Text) or file.to_str() not in [f"/dev/fd/{fd}" for fd in hidden]
+    return typed and given.keys() <= argv.MEMBERS
+
+
 def _unquoted(words: str) -> str:
-    known = ("data", "file", "format", "keyid", "iv", "id", "qom-type")
+    known = {*argv.MEMBERS, "data"}
     return re.sub("'([^']*)'", lambda m: m[0] if m[1] in known else "'…'", words)
 
 
@@ -245,23 +246,27 @@ async def _serve(tree: ObjectTree, doors: list[DoorSpec]) -> None:
 
 
 _MEMORY = {
-    "secretmem": "secretmem: secrets are in memfd_secret(2) memory, unseen even by root's /proc/PID/mem",
-    "mlock": "mlock: secrets never reach swap or a core dump; root can read one copy of each",
-    "none": "none: MEMORY IS NOT LOCKED and secrets may reach swap",
+    "secretmem": "secretmem (memfd_secret(2), unseen even by root's /proc/PID/mem)",
+    "mlock": "mlock (never in swap or a core dump; root can read one copy of each secret)",
+    "none": "none: MEMORY IS NOT LOCKED, secrets may reach swap (--memory-lock=require refuses this)",
 }
 
 
 def _say_ready(tree: ObjectTree, doors: list[DoorSpec]) -> None:
-    lines = [f"version {__version__}, {len(tree.journal)} objects"]
-    lines += [f"{spec.door.value} socket  {spec.path}" for spec in doors]
+    count = len(tree.journal)
+    lines = [f"version {__version__}, {count} object{'' if count == 1 else 's'}"]
+    lines += [f"{spec.door.value + ' socket':<15} {spec.path}" for spec in doors]
     level = tree.journal.arena.level
-    lines.append(f"memory {_MEMORY[level]}")
+    lines.append(f"{'memory':<15} {_MEMORY[level]}")
     if level == "none":
         lines.append(limit_text())
     control = next((spec.path for spec in doors if spec.door is Door.CONTROL), None)
     if control is not None:
+        tool = "secretctl"
+        if shutil.which(tool) is None:
+            tool = os.path.join(os.path.dirname(sys.executable), tool)
         option = "" if control == paths.control_path() else f" --socket {control}"
-        lines.append(f"try: secretctl{option} add disk0 --prompt   or: secretctl{option} --help")
+        lines.append(f"try: {tool}{option} add disk0 --prompt   or: {tool} --help")
     for line in lines:
         print(f"secretd: {line}", file=sys.stderr)
     sys.stderr.flush()

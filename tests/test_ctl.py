@@ -57,7 +57,7 @@ def test_a_secret_is_added_from_a_file_and_read_to_a_pipe(run: Ctl, tmp_path: Pa
     _, err = run("add", "b", "--file", str(newline))
     assert "warning: the secret ends in a newline" in err
     assert run("add", "c", "--file", str(newline), "--format", "base64") == ("", "")
-    assert run("add", "d", "--file", str(empty)) == ("", "")
+    assert run("add", "d", "--file", str(empty))[1] == "secretctl: warning: the secret is empty\n"
     assert run("read", "a") == ("letmein", "")
     assert run("read", "b") == ("bGV0bWVpbg==\n", "")
     assert run("read", "c") == ("letmein", "")
@@ -183,6 +183,12 @@ def test_secrets_are_generated_sealed_and_deleted(run: Ctl, qmp: Client) -> None
     assert err == "secretctl: /nope: No such file or directory\n"
     _, err = run("add", "s", "--file", "/tmp", status=1)
     assert err == "secretctl: /tmp: Is a directory\n"
+    _, err = run("add", "s", "--fd", "77", status=1)
+    assert err == "secretctl: descriptor 77: Bad file descriptor\n"
+    _, err = run("add", "s", "--iv", "AAAA", "--file", "/dev/null", status=1)
+    assert err == "secretctl: --iv goes with --keyid, the secret that it is encrypted under\n"
+    _, err = run("run", "--secret", "k", "--", "true", status=1)
+    assert err == "secretctl: {k} does not stand in the command\n"
 
 
 def test_a_secret_is_pushed_into_another_qmp_server(run: Ctl, qmp: Client, tmp_path: Path) -> None:
@@ -204,7 +210,7 @@ def test_a_secret_is_pushed_into_another_qmp_server(run: Ctl, qmp: Client, tmp_p
         words = ["push", "s", "--keyid", "k", "--qmp", other.control]
         assert run(*words, "--as", "disk", "--qemu-keyid", "master") == ("", "")
         assert there.read("disk") == b"letmein"
-        assert run(*words, status=1) == ("", "secretctl: No secret with id 'k'\n")
+        assert run(*words, status=1) == ("", "secretctl: QEMU says: No secret with id 'k'\n")
         _, err = run("push", "s", "--keyid", "k", "--qmp", str(tmp_path / "no"), status=1)
         assert err == (
             f"secretctl: cannot connect to {tmp_path / 'no'}: No such file or directory; "
@@ -224,7 +230,7 @@ def test_a_command_is_run_with_secrets_as_descriptors(
     command = [SECRETCTL, "--socket", daemon.control, "run", "--via", via]
     done = subprocess.run(
         [*command, "--secret", "s", "--secret", "big=key", "--",
-         "sh", "-c", "cat x{s} ${0#x} && wc -c < ${1#x}; exit 7", "x{s}", "x{key}"],
+         "sh", "-c", "cat ${0#x} && wc -c < ${1#x}; exit 7", "x{s}", "x{key}"],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 7
@@ -237,12 +243,18 @@ def test_a_command_is_run_with_secrets_as_descriptors(
     assert done.stdout == "letmein1048576\n"
     for name, status in (("/nope", 127), ("/tmp", 126)):
         done = subprocess.run(
-            [*command, "--secret", "s", "--", name], capture_output=True, text=True, check=False
+            [*command, "--secret", "s", "--", name, "{s}"],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert done.returncode == status
         assert done.stderr.startswith(f"secretctl: {name}: ")
     done = subprocess.run(
-        [*command, "--secret", "none", "--", "true"], capture_output=True, text=True, check=False
+        [*command, "--secret", "none", "--", "true", "{none}"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 1
     assert done.stderr == "secretctl: No secret with id 'none'\n"
@@ -314,9 +326,28 @@ def test_an_interrupt_is_status_130(run: Ctl, monkeypatch: pytest.MonkeyPatch) -
 
 def test_usage_errors_are_status_2(run: Ctl) -> None:
     """From argparse, with the usage."""
-    with pytest.raises(SystemExit) as caught:
-        run("add")
-    assert caught.value.code == 2
+    for words in (["add"], ["add", "n", "hunter2"], ["add", "n", "--data", "hunter2"]):
+        with pytest.raises(SystemExit) as caught:
+            run(*words)
+        assert caught.value.code == 2
+
+
+def test_an_unknown_argument_is_not_printed(run: Ctl, capfd: pytest.CaptureFixture) -> None:
+    """It may be a secret."""
+    for words in (
+        ["add", "n", "hunter2"],
+        ["add", "n", "--data", "hunter2"],
+        ["add", "n", "--d=hunter2"],
+    ):
+        with pytest.raises(SystemExit):
+            run(*words)
+        assert "hunter2" not in capfd.readouterr().err
+
+
+def test_the_socket_may_be_named_after_the_verb(run: Ctl, daemon: Daemon, tmp_path: Path) -> None:
+    """People type it there."""
+    out, _ = run("list", "--socket", daemon.control, socket=str(tmp_path / "none"))
+    assert out.startswith("ID ")
 
 
 @pytest.mark.parametrize("typed", [b"\n", b"\x04"])

@@ -67,7 +67,7 @@ def test_only_a_client_door_is_fine(tmp_path: Path) -> None:
     said += process.stderr.read()
     process.stderr.close()
     assert process.wait(10) == 0
-    assert "client socket  " in said
+    assert "client socket   " in said
     assert "try:" not in said
     assert said.endswith("secretd: stopped; all secrets are wiped\n")
     done = subprocess.run(

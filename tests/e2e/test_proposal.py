@@ -89,13 +89,23 @@ def test_the_memfd_of_a_value_is_closed_and_the_environment_clean(
         (["--object", "nope,id=s"],
          "--object nope,id=s: Parameter 'qom-type' does not accept value 'nope'"),
         (["--object", "secret,id=s,data=x,file=y"],
-         "--object: 'file' and 'data' are mutually exclusive"),
+         "--object number 1 (not shown, since it may hold a secret): 'file' and 'data' are mutually "
+         "exclusive"),
         (["--object", "secret,id=s,data=hunter,2"],
-         "--object number 1 (not shown, since it has data): Invalid parameter '…'; "
+         "--object number 1 (not shown, since it may hold a secret): Invalid parameter '…'; "
          "a comma in a value is written twice"),
         (["--object", '{"qom-type":"secret","id":"s","data":12345678}'],
-         "--object number 1 (not shown, since it has data): Invalid parameter type for 'data', "
-         "expected: string; a comma in a value is written twice"),
+         "--object number 1 (not shown, since it may hold a secret): Invalid parameter type for 'data', "
+         "expected: string"),
+        (["--object", "secret,id=s,data=hun,ter=two2"],
+         "--object number 1 (not shown, since it may hold a secret): Parameter '…' is unexpected; "
+         "a comma in a value is written twice"),
+        (["--object", "secret,id=s,data=x,keyid=zz"],
+         "--object number 1 (not shown, since it may hold a secret): No secret with id '…'; "
+         "a comma in a value is written twice"),
+        (["--object", "secret,id=s,dat=hunter2"],
+         "--object number 1 (not shown, since it may hold a secret): Parameter '…' is unexpected; "
+         "a comma in a value is written twice"),
         (["--control", "/nope/s"], "/nope/s: No such file or directory"),
         (["--control", ",mode=0600"], "--control ,mode=0600: the path of the socket is missing"),
         (["--control", "x,mode=abc"],
@@ -117,14 +127,19 @@ def test_a_start_that_cannot_be_carried_out_says_why(
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == f"secretd: {words}"
     assert "Traceback" not in done.stderr
+    assert "two2" not in done.stderr
+    assert "hunter" not in done.stderr
     assert not (tmp_path / "s").exists()
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["-objekt=secret,id=s,data=letmein"], "unknown option -objekt"),
-        (["letmein"], "unknown argument"),
+        (
+            ["-objekt=secret,id=s,data=letmein"],
+            "unknown option -objekt (secrets are not given as arguments)",
+        ),
+        (["letmein"], "unknown argument (secrets are not given as arguments)"),
         (["--object"], "argument --object: expected one argument"),
     ],
 )
