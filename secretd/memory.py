@@ -194,6 +194,11 @@ class Arena:
         """Bytes now mapped, and thus locked."""
         return sum(map(len, self._views.values())) + sum(map(len, self._spare.values()))
 
+    @property
+    def spare(self) -> int:
+        """Bytes that are mapped and that nothing uses."""
+        return len(self._spare) << self._shift
+
     def allocate(self, size: int) -> LockedBuffer:
         """Return a zeroed buffer of ``size`` bytes, or raise LockedMemoryExhausted."""
         with self._lock:

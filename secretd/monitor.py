@@ -42,11 +42,13 @@ log = logging.getLogger("secretd")
 QEMU_VERSION: Final = (10, 0, 0)
 """The QEMU whose answers ours are: what the greeting says."""
 
-CLIENT_MESSAGE_BYTES: Final = 64 << 10
-"""Bytes of one message on the client door, where no command carries a secret."""
+CLIENT_MESSAGE_BYTES: Final = 6 << 10
+"""Bytes of one message on the client door, where no command carries a secret: so little that its
+clients never compete for the room that large messages need."""
 
-QUOTED_BYTES: Final = 4096
-"""Bytes of the sender's own text that an error quotes at most. QEMU quotes all of it."""
+QUOTED_BYTES: Final = 1024
+"""Bytes of the sender's own text that an error quotes at most: it waits in locked memory until it is
+read. QEMU quotes all of it."""
 
 INTERNAL_ERROR: Final = "Internal error; the log of secretd has the details"
 

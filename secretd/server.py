@@ -51,6 +51,7 @@ class Session:
         self._server = server
         self.monitor = Monitor(server.daemon, peer)
         table = self.monitor.table
+        self.max_bytes = table.max_bytes
         self._codec = Connection(table.decode, table.max_bytes)
         self.kept_from = self._codec.kept_from
         self.moved = self._codec.moved

@@ -22,6 +22,10 @@ from secretd.wire.qjson import MAX_MESSAGE_BYTES
 RECEIVE_BYTES: Final = 64 << 10
 """Bytes of the receive buffer that all connections share: what one recvmsg(2) takes at most."""
 
+ROOMY_BYTES: Final = 256 << 10
+"""Bytes of scratch memory that must be spare for a connection to take that much at once. With less it
+takes no more than always finds room, should some of it have to wait."""
+
 FIRST_TAIL_BYTES: Final = 2 << 10
 """Bytes of a connection's own buffer at first; it grows fourfold. Small, so that many clients that
 stop half-way through a message leave receive space for the others."""
@@ -60,7 +64,12 @@ class Locked(NamedTuple):
 
 
 class Receiver(Protocol):
-    """What a Transport calls. Positions are offsets into the view of that call."""
+    """What a Transport calls. Positions are offsets into the view of that call.
+
+    ``max_bytes``: of one message, as the receiver limits it.
+    """
+
+    max_bytes: int
 
     def consume(self, view: memoryview, position: int, end: int) -> int:
         """Handle what stands from ``position``; return how far it was read."""
@@ -104,6 +113,10 @@ class ReceiveSpace:
         self.held += size
         return buffer
 
+    def roomy(self) -> bool:
+        """True while there is plenty of room for what connections leave unread or unfinished."""
+        return self.held <= LARGE_TAILS_BYTES // 2 and self.arena.spare >= ROOMY_BYTES
+
     def free(self, buffer: LockedBuffer) -> None:
         """Give back a connection's buffer, and let those that wait for room try again."""
         self.held -= buffer.size
@@ -140,6 +153,8 @@ class Transport:
         self._ended = False  # the client will send no more
         self._out: deque[tuple[memoryview, LockedBuffer | None]] = deque()
         self._backlog = 0
+        self._locked_out = 0  # replies in locked memory that wait to be sent
+        self._small = receiver.max_bytes < SMALL_TAIL_BYTES
         self._timer: asyncio.TimerHandle | None = None
         self.is_closed = False
         self._update_reading()
@@ -185,8 +200,13 @@ class Transport:
         self._reading = wanted
 
     def _readable(self) -> None:
-        view = self._space.shared.view if self._tail is None else self._tail.view
         start = self._fill
+        if self._tail is not None:
+            view = self._tail.view
+        elif self._small or not self._space.roomy():
+            view = self._space.shared.view[: SMALL_TAIL_BYTES - 1]
+        else:
+            view = self._space.shared.view
         try:
             count, ancillary, _, _ = self._sock.recvmsg_into(
                 [view[start:]], _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC
@@ -215,16 +235,17 @@ class Transport:
             self.close()
 
     def _advance(self, view: memoryview, end: int) -> None:
+        shared = self._tail is None
         try:
             position = self._receiver.consume(view, self._position, end)
         except BaseException:
             # Once closed, the connection's own buffer is wiped and no longer there.
-            if view is self._space.shared.view or not self.is_closed:
+            if shared or not self.is_closed:
                 wipe(view[:end])
             self.close()
             raise
         if self.is_closed:
-            if view is self._space.shared.view:
+            if shared:
                 wipe(view[:end])
             return
         kept = self._receiver.kept_from(position)
@@ -316,6 +337,7 @@ class Transport:
         if isinstance(data, Locked):
             self._out.append((data.buffer.view[: data.length], data.buffer))
             self._backlog += data.length
+            self._locked_out += 1
         elif self._out:
             self._out.append((memoryview(data), None))
             self._backlog += len(data)
@@ -329,8 +351,8 @@ class Transport:
 
     @property
     def backlogged(self) -> bool:
-        """True while the client has too many replies to read."""
-        return self._backlog > BACKLOG_BYTES
+        """True while the client has too many replies to read, or one that holds locked memory."""
+        return self._backlog > BACKLOG_BYTES or self._locked_out > 0
 
     def _try(self, data: bytes | memoryview) -> int:
         try:
@@ -353,6 +375,7 @@ class Transport:
                 break
             self._out.popleft()
             if owner is not None:
+                self._locked_out -= 1
                 owner.free()
         if self._out:
             self._loop.add_writer(self._sock.fileno(), self._flush)

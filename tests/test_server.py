@@ -275,11 +275,11 @@ def test_a_connection_without_any_room_is_told_and_closed(starving: Daemon) -> N
 
 
 def test_an_error_that_quotes_the_sender_is_cut(qmp: Client) -> None:
-    """At 4096 bytes, in locked memory, wherever it stands among other replies."""
+    """At 1024 bytes, in locked memory, wherever it stands among other replies."""
     qmp.send(NAME + b'{"a": "' + b"z" * 100000 + b"\n" + NAME)
     assert qmp.reply() == {"return": {}}
     words = qmp.reply()["error"]["desc"]
-    assert words == "JSON parse error, stray '\"" + "z" * 4095 + "'"
+    assert words == "JSON parse error, stray '\"" + "z" * 1023 + "'"
     assert qmp.reply() == {"return": {}}
 
 
