@@ -19,6 +19,9 @@ R = TypeVar("R")
 THREADS_PER_UID: Final = 4
 """Threads that one uid may keep busy with descriptors that block."""
 
+THREADS_OF_TRUSTED: Final = 64
+"""The same for uid 0 and the daemon's own uid, whose many programs wait for FIFOs and slow files."""
+
 DESCRIPTORS_WAITING_PER_UID: Final = 1024
 """Descriptors of one uid that may wait to be closed; with more, its connections are closed."""
 
@@ -92,7 +95,7 @@ class Offload:
         with self._lock:
             self._queues.setdefault(uid, deque()).append(call)
             count = self._threads.get(uid, 0)
-            if count >= THREADS_PER_UID:
+            if count >= (THREADS_OF_TRUSTED if uid in (0, os.getuid()) else THREADS_PER_UID):
                 return
             self._threads[uid] = count + 1
         # A daemon thread: one that is stuck for ever must not keep the process from ending.

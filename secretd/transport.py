@@ -39,15 +39,18 @@ UNFINISHED_SECONDS: Final = 60.0
 SMALL_TAIL_BYTES: Final = 8 << 10
 """Bytes of an unfinished message up to which there is nearly always room."""
 
-LARGE_TAILS_BYTES: Final = LARGEST_TAIL_BYTES + (768 << 10)
-"""Bytes that all unfinished messages above SMALL_TAIL_BYTES may take together: one of the largest,
-what it grows from, and a few others. Locked memory is small; who comes too late waits."""
+LARGE_TAILS_BYTES: Final = 1 << 20
+"""Bytes that all unfinished messages above SMALL_TAIL_BYTES may take together. One connection at a time
+may go beyond, so that those that have used it up do not all wait for each other."""
 
-TAILS_BYTES: Final = LARGE_TAILS_BYTES + (512 << 10)
+TAILS_BYTES: Final = LARGE_TAILS_BYTES + LARGEST_TAIL_BYTES + (512 << 10)
 """Bytes that all unfinished messages may take together: also 64 to 256 small ones."""
 
 BACKLOG_BYTES: Final = 64 << 10
 """Bytes of replies that may wait for a client that does not read; then we stop reading from it."""
+
+RETRY_ROOM_SECONDS: Final = 1.0
+"""Seconds until a connection without room tries again: room may also come from deleted secrets."""
 
 _CLIENTS_TURN: Final = frozenset({"starved", "backlog"})
 """Pauses during which a connection's time runs: what it holds, it holds at its own pace."""
@@ -101,17 +104,28 @@ class ReceiveSpace:
         self.shared = arena.allocate(RECEIVE_BYTES)
         self.held = 0  # bytes of connections' own buffers
         self.starved: set[Transport] = set()
+        self._beyond: Transport | None = None  # who may go beyond LARGE_TAILS_BYTES
 
-    def allocate(self, size: int) -> LockedBuffer:
+    def allocate(self, size: int, owner: "Transport") -> LockedBuffer:
         """Return a connection's buffer, or raise LockedMemoryExhausted."""
-        limit = TAILS_BYTES if size <= SMALL_TAIL_BYTES else LARGE_TAILS_BYTES
-        if self.held + size > limit:
+        small = size <= SMALL_TAIL_BYTES
+        limit = TAILS_BYTES if small else LARGE_TAILS_BYTES
+        beyond = self.held + size > limit
+        if beyond and (small or self._beyond not in (None, owner)):
             raise LockedMemoryExhausted(
                 f"Unfinished messages take {self.held} of {limit} bytes; try again later"
             )
         buffer = self.arena.allocate(size)
         self.held += size
+        if beyond:
+            self._beyond = owner
         return buffer
+
+    def done(self, buffer: LockedBuffer, owner: "Transport") -> None:
+        """Give back the buffer of a connection that needs none any more."""
+        if self._beyond is owner:
+            self._beyond = None
+        self.free(buffer)
 
     def roomy(self) -> bool:
         """True while there is plenty of room for what connections leave unread or unfinished."""
@@ -182,12 +196,13 @@ class Transport:
 
     def fed(self) -> None:
         """There may be room again for an unfinished message that had to wait."""
-        if self.is_closed:
+        if self.is_closed or "starved" not in self._paused:
             return
+        self._space.starved.discard(self)
         if self._grow():
             self.resume("starved")
         else:
-            self._space.starved.add(self)
+            self._starve()
 
     def _update_reading(self) -> None:
         if self.is_closed:
@@ -257,7 +272,7 @@ class Transport:
             wipe(view[:end])
             if self._tail is not None:
                 tail, self._tail = self._tail, None
-                self._space.free(tail)
+                self._space.done(tail, self)
         elif self._tail is None:
             if not self._move_to_tail(view[kept:end]):
                 wipe(view[:end])
@@ -280,8 +295,12 @@ class Transport:
         if self._paused or self._tail is None or self._fill < self._tail.size:
             return
         if not self._grow():
-            self._space.starved.add(self)
+            self._starve()
             self.pause("starved")
+
+    def _starve(self) -> None:
+        self._space.starved.add(self)
+        self._loop.call_later(RETRY_ROOM_SECONDS, self.fed)
 
     def _move_to_tail(self, rest: memoryview) -> bool:
         size = FIRST_TAIL_BYTES
@@ -290,9 +309,9 @@ class Transport:
         allocate = self._space.allocate
         try:
             try:
-                self._tail = allocate(size)
+                self._tail = allocate(size, self)
             except LockedMemoryExhausted:
-                self._tail = allocate(len(rest))  # no room to grow, so it will have to wait
+                self._tail = allocate(len(rest), self)  # no room to grow: it will have to wait
         except LockedMemoryExhausted as error:
             self._receiver.no_memory(error)
             self.close()
@@ -308,7 +327,7 @@ class Transport:
         if 4 * size > LARGEST_TAIL_BYTES:
             size = LARGEST_TAIL_BYTES
         try:
-            larger = self._space.allocate(size)
+            larger = self._space.allocate(size, self)
         except LockedMemoryExhausted:
             return False
         larger.view[: self._fill] = tail.view[: self._fill]
@@ -405,6 +424,6 @@ class Transport:
         self._out.clear()
         if self._tail is not None:
             tail, self._tail = self._tail, None
-            self._space.free(tail)
+            self._space.done(tail, self)
         self._closer(self._sock.detach())
         self._receiver.closed()

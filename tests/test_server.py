@@ -8,6 +8,7 @@ import json
 import os
 import random
 import socket
+import threading
 import time
 from pathlib import Path
 
@@ -241,6 +242,66 @@ def test_requests_that_wait_for_their_turn_need_no_more_room(
     starving.scratch.starved = "large"
     client.send(b"".join(b'{"execute":"query-name","id":%d}\n' % n for n in range(5000)))
     assert [client.reply()["id"] for _ in range(5000)] == list(range(5000))
+
+
+def test_large_messages_of_many_clients_at_once_all_arrive(daemon: Daemon, qmp: Client) -> None:
+    """More than receive space holds together: one goes on, the others after it."""
+    data = b"x" * 1_000_000
+    replies: list[dict] = []
+
+    def add(number: int) -> None:
+        client = Client(daemon.control)
+        client.send(
+            b'{"execute":"object-add","arguments":{"qom-type":"secret","id":"big%d","data":"%s"}}'
+            % (number, data)
+        )
+        replies.append(client.reply())
+        client.close()
+
+    threads = [threading.Thread(target=add, args=(number,)) for number in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert replies == [{"return": {}}] * 5
+    while daemon.call(lambda: daemon.server.space.held):
+        pass
+    assert daemon.server.space._beyond is None
+
+
+def test_many_that_pipeline_at_once_are_all_answered(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What waits for its turn always finds room."""
+    monkeypatch.setattr(server, "TURN_SECONDS", 0.0005)
+    requests = b"".join(b'{"execute":"query-name","id":%d}\n' % n for n in range(1500))
+    clients = [daemon.connect() for _ in range(60)]
+    senders = [threading.Thread(target=client.send, args=(requests,)) for client in clients]
+    for sender in senders:
+        sender.start()
+    for client in clients:
+        assert [client.reply()["id"] for _ in range(1500)] == list(range(1500))
+    for sender in senders:
+        sender.join(20)
+
+
+def test_room_that_comes_from_elsewhere_is_found(
+    starving: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as from a deleted secret; no connection tells of it."""
+    monkeypatch.setattr(transport, "RETRY_ROOM_SECONDS", 0.02)
+    large = starving.connect()
+    starving.scratch.starved = "large"
+    message = b'{"execute":"%s","id":"large"}' % (b"x" * 200000)
+    large.sock.setblocking(False)
+    sent = 0
+    while not starving.call(lambda: starving.server.space.starved):
+        with contextlib.suppress(BlockingIOError):
+            sent += large.sock.send(message[sent:])
+    starving.scratch.starved = False
+    large.sock.settimeout(20)
+    large.send(message[sent:])
+    assert large.reply()["id"] == "large"
 
 
 def test_a_starved_connection_is_closed_when_its_time_is_up(
