@@ -11,9 +11,8 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import Final, ParamSpec, TypeVar
+from typing import Final, TypeVar
 
-P = ParamSpec("P")
 R = TypeVar("R")
 
 THREADS_PER_UID: Final = 4
@@ -54,13 +53,13 @@ class Offload:
         self,
         uid: int,
         discard: Callable[[R], object],
-        function: Callable[P, R],
-        *args: P.args,
-        **kwargs: P.kwargs,
+        function: Callable[[], R],
+        unused: Callable[[], object] = lambda: None,
     ) -> R:
-        """Return ``function(*args)``, called in a thread.
+        """Return ``function()``, called in a thread.
 
-        ``discard`` is called in the loop with the result if nobody waits for it any more.
+        ``discard`` is called in the loop with the result if nobody waits for it any more; ``unused`` in
+        the thread, instead of the function, if that is so before its turn comes.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[R] = loop.create_future()
@@ -75,9 +74,12 @@ class Offload:
                 future.set_result(result)  # type: ignore[arg-type]
 
         def call() -> None:
+            if future.cancelled():
+                unused()
+                return
             outcome: tuple[R | None, BaseException | None]
             try:
-                outcome = (function(*args, **kwargs), None)
+                outcome = (function(), None)
             except BaseException as error:  # noqa: BLE001 - handed to whoever waits
                 outcome = (None, error)
             with contextlib.suppress(RuntimeError):  # the loop has ended, and all with it

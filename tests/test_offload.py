@@ -176,3 +176,35 @@ def test_without_a_new_thread_the_call_waits_for_the_next(monkeypatch: pytest.Mo
         os.close(source)
 
     asyncio.run(main())
+
+
+def test_a_call_whose_turn_comes_too_late_is_not_made() -> None:
+    """What it would have used is released instead."""
+
+    async def main() -> None:
+        offload = Offload()
+        go_on = threading.Event()
+        made: list[str] = []
+        running = [
+            asyncio.ensure_future(offload.run(1000, lambda _: None, go_on.wait))
+            for _ in range(module.THREADS_PER_UID)
+        ]
+        late = [
+            asyncio.ensure_future(
+                offload.run(1000, lambda _: None, lambda: made.append("call"), unused)
+            )
+            for unused in (lambda: made.append("unused"), lambda: None)
+        ]
+        late.append(
+            asyncio.ensure_future(offload.run(1000, lambda _: None, lambda: made.append("x")))
+        )
+        await asyncio.sleep(0)
+        for task in late:
+            task.cancel()
+        await asyncio.gather(*late, return_exceptions=True)
+        go_on.set()
+        await asyncio.gather(*running)
+        await idle(offload)
+        assert made == ["unused"]
+
+    asyncio.run(main())

@@ -49,17 +49,19 @@ class Source:
         """Return the content with room for a quote on each side, or raise CommandError."""
         fd = self._descriptor(name)
         call: Callable[[], LockedBuffer]
+        unused: Callable[[], object] = lambda: None
         if fd is not None:
             # A duplicate, so that the number stays ours whatever the connection does meanwhile.
             copy = Fd(os.dup(fd))
             call = partial(_read_and_close, copy, name, self._scratch)
+            unused = copy.close
         elif self._paths:
             call = partial(read_path, name, self._scratch, magic_links=False)
         else:
             raise AccessDenied("Only uid 0 and the daemon's own uid may name a file")
         try:
             return await asyncio.wait_for(
-                self._offload.run(self._uid, LockedBuffer.free, call), SOURCE_SECONDS
+                self._offload.run(self._uid, LockedBuffer.free, call, unused), SOURCE_SECONDS
             )
         except TimeoutError:
             raise _too_late(name) from None
