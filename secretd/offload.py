@@ -54,7 +54,7 @@ class Offload:
         uid: int,
         discard: Callable[[R], object],
         function: Callable[[], R],
-        unused: Callable[[], object] = lambda: None,
+        unused: Callable[[], object] | None = None,
     ) -> R:
         """Return ``function()``, called in a thread.
 
@@ -75,7 +75,8 @@ class Offload:
 
         def call() -> None:
             if future.cancelled():
-                unused()
+                if unused is not None:
+                    unused()
                 return
             outcome: tuple[R | None, BaseException | None]
             try:

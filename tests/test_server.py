@@ -368,6 +368,24 @@ def test_quoted_errors_to_a_client_that_does_not_read_are_kept_and_sent(daemon: 
         pass
 
 
+def test_unread_errors_of_many_clients_hold_little_locked_memory(
+    daemon: Daemon, qmp: Client
+) -> None:
+    """One quoted error each waits at most, whatever they send; the client door is open to many."""
+    before = daemon.call(lambda: daemon.scratch.held)
+    crowd = []
+    for _ in range(40):
+        client = daemon.connect(door="client", negotiate=False)
+        client.sock.setblocking(False)
+        crowd.append(client)
+        with contextlib.suppress(BlockingIOError):
+            for _ in range(2000):
+                client.sock.send((b'"' + b"A" * 3000 + b"\x01\x01") * 20)
+    assert qmp.cmd("query-name") == {"return": {}}
+    assert daemon.call(lambda: daemon.scratch.held) - before < 40 * (16 << 10)
+    assert qmp.add("s", data="x" * 300000) == {"return": {}}
+
+
 def test_descriptors_without_bytes_to_spare_do_not_leak(daemon: Daemon, qmp: Client) -> None:
     """253 in a message, again and again; the daemon keeps one."""
     with open("/dev/null") as file:

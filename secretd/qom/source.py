@@ -49,7 +49,7 @@ class Source:
         """Return the content with room for a quote on each side, or raise CommandError."""
         fd = self._descriptor(name)
         call: Callable[[], LockedBuffer]
-        unused: Callable[[], object] = lambda: None
+        unused: Callable[[], object] | None = None
         if fd is not None:
             # A duplicate, so that the number stays ours whatever the connection does meanwhile.
             copy = Fd(os.dup(fd))
