@@ -2,15 +2,20 @@
 """secretd's start, where it needs no process of its own: the default sockets."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from secretd import daemon, paths
+from secretd import __version__, daemon, paths
 from secretd.access import Door
 from secretd.errors import UsageError
+from secretd.memory import Arena
+from secretd.qom.object import ObjectTree
+from secretd.qom.secret import Secret
+from secretd.state import Journal
 
 
 @pytest.fixture
@@ -52,6 +57,25 @@ def test_a_default_directory_that_is_not_ours_is_refused(
     directory.unlink()
     with pytest.raises(UsageError, match="No such file or directory"):
         daemon._default_doors()
+
+
+def test_what_to_type_next_works_as_it_is_printed(
+    tmp_path: Path, arena: Arena, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """With secretctl's path where a shell would not find it, and the socket where it is not the default."""
+    journal = Journal(arena)
+    tree = ObjectTree(journal, arena, (Secret(),), ())
+    doors = [daemon.door_spec(Door.CONTROL, str(tmp_path / "c"))]
+    for found, shown in (
+        ("/usr/bin/secretctl", "secretctl"),
+        (None, f"{Path(sys.executable).parent}/secretctl"),
+    ):
+        monkeypatch.setattr(shutil, "which", lambda _name, found=found: found)
+        daemon._say_ready(tree, doors)
+        said = capsys.readouterr().err
+        assert f"try: {shown} --socket {tmp_path}/c add disk0 --prompt   or: {shown} --help" in said
+        assert f"version {__version__}, 0 objects" in said
+    journal.close()
 
 
 def test_only_a_client_door_is_fine(tmp_path: Path) -> None:

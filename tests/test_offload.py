@@ -193,7 +193,7 @@ def test_a_call_whose_turn_comes_too_late_is_not_made() -> None:
             asyncio.ensure_future(
                 offload.run(1000, lambda _: None, lambda: made.append("call"), unused)
             )
-            for unused in (lambda: made.append("unused"), lambda: None)
+            for unused in (lambda: made.append("unused"), None)
         ]
         late.append(
             asyncio.ensure_future(offload.run(1000, lambda _: None, lambda: made.append("x")))
