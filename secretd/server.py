@@ -19,8 +19,9 @@ from secretd.access import Door, Peer, admits, identify
 from secretd.errors import LockedMemoryExhausted, UsageError
 from secretd.monitor import Daemon, Monitor, close_for, log_internal
 from secretd.qom.object import ObjectTree
+from secretd.receive import ReceiveSpace
 from secretd.schema import Command
-from secretd.transport import UNFINISHED_SECONDS, Locked, ReceiveSpace, Transport
+from secretd.transport import UNFINISHED_SECONDS, Locked, Transport
 from secretd.wire import message as wire
 from secretd.wire.qjson import NeedData
 from secretd.wire.qmp import Connection
