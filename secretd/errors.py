@@ -11,8 +11,7 @@ caused it word for word, so it never holds anything the schema marks sensitive.
      │    ├── AccessDenied         class GenericError: access.check() said no
      │    └── LockedMemoryExhausted   class GenericError: names the limit and how to raise it
      ├── MemoryLockError           memory cannot be locked and --memory-lock=require was given
-     ├── UsageError                the command line cannot be carried out; exit status 1
-     └── ClosedError               the connection ended while its request was running
+     └── UsageError                the command line cannot be carried out; exit status 1
 """
 
 
@@ -56,7 +55,3 @@ class MemoryLockError(SecretdError):
 
 class UsageError(SecretdError):
     """What the command line asks for cannot be done; the text is for the person who typed it."""
-
-
-class ClosedError(SecretdError):
-    """The connection ended before its request did."""

@@ -11,6 +11,14 @@ from secretd import offload as module
 from secretd.offload import Offload
 
 
+def occupy(offload: Offload, go_on: threading.Event) -> "list[asyncio.Future[bool]]":
+    """Keep all threads of uid 1000 waiting."""
+    return [
+        asyncio.ensure_future(offload.run(1000, lambda _: None, go_on.wait))
+        for _ in range(module.THREADS_PER_UID)
+    ]
+
+
 async def idle(offload: Offload) -> None:
     """Wait until all threads have ended."""
     while not offload.idle():  # noqa: ASYNC110 - threads tell no event
@@ -23,10 +31,7 @@ def test_blocking_calls_run_in_a_bounded_number_of_threads() -> None:
     async def main() -> None:
         offload = Offload()
         go_on = threading.Event()
-        running = [
-            asyncio.ensure_future(offload.run(1000, lambda _: None, go_on.wait))
-            for _ in range(module.THREADS_PER_UID)
-        ]
+        running = occupy(offload, go_on)
         await asyncio.sleep(0)
         waiting = asyncio.ensure_future(offload.run(1000, lambda _: None, lambda: "later"))
         assert await offload.run(1001, lambda _: None, lambda: "done") == "done"
@@ -135,10 +140,7 @@ def test_a_uid_with_too_much_to_close_is_busy() -> None:
     async def main() -> None:
         offload = Offload()
         go_on = threading.Event()
-        running = [
-            asyncio.ensure_future(offload.run(1000, lambda _: None, go_on.wait))
-            for _ in range(module.THREADS_PER_UID)
-        ]
+        running = occupy(offload, go_on)
         await asyncio.sleep(0)
         source, sink = os.pipe()
         for _ in range(module.DESCRIPTORS_WAITING_PER_UID + 1):
@@ -185,10 +187,7 @@ def test_a_call_whose_turn_comes_too_late_is_not_made() -> None:
         offload = Offload()
         go_on = threading.Event()
         made: list[str] = []
-        running = [
-            asyncio.ensure_future(offload.run(1000, lambda _: None, go_on.wait))
-            for _ in range(module.THREADS_PER_UID)
-        ]
+        running = occupy(offload, go_on)
         late = [
             asyncio.ensure_future(
                 offload.run(1000, lambda _: None, lambda: made.append("call"), unused)

@@ -273,8 +273,8 @@ def slowly(scene: Scene, _tmp_path: Path) -> None:
     other = Client(scene.process.control)
     other.send(data[:-20])
     assert scene.client.cmd("query-name") == {"return": {}}
-    if scene.number % 26 == 0 and scene.level == "secretmem":
-        scene.check()
+    if scene.number % 26 == 0:
+        assert scan(scene.process.pid).outside == []
     other.send(data[-20:])
     assert other.reply() == {"return": {}}
     other.close()
