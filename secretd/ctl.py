@@ -168,9 +168,10 @@ async def _prompt(client: Client, text: str) -> LockedBuffer:
         silent = termios.tcgetattr(fd)
         silent[3] &= ~termios.ECHO
         buffer = client.buffer(_PROMPT_BYTES)
-        os.write(fd, text.encode())
+        # First, since it drops what was typed so far, even an interrupt on its way.
         termios.tcsetattr(fd, termios.TCSAFLUSH, silent)
         try:
+            os.write(fd, text.encode())
             await readable(fd)
             os.readv(fd, [buffer.view])
         finally:
