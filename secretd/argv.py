@@ -16,7 +16,12 @@ ARGV_FDS = "SECRETD_ARGV_FDS"
 """Environment variable from one incarnation to the next: memfds that hold what ``data=`` had."""
 
 
-MEMBERS = frozenset({"qom-type", "id", "format", "keyid", "iv", "file"})
+MEMBERS = frozenset(
+    (
+        *("qom-type", "id", "format", "keyid", "iv", "file", "serial"),
+        *("identity", "policy", "rules", "filename", "refresh"),
+    )
+)
 """Members of an object that hold no secret, and may be shown."""
 
 DOUBLED = "a comma in a value is written twice"
@@ -75,7 +80,7 @@ def hide_data() -> None:
 def _without_data(text: str, number: int) -> tuple[int, str] | None:
     """Return a memfd with the value of ``data`` and the text that names it instead."""
     try:
-        given = keyval.arguments(text)
+        given = keyval.arguments(keyval.buffer(text)).members
     except UsageError:
         return None  # said again, with the option's name, when the objects are made
     data = given.pop("data", None)
@@ -95,7 +100,7 @@ def _without_data(text: str, number: int) -> tuple[int, str] | None:
         return fd, encode.value(given | file)
     members = keyval.parse(text, "qom-type")
     del members["data"]
-    return fd, keyval.compose(members | file, "qom-type")
+    return fd, keyval.compose(members | file)
 
 
 def hidden_fds() -> list[int]:

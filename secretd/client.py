@@ -139,8 +139,15 @@ class Client:
 
     async def list(self) -> list[SecretInfo]:
         """Return the secrets this connection may know of."""
-        secrets = cast("list[dict[str, str]]", await self._execute("query-secrets"))
-        return [SecretInfo(s["id"], s["qom-type"], int(s["size"]), s["memory"]) for s in secrets]
+        found: list[SecretInfo] = []
+        while True:
+            after: dict[str, object] = {"after": found[-1].id} if found else {}
+            secrets = cast("list[dict[str, str]]", await self._execute("query-secrets", after))
+            if not secrets:
+                return found
+            found += [
+                SecretInfo(s["id"], s["qom-type"], int(s["size"]), s["memory"]) for s in secrets
+            ]
 
     async def version(self) -> str:
         """Return the daemon's own version, such as "secretd 0.1.0"."""

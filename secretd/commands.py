@@ -8,25 +8,70 @@ Commands of QEMU 10's qapi/ unless the docstring says that they are ours.
 """
 
 from collections.abc import Awaitable, Coroutine
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NotRequired, TypedDict
 
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET, Raw, UnsetType
 
-from secretd import crypto
+from secretd import crypto, hmp
 from secretd.access import check, readable
-from secretd.errors import CommandError, CommandNotFound
+from secretd.errors import CommandNotFound
+from secretd.fds import AddfdInfo, FdsetInfo
+from secretd.introspect import SchemaInfo
 from secretd.memory import LockedBuffer
-from secretd.monitor import QEMU_VERSION, Monitor
-from secretd.qom.secret import (
-    SecretOptions,
-    generate,
-    secret_plaintext,
-)
+from secretd.monitor import Monitor
+from secretd.qom.object import ObjectPropertyInfo, ObjectTypeInfo
+from secretd.qom.secret import SecretCommonOptions, generate, secret_plaintext
+from secretd.qom.types import AnyOptions
 from secretd.schema import Commands
-from secretd.wire.message import version
+from secretd.visitor import SensitiveAny
+from secretd.wire.encode import Verbatim
+from secretd.wire.message import VersionInfo
 
 COMMANDS: Final = Commands()
-JSONObject = dict[str, object]
+
+SECRETS_PER_REPLY: Final = 400
+"""Secrets that query-secrets lists in one reply, with SECRETS_BYTES for their ids. Some 100 bytes each
+beside the id, so that the line stays under MAX_REPLY_BYTES."""
+
+SECRETS_BYTES: Final = 16 << 10
+"""Bytes of the ids in one reply of query-secrets."""
+
+
+class CommandInfo(TypedDict):
+    """An entry of query-commands (qapi/control.json)."""
+
+    name: str
+
+
+class NameInfo(TypedDict):
+    """What query-name returns (qapi/machine.json)."""
+
+    name: NotRequired[str]
+
+
+class Delivered(TypedDict):
+    """What secret-read returns: how many bytes were written."""
+
+    size: int
+
+
+class Sealed(TypedDict):
+    """What secret-seal returns, both in base64."""
+
+    data: str
+    iv: str
+
+
+SecretInfo = TypedDict(
+    "SecretInfo",
+    {
+        "id": str,
+        "qom-type": str,
+        "size": int,
+        "memory": Literal["secretmem", "mlock", "none"],
+    },
+)
+"""An entry of query-secrets; the size in bytes."""
 
 
 @COMMANDS(name="qmp_capabilities", client=True)
@@ -35,24 +80,30 @@ def qmp_capabilities(monitor: Monitor, enable: list[Literal["oob"]] | UnsetType 
     if monitor.negotiated:
         raise CommandNotFound("Capabilities negotiation is already complete, command ignored")
     if enable:
-        raise CommandError(f"Capability {enable[0]} not available")
+        monitor.enable_oob()
     monitor.negotiated = True
 
 
 @COMMANDS(client=True)
-def query_version(monitor: Monitor) -> JSONObject:
+def query_version(monitor: Monitor) -> VersionInfo:
     """Return the version of QEMU whose answers these are, and secretd's own as package."""
-    return version(QEMU_VERSION, monitor.daemon.package)
+    return monitor.daemon.version  # type: ignore[return-value]  # JSON text of it
 
 
 @COMMANDS(client=True)
-def query_commands(monitor: Monitor) -> list[JSONObject]:
+def query_commands(monitor: Monitor) -> list[CommandInfo]:
     """Return the commands of this door."""
     return [{"name": name} for name in monitor.table.by_name]
 
 
+@COMMANDS(client=True)
+def query_qmp_schema(monitor: Monitor) -> list[SchemaInfo]:
+    """Return what this door's commands take and return, and the events."""
+    return Verbatim(monitor.table.schema)  # type: ignore[return-value]  # JSON text of such a list
+
+
 @COMMANDS()
-def query_name(_monitor: Monitor) -> JSONObject:
+def query_name(_monitor: Monitor) -> NameInfo:
     """Return an empty object: secretd has no guest with a name."""
     return {}
 
@@ -60,7 +111,7 @@ def query_name(_monitor: Monitor) -> JSONObject:
 @COMMANDS()
 def quit(monitor: Monitor) -> None:  # noqa: A001 - QEMU's name
     """Stop the daemon in order."""
-    monitor.daemon.emit("SHUTDOWN", {"guest": False, "reason": "host-qmp-quit"})
+    monitor.daemon.emit("SHUTDOWN", '{"guest": false, "reason": "host-qmp-quit"}', None)
     monitor.daemon.stop()
 
 
@@ -68,20 +119,37 @@ def quit(monitor: Monitor) -> None:  # noqa: A001 - QEMU's name
 
 
 @COMMANDS()
-def object_add(monitor: Monitor, arguments: SecretOptions) -> Awaitable[None] | None:
+def object_add(monitor: Monitor, arguments: AnyOptions) -> Awaitable[None] | None:
     """Make an object."""
-    return monitor.tree.add(arguments, monitor.source.read)
+    waiting = monitor.tree.add(arguments, monitor.source)
+    if waiting is not None:
+        return _added_later(monitor, arguments, waiting)
+    _added(monitor, arguments)
+    return None
+
+
+def _added(monitor: Monitor, options: AnyOptions) -> None:
+    if isinstance(options, SecretCommonOptions):
+        monitor.emit_about("SECRET_ADDED", options.id)
+
+
+async def _added_later(monitor: Monitor, options: AnyOptions, waiting: Awaitable[None]) -> None:
+    await waiting
+    _added(monitor, options)
 
 
 @COMMANDS()
 def object_del(monitor: Monitor, id: str) -> None:  # noqa: A002 - the wire's name
     """Remove an object; a secret's plaintext is wiped before the reply."""
     monitor.daemon.deliveries.withdraw(id)
+    is_secret = monitor.tree.is_secret(id)
     monitor.tree.delete(id)
+    if is_secret:
+        monitor.emit_about("SECRET_DELETED", id)
 
 
 @COMMANDS()
-def qom_list(monitor: Monitor, path: str) -> list[JSONObject]:
+def qom_list(monitor: Monitor, path: str) -> list[ObjectPropertyInfo]:
     """List an object's properties, and the objects in a container."""
     return monitor.tree.properties(path)
 
@@ -93,7 +161,12 @@ def qom_get(monitor: Monitor, path: str, property: str) -> object:  # noqa: A002
 
 
 @COMMANDS()
-def qom_set(monitor: Monitor, path: str, property: str, value: object) -> None:  # noqa: A002
+def qom_set(
+    monitor: Monitor,
+    path: str,
+    property: str,  # noqa: A002
+    value: SensitiveAny,
+) -> None:
     """Change a property; what an object has loaded stays."""
     monitor.tree.set(path, property, value)  # type: ignore[arg-type]  # JSON by the schema
 
@@ -101,14 +174,14 @@ def qom_set(monitor: Monitor, path: str, property: str, value: object) -> None: 
 @COMMANDS()
 def qom_list_types(
     monitor: Monitor, implements: str | UnsetType = UNSET, abstract: bool | UnsetType = UNSET
-) -> list[JSONObject]:
+) -> list[ObjectTypeInfo]:
     """List the types of objects."""
     wanted = None if implements is UNSET else implements
     return monitor.tree.list_types(wanted, abstract=abstract is True)
 
 
 @COMMANDS()
-def qom_list_properties(monitor: Monitor, typename: str) -> list[JSONObject]:
+def qom_list_properties(monitor: Monitor, typename: str) -> list[ObjectPropertyInfo]:
     """List the properties of a type."""
     return monitor.tree.list_type_properties(typename)
 
@@ -119,7 +192,7 @@ def qom_list_properties(monitor: Monitor, typename: str) -> list[JSONObject]:
 @COMMANDS(client=True)
 def add_fd(
     monitor: Monitor, fdset_id: int | UnsetType = UNSET, opaque: str | UnsetType = UNSET
-) -> JSONObject:
+) -> AddfdInfo:
     """Add the passed descriptor to a set."""
     fd = monitor.take_descriptor()
     return monitor.fdsets.add(
@@ -134,7 +207,7 @@ def remove_fd(monitor: Monitor, fdset_id: int, fd: int | UnsetType = UNSET) -> N
 
 
 @COMMANDS(client=True)
-def query_fdsets(monitor: Monitor) -> list[JSONObject]:
+def query_fdsets(monitor: Monitor) -> list[FdsetInfo]:
     """List this connection's sets."""
     return monitor.fdsets.query()
 
@@ -160,7 +233,7 @@ def secret_read(
     id: str,  # noqa: A002
     fdname: str | UnsetType = UNSET,
     format: Literal["raw", "base64"] | UnsetType = UNSET,  # noqa: A002
-) -> JSONObject | Coroutine[Any, Any, JSONObject]:
+) -> Delivered | Coroutine[Any, Any, Delivered]:
     """Write a secret to a descriptor: the one that getfd called ``fdname``, or the one passed with
     this command. The descriptor is closed; the reply comes after the last byte was accepted.
     """
@@ -176,7 +249,7 @@ def secret_read(
     except BaseException:
         fd.close()
         raise
-    size: JSONObject = {"size": len(plaintext)}
+    size: Delivered = {"size": len(plaintext)}
     try:
         rest = monitor.daemon.deliveries.deliver(grant, plaintext, fd)
     except BaseException:
@@ -191,8 +264,8 @@ def secret_read(
 
 
 async def _deliver_rest(
-    rest: Coroutine[Any, Any, None], encoded: LockedBuffer | None, size: JSONObject
-) -> JSONObject:
+    rest: Coroutine[Any, Any, None], encoded: LockedBuffer | None, size: Delivered
+) -> Delivered:
     try:
         await rest
     finally:
@@ -202,7 +275,7 @@ async def _deliver_rest(
 
 
 @COMMANDS()
-def secret_seal(monitor: Monitor, id: str, keyid: str) -> JSONObject:  # noqa: A002
+def secret_seal(monitor: Monitor, id: str, keyid: str) -> Sealed:  # noqa: A002
     """Return a secret encrypted under another, as QEMU's object-add takes it with keyid, iv and
     format=base64. Both in base64; the IV is fresh each time.
     """
@@ -218,26 +291,37 @@ def secret_seal(monitor: Monitor, id: str, keyid: str) -> JSONObject:  # noqa: A
 def secret_generate(monitor: Monitor, id: str, size: int) -> None:  # noqa: A002
     """Make a secret of ``size`` random bytes, which nobody has seen."""
     generate(monitor.tree, id, size)
+    monitor.emit_about("SECRET_ADDED", id)
 
 
-@COMMANDS(client=True)
-def query_secrets(monitor: Monitor) -> list[JSONObject]:
-    """List the secrets: id, type, size in bytes, how well their memory is protected. On the client
-    door only those that the caller may read.
+@COMMANDS(client=True, oob=True)
+def query_secrets(monitor: Monitor, after: str | UnsetType = UNSET) -> list[SecretInfo]:
+    """List the secrets by id: type, size in bytes, how well their memory is protected. On the client
+    door only those that the caller may read. A reply holds SECRETS_PER_REPLY at most; ``after`` goes on
+    behind that id, until the list is empty.
     """
-    journal = monitor.tree.journal
-    listed: list[JSONObject] = []
-    for object_id in readable(monitor.peer, journal):
-        kind = monitor.tree.type_of(object_id)
-        summary = journal.summary(object_id)
-        assert kind is not None
-        assert summary is not None
+    tree = monitor.tree
+    listed: list[SecretInfo] = []
+    room = SECRETS_BYTES
+    for object_id in readable(monitor.peer, tree.secrets_after("" if after is UNSET else after)):
+        room -= len(object_id)
+        if listed and (room < 0 or len(listed) == SECRETS_PER_REPLY):
+            break
+        qom_type, size = tree.secret(object_id)
         listed.append(
-            {
-                "id": object_id,
-                "qom-type": kind.info.name,
-                "size": summary[1],
-                "memory": monitor.daemon.memory,
-            }
+            {"id": object_id, "qom-type": qom_type, "size": size, "memory": monitor.daemon.memory}
         )
     return listed
+
+
+@COMMANDS()
+def human_monitor_command(
+    monitor: Monitor,
+    command_line: Raw,
+    cpu_index: int | UnsetType = UNSET,  # noqa: ARG001 - there is no CPU, whichever is meant
+) -> str | Awaitable[str]:
+    """Carry out a line of the human monitor and return what it prints."""
+    text = memoryview(command_line)
+    with monitor.scratch.allocate(len(text)) as line:
+        line.view[:] = text
+        return hmp.execute(monitor, line.view)

@@ -27,18 +27,19 @@ from secretd.memory import (
     SCRATCH_RESERVE,
     SCRATCH_WINDOW,
     Arena,
-    LockedBuffer,
     choose_level,
     forbid_dumps,
     limit_text,
 )
 from secretd.options import QuietParser
-from secretd.qom.object import ObjectTree
-from secretd.qom.secret import SECRET_COMMON, Secret, SecretOptions
-from secretd.qom.source import read_path
+from secretd.qom.object import ObjectOptions, ObjectTree, with_hint
+from secretd.qom.secret import SecretOptions
+from secretd.qom.source import StartSources
+from secretd.qom.types import CREATABLE, INFOS
 from secretd.schema import check
 from secretd.server import Listener, Server, listen
 from secretd.state import Journal
+from secretd.visitor import JSON_VISITOR, KEYVAL_VISITOR
 from secretd.wire.parser import Text
 
 _EPILOG = """\
@@ -48,7 +49,7 @@ and client.sock in /run/secretd for root, else $XDG_RUNTIME_DIR/secretd, else $T
 
 SPEC of a socket is PATH[,mode=OCTAL][,group=NAME], a comma in PATH doubled.
 SPEC of an object is as in QEMU:  secret,id=NAME,file=PATH[,format=raw|base64][,keyid=ID,iv=BASE64]
-or the same as JSON.
+or the same as JSON; --object help lists the types, --object TYPE,help what each takes.
 
 examples:
   secretd
@@ -120,10 +121,11 @@ def run(options: argparse.Namespace) -> int:
     scratch = Arena(level, window=SCRATCH_WINDOW, reserve=SCRATCH_RESERVE)
     journal = Journal(Arena(level))
     try:
-        tree = ObjectTree(journal, scratch, (Secret(),), (SECRET_COMMON,))
+        tree = ObjectTree(journal, scratch, CREATABLE, INFOS)
         hidden = argv.hidden_fds()
         for number, text in enumerate(options.object, 1):
-            make_object(tree, text, number, hidden)
+            if not make_object(tree, text, number, hidden):
+                return 0
         argv.close(hidden)
         asyncio.run(_serve(tree, doors))
     finally:
@@ -133,35 +135,50 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def make_object(tree: ObjectTree, text: str, number: int, hidden: list[int]) -> None:
+def make_object(tree: ObjectTree, text: str, number: int, hidden: list[int]) -> bool:
     """Make the object that ``--object TEXT`` says, or raise UsageError naming the option.
 
     ``number``: which of the options it is, from 1. ``hidden``: descriptors that stand for data=.
+    Returns False if help was asked for, and printed.
     """
-
-    def read(name: str) -> LockedBuffer:
-        return read_path(name, tree.scratch, magic_links=True)
-
     try:
-        options = check(COMMANDS.by_name["object-add"], keyval.arguments(text))
-        tree.add(options, read)
-    except (CommandError, UsageError) as error:
+        options = add_object(tree, text)
+    except UsageError as error:
         if _may_be_shown(text, hidden):
             raise UsageError(f"--object {text}: {error}") from None
         # Its words may quote a part of it.
         words = f"{argv.unnamed(number)}: {_unquoted(str(error))}"
         raise UsageError(f"{words}; {argv.DOUBLED}" if "…" in words else words) from None
-    assert isinstance(options, SecretOptions)
-    if options.file in [f"/dev/fd/{fd}" for fd in hidden]:
+    if isinstance(options, SecretOptions) and options.file in [f"/dev/fd/{fd}" for fd in hidden]:
         record = tree.journal.get(options.id)
         assert record is not None
         tree.journal.set_properties(options.id, record.properties | {"file": ""})
+    return options is not None
+
+
+def add_object(tree: ObjectTree, text: str) -> ObjectOptions | None:
+    """Make the object of ``--object TEXT`` and return its options; None if it asks for help.
+
+    Help is printed. Raises UsageError in QEMU's words.
+    """
+    given = keyval.arguments(keyval.buffer(text))
+    if given.help:
+        print(tree.help(given.members.get("qom-type")), end="")
+        return None
+    visitor = JSON_VISITOR if given.is_json else KEYVAL_VISITOR
+    try:
+        options = check(COMMANDS.by_name["object-add"], given.members, visitor)
+        assert isinstance(options, ObjectOptions)
+        tree.add(options, StartSources(tree.scratch))
+    except CommandError as error:
+        raise UsageError(with_hint(error.desc)) from None
+    return options
 
 
 def _may_be_shown(text: str, hidden: list[int]) -> bool:
     """True if nothing in the text of an object, as it stands now or as it was typed, is a secret."""
     try:
-        given = keyval.arguments(text)
+        given = keyval.arguments(keyval.buffer(text)).members
     except UsageError:
         return False
     file = given.get("file")
@@ -178,7 +195,8 @@ def door_spec(door: Door, text: str) -> DoorSpec:
     """Read PATH[,mode=OCTAL][,group=NAME], or raise UsageError."""
     option = f"--{door.value} {text}"
     try:
-        members = keyval.parse(text, "path")
+        # Unlike a type's name, a path may have commas.
+        members = keyval.parse(text if text.startswith("path=") else f"path={text}", "path")
     except UsageError as error:
         raise UsageError(f"{option}: {error}") from None
     path = members.pop("path", "")

@@ -10,6 +10,7 @@ caused it word for word, so it never holds anything the schema marks sensitive.
      │    ├── DeviceNotFound       class DeviceNotFound
      │    ├── AccessDenied         class GenericError: access.check() said no
      │    └── LockedMemoryExhausted   class GenericError: names the limit and how to raise it
+     ├── SourceError               why a file, descriptor or key cannot be read
      ├── MemoryLockError           memory cannot be locked and --memory-lock=require was given
      └── UsageError                the command line cannot be carried out; exit status 1
 """
@@ -47,6 +48,10 @@ class AccessDenied(CommandError):
 
 class LockedMemoryExhausted(CommandError):
     """No locked memory is left within RLIMIT_MEMLOCK."""
+
+
+class SourceError(SecretdError):
+    """Why what an object's content comes from cannot be read; each type has its words around it."""
 
 
 class MemoryLockError(SecretdError):

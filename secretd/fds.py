@@ -17,7 +17,7 @@ import stat
 import warnings
 from collections.abc import Callable
 from enum import Enum
-from typing import Final
+from typing import Final, NotRequired, TypedDict
 
 from secretd.errors import CommandError
 
@@ -131,6 +131,21 @@ class NamedFds:
             self._by_name.popitem()[1].close()
 
 
+AddfdInfo = TypedDict("AddfdInfo", {"fdset-id": int, "fd": int})
+"""What add-fd returns (qapi/misc.json)."""
+
+
+class FdsetFdInfo(TypedDict):
+    """A descriptor of a set, as query-fdsets lists it."""
+
+    fd: int
+    opaque: NotRequired[str]
+
+
+FdsetInfo = TypedDict("FdsetInfo", {"fdset-id": int, "fds": list[FdsetFdInfo]})
+"""A set, as query-fdsets lists it."""
+
+
 class FdSets:
     """The numbered sets of add-fd, remove-fd and query-fdsets (monitor/fds.c)."""
 
@@ -140,7 +155,7 @@ class FdSets:
     def __len__(self) -> int:
         return sum(map(len, self._sets.values()))
 
-    def add(self, fd: Fd, set_id: int | None, opaque: str | None) -> dict[str, object]:
+    def add(self, fd: Fd, set_id: int | None, opaque: str | None) -> AddfdInfo:
         """Put a descriptor into a set, the lowest free one without ``set_id``; return AddfdInfo."""
         if set_id is None:
             set_id = next(i for i in range(len(self._sets) + 1) if i not in self._sets)
@@ -165,18 +180,18 @@ class FdSets:
         for fd, _ in doomed:
             fd.close()
 
-    def query(self) -> list[dict[str, object]]:
+    def query(self) -> list[FdsetInfo]:
         """Return the FdsetInfo list: sets by descending id, descriptors in the order added."""
-        return [
-            {
-                "fds": [
-                    {"fd": fd.fileno()} | ({} if opaque is None else {"opaque": opaque})
-                    for fd, opaque in self._sets[set_id]
-                ],
-                "fdset-id": set_id,
-            }
-            for set_id in sorted(self._sets, reverse=True)
-        ]
+        listed = []
+        for set_id in sorted(self._sets, reverse=True):
+            fds = []
+            for fd, opaque in self._sets[set_id]:
+                info: FdsetFdInfo = {"fd": fd.fileno()}
+                if opaque is not None:
+                    info["opaque"] = opaque
+                fds.append(info)
+            listed.append(FdsetInfo({"fdset-id": set_id, "fds": fds}))
+        return listed
 
     def in_set(self, set_id: int) -> list[int]:
         """Return the descriptors of a set, borrowed; empty if there is no such set."""

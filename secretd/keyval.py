@@ -1,88 +1,219 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The command line's ``secret,id=x,file=y`` and JSON (QEMU's util/keyval.c).
 
-Text to arguments and back; what the arguments mean is said elsewhere. daemon calls it.
+Text to arguments and back; what the arguments mean is said elsewhere. A text may hold a secret: it is
+read where it lies, and values stay views of it. daemon, argv and hmp call it.
 """
 
 import re
-from typing import Final
+from typing import Final, NamedTuple, TypeAlias
 
 from secretd.errors import UsageError
-from secretd.wire import encode
-from secretd.wire.parser import JSON, Fault
-from secretd.wire.qjson import NEED_DATA, Streamer
+from secretd.wire.order import qdict_items
+from secretd.wire.parser import JSON, Fault, Text
+from secretd.wire.qjson import document
 
-_KEY: Final = re.compile(r"[A-Za-z][A-Za-z0-9_-]*(?:\.(?:[0-9]+|[A-Za-z][A-Za-z0-9_-]*))*")
+FRAGMENT_BYTES: Final = 127
+"""Bytes of one fragment of a key, as in QEMU."""
+
+_NAME = rb"(?:__[A-Za-z0-9.-]*_)?[A-Za-z][A-Za-z0-9_-]*"  # parse_qapi_name()
+_FIRST: Final = re.compile(_NAME)
+_FRAGMENT: Final = re.compile(rb"[0-9]+|" + _NAME)
+_KEY_END: Final = re.compile(rb"[=,]")
+_LARGEST_INDEX: Final = (1 << 31) - 1
+
+_Tree: TypeAlias = "dict[str, JSON]"
+
+
+class Value(Text):
+    """A value as it stands in the text. The byte before and the one after it are not part of it."""
+
+    __slots__ = ()
+
+    def to_str(self) -> str:
+        """Return the value. Only for members the schema does not mark sensitive."""
+        return bytes(self.view[self.start + 1 : self.end - 1]).decode(errors="surrogateescape")
+
+    def decode_in_place(self) -> memoryview:
+        """Return the value between two double quotes; nothing is escaped in it."""
+        self.view[self.start] = self.view[self.end - 1] = 0x22
+        return self.view[self.start : self.end]
+
+
+class KeyvalError(UsageError):
+    """What is wrong with a text, in QEMU's words around a part of it. That part may be of a secret (after a
+    comma that should have been doubled), so it stays where it is until somebody asks for the words.
+    """
+
+    def __init__(self, before: str, quote: memoryview | None = None, after: str = "") -> None:
+        super().__init__()
+        self._fault = Fault(before, quote, after)
+
+    def words(self, most: int | None = None) -> str:
+        """Return the words, quoting so many bytes at most."""
+        before, quote, after = self._fault
+        if quote is None:
+            return before
+        if bytes(quote[-1:]) == b"\0":  # the end of the text
+            quote = quote[:-1]
+        part = bytes(quote[:most]).decode(errors="replace")
+        return f"{before}{part}{'' if most is None or len(quote) <= most else '…'}{after}"
+
+    def __str__(self) -> str:
+        return self.words()
+
+
+class Given(NamedTuple):
+    """The arguments of an option: as JSON or as keyval, and whether help was asked for."""
+
+    members: dict[str, JSON]
+    is_json: bool
+    help: bool
+
+
+def arguments(view: memoryview) -> Given:
+    """Return the arguments of ``--object TEXT``: JSON if it starts with a brace, else keyval.
+
+    ``view`` has the text between two bytes to spare and is changed. Raises UsageError in QEMU's words.
+    """
+    if bytes(view[1:2]) != b"{":
+        return _parse(view, "qom-type")
+    message = document(view[1:])
+    if isinstance(message, Fault):
+        raise KeyvalError(*message)
+    assert isinstance(message, dict)
+    return Given(message, is_json=True, help=False)
+
+
+def buffer(text: str) -> memoryview:
+    """Return a command line's text as `arguments` takes it."""
+    return memoryview(bytearray(b"\0" + text.encode(errors="surrogateescape") + b"\0"))
 
 
 def parse(text: str, implied_key: str) -> dict[str, str]:
     """Return the members of ``[VALUE,]KEY=VALUE,…`` where ``,,`` is a comma; the last of a key wins.
 
-    Raises UsageError in QEMU's words.
+    Raises UsageError in QEMU's words, also for nested keys.
     """
-    members: dict[str, str] = {}
-    rest = text
-    first = True
-    while rest:
-        key, found, after = _cut(rest)
-        if found == "=":
-            if not _KEY.fullmatch(key):
-                raise UsageError(f"Invalid parameter '{key}'")
-        elif first:
-            key, after = implied_key, rest
-        else:
-            if not _KEY.fullmatch(key):
-                raise UsageError(f"Invalid parameter '{key}'")
-            raise UsageError(f"Expected '=' after parameter '{key}'")
-        members[key], rest = _value(after)
-        first = False
-    return members
+    plain = {}
+    for key, value in _parse(buffer(text), implied_key).members.items():
+        if not isinstance(value, Text):
+            raise UsageError(f"Parameters '{key}.*' are unexpected")
+        plain[key] = value.to_str()
+    return plain
 
 
-def _cut(text: str) -> tuple[str, str, str]:
-    match = re.search("[=,]", text)
-    if match is None:
-        return text, "", ""
-    return text[: match.start()], match[0], text[match.end() :]
-
-
-def _value(text: str) -> tuple[str, str]:
-    """Return the value up to a single comma, and what follows that."""
-    end = 0
-    while True:
-        end = text.find(",", end)
-        if end < 0:
-            return text.replace(",,", ","), ""
-        if text[end : end + 2] != ",,":
-            return text[:end].replace(",,", ","), text[end + 1 :]
-        end += 2
-
-
-def arguments(text: str) -> dict[str, JSON]:
-    """Return the arguments of ``--object TEXT``: JSON if it starts with a brace, else keyval.
-
-    The values are as the wire's parser gives them. Raises UsageError in QEMU's words.
-    """
-    if not text.startswith("{"):
-        text = encode.value(parse(text, "qom-type"))
-    view = memoryview(bytearray(text.encode(errors="surrogateescape")))
-    streamer = Streamer()
-    position, message = streamer.next(view, 0, len(view))
-    if message is NEED_DATA:
-        raise UsageError("JSON parse error, premature EOI")
-    if isinstance(message, Fault):
-        quote = "" if message.quote is None else bytes(message.quote).decode(errors="replace")
-        raise UsageError(f"{message.before}{quote}{message.after}")
-    if bytes(view[position:]).strip():
-        raise UsageError("Expecting at most one JSON value")
-    assert isinstance(message, dict)
-    return message
-
-
-def compose(members: dict[str, str], implied_key: str) -> str:
+def compose(members: dict[str, str]) -> str:
     """Return the text that `parse` reads as ``members``."""
-    parts = [members[implied_key].replace(",", ",,")] if implied_key in members else []
-    parts += [
-        f"{key}={value.replace(',', ',,')}" for key, value in members.items() if key != implied_key
-    ]
-    return ",".join(parts)
+    return ",".join(f"{key}={value.replace(',', ',,')}" for key, value in members.items())
+
+
+def _parse(view: memoryview, implied_key: str) -> Given:
+    tree: _Tree = {}
+    position, end = 1, len(view) - 1
+    wants_help = False
+    first = True
+    while position < end:
+        match = _KEY_END.search(view, position, end)
+        key_end = match.start() if match else end
+        if key_end > position and (match is None or match[0] == b","):
+            word = bytes(view[position:key_end])
+            if word in (b"help", b"?"):
+                wants_help = True
+                position = key_end + 1
+                first = False
+                continue
+            if first:
+                tree[implied_key] = Value(view, position - 1, key_end + 1)
+                position = key_end + 1
+                first = False
+                continue
+        fragments = _fragments(
+            view[position:key_end], complete=match is not None and match[0] == b"="
+        )
+        node = tree
+        for index, fragment in enumerate(fragments[:-1], 1):
+            node = _put(node, fragment, None, ".".join(fragments[:index]))
+        value, position = _value(view, key_end + 1, end)
+        _put(node, fragments[-1], value, ".".join(fragments))
+        first = False
+    return Given(_listified(tree, ""), is_json=False, help=wants_help)
+
+
+def _fragments(key: memoryview, *, complete: bool) -> list[str]:
+    """Return what stands between the dots of a key, or raise what is wrong with it.
+
+    ``complete``: an equals sign follows. Names with a reverse domain have dots of their own.
+    """
+    spans = []
+    at = 0
+    while at <= len(key):
+        match = (_FRAGMENT if at else _FIRST).match(key, at)
+        if match is None or bytes(key[match.end() : match.end() + 1]) not in (b"", b"."):
+            raise KeyvalError("Invalid parameter '", key, "'")
+        if match.end() - at > FRAGMENT_BYTES:
+            part = "" if match.end() - at == len(key) else " fragment"
+            raise KeyvalError(f"Parameter{part} '", key[at : match.end()], "' is too long")
+        spans.append(key[at : match.end()])
+        at = match.end() + 1
+    if not complete:
+        raise KeyvalError("Expected '=' after parameter '", key, "'")
+    return [bytes(span).decode() for span in spans]
+
+
+def _put(node: _Tree, fragment: str, value: Value | None, path: str) -> _Tree:
+    """Put a value, or without one see to it that there is an object, which is returned."""
+    old = node.get(fragment)
+    if old is not None and isinstance(old, dict) is not (value is None):
+        raise UsageError(f"Parameters '{path}.*' used inconsistently")
+    if value is not None:
+        node[fragment] = value
+        return node
+    inner = node.setdefault(fragment, {})
+    assert isinstance(inner, dict)
+    return inner
+
+
+def _value(view: memoryview, start: int, end: int) -> tuple[Value, int]:
+    """Return the value up to a single comma, its doubled ones made single, and where to go on."""
+    into = at = start
+    while at < end:
+        comma = view[at] == 0x2C
+        if comma and (at + 1 == end or view[at + 1] != 0x2C):
+            break
+        at += comma
+        view[into] = view[at]
+        into += 1
+        at += 1
+    return Value(view, start - 1, into + 1), at + 1
+
+
+def _index(key: str) -> int | None:
+    return min(int(key[:20]), _LARGEST_INDEX) if key[:1].isdigit() else None
+
+
+def _listified(node: _Tree, path: str) -> "_Tree":
+    """keyval_listify(): objects whose keys are all numbers become lists. The root never does."""
+    done: _Tree = {}
+    for key, value in qdict_items(node):
+        done[key] = _listify(value, f"{path}{key}.") if isinstance(value, dict) else value
+    # In the order given, which is the order in which QDict was filled.
+    return {key: done[key] for key in node}
+
+
+def _listify(node: _Tree, path: str) -> JSON:
+    inner = _listified(node, path)
+    indices = {key: _index(key) for key in inner}
+    if None not in indices.values():
+        return _list(inner, indices, path)  # type: ignore[arg-type]  # no None, as was just seen
+    if any(index is not None for index in indices.values()):
+        raise UsageError(f"Parameters '{path}*' used inconsistently")
+    return inner
+
+
+def _list(node: _Tree, indices: dict[str, int], path: str) -> JSON:
+    elements = {indices[key]: value for key, value in qdict_items(node)}
+    for index in range(min(len(node) + 1, max(elements) + 1)):
+        if index not in elements:
+            raise UsageError(f"Parameter '{path}{index}' missing")
+    return [elements[i] for i in sorted(elements)]

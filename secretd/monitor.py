@@ -11,6 +11,7 @@ import logging
 import os
 import traceback
 from collections.abc import Callable, Coroutine, Iterable
+from functools import cached_property
 from typing import Final, Literal, TypeAlias
 
 from msgspec import UNSET, Struct
@@ -19,6 +20,7 @@ from msgspec.structs import astuple
 from secretd.access import Door, Peer
 from secretd.deliver import Deliveries
 from secretd.errors import CommandError, CommandNotFound
+from secretd.events import EVENTS
 from secretd.fds import (
     DESCRIPTORS_PER_CONNECTION,
     Fd,
@@ -26,12 +28,14 @@ from secretd.fds import (
     NamedFds,
     PendingFd,
 )
+from secretd.introspect import schema
 from secretd.memory import Arena
 from secretd.offload import Offload
 from secretd.qom.object import ObjectTree
 from secretd.qom.source import Source
 from secretd.schema import Command, FastDecoder, check
 from secretd.transport import Locked
+from secretd.wire import encode
 from secretd.wire import message as wire
 from secretd.wire.message import Malformed, Request
 from secretd.wire.parser import Fault
@@ -50,14 +54,17 @@ QUOTED_BYTES: Final = 1024
 """Bytes of the sender's own text that an error quotes at most: it waits in locked memory until it is
 read. QEMU quotes all of it."""
 
+MAX_REPLY_BYTES: Final = 64 << 10
+"""Bytes of a reply: clients read lines, and some (go-qemu) none that are longer. QEMU: no limit."""
+
 INTERNAL_ERROR: Final = "Internal error; the log of secretd has the details"
 
 Reply: TypeAlias = "bytes | Locked | Coroutine[object, object, bytes]"
 
 
 class Daemon:
-    """What all sessions share. ``stop`` ends the daemon in order; ``emit`` sends an event to all
-    sessions on the control door.
+    """What all sessions share. ``stop`` ends the daemon in order; ``emit`` sends an event, its data as
+    JSON text, to all sessions on the control door but that of one monitor.
     """
 
     def __init__(
@@ -66,10 +73,11 @@ class Daemon:
         commands: Iterable[Command],
         package: str,
         stop: Callable[[], None],
-        emit: Callable[[str, dict[str, object]], None],
+        emit: Callable[[str, str, "Monitor | None"], None],
     ) -> None:
         self.tree = tree
         self.package = package
+        self.version = encode.Verbatim(encode.value(wire.version(QEMU_VERSION, package)))
         self.stop = stop
         self.emit = emit
         self.deliveries = Deliveries()
@@ -90,17 +98,24 @@ class Table:
     """The commands of a door, by name and by the type of a decoded request; the largest message."""
 
     def __init__(self, commands: list[Command], max_bytes: int) -> None:
+        self._commands = commands
         self.by_name = {command.name: command for command in commands}
-        self.by_request: dict[type[Struct], Command] = {c.request: c for c in commands}
+        self.by_request = {c.request: c for c in commands if c.request is not None}
         self.decode = FastDecoder(commands)
         self.max_bytes = max_bytes
 
+    @cached_property
+    def schema(self) -> str:
+        """What query-qmp-schema returns, as JSON text."""
+        return encode.value(schema(self._commands, EVENTS))
+
 
 class Monitor:
-    """The session of ``peer``."""
+    """The session of ``peer``. ``allow_oob`` is called once the client has enabled oob."""
 
-    def __init__(self, daemon: Daemon, peer: Peer) -> None:
+    def __init__(self, daemon: Daemon, peer: Peer, allow_oob: Callable[[], None]) -> None:
         self.daemon = daemon
+        self._allow_oob = allow_oob
         self.tree = daemon.tree
         self.peer = peer
         self.table = daemon.tables[peer.door]
@@ -109,8 +124,10 @@ class Monitor:
         self.named = NamedFds()
         self.fdsets = FdSets()
         self.source = Source(
-            self.fdsets, self.scratch, daemon.offload, peer.uid, paths=peer.trusted
+            self.fdsets, self.scratch, daemon.offload, peer.uid, trusted=peer.trusted
         )
+        self.oob = False
+        self._peer_info = encode.value({"uid": peer.uid, "gid": peer.gid, "pid": peer.pid})
 
     @property
     def scratch(self) -> Arena:
@@ -119,7 +136,17 @@ class Monitor:
 
     def greeting(self) -> bytes:
         """Return the line that opens the session."""
-        return wire.greeting(QEMU_VERSION, self.daemon.package, [])
+        return wire.greeting(QEMU_VERSION, self.daemon.package, ["oob"])
+
+    def enable_oob(self) -> None:
+        """Allow exec-oob from now on (qmp_capabilities)."""
+        self.oob = True
+        self._allow_oob()
+
+    def emit_about(self, event: str, object_id: str) -> None:
+        """Tell the other sessions what this one did to a secret; its own has the reply."""
+        # An identifier is plain ASCII.
+        self.daemon.emit(event, f'{{"id": "{object_id}", "peer": {self._peer_info}}}', self)
 
     def take_descriptor(self) -> Fd:
         """Return the descriptor that was passed, if there is room to keep it."""
@@ -166,6 +193,8 @@ class Monitor:
                 if found is None:
                     raise CommandNotFound(f"The command {request.command} has not been found")
                 command = found
+                if request.oob and not command.oob:
+                    raise CommandError(f"The command {command.name} does not support OOB")
                 arguments = check(command, request.arguments)
             if arguments is UNSET:
                 result = command.function(self)
@@ -177,7 +206,7 @@ class Monitor:
                 return wire.EMPTY_RETURN if id_text is None else wire.success(None, id_text)
             if asyncio.iscoroutine(result):
                 return self._later(result, id_text)
-            return wire.success(result, id_text)
+            return _success(result, id_text)
         except Exception as error:  # noqa: BLE001 - a reply must never be lost
             return _failure(error, id_text)
 
@@ -187,7 +216,7 @@ class Monitor:
 
     async def _later(self, result: Coroutine[object, object, object], id_text: str | None) -> bytes:
         try:
-            return wire.success(await result, id_text)
+            return _success(await result, id_text)
         except Exception as error:  # noqa: BLE001 - a reply must never be lost
             return _failure(error, id_text)
 
@@ -213,6 +242,16 @@ def log_internal(error: Exception) -> None:
     """Log an unknown exception: its type and place. Its own text may quote what it choked on."""
     place = "".join(traceback.format_tb(error.__traceback__)).rstrip()
     log.error("internal error: %s\n%s", type(error).__name__, place)
+
+
+def _success(result: object, id_text: str | None) -> bytes:
+    reply = wire.success(result, id_text)
+    if len(reply) > MAX_REPLY_BYTES:
+        raise CommandError(
+            f"The reply has {len(reply)} bytes, more than the limit of {MAX_REPLY_BYTES} bytes; "
+            "query-secrets lists any number of secrets in pieces"
+        )
+    return reply
 
 
 def _failure(error: Exception, id_text: str | None) -> bytes:

@@ -12,17 +12,22 @@ import os
 import socket
 import stat
 import time
+from collections import deque
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Final
 
+from msgspec import Struct
+
 from secretd.access import Door, Peer, admits, identify
 from secretd.errors import LockedMemoryExhausted, UsageError
-from secretd.monitor import Daemon, Monitor, close_for, log_internal
+from secretd.memory import LockedBuffer
+from secretd.monitor import Daemon, Monitor, Reply, close_for, log_internal
 from secretd.qom.object import ObjectTree
 from secretd.receive import ReceiveSpace
 from secretd.schema import Command
 from secretd.transport import UNFINISHED_SECONDS, Locked, Transport
 from secretd.wire import message as wire
+from secretd.wire.message import Malformed, Request
 from secretd.wire.qjson import NeedData
 from secretd.wire.qmp import Connection
 
@@ -38,6 +43,10 @@ RETRY_ACCEPT_SECONDS: Final = 0.5
 TURN_SECONDS: Final = 0.005
 """Seconds after which a connection that sends one request after the other lets the others go on."""
 
+QUEUED_REQUESTS: Final = 8
+"""Requests that may wait behind one that is being carried out, where the client has enabled oob; QEMU's
+QMP_REQ_QUEUE_LEN_MAX. Then the connection is not read."""
+
 BATCH_BYTES: Final = 32 << 10
 """Bytes of replies that are collected before they are sent together."""
 
@@ -50,7 +59,7 @@ class Session:
 
     def __init__(self, server: "Server", sock: socket.socket, peer: Peer) -> None:
         self._server = server
-        self.monitor = Monitor(server.daemon, peer)
+        self.monitor = Monitor(server.daemon, peer, self._enable_oob)
         table = self.monitor.table
         self.max_bytes = table.max_bytes
         self._codec = Connection(table.decode, table.max_bytes)
@@ -60,33 +69,45 @@ class Session:
         self._out: list[bytes] = []
         self._out_size = 0
         self._consuming = False
+        self._flushing = False
+        self._lost = 0
         self._task: asyncio.Task[None] | None = None
+        self._queue: deque[LockedBuffer | bytes | Locked] = deque()
         self.transport = Transport(sock, server.space, self, self.monitor.closer)
         self.transport.send(self.monitor.greeting())
 
+    def _enable_oob(self) -> None:
+        self._codec.oob = True
+
+    @property
+    def busy(self) -> bool:
+        """True while requests that were read are not answered yet."""
+        return self._task is not None
+
     def consume(self, view: memoryview, position: int, end: int) -> int:
-        """Carry out the requests in the view, in order, until one must be waited for."""
+        """Carry out the requests in the view, in order, until one must be waited for.
+
+        If the client has enabled oob, what comes meanwhile is read on: out-of-band commands are
+        carried out at once, others queued.
+        """
         codec_next, handle = self._codec.next, self.monitor.handle
         transport = self.transport
         self._consuming = True
         turn_ends = time.monotonic() + TURN_SECONDS
         while not (transport.is_closed or transport.backlogged or self._server.stopping):
+            start = position if self._task is None else self.kept_from(position)
             position, request = codec_next(view, position, end)
             if isinstance(request, NeedData):
                 break
-            reply = handle(request)
-            if isinstance(reply, bytes):
-                self._out.append(reply)
-                self._out_size += len(reply)
-                if self._out_size >= BATCH_BYTES:
-                    self._flush()
-            elif isinstance(reply, Locked):
-                self._flush()
-                transport.send(reply)
-            else:
-                self._flush()
+            if self._task is not None and not (isinstance(request, Request) and request.oob):
+                if not self._enqueue(request, view[start:position]):
+                    position = start
+                    transport.pause("busy")
+                    break
+                continue
+            self._answer(handle(request))
+            if self._task is not None and not self.monitor.oob:
                 transport.pause("busy")
-                self._task = self._server.start(self._finish(reply))
                 break
             if time.monotonic() > turn_ends:
                 transport.pause("turn")
@@ -96,16 +117,65 @@ class Session:
         self._flush()
         return position
 
+    def _answer(self, reply: Reply) -> None:
+        """Send a reply with others soon, or start to wait for it."""
+        if isinstance(reply, bytes):
+            self._out.append(reply)
+            self._out_size += len(reply)
+            if self._out_size >= BATCH_BYTES:
+                self._flush()
+        elif isinstance(reply, Locked):
+            self._flush()
+            self.transport.send(reply)
+        else:
+            self._flush()
+            self._task = self._server.start(self._finish(reply))
+
+    def _enqueue(self, request: Request | Malformed | Struct, message: memoryview) -> bool:
+        """Keep a request for when its turn comes; False if the queue is full, or locked memory is."""
+        if len(self._queue) == QUEUED_REQUESTS:
+            return False
+        if isinstance(request, Malformed):
+            # The words are ready; only a reply can come of it.
+            reply = self.monitor.handle(request)
+            assert isinstance(reply, bytes | Locked)
+            self._queue.append(reply)
+            return True
+        try:
+            kept = self.monitor.scratch.allocate(len(message))
+        except LockedMemoryExhausted:
+            return False
+        kept.view[:] = message
+        self._queue.append(kept)
+        return True
+
     async def _finish(self, reply: Coroutine[object, object, bytes]) -> None:
         data = await reply
         self._task = None
         self.transport.send(data)
         try:
-            self.transport.resume("busy")
+            self._go_on()
         except Exception as error:  # noqa: BLE001 - it ends this connection, not the daemon
             log_internal(error)
 
+    def _go_on(self) -> None:
+        """Carry out what was queued, until one must be waited for; then read again."""
+        while self._queue and self._task is None and not self._server.stopping:
+            kept = self._queue.popleft()
+            if isinstance(kept, LockedBuffer):
+                with kept:
+                    codec = Connection(self.monitor.table.decode, self.max_bytes)
+                    codec.oob = True
+                    request = codec.next(kept.view, 0, len(kept.view))[1]
+                    assert not isinstance(request, NeedData)
+                    self._answer(self.monitor.handle(request))
+            else:
+                self._answer(kept)
+        self._flush()
+        self.transport.resume("busy")
+
     def _flush(self) -> None:
+        self._flushing = False
         if self._out:
             data = self._out[0] if len(self._out) == 1 else b"".join(self._out)
             self._out.clear()
@@ -113,11 +183,29 @@ class Session:
             self.transport.send(data)
 
     def emit(self, event: bytes) -> None:
-        """Send an event, after the replies that are due."""
-        if self.monitor.negotiated:
-            self._out.append(event)
-            if not self._consuming:
-                self._flush()
+        """Send an event soon, with others, after the replies that are due. A client that does not
+        read loses it, and is told when it reads again.
+        """
+        if not self.monitor.negotiated:
+            return
+        if self.transport.backlogged:
+            self._lost += 1
+            return
+        self._out.append(event)
+        self._out_size += len(event)
+        if self._consuming:
+            return
+        if self._out_size >= BATCH_BYTES:
+            self._flush()
+        elif not self._flushing:
+            self._flushing = True
+            asyncio.get_running_loop().call_soon(self._flush)
+
+    def drained(self) -> None:
+        """The client reads again: tell it how many events it has lost."""
+        if self._lost:
+            lost, self._lost = self._lost, 0
+            self.emit(self._server.event("SECRET_EVENTS_LOST", f'{{"count": {lost}}}'))
 
     def too_slow(self) -> None:
         """A message was begun and not finished in time."""
@@ -139,6 +227,12 @@ class Session:
             # Not before its first step, which was scheduled before: only then does what it owns
             # (a descriptor, a buffer) have someone to release it.
             asyncio.get_running_loop().call_soon(self._task.cancel)
+        while self._queue:
+            kept = self._queue.popleft()
+            if isinstance(kept, Locked):
+                kept.buffer.free()
+            elif isinstance(kept, LockedBuffer):
+                kept.free()
         self._server.sessions.discard(self)
         self.monitor.close()
 
@@ -264,11 +358,17 @@ class Server:
         """Run what a session waits for; it ends with the server at the latest."""
         return self._tasks.create_task(coroutine)
 
-    def _emit(self, name: str, data: dict[str, object]) -> None:
+    def event(self, name: str, data: str) -> bytes:
+        """Return an event of now, its data as JSON text."""
         now = time.time_ns() // 1000
-        event = wire.event(name, data, now // 1_000_000, now % 1_000_000)
+        return wire.event(name, data, now // 1_000_000, now % 1_000_000)
+
+    def _emit(self, name: str, data: str, but: Monitor | None) -> None:
+        if len(self.sessions) == 1 and but is not None:
+            return
+        event = self.event(name, data)
         for session in list(self.sessions):
-            if session.monitor.peer.door is Door.CONTROL:
+            if session.monitor is not but and session.monitor.peer.door is Door.CONTROL:
                 session.emit(event)
 
     def stop(self) -> None:

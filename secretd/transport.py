@@ -55,6 +55,10 @@ class Receiver(Protocol):
 
     max_bytes: int
 
+    @property
+    def busy(self) -> bool:
+        """True while something that was read is not answered yet."""
+
     def consume(self, view: memoryview, position: int, end: int) -> int:
         """Handle what stands from ``position``; return how far it was read."""
 
@@ -72,6 +76,9 @@ class Receiver(Protocol):
 
     def no_memory(self, error: LockedMemoryExhausted) -> None:
         """There is no room for an unfinished message: say so; the connection is closed."""
+
+    def drained(self) -> None:
+        """The client has read what it was behind with."""
 
     def closed(self) -> None:
         """The connection has ended. Called once."""
@@ -118,6 +125,8 @@ class Transport:
         if self.is_closed or (reason == "backlog" and self.backlogged):
             return
         self._paused.discard(reason)
+        if reason == "backlog":
+            self._receiver.drained()
         if self._paused:
             return
         if self._tail is not None and self._position < self._fill:
@@ -179,7 +188,7 @@ class Transport:
 
     def _finish_if_ended(self) -> None:
         # What was sent before the client's end is answered (as in QEMU); half a message is dropped.
-        if self._ended and not self._paused and not self._out:
+        if self._ended and not self._paused and not self._out and not self._receiver.busy:
             self.close()
 
     def _advance(self, view: memoryview, end: int) -> None:

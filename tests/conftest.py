@@ -22,7 +22,7 @@ from secretd.access import Door
 from secretd.commands import COMMANDS
 from secretd.memory import SCRATCH_RESERVE, SCRATCH_WINDOW, Arena, choose_level
 from secretd.qom.object import ObjectTree
-from secretd.qom.secret import SECRET_COMMON, Secret
+from secretd.qom.types import CREATABLE, INFOS
 from secretd.server import Server, listen
 from secretd.state import Journal
 
@@ -103,6 +103,7 @@ class Client:
             self.sock.close()
             raise
         self._buffer = b""
+        self.events: list[dict] = []
         if negotiate:
             self.greeting = self.reply()
             assert self.cmd("qmp_capabilities") == {"return": {}}
@@ -117,12 +118,24 @@ class Client:
         line, _, self._buffer = self._buffer.partition(b"\n")
         return line + b"\n"
 
-    def reply(self) -> dict:
-        """The next reply."""
+    def message(self) -> dict:
+        """The next reply or event."""
         line = self.line()
         assert line.endswith(b"\r\n"), line
         assert line.isascii()
         return json.loads(line)
+
+    def reply(self) -> dict:
+        """The next reply; events about secrets are put aside."""
+        while "event" in (message := self.message()) and message["event"] != "SHUTDOWN":
+            self.events.append(message)
+        return message
+
+    def event(self) -> dict:
+        """The next event."""
+        if not self.events:
+            self.events.append(self.message())
+        return self.events.pop(0)
 
     def send(self, data: bytes, fds: tuple[int, ...] = ()) -> None:
         """Send bytes, with descriptors."""
@@ -158,6 +171,13 @@ class Client:
     def add(self, object_id: str, **options: str) -> dict:
         """Add a secret; return the whole reply."""
         return self.cmd("object-add", {"qom-type": "secret", "id": object_id, **options})
+
+    def secrets(self) -> list[dict]:
+        """All of query-secrets."""
+        found: list[dict] = []
+        while page := self.ok("query-secrets", {"after": found[-1]["id"]} if found else {}):
+            found += page
+        return found
 
     def read(self, object_id: str, **options: str) -> bytes:
         """Read a secret through a pipe."""
@@ -210,7 +230,7 @@ class Daemon:
         self.loop.set_exception_handler(lambda _loop, context: self.errors.append(context))
         self.scratch = Arena(self._level, window=SCRATCH_WINDOW, reserve=SCRATCH_RESERVE)
         self.journal = Journal(Arena(self._level))
-        self.tree = ObjectTree(self.journal, self.scratch, (Secret(),), (SECRET_COMMON,))
+        self.tree = ObjectTree(self.journal, self.scratch, CREATABLE, INFOS)
         self.server = Server(self.tree, COMMANDS.by_name.values(), "secretd test")
         try:
             self.server.add(listen(self.control, Door.CONTROL, 0o600))
@@ -234,6 +254,10 @@ class Daemon:
 
         self.loop.call_soon_threadsafe(run)
         return done.result(20)
+
+    def empty(self) -> None:
+        """Delete all objects."""
+        self.call(lambda: [self.tree.delete(object_id) for object_id in list(self.journal)])
 
     def connect(self, *, door: str = "control", negotiate: bool = True) -> Client:
         """Connect; the client is closed with the daemon."""

@@ -2,14 +2,19 @@
 """The commands on a running server: objects, properties, descriptors, hand-over, both doors."""
 
 import base64
+import json
 import os
 import socket
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from secretd.errors import CommandError
+from secretd.monitor import MAX_REPLY_BYTES
 from secretd.qom import source
+from secretd.wire.qmp import MAX_ID_BYTES
 from tests.conftest import ARENA_LEVEL, Client, Daemon
 
 KEY = base64.b64encode(bytes(range(32))).decode()
@@ -34,14 +39,16 @@ def test_nothing_but_negotiation_is_answered_before_it(daemon: Daemon) -> None:
     greeting = client.reply()
     assert greeting["QMP"]["version"]["qemu"] == {"major": 10, "minor": 0, "micro": 0}
     assert greeting["QMP"]["version"]["package"] == "secretd test"
-    assert greeting["QMP"]["capabilities"] == []
+    assert greeting["QMP"]["capabilities"] == ["oob"]
     words = "Expecting capabilities negotiation with 'qmp_capabilities'"
     for command in ("query-version", "nope"):
         reply = client.cmd(command)
         assert reply == {"error": {"class": "CommandNotFound", "desc": words}}
     assert client.ask(b'{"execute":"query-version","id":7}')["id"] == 7
     assert client.ask(b"{]")["error"]["desc"] == "JSON parse error, expecting value"
-    assert client.fail("qmp_capabilities", {"enable": ["oob"]}) == "Capability oob not available"
+    assert client.fail("qmp_capabilities", {"enable": ["nope"]}) == (
+        "Parameter 'null' does not accept value 'nope'"
+    )
     assert client.cmd("qmp_capabilities", {"enable": []}) == {"return": {}}
     assert client.cmd("qmp_capabilities") == {
         "error": {
@@ -250,17 +257,16 @@ def test_paths_lead_where_they_do_in_qemu(qmp: Client) -> None:
 
 def test_types_are_listed(qmp: Client) -> None:
     """With their parents, abstract ones on request, by what they implement."""
-    assert qmp.ok("qom-list-types") == [
-        {"name": "container", "parent": "object"},
-        {"name": "secret", "parent": "secret_common"},
-    ]
+    assert [entry["name"] for entry in qmp.ok("qom-list-types")] == [
+        "container", "secret", "secret_keyring", "authz-list-file", "authz-simple", "authz-list"
+    ]  # fmt: skip
     abstract = qmp.ok("qom-list-types", {"abstract": True})
     assert {"abstract": True, "name": "secret_common", "parent": "object"} in abstract
     assert {"abstract": True, "name": "object"} in abstract
-    for base in ("secret_common", "user-creatable", "interface"):
-        assert qmp.ok("qom-list-types", {"implements": base}) == [
-            {"name": "secret", "parent": "secret_common"}
-        ]
+    assert qmp.ok("qom-list-types", {"implements": "secret_common"}) == [
+        {"name": "secret", "parent": "secret_common"},
+        {"name": "secret_keyring", "parent": "secret_common"},
+    ]
     assert qmp.ok("qom-list-types", {"implements": "nope"}) == []
     assert qmp.ok("qom-list-properties", {"typename": "secret"})[3] == {
         "name": "format",
@@ -547,6 +553,27 @@ def test_a_source_that_is_not_ready_after_all_is_waited_for(
     assert len(calls) > 2
 
 
+def test_a_read_that_never_returns_is_given_up(
+    daemon: Daemon, qmp: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As from a dead network file system, where the thread hangs; the connection goes on."""
+    returns = threading.Event()
+
+    def read_path(*_args: object, **_keywords: object) -> object:
+        returns.wait(20)
+        raise CommandError("nobody hears this")
+
+    monkeypatch.setattr(source, "read_path", read_path)
+    monkeypatch.setattr(source, "SOURCE_SECONDS", 0.05)
+    assert qmp.add("s", file="/dead/file")["error"]["desc"] == (
+        "Unable to read /dead/file: no end of data within 0.05 seconds"
+    )
+    assert qmp.ok("query-name") == {}
+    returns.set()
+    while not daemon.server.daemon.offload.idle():
+        pass
+
+
 def test_what_cannot_be_stored_is_freed(
     daemon: Daemon, qmp: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -558,6 +585,8 @@ def test_what_cannot_be_stored_is_freed(
     with monkeypatch.context() as patch:
         patch.setattr(daemon.journal, "_append", full)
         assert qmp.add("s", data="x")["error"]["desc"].startswith("Internal error")
+        simple = {"qom-type": "authz-simple", "id": "a", "identity": "x"}
+        assert qmp.fail("object-add", simple).startswith("Internal error")
     with monkeypatch.context() as patch:
         patch.setattr(os, "readv", full)
         assert qmp.fail("secret-generate", {"id": "s", "size": 9}).startswith("Internal error")
@@ -586,6 +615,82 @@ def test_the_client_door_refuses_every_read_and_shows_nothing(daemon: Daemon, qm
         assert client.fail(command) == f"The command {command} has not been found"
     names = {command["name"] for command in client.ok("query-commands")}
     assert names == {
-        "qmp_capabilities", "query-version", "query-commands", "add-fd", "remove-fd", "query-fdsets",
-        "getfd", "closefd", "secret-read", "query-secrets",
+        "qmp_capabilities", "query-version", "query-commands", "query-qmp-schema", "add-fd",
+        "remove-fd", "query-fdsets", "getfd", "closefd", "secret-read", "query-secrets",
     }  # fmt: skip
+
+
+def test_a_list_of_secrets_comes_in_pieces(daemon: Daemon, qmp: Client) -> None:
+    """Each reply is a line of 64 KiB at most, whatever ids there are; what is deleted meanwhile is no gap."""
+    ids = sorted([f"s{number}" for number in range(900)] + [f"{c * 4000}" for c in "abcdefgh"])
+    for object_id in ids:
+        assert qmp.add(object_id, data="x") == {"return": {}}
+    qmp.ok("object-add", {"qom-type": "authz-simple", "id": "s1a", "identity": "x"})
+    pages: list[list[str]] = []
+    while not pages or pages[-1]:
+        after = {"after": pages[-1][-1]} if pages else {}
+        qmp.send(json.dumps({"execute": "query-secrets", "arguments": after}).encode())
+        line = qmp.line()
+        assert len(line) <= MAX_REPLY_BYTES
+        pages.append([s["id"] for s in json.loads(line)["return"]])
+        if len(pages) == 1:
+            assert qmp.ok("object-del", {"id": pages[0][-1]}) == {}
+    assert [i for page in pages for i in page] == ids
+    assert qmp.ok("query-secrets", {"after": "zzz"}) == []
+    assert qmp.ok("query-secrets", {"after": "s899"})[0]["id"] == "s9"
+    lines = qmp.ok("human-monitor-command", {"command-line": "info name"})
+    assert lines == ""
+
+
+def test_a_reply_of_more_than_the_limit_is_an_error_that_says_so(qmp: Client) -> None:
+    """At the limit it comes, with one byte more it does not."""
+    for number in range(40):
+        qmp.add(f"{'x' * 1500}{number:02}", data="x")
+    qmp.ok("qom-list", {"path": "/objects"})
+    for number in range(40, 60):
+        qmp.add(f"{'x' * 1500}{number:02}", data="x")
+    words = qmp.fail("qom-list", {"path": "/objects"})
+    assert words.startswith("The reply has 9")
+    assert f"more than the limit of {MAX_REPLY_BYTES} bytes; query-secrets lists" in words
+    empty = len('{"return": ""}\r\n')
+    qmp.add("s", data="x")
+    for size in (MAX_REPLY_BYTES - empty, MAX_REPLY_BYTES - empty + 1):
+        qmp.ok("qom-set", {"path": "s", "property": "iv", "value": "i" * size})
+        qmp.send(b'{"execute": "qom-get", "arguments": {"path": "s", "property": "iv"}}')
+        line = qmp.line()
+        assert len(line) == MAX_REPLY_BYTES or b"more than the limit" in line
+    assert b"more than the limit" in line
+
+
+def test_an_id_and_words_of_unusual_length_are_limited(qmp: Client) -> None:
+    """So that no reply is longer than a line may be."""
+    quotes = len('""')
+    reply = qmp.ask(b'{"execute": "query-name", "id": "%s"}' % (b"x" * (MAX_ID_BYTES - quotes)))
+    assert len(reply["id"]) == MAX_ID_BYTES - quotes
+    reply = qmp.ask(b'{"execute": "query-name", "id": "%s"}' % (b"x" * (MAX_ID_BYTES - 1)))
+    assert reply["error"]["desc"] == "QMP input member 'id' is longer than the limit of 16384 bytes"
+    for character in ("x", "\U0001f600"):
+        text = json.dumps({"execute": character * 60_000, "id": "y" * (MAX_ID_BYTES - quotes)})
+        qmp.send(text.encode())
+        line = qmp.line()
+        assert len(line) <= MAX_REPLY_BYTES
+        assert json.loads(line)["error"]["desc"].startswith(f"The command {character}")
+    assert qmp.fail("x" * 40_000) == f"The command {'x' * 40_000} has not been found"
+
+
+def test_keys_are_for_who_may_name_files(daemon: Daemon, qmp: Client) -> None:
+    """The daemon reads them with its own rights, as it does files."""
+    source_ = daemon.call(lambda: next(iter(daemon.server.sessions)).monitor.source)
+    source_._trusted = False
+    assert (
+        qmp.fail("object-add", {"qom-type": "secret_keyring", "id": "k", "serial": 5})
+        == "Only uid 0 and the daemon's own uid may name a key"
+    )
+    assert (
+        qmp.fail("object-add", {"qom-type": "authz-listfile", "id": "k", "filename": "/x"})
+        == "Only uid 0 and the daemon's own uid may name a file"
+    )
+    source_._trusted = True
+    assert "Required key not available" in qmp.fail(
+        "object-add", {"qom-type": "secret_keyring", "id": "k", "serial": 5}
+    )

@@ -100,3 +100,36 @@ def test_only_a_client_door_is_fine(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 1
     assert not (tmp_path / "c").exists()
+
+
+def test_help_on_objects_ends_the_start(tmp_path: Path) -> None:
+    """With QEMU's lists, before anything is opened; objects named before it are checked."""
+    secretd = os.path.join(os.path.dirname(sys.executable), "secretd")
+    (tmp_path / "list").write_text("{}")
+
+    def run(*words: str) -> subprocess.CompletedProcess:
+        options = ["--control", str(tmp_path / "c"), *words]
+        return subprocess.run(
+            [secretd, *options], capture_output=True, text=True, check=False, timeout=20
+        )
+
+    done = run("--object", "help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == (
+        "List of user creatable objects:\n"
+        "  authz-list\n  authz-listfile\n  authz-simple\n  secret\n  secret_keyring\n"
+    )
+    made = f"authz-listfile,id=a,filename={tmp_path}/list"
+    done = run("--object", made, "-object", "secret_keyring,help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("secret_keyring options:\n  format=<QCryptoSecretFormat>\n")
+    done = run("--object", made, "--object", made, "--object", "help")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        f"secretd: --object {made}: attempt to add duplicate property 'a' to object (type 'container')\n"
+    )
+    done = run("--object", "secret,id=1,file=/dev/null")
+    assert done.stderr == (
+        "secretd: --object secret,id=1,file=/dev/null: Parameter 'id' expects an identifier\n"
+        "Identifiers consist of letters, digits, '-', '.', '_', starting with a letter.\n"
+    )

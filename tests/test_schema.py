@@ -2,6 +2,7 @@
 """Arguments: checks in QEMU's words, and one behaviour of the fast path and the reference."""
 
 import json
+from collections.abc import Awaitable
 from typing import Any
 
 import msgspec
@@ -13,13 +14,14 @@ from msgspec import UNSET, Raw, Struct
 from secretd.commands import COMMANDS
 from secretd.errors import CommandError
 from secretd.qom.secret import SecretOptions
-from secretd.schema import Command, Commands, FastDecoder, check, members, text_of
+from secretd.schema import Command, Commands, FastDecoder, check, text_of
+from secretd.visitor import members
 from secretd.wire.message import Malformed, Request
 from secretd.wire.qmp import Connection
 
 ALL = list(COMMANDS.by_name.values())
 FAST = FastDecoder(ALL)
-BY_REQUEST = {command.request: command for command in ALL}
+BY_REQUEST = {command.request: command for command in ALL if command.request}
 
 
 def reference(line: bytes) -> object:
@@ -237,7 +239,7 @@ def test_a_signature_gives_struct_members_and_names() -> None:
 
     command: Command = commands.by_name["do-it"]
     assert command.client
-    assert not command.fast
+    assert command.request is None
     (struct,) = command.arguments.values()
     assert [(m.wire_name, m.required) for m in members(struct)] == [
         ("some-name", True),
@@ -254,6 +256,15 @@ def test_an_annotation_without_a_qapi_type_is_an_error_at_start() -> None:
 
         @Commands()()
         def do_it(_session: object, odd: bytes) -> None:
+            """Do it."""
+
+
+def test_a_handler_says_what_it_returns_at_once() -> None:
+    """Or the schema would not know."""
+    with pytest.raises(TypeError, match="does not say what is returned"):
+
+        @Commands()()
+        def do_it(_session: object) -> Awaitable[None]:
             """Do it."""
 
 

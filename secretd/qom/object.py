@@ -5,24 +5,61 @@ Objects are records of the journal, not Python objects; what a type can do is sa
 objects by an `ObjectType`. It decides nothing about who may do what. commands calls it.
 """
 
+import bisect
+import itertools
 import re
-from collections.abc import Awaitable, Callable
-from typing import Final, NamedTuple, Protocol
+from collections.abc import Awaitable, Iterator, Mapping
+from typing import Any, Final, NamedTuple, NotRequired, Protocol, TypedDict
 
+import msgspec
 from msgspec import Struct
 
 from secretd.errors import CommandError, DeviceNotFound
 from secretd.memory import Arena, LockedBuffer
 from secretd.state import Journal, Record
-from secretd.wire.parser import JSON
+from secretd.visitor import JSON_VISITOR, members
+from secretd.wire.order import GHashTable
+from secretd.wire.parser import JSON, Text
 
 ID_BYTES: Final = 4096
 """Bytes of an object's id. QEMU has no limit."""
 
+_BAD_ID: Final = "Parameter 'id' expects an identifier"
+_ID_HINT: Final = "Identifiers consist of letters, digits, '-', '.', '_', starting with a letter."
+
 _IDENTIFIER: Final = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 
-ReadSource = Callable[[str], LockedBuffer | Awaitable[LockedBuffer]]
-"""Returns what ``file=NAME`` names, between two spare bytes in scratch memory."""
+ObjectPropertyInfo = TypedDict(
+    "ObjectPropertyInfo",
+    {
+        "name": str,
+        "type": str,
+        "description": NotRequired[str],
+        "default-value": NotRequired[object],
+    },
+)
+"""An entry of qom-list and qom-list-properties (qapi/qom.json)."""
+
+
+class ObjectTypeInfo(TypedDict):
+    """An entry of qom-list-types (qapi/qom.json)."""
+
+    name: str
+    abstract: NotRequired[bool]
+    parent: NotRequired[str]
+
+
+class Sources(Protocol):
+    """Where the content of new objects comes from: what the one who makes them may name.
+
+    Both return the content between two spare bytes in scratch memory, and raise SourceError.
+    """
+
+    def file(self, name: str) -> "LockedBuffer | Awaitable[LockedBuffer]":
+        """Read ``file=NAME``."""
+
+    def key(self, serial: int) -> "LockedBuffer | Awaitable[LockedBuffer]":
+        """Read a key of the kernel's keyrings."""
 
 
 class TypeInfo(NamedTuple):
@@ -35,34 +72,48 @@ class TypeInfo(NamedTuple):
     properties: tuple[tuple[str, str], ...] = (("type", "string"),)
 
 
-class ObjectType(Protocol):
-    """What can be made with object-add. ``number`` stands in the journal and never changes."""
+class ObjectOptions(Struct, tag_field="qom-type", forbid_unknown_fields=True, kw_only=True):
+    """The members that all types have in object-add (ObjectOptions of qapi/qom.json)."""
+
+    id: str
+
+
+class ObjectType:
+    """What can be made with object-add, said once for all objects of a type.
+
+    ``number`` stands in the journal and never changes. ``defaults`` are the values of properties that
+    were not given. What one type does differently it overrides.
+    """
 
     info: TypeInfo
     number: int
-    options: type[Struct]
+    options: type[ObjectOptions]
+    defaults: Mapping[str, object]
 
     def create(
-        self, tree: "ObjectTree", options: Struct, read: ReadSource
-    ) -> LockedBuffer | Awaitable[LockedBuffer]:
+        self, _tree: "ObjectTree", _options: Any, _sources: Sources
+    ) -> LockedBuffer | Awaitable[LockedBuffer | None] | None:
         """Return the plaintext that the options stand for, or raise CommandError."""
+        return None
 
-    def stored(self, options: Struct) -> dict[str, object]:
-        """Return the properties to store."""
+    def stored(self, options: ObjectOptions) -> dict[str, object]:
+        """Return the properties to store: what was given."""
+        given = msgspec.to_builtins(options)
+        return {name: given[name] for name, _ in self.info.properties if name in given}
 
     def get(self, record: Record, name: str) -> object:
         """Return a property's value."""
+        properties = record.properties
+        return properties[name] if name in properties else self.defaults[name]
 
     def set(self, name: str, value: JSON) -> dict[str, object]:
         """Check a new value; return what to store of it."""
+        (member,) = (m for m in members(self.options) if m.wire_name == name)
+        return {name: msgspec.to_builtins(member.check(JSON_VISITOR, name, name, value))}
 
 
-BASE_TYPES: Final = (
-    TypeInfo("object", None, True, ("object",)),
-    TypeInfo("interface", None, True, ("interface",), ()),
-    TypeInfo("user-creatable", "interface", True, ("user-creatable", "interface"), ()),
-    TypeInfo("container", "object", False, ("container", "object")),
-)
+SECRET_COMMON: Final = "secret_common"  # noqa: S105 - a type's name
+"""The type that all secrets are of."""
 
 ROOT: Final = "/"
 OBJECTS: Final = "/objects"
@@ -79,42 +130,44 @@ class ObjectTree:
         journal: Journal,
         scratch: Arena,
         types: tuple[ObjectType, ...],
-        more: tuple[TypeInfo, ...],
+        infos: tuple[TypeInfo, ...],
     ) -> None:
         self.journal = journal
         self.scratch = scratch
         self._by_options = {kind.options: kind for kind in types}
         self._by_number = {kind.number: kind for kind in types}
-        self.types = {info.name: info for info in (*BASE_TYPES, *more, *(t.info for t in types))}
+        self.types = {info.name: info for info in infos}
         self._loading: set[str] = set()
+        self._sorted: list[str] | None = None  # all ids, while none comes or goes
 
     # --- object-add, object-del
 
-    def add(self, options: Struct, read: ReadSource) -> Awaitable[None] | None:
+    def add(self, options: ObjectOptions, sources: Sources) -> Awaitable[None] | None:
         """Make an object; user_creatable_add_type()'s order of checks. A failed add leaves nothing.
 
         Returns an awaitable if its source must be waited for.
         """
-        self.check_new(options.id)  # type: ignore[attr-defined]
-        kind = self._by_options[type(options)]
-        plaintext = kind.create(self, options, read)
-        if isinstance(plaintext, LockedBuffer):
+        self.check_new(options.id)
+        plaintext = self._by_options[type(options)].create(self, options, sources)
+        if plaintext is None or isinstance(plaintext, LockedBuffer):
             self.store(options, plaintext)
             return None
         # Taken from now on, not only when the coroutine first runs.
-        self._loading.add(options.id)  # type: ignore[attr-defined]
+        self._loading.add(options.id)
         return self._add_later(options, plaintext)
 
-    async def _add_later(self, options: Struct, plaintext: Awaitable[LockedBuffer]) -> None:
+    async def _add_later(
+        self, options: ObjectOptions, plaintext: Awaitable[LockedBuffer | None]
+    ) -> None:
         try:
             self.store(options, await plaintext)
         finally:
-            self._loading.discard(options.id)  # type: ignore[attr-defined]
+            self._loading.discard(options.id)
 
     def check_new(self, object_id: str) -> None:
         """Raise CommandError unless an object of that id can be added."""
         if not _IDENTIFIER.fullmatch(object_id):
-            raise CommandError("Parameter 'id' expects an identifier")
+            raise CommandError(_BAD_ID)
         if len(object_id) > ID_BYTES:
             raise CommandError(f"Parameter 'id' is longer than the limit of {ID_BYTES} bytes")
         if object_id in self.journal or object_id in self._loading or object_id == "type":
@@ -122,21 +175,41 @@ class ObjectTree:
                 f"attempt to add duplicate property '{object_id}' to object (type 'container')"
             )
 
-    def store(self, options: Struct, plaintext: LockedBuffer) -> None:
+    def store(self, options: ObjectOptions, plaintext: LockedBuffer | None) -> None:
         """Take over the plaintext (in the journal's arena) of an object that passed `check_new`."""
         kind = self._by_options[type(options)]
-        object_id: str = options.id  # type: ignore[attr-defined]
+        self._sorted = None
         try:
-            self.journal.add(object_id, kind.number, kind.stored(options), plaintext)
+            self.journal.add(options.id, kind.number, kind.stored(options), plaintext)
         except BaseException:
-            plaintext.free()
+            if plaintext is not None:
+                plaintext.free()
             raise
 
     def delete(self, object_id: str) -> None:
         """Remove an object and wipe its plaintext, or raise CommandError."""
         if object_id not in self.journal:
             raise CommandError(f"object '{object_id}' not found")
+        self._sorted = None
         self.journal.remove(object_id)
+
+    def is_secret(self, object_id: str) -> bool:
+        """True if there is a secret of that id."""
+        kind = self.type_of(object_id)
+        return kind is not None and SECRET_COMMON in kind.info.ancestors
+
+    def secret(self, object_id: str) -> tuple[str, int]:
+        """Return the type's name and the size in bytes of a secret that there is."""
+        summary = self.journal.summary(object_id)
+        assert summary is not None
+        return self._by_number[summary[0]].info.name, summary[1]
+
+    def secrets_after(self, object_id: str) -> Iterator[str]:
+        """Return the ids of the secrets that come after ``object_id``, in order."""
+        if self._sorted is None:
+            self._sorted = sorted(self.journal)
+        start = bisect.bisect_right(self._sorted, object_id)
+        return (i for i in itertools.islice(self._sorted, start, None) if self.is_secret(i))
 
     def type_of(self, object_id: str) -> ObjectType | None:
         """Return the type of an object, None if there is none of that id."""
@@ -174,7 +247,7 @@ class ObjectTree:
             raise DeviceNotFound(f"Device '{path}' not found")
         return node
 
-    def properties(self, path: str) -> list[dict[str, object]]:
+    def properties(self, path: str) -> list[ObjectPropertyInfo]:
         """Return the ObjectPropertyInfo list of qom-list."""
         node, ambiguous = self.resolve(path)
         if ambiguous:
@@ -184,7 +257,9 @@ class ObjectTree:
         if node == ROOT:
             children = [("objects", "child<container>")]
         elif node == OBJECTS:
-            children = [(i, f"child<{self._info(i).name}>") for i in self.journal]
+            # QEMU puts each before the last as it goes through a hash table.
+            names = reversed(list(GHashTable(self.journal)))
+            children = [(i, f"child<{self._info(i).name}>") for i in names]
         else:
             return _listed(self._info(node).properties)
         return _listed([("type", "string"), *children])
@@ -237,21 +312,36 @@ class ObjectTree:
 
     # --- types
 
-    def list_types(self, implements: str | None, *, abstract: bool) -> list[dict[str, object]]:
+    def help(self, type_name: JSON) -> str:
+        """Return what ``--object TYPE,help`` prints (user_creatable_print_help())."""
+        name = type_name.to_str() if isinstance(type_name, Text) else ""
+        # People type the names of object-add, of which one differs from the type's own.
+        kinds = {kind.options.__struct_config__.tag: kind.info for kind in self._by_number.values()}
+        info = kinds.get(name) or self.types.get(name)
+        if info is None:
+            head = "List of user creatable objects:"
+            lines = sorted(f"  {tag}" for tag in kinds)
+        else:
+            lines = [f"  {n}=<{kind}>" for n, kind in sorted(info.properties) if n != "type"]
+            head = f"{name} options:" if lines else f"There are no options for {name}."
+        return "\n".join((head, *lines, ""))
+
+    def list_types(self, implements: str | None, *, abstract: bool) -> list[ObjectTypeInfo]:
         """Return the ObjectTypeInfo list of qom-list-types."""
-        listed: list[dict[str, object]] = []
+        listed = []
         for info in self.types.values():
             if info.abstract and not abstract:
                 continue
             if implements is None or implements in info.ancestors:
-                entry: dict[str, object] = {"abstract": True} if info.abstract else {}
-                entry["name"] = info.name
+                entry: ObjectTypeInfo = {"name": info.name}
+                if info.abstract:
+                    entry["abstract"] = True
                 if info.parent is not None:
                     entry["parent"] = info.parent
                 listed.append(entry)
         return listed
 
-    def list_type_properties(self, name: str) -> list[dict[str, object]]:
+    def list_type_properties(self, name: str) -> list[ObjectPropertyInfo]:
         """Return the ObjectPropertyInfo list of qom-list-properties."""
         info = self.types.get(name)
         if info is None:
@@ -261,7 +351,12 @@ class ObjectTree:
         return _listed(info.properties)
 
 
+def with_hint(words: str) -> str:
+    """Return an error as people get it, beside whom programs get none (error_append_hint())."""
+    return f"{words}\n{_ID_HINT}" if words == _BAD_ID else words
+
+
 def _listed(
     properties: "list[tuple[str, str]] | tuple[tuple[str, str], ...]",
-) -> list[dict[str, object]]:
+) -> list[ObjectPropertyInfo]:
     return [{"name": name, "type": kind} for name, kind in properties]

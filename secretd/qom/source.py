@@ -7,6 +7,7 @@ its name; which descriptors a name can mean is said by the connection's `Source`
 """
 
 import asyncio
+import errno
 import os
 import re
 import select
@@ -16,7 +17,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Final
 
-from secretd.errors import AccessDenied, CommandError
+from secretd import keyring
+from secretd.errors import AccessDenied, SourceError
 from secretd.fds import Fd, FdSets, Kind, classify, is_readable
 from secretd.memory import Arena, LockedBuffer
 from secretd.offload import Offload
@@ -33,38 +35,61 @@ _FDSET: Final = re.compile(r"/dev/fdset/([0-9]{1,10})")
 _DEV_FD: Final = re.compile(r"/dev/fd/([0-9]{1,10})")
 
 
+class StartSources:
+    """What ``--object`` may name: everything, read at once. See `qom.object.Sources`."""
+
+    def __init__(self, scratch: Arena) -> None:
+        self._scratch = scratch
+
+    def file(self, name: str) -> LockedBuffer:
+        """Read a file, through magic links too."""
+        return read_path(name, self._scratch, magic_links=True)
+
+    def key(self, serial: int) -> LockedBuffer:
+        """Read a key of the kernel's."""
+        return read_key(serial, self._scratch)
+
+
 class Source:
-    """What one connection's ``file=`` may name: its own descriptors, and paths if it may."""
+    """What one connection's objects may name: its own descriptors, and paths and keys if it may.
+    See `qom.object.Sources`.
+    """
 
     def __init__(
-        self, fdsets: FdSets, scratch: Arena, offload: Offload, uid: int, *, paths: bool
+        self, fdsets: FdSets, scratch: Arena, offload: Offload, uid: int, *, trusted: bool
     ) -> None:
         self._fdsets = fdsets
         self._scratch = scratch
         self._offload = offload
         self._uid = uid
-        self._paths = paths
+        self._trusted = trusted
 
-    async def read(self, name: str) -> LockedBuffer:
-        """Return the content with room for a quote on each side, or raise CommandError."""
+    async def file(self, name: str) -> LockedBuffer:
+        """Return the content with room for a quote on each side, or raise SourceError."""
         fd = self._descriptor(name)
-        call: Callable[[], LockedBuffer]
-        unused: Callable[[], object] | None = None
         if fd is not None:
             # A duplicate, so that the number stays ours whatever the connection does meanwhile.
             copy = Fd(os.dup(fd))
-            call = partial(_read_and_close, copy, name, self._scratch)
-            unused = copy.close
-        elif self._paths:
-            call = partial(read_path, name, self._scratch, magic_links=False)
-        else:
+            return await self._run(partial(_read_and_close, copy, self._scratch), copy.close)
+        if not self._trusted:
             raise AccessDenied("Only uid 0 and the daemon's own uid may name a file")
+        return await self._run(partial(read_path, name, self._scratch, magic_links=False))
+
+    async def key(self, serial: int) -> LockedBuffer:
+        """Return a key's payload likewise. The kernel may wait for who makes the key."""
+        if not self._trusted:
+            raise AccessDenied("Only uid 0 and the daemon's own uid may name a key")
+        return await self._run(partial(read_key, serial, self._scratch))
+
+    async def _run(
+        self, call: Callable[[], LockedBuffer], unused: Callable[[], object] | None = None
+    ) -> LockedBuffer:
         try:
             return await asyncio.wait_for(
                 self._offload.run(self._uid, LockedBuffer.free, call, unused), SOURCE_SECONDS
             )
         except TimeoutError:
-            raise _too_late(name) from None
+            raise _too_late() from None
 
     def _descriptor(self, name: str) -> int | None:
         """Return the passed descriptor that ``name`` means, None if it is a path."""
@@ -100,17 +125,40 @@ def read_path(name: str, scratch: Arena, *, magic_links: bool) -> LockedBuffer:
         os.close(fd)
 
 
-def _read_and_close(owned: Fd, name: str, scratch: Arena) -> LockedBuffer:
+def read_key(serial: int, scratch: Arena) -> LockedBuffer:
+    """Read the payload of a key (keyctl(2), KEYCTL_READ); may block. The kernel has none over 1 MiB."""
+    while True:
+        size = _key_size(serial, None)
+        buffer = scratch.allocate(size + 2)
+        try:
+            now = _key_size(serial, buffer.view[1:-1])
+            if now <= size:
+                return _cut(buffer, now, scratch)
+        except BaseException:
+            buffer.free()
+            raise
+        buffer.free()  # somebody has updated the key meanwhile
+
+
+def _key_size(serial: int, into: memoryview | None) -> int:
+    try:
+        size = keyring.read(serial, into)
+    except OSError as error:
+        raise SourceError(os.strerror(error.errno or 0)) from None
+    if size == 0:
+        raise SourceError(os.strerror(errno.ENODATA))
+    return size
+
+
+def _read_and_close(owned: Fd, scratch: Arena) -> LockedBuffer:
     fd = owned.fileno()
     try:
         if not is_readable(fd):
-            raise CommandError(f"Unable to read {name}: the descriptor is not open for reading")
+            raise SourceError("the descriptor is not open for reading")
         kind = classify(fd)
         if kind is Kind.OTHER:
-            raise CommandError(
-                f"Unable to read {name}: the descriptor is not a pipe, socket pair, memfd or file"
-            )
-        return _read(fd, name, scratch, seekable=kind in (Kind.MEMFD, Kind.FILE))
+            raise SourceError("the descriptor is not a pipe, socket pair, memfd or file")
+        return _read(fd, "", scratch, seekable=kind in (Kind.MEMFD, Kind.FILE))
     finally:
         owned.close()
 
@@ -126,21 +174,20 @@ def _read(fd: int, name: str, scratch: Arena, *, seekable: bool) -> LockedBuffer
             room = buffer.view[1 + fill : -1]
             if not room:
                 if fill > SOURCE_BYTES:
-                    raise CommandError(
-                        f"Unable to read {name}: larger than the limit of {SOURCE_BYTES} bytes"
-                    )
+                    raise SourceError(f"larger than the limit of {SOURCE_BYTES} bytes")
                 buffer = _grown(buffer, fill, scratch)
                 continue
             try:
                 if seekable:
                     count = os.preadv(fd, [room], fill)
                 else:
-                    _wait(fd, name, deadline)
+                    _wait(fd, deadline)
                     count = os.readv(fd, [room])
             except BlockingIOError:
                 continue
             except OSError as error:
-                raise _not_read(name, os.strerror(error.errno or 0)) from None
+                reason = os.strerror(error.errno or 0)
+                raise SourceError(f"Error reading file “{_displayed(name)}”: {reason}") from None
             if count == 0:
                 return _cut(buffer, fill, scratch)
             fill += count
@@ -149,11 +196,11 @@ def _read(fd: int, name: str, scratch: Arena, *, seekable: bool) -> LockedBuffer
         raise
 
 
-def _wait(fd: int, name: str, deadline: float) -> None:
+def _wait(fd: int, deadline: float) -> None:
     poll = select.poll()
     poll.register(fd, select.POLLIN)
     if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-        raise _too_late(name)
+        raise _too_late()
 
 
 def _grown(buffer: LockedBuffer, fill: int, scratch: Arena) -> LockedBuffer:
@@ -182,23 +229,14 @@ def _displayed(name: str) -> str:
     return _bytes(name).decode(errors="replace")
 
 
-def _not_opened(name: str, reason: str) -> CommandError:
-    return CommandError(
-        f"Unable to read {_printable(name)}: Failed to open file “{_displayed(name)}”: {reason}"
-    )
+def _not_opened(name: str, reason: str) -> SourceError:
+    return SourceError(f"Failed to open file “{_displayed(name)}”: {reason}")
 
 
-def _not_read(name: str, reason: str) -> CommandError:
-    return CommandError(
-        f"Unable to read {_printable(name)}: Error reading file “{_displayed(name)}”: {reason}"
-    )
+def _too_late() -> SourceError:
+    return SourceError(f"no end of data within {SOURCE_SECONDS:g} seconds")
 
 
-def _too_late(name: str) -> CommandError:
-    return CommandError(
-        f"Unable to read {_printable(name)}: no end of data within {SOURCE_SECONDS:g} seconds"
-    )
-
-
-def _printable(name: str) -> str:
+def printable(name: str) -> str:
+    """Return a file name as errors print it: what argv could not decode as U+FFFD."""
     return name.encode(errors="surrogateescape").decode(errors="replace")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""JSON as QEMU writes it: qobject/json-writer.c and qjson.c.
+"""JSON as QEMU writes it: qobject/json-writer.c and qjson.c, members in QDict's order.
 
 ASCII only, separators ", " and ": ", lines that end in CRLF. Not for anything sensitive but
 `write_quoted`, which stays in the buffer it is given. wire.qmp calls it.
@@ -8,6 +8,7 @@ ASCII only, separators ", " and ": ", lines that end in CRLF. Not for anything s
 import re
 from typing import Final
 
+from secretd.wire.order import qdict_items
 from secretd.wire.parser import Number, Text
 
 _PLAIN: Final = re.compile(r"[ !#-\[\]-~]*")
@@ -48,7 +49,7 @@ def string(text: str) -> str:
     return '"' + "".join(map(_character, text)) + '"'
 
 
-class _Verbatim(str):
+class Verbatim(str):
     """JSON text that is ready."""
 
     __slots__ = ()
@@ -56,7 +57,7 @@ class _Verbatim(str):
 
 def value(data: object) -> str:
     """Return the JSON text of None, bool, int, float, str, lists and dicts of them; and of what
-    wire.qjson parsed, unless that is sensitive.
+    wire.qjson parsed, unless that is sensitive. Members come in QDict's order.
 
     Iterative, since 1024 levels are more than Python's stack takes.
     """
@@ -64,19 +65,19 @@ def value(data: object) -> str:
     stack = [data]
     while stack:
         item = stack.pop()
-        if isinstance(item, _Verbatim):
+        if isinstance(item, Verbatim):
             parts.append(item)
         elif isinstance(item, dict):
-            stack.append(_Verbatim("}"))
-            for key, member in reversed(item.items()):
-                stack += (member, _Verbatim(f", {string(key)}: "))
+            stack.append(Verbatim("}"))
+            for key, member in reversed(qdict_items(item)):
+                stack += (member, Verbatim(f", {string(key)}: "))
             if item:
-                stack[-1] = _Verbatim(str(stack[-1])[2:])
+                stack[-1] = Verbatim(str(stack[-1])[2:])
             parts.append("{")
         elif isinstance(item, list):
-            stack.append(_Verbatim("]"))
+            stack.append(Verbatim("]"))
             for element in reversed(item):
-                stack += (element, _Verbatim(", "))
+                stack += (element, Verbatim(", "))
             if item:
                 stack.pop()
             parts.append("[")

@@ -4,20 +4,30 @@
 It does not read a stream (wire.qmp does) and knows no command.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 from secretd.wire import encode
 from secretd.wire.parser import JSON, Fault
+
+DESC_BYTES = 48_000
+"""Bytes of the words of an error, escapes included. With an id of the longest, the reply stays under
+64 KiB."""
+
+LONGEST_ESCAPE = 12
+"""Bytes that a character may become in JSON."""
 
 EMPTY_RETURN = b'{"return": {}}\r\n'
 
 
 class Request(NamedTuple):
-    """A well-formed command object. ``id`` is the JSON text of the member, None without one."""
+    """A well-formed command object. ``id`` is the JSON text of the member, None without one.
+    ``oob``: to be executed out of band, that is at once.
+    """
 
     command: str
     arguments: dict[str, JSON]
     id: str | None
+    oob: bool = False
 
 
 class Malformed(NamedTuple):
@@ -34,10 +44,25 @@ def greeting(qemu: tuple[int, int, int], package: str, capabilities: list[str]) 
     )
 
 
-def version(qemu: tuple[int, int, int], package: str) -> dict[str, object]:
-    """Return the VersionInfo of qapi/control.json."""
+class VersionTriple(TypedDict):
+    """A version of QEMU."""
+
+    major: int
+    minor: int
+    micro: int
+
+
+class VersionInfo(TypedDict):
+    """What query-version returns (qapi/control.json)."""
+
+    qemu: VersionTriple
+    package: str
+
+
+def version(qemu: tuple[int, int, int], package: str) -> VersionInfo:
+    """Return the VersionInfo."""
     major, minor, micro = qemu
-    return {"qemu": {"micro": micro, "minor": minor, "major": major}, "package": package}
+    return {"qemu": {"major": major, "minor": minor, "micro": micro}, "package": package}
 
 
 def success(data: object, id_text: str | None) -> bytes:
@@ -48,9 +73,11 @@ def success(data: object, id_text: str | None) -> bytes:
 
 
 def failure(error_class: str, desc: str, id_text: str | None) -> bytes:
-    """Return an error response."""
+    """Return an error response. Words of unusual length are cut."""
     prefix = "" if id_text is None else f'"id": {id_text}, '
     text = encode.string(desc)
+    if len(text) > DESC_BYTES:
+        text = encode.string(desc[: DESC_BYTES // LONGEST_ESCAPE])
     return f'{{{prefix}"error": {{"class": "{error_class}", "desc": {text}}}}}\r\n'.encode("ascii")
 
 
@@ -73,12 +100,7 @@ def write_quoted_failure(fault: Fault, into: memoryview) -> int:
     return at + len(tail)
 
 
-def event(name: str, data: dict[str, object], seconds: int, microseconds: int) -> bytes:
-    """Return an event; the time is since the epoch."""
-    return encode.line(
-        {
-            "timestamp": {"seconds": seconds, "microseconds": microseconds},
-            "event": name,
-            "data": data,
-        }
-    )
+def event(name: str, data: str, seconds: int, microseconds: int) -> bytes:
+    """Return an event, its data as JSON text; the time is since the epoch."""
+    time = f'{{"seconds": {seconds}, "microseconds": {microseconds}}}'
+    return f'{{"timestamp": {time}, "event": "{name}", "data": {data}}}\r\n'.encode("ascii")

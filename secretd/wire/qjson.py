@@ -166,6 +166,25 @@ class Streamer:
         """True between messages, where nothing has been taken in that matters to what follows."""
         return self._state == _START and not self._tokens
 
+    @property
+    def ending(self) -> int | None:
+        """The byte that does what the end of input does: completes a token, or shows that it is not
+        complete. None if no token is unfinished.
+        """
+        if self._state in (_START, _RECOVERY):
+            return None
+        return 0x20 if _TABLE[self._state][0] & _LOOKAHEAD else 0
+
+    def unfinished(self, view: memoryview) -> Fault:
+        """Return what is wrong where the input ends here: JSON_END_OF_INPUT of json-parser.c."""
+        if not self._tokens:
+            return Fault("Expecting a JSON value")
+        try:
+            parse(view, _until_the_end(self._tokens, self._base))
+        except ParseError as error:
+            fault = error.fault
+        return fault
+
     def kept_from(self, position: int) -> int:
         """Return the offset of the first byte still needed, where `next` has come to ``position``."""
         if self._tokens:
@@ -257,8 +276,35 @@ class Streamer:
             return error.fault
 
 
+def _until_the_end(tokens: "array[int]", base: int) -> Iterator[tuple[int, int, int]]:
+    """Yield the tokens; asked for more, say that there are none."""
+    yield from _unpack(tokens, base)
+    raise ParseError("premature EOI")
+
+
+def document(view: memoryview) -> "JSON | Fault":
+    """Return the one value of a text, or what is wrong: qobject_from_json().
+
+    The last byte of ``view`` is not part of the text; it may be changed.
+    """
+    end = len(view) - 1
+    streamer = Streamer(len(view))
+    position, value = streamer.next(view, 0, end)
+    if value is NEED_DATA and streamer.ending is not None:
+        view[end] = streamer.ending  # json_lexer_flush()
+        position, value = streamer.next(view, position, end + 1)
+    if isinstance(value, NeedData):
+        return streamer.unfinished(view)
+    if isinstance(value, Fault):
+        return value
+    rest = streamer.next(view, position, end)[1]
+    if rest is NEED_DATA and streamer.idle:
+        return value
+    return Fault("Expecting at most one JSON value")
+
+
 def _unpack(tokens: "array[int]", base: int) -> Iterator[tuple[int, int, int]]:
     """Yield kind, start and end of each token."""
-    for token in tokens:  # pragma: no branch - the parser stops at the last one
+    for token in tokens:
         start = base + (token >> _START_SHIFT & _OFFSET_MASK)
         yield token >> _KIND_SHIFT, start, base + (token & _OFFSET_MASK)

@@ -15,10 +15,14 @@ from typing import Final, Generic, TypeVar
 
 from secretd.wire import encode
 from secretd.wire.message import Malformed, Request
+from secretd.wire.order import qdict_items
 from secretd.wire.parser import JSON, Fault, Text
 from secretd.wire.qjson import MAX_MESSAGE_BYTES, NEED_DATA, NeedData, Streamer
 
 T = TypeVar("T")
+
+MAX_ID_BYTES: Final = 16 << 10
+"""Bytes of a command's id, as it is echoed. QEMU: no limit."""
 
 _LINE: Final = re.compile(rb"[^\n]*\n?")
 _BLANK: Final = re.compile(rb"[ \t\r\n]*")
@@ -36,6 +40,8 @@ class Connection(Generic[T]):
         self._fast = fast
         self._streamer = Streamer(max_bytes)
         self._declined = 0  # up to here the fast path has said no
+        self.oob = False
+        """Whether the client has enabled out-of-band execution."""
         self.kept_from = self._streamer.kept_from
 
     @property
@@ -79,41 +85,36 @@ class Connection(Generic[T]):
             return position, NEED_DATA
         if isinstance(message, Fault):
             return position, Malformed(message)
-        return position, _check_object(message)  # type: ignore[arg-type]
+        return position, _check_object(message, oob=self.oob)  # type: ignore[arg-type]
 
 
-def _check_object(message: JSON) -> Request | Malformed:
-    """qmp_dispatch_check_obj(): is it a command object?"""
+def _check_object(message: JSON, *, oob: bool) -> Request | Malformed:
+    """qmp_dispatch_check_obj(): is it a command object? ``oob``: exec-oob is one of its members."""
     if not isinstance(message, dict):
         return Malformed(Fault("QMP input must be a JSON object"))
     id_text = encode.value(message["id"]) if "id" in message else None
-    wrong = [key for key in reversed(message) if not _is_good(key, message[key])]
-    if wrong:
-        # QEMU names the first that it comes by in the order of its hash table.
-        key = min(wrong, key=_bucket) if len(wrong) > 1 else wrong[0]
-        words = {"execute": "must be a string", "arguments": "must be an object"}
-        fault = Fault(f"QMP input member '{key}' {words.get(key, 'is unexpected')}")
-        return Malformed(fault, id_text)
-    command = message.get("execute")
-    if not isinstance(command, Text):
+    if id_text is not None and len(id_text) > MAX_ID_BYTES:
+        words = f"QMP input member 'id' is longer than the limit of {MAX_ID_BYTES} bytes"
+        return Malformed(Fault(words))
+    execute = ""
+    wrong = ""
+    for key, value in qdict_items(message):
+        if key == "execute" or (key == "exec-oob" and oob):
+            if not isinstance(value, Text):
+                wrong = f"QMP input member '{key}' must be a string"
+            elif execute:
+                wrong = f"QMP input member '{key}' clashes with '{execute}'"
+            execute = key
+        elif key == "arguments":
+            if not isinstance(value, dict):
+                wrong = "QMP input member 'arguments' must be an object"
+        elif key != "id":
+            wrong = f"QMP input member '{key}' is unexpected"
+        if wrong:
+            return Malformed(Fault(wrong), id_text)
+    if not execute:
         return Malformed(Fault("QMP input lacks member 'execute'"), id_text)
-    arguments = message.get("arguments", {})
+    command, arguments = message[execute], message.get("arguments", {})
+    assert isinstance(command, Text)
     assert isinstance(arguments, dict)
-    return Request(command.to_str(), arguments, id_text)
-
-
-def _is_good(key: str, value: JSON) -> bool:
-    if key == "execute":
-        return isinstance(value, Text)
-    if key == "arguments":
-        return isinstance(value, dict)
-    return key == "id"
-
-
-def _bucket(key: str) -> int:
-    """Where QDict keeps a key, and so when QEMU looks at it: tdb_hash() % 512 (qobject/qdict.c)."""
-    encoded = key.encode()
-    number = 0x238F13AF * len(encoded)
-    for index, byte in enumerate(encoded):
-        number += byte << (index * 5 % 24)
-    return (1103515243 * number + 12345 & 0xFFFFFFFF) % 512
+    return Request(command.to_str(), arguments, id_text, execute == "exec-oob")

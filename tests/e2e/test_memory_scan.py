@@ -6,6 +6,7 @@ ordinary memory and must hold exactly one copy of each secret, and none after de
 """
 
 import base64
+import json
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 from tests.conftest import Client, need_level, need_program, need_root
 from tests.e2e.conftest import SECRETCTL, SECRETD, Process
 from tests.e2e.scan import SECRET_BYTES, scan, secret
+from tests.transcript import add_key, keyctl
 
 KEY = secret(999_999).encode()
 IV = bytes(range(16))
@@ -140,8 +142,9 @@ def test_no_copy_of_any_secret_is_found_outside_of_the_arena(scene: Scene, tmp_p
     scene.check()
 
     for add in (inline, escaped, by_hand, inline_base64, inline_aes, file_aes, path, path_base64, fdset,
-                fdset_pipe, byte_by_byte, slowly, by_secretctl):  # fmt: skip
-        for _ in range(EACH if add is not by_secretctl else 10):
+                fdset_pipe, byte_by_byte, slowly, human_monitor, human_monitor_json, keyring, queued,
+                by_secretctl):  # fmt: skip
+        for _ in range(EACH if add not in (keyring, by_secretctl) else 10):
             add(scene, tmp_path)
         scene.check()
     assert len(scene.held) >= 1000
@@ -281,6 +284,52 @@ def slowly(scene: Scene, _tmp_path: Path) -> None:
     scene.held[object_id] = text.encode()
 
 
+def human_monitor(scene: Scene, _tmp_path: Path) -> None:
+    object_id, text = scene.next()
+    line = f"object_add secret,id={object_id},data={text.replace(',', ',,')}"
+    assert scene.client.ok("human-monitor-command", {"command-line": line}) == ""
+    scene.held[object_id] = text.encode()
+
+
+def human_monitor_json(scene: Scene, _tmp_path: Path) -> None:
+    object_id, text = scene.next()
+    line = f"object_add {{'qom-type': 'secret', 'id': '{object_id}', 'data': '{text}'}}"
+    assert scene.client.ok("human-monitor-command", {"command-line": line}) == ""
+    scene.held[object_id] = text.encode()
+
+
+def keyring(scene: Scene, _tmp_path: Path) -> None:
+    need_program("keyctl")
+    object_id, text = scene.next()
+    serial = add_key(text.encode())
+    options = {"qom-type": "secret_keyring", "id": object_id, "serial": serial}
+    assert scene.client.ok("object-add", options) == {}
+    keyctl("unlink", str(serial), "@u")
+    scene.held[object_id] = text.encode()
+
+
+def queued(scene: Scene, tmp_path: Path) -> None:
+    """Behind a command that waits, on a connection with oob; it is in locked memory."""
+    object_id, text = scene.next()
+    other = Client(scene.process.control, negotiate=False)
+    other.reply()
+    other.cmd("qmp_capabilities", {"enable": ["oob"]})
+    fifo = str(tmp_path / object_id)
+    os.mkfifo(fifo)
+    wait = {"qom-type": "secret", "id": "w", "file": fifo}
+    other.send(json.dumps({"execute": "object-add", "arguments": wait}).encode())
+    other.send(message(object_id, text))
+    assert "return" in other.ask(b'{"exec-oob": "query-secrets"}')
+    if scene.number % 26 == 0:
+        assert scan(scene.process.pid).outside == []
+    with open(fifo, "wb") as writer:
+        writer.write(b"short")
+    assert other.reply() == other.reply() == {"return": {}}
+    assert other.cmd("object-del", {"id": "w"}) == {"return": {}}
+    other.close()
+    scene.held[object_id] = text.encode()
+
+
 def by_secretctl(scene: Scene, _tmp_path: Path) -> None:
     object_id, text = scene.next()
     command = f"exec {SECRETCTL} --socket {scene.process.control} add {object_id} "
@@ -317,6 +366,16 @@ def malformed(object_id: str, text: str) -> list[bytes]:
         + secret_bytes
         + b'"}}',
         b"\xff".join(bytes([byte]) for byte in good),
+        *(
+            b'{"execute":"human-monitor-command","arguments":{"command-line":"%s"}}' % line
+            for line in (
+                b"object_add secret,id=x,data=" + secret_bytes[:20] + b"," + secret_bytes[20:],
+                b"object_add {'data': '" + secret_bytes,
+                b"object_add {'data': '" + secret_bytes + b"'}",
+                b"object_add secret,id=x,nope=1,data=" + secret_bytes,
+                b"object_add secret,id=x,data.x=" + secret_bytes,
+            )
+        ),
     ]
 
 

@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The human monitor, as far as qmp-shell -H and habit need it (QEMU's monitor/hmp.c).
+
+One line in, text out. What a line asks for is done by the functions of the QMP commands, which
+commands hands in. A line may hold a secret: it stays where it was received.
+"""
+
+import re
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Final, NamedTuple, TypeAlias
+
+from secretd import keyval
+from secretd.errors import CommandError, UsageError
+from secretd.keyval import KeyvalError
+from secretd.monitor import QEMU_VERSION, Monitor
+from secretd.qom.object import with_hint
+from secretd.schema import check
+from secretd.visitor import JSON_VISITOR, KEYVAL_VISITOR
+
+QUOTED_BYTES: Final = 4
+"""Bytes of a line's own text that an error about it quotes: it may be of a secret. QEMU quotes all."""
+
+Output: TypeAlias = "str | Awaitable[str]"
+Table: TypeAlias = Mapping[str, "Word"]
+
+_BLANKS: Final = re.compile(rb"[ \t\n\v\f\r]*")
+_NAME: Final = re.compile(rb"[^ \t\n\v\f\r/]*")
+_WORD: Final = re.compile(rb"[^ \t\n\v\f\r]+")
+_ARGUMENT: Final = re.compile(rb'"(?:[^"\\]|\\.)*"|[^" \t\n\v\f\r][^ \t\n\v\f\r]*', re.DOTALL)
+_ESCAPES: Final = {b"\\n": b"\n", b"\\r": b"\r", b"\\\\": b"\\", b"\\'": b"'", b'\\"': b'"'}
+_EXTRANEOUS: Final = "extraneous characters at the end of line"
+_EXPECTED: Final = "string expected"
+
+
+class Word(NamedTuple):
+    """A command of the human monitor. ``run`` takes the session and a view of the rest of the line, which has
+    a byte to spare on each side.
+    """
+
+    names: tuple[str, ...]
+    arguments: str
+    help: str
+    run: Callable[[Monitor, memoryview], Output]
+
+    @property
+    def line(self) -> str:
+        """What help says."""
+        return f"{'|'.join(self.names)} {self.arguments} -- {self.help}\n"
+
+
+class _Refused(Exception):
+    """The arguments are not as they should be; the text says how."""
+
+
+def execute(monitor: Monitor, line: memoryview) -> Output:
+    """Carry out a line; return what it prints. ``line`` has a byte to spare on each side.
+
+    Errors are part of the output, as in QEMU; they end in CR LF as all of it.
+    """
+    try:
+        printed = _dispatch(monitor, line)
+    except CommandError as error:
+        printed = _error(error)
+    return _crlf(printed) if isinstance(printed, str) else _later(printed)
+
+
+async def _later(printed: Awaitable[str]) -> str:
+    try:
+        return _crlf(await printed)
+    except CommandError as error:
+        return _crlf(_error(error))
+
+
+def _crlf(text: str) -> str:
+    return text.replace("\n", "\r\n")
+
+
+def _error(error: CommandError | UsageError) -> str:
+    return f"Error: {with_hint(str(error))}\n"
+
+
+def _dispatch(monitor: Monitor, line: memoryview) -> Output:
+    end = len(line) - 1
+    start = _after_blanks(line, 1)
+    name, at = _name(line, start)
+    if start == end:
+        return ""
+    path, word = name, _WORDS.get(name)
+    if word is _INFO:
+        if _after_blanks(line, at) == end:
+            return _help_of(_ABOUT, "info ")
+        name, at = _name(line, _after_blanks(line, at))
+        path, word = f"info {name}", _ABOUT.get(name)
+    if word is None:
+        text = bytes(line[start:at]).decode(errors="replace")
+        return f"unknown command: '{text}'\n"
+    try:
+        return word.run(monitor, line[at - 1 :])
+    except _Refused as error:
+        return f'{"|".join(word.names)}: {error}\nTry "help {path}" for more information\n'
+
+
+def _after_blanks(line: memoryview, at: int) -> int:
+    """Return where something other than blanks stands, at the latest the byte to spare."""
+    return _BLANKS.match(line, at, len(line) - 1).end()  # type: ignore[union-attr]
+
+
+def _name(line: memoryview, at: int) -> tuple[str, int]:
+    """Return the name of a command, and where it ends: get_command_name()."""
+    match = _NAME.match(line, at, len(line) - 1)
+    assert match is not None
+    return match[0].decode(errors="replace"), match.end()
+
+
+def _help_of(table: Table, prefix: str = "") -> str:
+    return "".join(f"{prefix}{word.line}" for word in dict.fromkeys(table.values()))
+
+
+def _arguments(rest: memoryview, most: int) -> list[str]:
+    """Return the words of the rest of the line, at most so many: get_str() of monitor/hmp.c."""
+    found: list[str] = []
+    at = 1
+    while (at := _after_blanks(rest, at)) < len(rest) - 1:
+        if len(found) == most:
+            raise _Refused(_EXTRANEOUS)
+        match = _ARGUMENT.match(rest, at, len(rest) - 1)
+        if match is None:
+            raise _Refused(_EXPECTED)
+        found.append(_unquoted(match[0]).decode(errors="replace"))
+        at = match.end()
+    return found
+
+
+def _unquoted(word: bytes) -> bytes:
+    if not word.startswith(b'"'):
+        return word
+    pieces = re.split(rb"(\\.)", word[1:-1], flags=re.DOTALL)
+    try:
+        pieces[1::2] = [_ESCAPES[escape] for escape in pieces[1::2]]
+    except KeyError:
+        raise _Refused(_EXPECTED) from None
+    return b"".join(pieces)
+
+
+# --- the words
+
+
+def _help(_monitor: Monitor, rest: memoryview) -> str:
+    names = [m[0].decode(errors="replace") for m in _WORD.finditer(rest, 1, len(rest) - 1)][:2]
+    if not names:
+        return _help_of(_WORDS)
+    word = _WORDS.get(names[0])
+    if word is not _INFO:
+        return f"unknown command: '{names[0]}'\n" if word is None else word.line
+    if len(names) == 1:
+        return _help_of(_ABOUT, "info ")
+    word = _ABOUT.get(names[1])
+    return f"unknown command: 'info {names[1]}'\n" if word is None else f"info {word.line}"
+
+
+def _object_add(monitor: Monitor, rest: memoryview) -> Output:
+    start = _after_blanks(rest, 1)
+    if start == len(rest) - 1:
+        raise _Refused(_EXPECTED)
+    command = monitor.table.by_name["object-add"]
+    try:
+        given = keyval.arguments(rest[start - 1 :])
+    except KeyvalError as error:
+        return f"Error: {error.words(QUOTED_BYTES)}\n"
+    except UsageError as error:
+        return _error(error)
+    if given.help:
+        return monitor.tree.help(given.members.get("qom-type"))
+    visitor = JSON_VISITOR if given.is_json else KEYVAL_VISITOR
+    added = command.function(monitor, check(command, given.members, visitor))
+    return "" if added is None else _silent(added)
+
+
+async def _silent(done: Awaitable[None]) -> str:
+    await done
+    return ""
+
+
+def _object_del(monitor: Monitor, rest: memoryview) -> str:
+    words = _arguments(rest, 1)
+    if not words:
+        raise _Refused(_EXPECTED)
+    monitor.table.by_name["object-del"].function(monitor, *words)
+    return ""
+
+
+def _quit(monitor: Monitor, rest: memoryview) -> str:
+    _arguments(rest, 0)
+    monitor.table.by_name["quit"].function(monitor)
+    return ""
+
+
+def _info_version(monitor: Monitor, rest: memoryview) -> str:
+    _arguments(rest, 0)
+    return f"{'.'.join(map(str, QEMU_VERSION))}{monitor.daemon.package}\n"
+
+
+def _info_name(_monitor: Monitor, rest: memoryview) -> str:
+    _arguments(rest, 0)
+    return ""
+
+
+def _info_secrets(monitor: Monitor, rest: memoryview) -> str:
+    _arguments(rest, 0)
+    lines = []
+    after = ""
+    while entries := _result(monitor, "query-secrets", after):
+        lines += [
+            f"{e['id']}: {e['qom-type']}, {e['size']} bytes, memory {e['memory']}\n"
+            for e in entries
+        ]
+        after = entries[-1]["id"]
+    return "".join(lines)
+
+
+def _result(monitor: Monitor, name: str, *arguments: str) -> Any:
+    return monitor.table.by_name[name].function(monitor, *arguments)
+
+
+def _table(*words: Word) -> Table:
+    return {name: word for word in words for name in word.names}
+
+
+_INFO: Final = Word(
+    ("info",), "[subcommand]", "show various information about the system state", _help
+)
+_WORDS: Final = _table(
+    Word(("help", "?"), "[cmd]", "show the help", _help),
+    _INFO,
+    Word(
+        ("object_add",),
+        "[qom-type=]type,id=str[,prop=value][,...]",
+        "create QOM object",
+        _object_add,
+    ),
+    Word(("object_del",), "id", "destroy QOM object", _object_del),
+    Word(("quit", "q"), "", "quit secretd", _quit),
+)
+_ABOUT: Final = _table(
+    Word(("name",), "", "show the current VM name", _info_name),
+    Word(("secrets",), "", "show the secrets", _info_secrets),
+    Word(("version",), "", "show the version of QEMU", _info_version),
+)

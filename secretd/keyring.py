@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""keyctl(2)'s KEYCTL_READ through ctypes, straight into locked memory: Python has no wrapper for it."""
+
+import ctypes
+import os
+import platform
+from typing import Final
+
+_SYS_KEYCTL: Final = {"x86_64": 250, "aarch64": 219, "riscv64": 219, "ppc64le": 271, "s390x": 280}
+_KEYCTL_READ: Final = 11
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def read(serial: int, into: memoryview | None) -> int:
+    """Read the payload of key ``serial`` (int32); return its size in bytes.
+
+    If it is larger than ``into``, or that is None, nothing is read. Raises OSError.
+    """
+    number = _SYS_KEYCTL[platform.machine()]
+    address, room = None, 0
+    if into is not None:
+        address, room = ctypes.addressof(ctypes.c_char.from_buffer(into)), len(into)
+    size: int = _libc.syscall(
+        number,
+        _KEYCTL_READ,
+        ctypes.c_int32(serial),
+        ctypes.c_void_p(address),
+        ctypes.c_size_t(room),
+    )
+    if size < 0:
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))
+    return size

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The orders in which QEMU meets names: those of its two hash tables.
+
+QDict (qobject/qdict.c) decides the order of members in replies and which wrong member of a command
+is named; GLib's GHashTable which of several unexpected arguments is named and how qom-list lists.
+Programs that read replies as text see both. It knows nothing of what the names mean.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Final, TypeVar
+
+T = TypeVar("T")
+
+_QDICT_BUCKETS: Final = 512
+
+_MIN_SHIFT: Final = 3  # HASH_TABLE_MIN_SHIFT of GLib's ghash.c
+_PRIMES: Final = (
+    1,
+    2,
+    3,
+    7,
+    13,
+    31,
+    61,
+    127,
+    251,
+    509,
+    1021,
+    2039,
+    4093,
+    8191,
+    16381,
+    32749,
+    65521,
+)
+"""GLib's prime_mod[]: what a hash is taken modulo of, by the table's log2 size. Further than any list goes
+that fits into a reply."""
+
+
+def _bytes(name: str) -> bytes:
+    """Return a name as QEMU holds it: NUL is C0 80."""
+    return name.encode().replace(b"\0", b"\xc0\x80")
+
+
+def qdict_bucket(name: str) -> int:
+    """Where QDict keeps a member: tdb_hash() % 512."""
+    encoded = _bytes(name)
+    number = 0x238F13AF * len(encoded)
+    for index, byte in enumerate(encoded):
+        number += byte << (index * 5 % 24)
+    return (1103515243 * number + 12345 & 0xFFFFFFFF) % _QDICT_BUCKETS
+
+
+def qdict_items(members: Mapping[str, T]) -> list[tuple[str, T]]:
+    """Return the members as QDict lists them: by bucket, in a bucket the latest first."""
+    items = list(members.items())
+    if len(items) > 1:
+        items.reverse()
+        items.sort(key=lambda item: _KNOWN.get(item[0]) or qdict_bucket(item[0]))
+    return items
+
+
+# The members of nearly all replies. What clients send is not kept: it is not known what it is.
+_KNOWN: Final = {
+    name: qdict_bucket(name)
+    for name in (
+        *("execute", "exec-oob", "arguments", "id", "qom-type"),
+        *(
+            "name",
+            "type",
+            "parent",
+            "abstract",
+            "fd",
+            "fdset-id",
+            "fds",
+            "opaque",
+            "size",
+            "memory",
+        ),
+        *("data", "iv", "meta-type", "arg-type", "ret-type", "members", "features", "default"),
+        *("values", "tag", "variants", "case", "element-type", "json-type", "uid", "gid", "pid"),
+    )
+}
+
+
+class GHashTable:
+    """Where a GHashTable of g_str_hash() keeps names, since that is how it lists them.
+
+    All are entered first; some may be removed then.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._slots: list[tuple[int, str] | None] = []
+        self._hashes: list[int] = []  # 0 unused, 1 removed, else the hash
+        self._resize(_MIN_SHIFT)
+        self._count = 0
+        self._occupied = 0
+        for name in names:
+            self._insert(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return (slot[1] for slot in self._slots if slot is not None)
+
+    def _insert(self, name: str) -> None:
+        number = _string_hash(name)
+        index = self._find(number, name)
+        self._hashes[index] = number
+        self._slots[index] = (number, name)
+        self._count += 1
+        self._occupied += 1
+        self._resize_if_due()
+
+    def remove(self, name: str) -> None:
+        """Remove a name that is in the table."""
+        index = self._find(_string_hash(name), name)
+        self._hashes[index] = 1
+        self._slots[index] = None
+        self._count -= 1
+        self._resize_if_due()
+
+    def _find(self, number: int, name: str) -> int:
+        """Return where the name is or would be."""
+        index = number * 11 % (1 << 32) % self._modulus
+        step = 0
+        while (found := self._hashes[index]) != 0:
+            if found == number and self._slots[index] == (number, name):
+                break
+            step += 1
+            index = (index + step) % len(self._hashes)
+        return index
+
+    def _resize_if_due(self) -> None:
+        size = len(self._hashes)
+        too_large = size > 4 * self._count and size > 1 << _MIN_SHIFT
+        if too_large or size <= self._occupied + self._occupied // 16:
+            self._resize(max(_MIN_SHIFT, int(self._count * 1.333).bit_length()))
+            self._occupied = self._count
+
+    def _resize(self, shift: int) -> None:
+        """ghash.c's resize_map(): in place, what is in the way moves on."""
+        old, size = len(self._slots), 1 << shift
+        self._modulus = _PRIMES[shift]
+        slots = self._slots + [None] * (size - old)
+        settled = [False] * len(slots)
+        for start in range(old):
+            node = slots[start]
+            if node is None or settled[start]:
+                continue
+            slots[start] = None
+            while node is not None:
+                index = node[0] * 11 % (1 << 32) % self._modulus
+                step = 0
+                while settled[index]:
+                    step += 1
+                    index = (index + step) % size
+                settled[index] = True
+                slots[index], node = node, slots[index]
+        self._slots = slots[:size]
+        self._hashes = [0 if slot is None else slot[0] for slot in self._slots]
+
+
+def _string_hash(name: str) -> int:
+    """g_str_hash(), moved out of the way of the marks for unused and removed."""
+    number = 5381
+    for byte in _bytes(name):
+        number = number * 33 + (byte - 256 if byte > 127 else byte) & 0xFFFFFFFF
+    return number if number > 1 else 2

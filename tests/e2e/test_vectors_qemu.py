@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The transcripts against real QEMU: that what they say of it is so."""
+
+import pytest
+
+from tests.qemu import need_qemu, running
+from tests.transcript import FILES, Mismatch, load
+
+
+@pytest.mark.parametrize("version", ["qemu7", "qemu10"])
+def test_qemu_answers_as_the_transcripts_say(version: str) -> None:
+    """Each file on one QEMU after the other; QEMU 10's answers are the reference."""
+    need_qemu(version)
+    wrong = []
+    with running(version) as qemu:
+        for path in FILES:
+            for vector in load(path):
+                try:
+                    qemu.play(vector)
+                except Mismatch as mismatch:
+                    wrong.append(str(mismatch))
+    assert not wrong, "\n".join(["", *wrong])

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Transcripts of real QEMU, played against the daemon and against the codec without a socket."""
+
+import asyncio
+import os
+from pathlib import Path
+
+import pytest
+
+from secretd.access import Door, Peer
+from secretd.commands import COMMANDS
+from secretd.memory import Arena
+from secretd.monitor import Daemon as Shared
+from secretd.monitor import Monitor
+from secretd.qom.object import ObjectTree
+from secretd.qom.types import CREATABLE, INFOS
+from secretd.state import Journal
+from secretd.transport import Locked
+from secretd.wire import message as wire
+from secretd.wire.qjson import NeedData
+from secretd.wire.qmp import Connection
+from tests.conftest import ARENA_LEVEL, Daemon, need_program
+from tests.transcript import FILES, Mismatch, SocketPeer, load, play, scene_of
+
+DIFFERENCES = (Path(__file__).parent.parent / "docs" / "protocol.md").read_text()
+DIFFERENCES = DIFFERENCES[DIFFERENCES.index("## Differences from QEMU") :]
+DIFFERENCES = DIFFERENCES[: DIFFERENCES.index("\n## ", 5)]
+
+
+class Codec:
+    """The codec and a monitor in memory: bytes in, bytes out. A Peer of transcripts."""
+
+    def __init__(self) -> None:
+        self.scratch = Arena(ARENA_LEVEL)
+        self.journal = Journal(Arena(ARENA_LEVEL))
+        tree = ObjectTree(self.journal, self.scratch, CREATABLE, INFOS)
+        self.runner = asyncio.Runner()
+        self._ended = False
+        shared = Shared(tree, COMMANDS.by_name.values(), "secretd test", self._stop, self._emit)
+        peer = Peer(os.getuid(), os.getgid(), os.getpid(), Door.CONTROL)
+        self.monitor = Monitor(shared, peer, self._allow_oob)
+        self.codec = Connection(self.monitor.table.decode)
+        self._input = bytearray()
+        self._position = 0
+        self._output = self.monitor.greeting()
+
+    def _stop(self) -> None:
+        self._ended = True
+
+    def _emit(self, name: str, data: str, but: Monitor | None) -> None:
+        if but is not self.monitor:
+            self._output += wire.event(name, data, 1, 2)
+
+    def _allow_oob(self) -> None:
+        self.codec.oob = True
+
+    def send(self, data: bytes, fds: list[int]) -> None:
+        """See Peer."""
+        self.runner.run(self._send(data, fds))
+
+    async def _send(self, data: bytes, fds: list[int]) -> None:
+        if fds:
+            self.monitor.receive([os.dup(fd) for fd in fds])
+        # All that was ever sent stays in place, so that offsets do.
+        self._input += data
+        view = memoryview(bytearray(self._input))
+        while not self._ended:
+            self._position, request = self.codec.next(view, self._position, len(view))
+            if isinstance(request, NeedData):
+                break
+            reply = self.monitor.handle(request)
+            if isinstance(reply, Locked):
+                self._output += bytes(reply.buffer.view[: reply.length])
+                reply.buffer.free()
+            else:
+                self._output += reply if isinstance(reply, bytes) else await reply
+
+    def line(self) -> bytes:
+        """See Peer."""
+        line, newline, self._output = self._output.partition(b"\n")
+        return line + newline
+
+    def end(self) -> bytes:
+        """See Peer."""
+        return self._output
+
+    def close(self) -> None:
+        """Nothing may be left over."""
+        self.monitor.close()
+        self.runner.close()
+        held = self.scratch.held
+        self.journal.close()
+        self.journal.arena.close()
+        self.scratch.close()
+        assert held == 0
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_the_codec_answers_as_qemu_does(path: Path) -> None:
+    """Without a socket, byte for byte but for the differences that the page names."""
+    if path.stem == "keyring":
+        need_program("keyctl")
+    wrong = []
+    for vector in load(path):
+        peer = Codec()
+        try:
+            with scene_of(vector) as scene:
+                play(vector, peer, scene, server="secretd")
+        except Mismatch as mismatch:
+            wrong.append(str(mismatch))
+        finally:
+            peer.close()
+    assert not wrong, "\n".join(["", *wrong])
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_the_daemon_answers_as_qemu_does(tmp_path: Path, path: Path) -> None:
+    """Over its socket."""
+    if path.stem == "keyring":
+        need_program("keyctl")
+    wrong = []
+    daemon = Daemon(tmp_path)
+    try:
+        for vector in load(path):
+            peer = SocketPeer(daemon.control)
+            try:
+                with scene_of(vector) as scene:
+                    play(vector, peer, scene, server="secretd")
+            except Mismatch as mismatch:
+                wrong.append(str(mismatch))
+            finally:
+                peer.close()
+            if vector.has("quits"):
+                daemon.stop()
+                daemon = Daemon(tmp_path)
+            daemon.empty()
+    finally:
+        daemon.stop()
+    assert not wrong, "\n".join(["", *wrong])
+
+
+def test_every_difference_has_its_row_and_its_reason() -> None:
+    """And every row that transcripts can show is shown by one."""
+    rows = [line[2:] for line in DIFFERENCES.splitlines() if line.startswith("| ")][1:]
+    for path in FILES:
+        for vector in load(path):
+            for step in vector.steps:
+                for reply in step.replies:
+                    if reply.ours is not None:
+                        row = reply.ours[2]
+                        assert any(r.startswith(row) for r in rows), f"{vector}: {row}"
+
+
+def test_there_are_enough_transcripts() -> None:
+    """So that nobody loses a file."""
+    steps = [step for path in FILES for vector in load(path) for step in vector.steps]
+    assert len(steps) >= 1780
