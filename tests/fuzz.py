@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.qemu import ask, running
+from tests.real_qemu import ask, running
 from tests.transcript import FILES, SocketPeer, load
 
 BATCH = 40

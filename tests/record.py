@@ -9,7 +9,7 @@ from pathlib import Path
 
 from secretd.commands import COMMANDS
 from secretd.events import EVENTS
-from tests.qemu import Qemu, ask, running, storage_daemon
+from tests.real_qemu import Qemu, ask, running, storage_daemon
 from tests.transcript import FILES, OPTIONS, SCHEMA, SocketPeer, expanded, load
 
 

@@ -10,11 +10,14 @@ import pytest
 from secretd import offload as module
 from secretd.offload import Offload
 
+OTHER = os.getuid() + 1000
+"""A uid that is neither root's nor our own, which have more threads."""
+
 
 def occupy(offload: Offload, go_on: threading.Event) -> "list[asyncio.Future[bool]]":
-    """Keep all threads of uid 1000 waiting."""
+    """Keep all threads of another uid waiting."""
     return [
-        asyncio.ensure_future(offload.run(1000, lambda _: None, go_on.wait))
+        asyncio.ensure_future(offload.run(OTHER, lambda _: None, go_on.wait))
         for _ in range(module.THREADS_PER_UID)
     ]
 
@@ -33,13 +36,13 @@ def test_blocking_calls_run_in_a_bounded_number_of_threads() -> None:
         go_on = threading.Event()
         running = occupy(offload, go_on)
         await asyncio.sleep(0)
-        waiting = asyncio.ensure_future(offload.run(1000, lambda _: None, lambda: "later"))
+        waiting = asyncio.ensure_future(offload.run(OTHER, lambda _: None, lambda: "later"))
         assert await offload.run(1001, lambda _: None, lambda: "done") == "done"
         go_on.set()
         assert await asyncio.gather(*running) == [True] * module.THREADS_PER_UID
         assert await waiting == "later"
         with pytest.raises(ZeroDivisionError):
-            await offload.run(1000, lambda _: None, lambda: 1 // 0)
+            await offload.run(OTHER, lambda _: None, lambda: 1 // 0)
         await idle(offload)
         assert offload._queues == {}
 
@@ -102,7 +105,7 @@ def test_closing_for_a_stranger_happens_in_a_thread() -> None:
     async def main() -> None:
         offload = Offload()
         source, sink = os.pipe()
-        offload.close(1000, sink)
+        offload.close(OTHER, sink)
         await idle(offload)
         assert os.read(source, 1) == b""
         os.close(source)
@@ -144,10 +147,10 @@ def test_a_uid_with_too_much_to_close_is_busy() -> None:
         await asyncio.sleep(0)
         source, sink = os.pipe()
         for _ in range(module.DESCRIPTORS_WAITING_PER_UID + 1):
-            assert not offload.busy(1000)
-            offload.close(1000, os.dup(sink))
-        assert offload.busy(1000)
-        assert not offload.busy(1001)
+            assert not offload.busy(OTHER)
+            offload.close(OTHER, os.dup(sink))
+        assert offload.busy(OTHER)
+        assert not offload.busy(OTHER + 1)
         os.close(sink)
         go_on.set()
         await asyncio.gather(*running)
@@ -170,9 +173,9 @@ def test_without_a_new_thread_the_call_waits_for_the_next(monkeypatch: pytest.Mo
                 raise RuntimeError("can't start new thread")
 
             patch.setattr(threading.Thread, "start", none)
-            offload.close(1000, sink)
+            offload.close(OTHER, sink)
         assert offload.idle()
-        assert await offload.run(1000, lambda _: None, lambda: "done") == "done"
+        assert await offload.run(OTHER, lambda _: None, lambda: "done") == "done"
         await idle(offload)
         assert os.read(source, 1) == b""
         os.close(source)
@@ -190,12 +193,12 @@ def test_a_call_whose_turn_comes_too_late_is_not_made() -> None:
         running = occupy(offload, go_on)
         late = [
             asyncio.ensure_future(
-                offload.run(1000, lambda _: None, lambda: made.append("call"), unused)
+                offload.run(OTHER, lambda _: None, lambda: made.append("call"), unused)
             )
             for unused in (lambda: made.append("unused"), None)
         ]
         late.append(
-            asyncio.ensure_future(offload.run(1000, lambda _: None, lambda: made.append("x")))
+            asyncio.ensure_future(offload.run(OTHER, lambda _: None, lambda: made.append("x")))
         )
         await asyncio.sleep(0)
         for task in late:

@@ -4,7 +4,7 @@
 import subprocess
 import sys
 
-from tests.qemu import ROOT, need_qemu
+from tests.real_qemu import ROOT, need_qemu
 
 
 def test_no_difference_is_unexplained() -> None:

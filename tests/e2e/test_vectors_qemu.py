@@ -3,7 +3,7 @@
 
 import pytest
 
-from tests.qemu import need_qemu, running
+from tests.real_qemu import need_qemu, running
 from tests.transcript import FILES, Mismatch, load
 
 
