@@ -193,6 +193,8 @@ def test_qmp_shell(secretd: Process, terminals: list[Terminal]) -> None:
     assert "secret-generate" in screen
     assert "secret-read" in screen
     shell.type("", "C-u")
+    shell.type("query-commands", "Enter")
+    shell.until('{"name": "human-monitor-command"}')
     shell.type("object-add qom-type=secret id=sh data=letmein", "Enter")
     shell.until('{"return": {}}')
     shell.type("object-add qom-type=secret id=sh data=letmein", "Enter")
@@ -223,6 +225,8 @@ def test_qmp_shell_as_a_human_monitor(secretd: Process, terminals: list[Terminal
     shell.type("info secrets", "Enter")
     shell.until("hm: secret, 7 bytes, memory")
     secretd.connect().add("other", data="x")
+    shell.type("", "Enter")
+    shell.until("'event': 'SECRET_ADDED'")
     shell.type("object_del hm", "Enter")
     while [s["id"] for s in secretd.connect().secrets()] != ["other"]:
         pass
