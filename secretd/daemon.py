@@ -187,7 +187,7 @@ def _may_be_shown(text: str, hidden: list[int]) -> bool:
 
 
 def _unquoted(words: str) -> str:
-    known = {*argv.MEMBERS, "data"}
+    known = {*argv.MEMBERS, "data", "="}
     return re.sub("'([^']*)'", lambda m: m[0] if m[1] in known else "'…'", words)
 
 

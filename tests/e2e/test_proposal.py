@@ -94,6 +94,9 @@ def test_the_memfd_of_a_value_is_closed_and_the_environment_clean(
         (["--object", "secret,id=s,data=hunter,2"],
          "--object number 1 (not shown, since it may hold a secret): Invalid parameter '…'; "
          "a comma in a value is written twice"),
+        (["--object", "secret,id=s,data=hunter,two"],
+         "--object number 1 (not shown, since it may hold a secret): Expected '=' after parameter '…'; "
+         "a comma in a value is written twice"),
         (["--object", '{"qom-type":"secret","id":"s","data":12345678}'],
          "--object number 1 (not shown, since it may hold a secret): Invalid parameter type for 'data', "
          "expected: string"),
