@@ -4,9 +4,12 @@
 Each case is followed by 0xFF, which resets the parser, and a command that marks its end, so many go over one
 connection, whole or in random pieces. A difference that `explained` knows is one of those under
 "Differences from QEMU" in docs/protocol.md; after it both are emptied, since their objects may differ.
+Texts of --object are compared with qemu-storage-daemon's answers, one start of it each.
 """
 
 import argparse
+import contextlib
+import io
 import json
 import random
 import re
@@ -18,10 +21,17 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.real_qemu import ask, running
+from secretd.daemon import add_object
+from secretd.errors import UsageError
+from secretd.memory import Arena, choose_level
+from secretd.qom.object import ObjectTree
+from secretd.qom.types import CREATABLE, INFOS
+from secretd.state import Journal
+from tests.real_qemu import ask, running, storage_daemon
 from tests.transcript import FILES, SocketPeer, load
 
 BATCH = 40
+LEVEL = choose_level(require=False)
 IDS = ["a", "b", "s0", "disk1", "type", "1", "", "a b", "é", "A-b.c_9", "nope"]
 BASE64 = [
     "",
@@ -279,6 +289,97 @@ def explained(case: bytes, qemu: list[bytes], ours: list[bytes]) -> str | None:
     return None
 
 
+KEYS = ["rules", "0", "1", "2", "00", "match", "policy", "format", "x", "rules.0", "rules.1"]
+PIECES = [
+    *(
+        "secret",
+        "authz-list",
+        "authz-simple",
+        "id",
+        "=",
+        "a",
+        ",",
+        ",",
+        ",,",
+        "data",
+        "x",
+        ".",
+        "0",
+        "1",
+    ),
+    *(
+        "rules",
+        "match",
+        "policy",
+        "allow",
+        "format",
+        "raw",
+        "help",
+        "?",
+        "-",
+        "_",
+        "__x.y_",
+        "qom-type",
+    ),
+    *(
+        " ",
+        "identity",
+        "serial",
+        "00",
+        "{",
+        "}",
+        "'",
+        '"',
+        ":",
+        "1a",
+        "secret,id=a,",
+        "authz-list,id=a,",
+    ),
+]
+
+
+def option(rng: random.Random) -> str:
+    """What may stand after --object."""
+    if rng.random() < 0.5:
+        return "".join(rng.choice(PIECES) for _ in range(rng.randint(1, 9)))
+    text = "authz-list,id=a"
+    for _ in range(rng.randint(1, 5)):
+        key = ".".join(rng.choice(KEYS) for _ in range(rng.randint(1, 4)))
+        text += f",rules.{key}={rng.choice(['x', 'allow', 'deny', 'glob', ''])}"
+    return text
+
+
+def fuzz_options(count: int, seed: int) -> int:
+    """Compare what --object TEXT gives with qemu-storage-daemon; return how many are different."""
+    rng = random.Random(seed)
+    different = 0
+    for _ in range(count):
+        text = option(rng)
+        theirs, ours = storage_daemon(text), add_option(text)
+        if theirs != ours and "List of user creatable objects" not in ours[1]:
+            different += 1
+            print(f"--object {text}\nQEMU    {theirs}\nsecretd {ours}\n", flush=True)
+    print(f"{count} options, seed {seed}: {different} differences unexplained")
+    return different
+
+
+def add_option(text: str) -> tuple[str, str]:
+    """Return the words of the error and what is printed."""
+    scratch, journal = Arena(LEVEL), Journal(Arena(LEVEL))
+    printed = io.StringIO()
+    words = ""
+    try:
+        with contextlib.redirect_stdout(printed):
+            add_object(ObjectTree(journal, scratch, CREATABLE, INFOS), text)
+    except UsageError as error:
+        words = str(error)
+    finally:
+        journal.close()
+        journal.arena.close()
+        scratch.close()
+    return words, printed.getvalue()
+
+
 class Side:
     """One of the two servers."""
 
@@ -357,8 +458,10 @@ def main() -> int:
     """Start both, compare, end both."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", type=int, default=100_000)
+    parser.add_argument("--options", type=int, default=500, help="texts of --object (default: 500)")
     parser.add_argument("--seed", type=int, default=int(time.time()))
     options = parser.parse_args()
+    different = fuzz_options(options.options, options.seed)
     program = Path(sys.executable).parent / "secretd"
     with tempfile.TemporaryDirectory() as directory, running("qemu10") as qemu:
         path = f"{directory}/control.sock"
@@ -367,7 +470,8 @@ def main() -> int:
             for line in secretd.stderr:
                 if "try:" in line:
                     break
-            return min(1, fuzz(options.cases, options.seed, Side(qemu.path), Side(path)))
+            different += fuzz(options.cases, options.seed, Side(qemu.path), Side(path))
+            return min(1, different)
         finally:
             secretd.terminate()
             secretd.communicate(timeout=20)
