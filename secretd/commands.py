@@ -79,9 +79,7 @@ def qmp_capabilities(monitor: Monitor, enable: list[Literal["oob"]] | UnsetType 
     """Leave negotiation mode. ``enable``: capabilities that the greeting offered."""
     if monitor.negotiated:
         raise CommandNotFound("Capabilities negotiation is already complete, command ignored")
-    if enable:
-        monitor.enable_oob()
-    monitor.negotiated = True
+    monitor.negotiate(oob=bool(enable))
 
 
 @COMMANDS(client=True)

@@ -20,13 +20,21 @@ from secretd.visitor import JSON_VISITOR, KEYVAL_VISITOR
 QUOTED_BYTES: Final = 4
 """Bytes of a line's own text that an error about it quotes: it may be of a secret. QEMU quotes all."""
 
+SECRETS_PER_LISTING: Final = 1000
+"""Secrets that `info secrets` lists: more would not fit into a reply."""
+
 Output: TypeAlias = "str | Awaitable[str]"
 Table: TypeAlias = Mapping[str, "Word"]
 
 _BLANKS: Final = re.compile(rb"[ \t\n\v\f\r]*")
 _NAME: Final = re.compile(rb"[^ \t\n\v\f\r/]*")
 _WORD: Final = re.compile(rb"[^ \t\n\v\f\r]+")
-_ARGUMENT: Final = re.compile(rb'"(?:[^"\\]|\\.)*"|[^" \t\n\v\f\r][^ \t\n\v\f\r]*', re.DOTALL)
+_ARGUMENT: Final = re.compile(
+    rb'"(?:[^"\\]|\\.){0,4096}"|[^" \t\n\v\f\r][^ \t\n\v\f\r]*', re.DOTALL
+)
+_UNEXPECTED: Final = re.compile(
+    r"(?s)^(Parameters? ')(.*?)((?:\.\*)?' (?:is unexpected|are unexpected|used inconsistently))$"
+)
 _ESCAPES: Final = {b"\\n": b"\n", b"\\r": b"\r", b"\\\\": b"\\", b"\\'": b"'", b'\\"': b'"'}
 _EXTRANEOUS: Final = "extraneous characters at the end of line"
 _EXPECTED: Final = "string expected"
@@ -75,7 +83,16 @@ def _crlf(text: str) -> str:
     return text.replace("\n", "\r\n")
 
 
-def _error(error: CommandError | UsageError) -> str:
+def _shortened(match: "re.Match[str]") -> str:
+    before, name, after = match.groups()
+    return match[0] if len(name) <= QUOTED_BYTES else f"{before}{name[:QUOTED_BYTES]}…{after}"
+
+
+def _text(word: bytes) -> str:
+    return word.replace(b"\xc0\x80", b"\0").decode(errors="replace")
+
+
+def _error(error: CommandError) -> str:
     return f"Error: {with_hint(str(error))}\n"
 
 
@@ -92,7 +109,7 @@ def _dispatch(monitor: Monitor, line: memoryview) -> Output:
         name, at = _name(line, _after_blanks(line, at))
         path, word = f"info {name}", _ABOUT.get(name)
     if word is None:
-        text = bytes(line[start:at]).decode(errors="replace")
+        text = _text(bytes(line[start:at]))
         return f"unknown command: '{text}'\n"
     try:
         return word.run(monitor, line[at - 1 :])
@@ -109,7 +126,7 @@ def _name(line: memoryview, at: int) -> tuple[str, int]:
     """Return the name of a command, and where it ends: get_command_name()."""
     match = _NAME.match(line, at, len(line) - 1)
     assert match is not None
-    return match[0].decode(errors="replace"), match.end()
+    return _text(match[0]), match.end()
 
 
 def _help_of(table: Table, prefix: str = "") -> str:
@@ -126,7 +143,7 @@ def _arguments(rest: memoryview, most: int) -> list[str]:
         match = _ARGUMENT.match(rest, at, len(rest) - 1)
         if match is None:
             raise _Refused(_EXPECTED)
-        found.append(_unquoted(match[0]).decode(errors="replace"))
+        found.append(_text(_unquoted(match[0])))
         at = match.end()
     return found
 
@@ -146,7 +163,7 @@ def _unquoted(word: bytes) -> bytes:
 
 
 def _help(_monitor: Monitor, rest: memoryview) -> str:
-    names = [m[0].decode(errors="replace") for m in _WORD.finditer(rest, 1, len(rest) - 1)][:2]
+    names = [_text(m[0]) for m in _WORD.finditer(rest, 1, len(rest) - 1)][:2]
     if not names:
         return _help_of(_WORDS)
     word = _WORDS.get(names[0])
@@ -168,11 +185,15 @@ def _object_add(monitor: Monitor, rest: memoryview) -> Output:
     except KeyvalError as error:
         return f"Error: {error.words(QUOTED_BYTES)}\n"
     except UsageError as error:
-        return _error(error)
+        return f"Error: {_UNEXPECTED.sub(_shortened, str(error))}\n"
     if given.help:
         return monitor.tree.help(given.members.get("qom-type"))
     visitor = JSON_VISITOR if given.is_json else KEYVAL_VISITOR
-    added = command.function(monitor, check(command, given.members, visitor))
+    try:
+        options = check(command, given.members, visitor)
+    except CommandError as error:
+        raise CommandError(_UNEXPECTED.sub(_shortened, error.desc)) from None
+    added = command.function(monitor, options)
     return "" if added is None else _silent(added)
 
 
@@ -215,6 +236,11 @@ def _info_secrets(monitor: Monitor, rest: memoryview) -> str:
             for e in entries
         ]
         after = entries[-1]["id"]
+        if len(lines) > SECRETS_PER_LISTING:
+            raise CommandError(
+                f"There are more secrets than the limit of {SECRETS_PER_LISTING}; "
+                "query-secrets lists any number in pieces"
+            )
     return "".join(lines)
 
 

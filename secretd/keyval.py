@@ -16,6 +16,9 @@ from secretd.wire.qjson import document
 FRAGMENT_BYTES: Final = 127
 """Bytes of one fragment of a key, as in QEMU."""
 
+KEY_FRAGMENTS: Final = 16
+"""Fragments of a key; three are the most that any type has. QEMU: no limit."""
+
 _NAME = rb"(?:__[A-Za-z0-9.-]*_)?[A-Za-z][A-Za-z0-9_-]*"  # parse_qapi_name()
 _FIRST: Final = re.compile(_NAME)
 _FRAGMENT: Final = re.compile(rb"[0-9]+|" + _NAME)
@@ -32,7 +35,8 @@ class Value(Text):
 
     def to_str(self) -> str:
         """Return the value. Only for members the schema does not mark sensitive."""
-        return bytes(self.view[self.start + 1 : self.end - 1]).decode(errors="surrogateescape")
+        content = bytes(self.view[self.start + 1 : self.end - 1])
+        return content.replace(b"\xc0\x80", b"\0").decode(errors="surrogateescape")
 
     def decode_in_place(self) -> memoryview:
         """Return the value between two double quotes; nothing is escaped in it."""
@@ -132,10 +136,10 @@ def _parse(view: memoryview, implied_key: str) -> Given:
             view[position:key_end], complete=match is not None and match[0] == b"="
         )
         node = tree
-        for index, fragment in enumerate(fragments[:-1], 1):
-            node = _put(node, fragment, None, ".".join(fragments[:index]))
+        for index in range(len(fragments) - 1):
+            node = _put(node, fragments[: index + 1], None)
         value, position = _value(view, key_end + 1, end)
-        _put(node, fragments[-1], value, ".".join(fragments))
+        _put(node, fragments, value)
         first = False
     return Given(_listified(tree, ""), is_json=False, help=wants_help)
 
@@ -155,17 +159,21 @@ def _fragments(key: memoryview, *, complete: bool) -> list[str]:
             part = "" if match.end() - at == len(key) else " fragment"
             raise KeyvalError(f"Parameter{part} '", key[at : match.end()], "' is too long")
         spans.append(key[at : match.end()])
+        if len(spans) > KEY_FRAGMENTS:
+            after = f"' has more than the limit of {KEY_FRAGMENTS} fragments"
+            raise KeyvalError("Parameter '", key, after)
         at = match.end() + 1
     if not complete:
         raise KeyvalError("Expected '=' after parameter '", key, "'")
     return [bytes(span).decode() for span in spans]
 
 
-def _put(node: _Tree, fragment: str, value: Value | None, path: str) -> _Tree:
+def _put(node: _Tree, path: list[str], value: Value | None) -> _Tree:
     """Put a value, or without one see to it that there is an object, which is returned."""
+    fragment = path[-1]
     old = node.get(fragment)
     if old is not None and isinstance(old, dict) is not (value is None):
-        raise UsageError(f"Parameters '{path}.*' used inconsistently")
+        raise UsageError(f"Parameters '{'.'.join(path)}.*' used inconsistently")
     if value is not None:
         node[fragment] = value
         return node

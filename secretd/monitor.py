@@ -111,11 +111,11 @@ class Table:
 
 
 class Monitor:
-    """The session of ``peer``. ``allow_oob`` is called once the client has enabled oob."""
+    """The session of ``peer``. ``on_negotiated`` is called when the client leaves negotiation mode."""
 
-    def __init__(self, daemon: Daemon, peer: Peer, allow_oob: Callable[[], None]) -> None:
+    def __init__(self, daemon: Daemon, peer: Peer, on_negotiated: Callable[[], None]) -> None:
         self.daemon = daemon
-        self._allow_oob = allow_oob
+        self._on_negotiated = on_negotiated
         self.tree = daemon.tree
         self.peer = peer
         self.table = daemon.tables[peer.door]
@@ -138,10 +138,11 @@ class Monitor:
         """Return the line that opens the session."""
         return wire.greeting(QEMU_VERSION, self.daemon.package, ["oob"])
 
-    def enable_oob(self) -> None:
-        """Allow exec-oob from now on (qmp_capabilities)."""
-        self.oob = True
-        self._allow_oob()
+    def negotiate(self, *, oob: bool) -> None:
+        """Leave negotiation mode; ``oob``: allow exec-oob from now on."""
+        self.oob = oob
+        self._on_negotiated()
+        self.negotiated = True
 
     def emit_about(self, event: str, object_id: str) -> None:
         """Tell the other sessions what this one did to a secret; its own has the reply."""
@@ -248,8 +249,7 @@ def _success(result: object, id_text: str | None) -> bytes:
     reply = wire.success(result, id_text)
     if len(reply) > MAX_REPLY_BYTES:
         raise CommandError(
-            f"The reply has {len(reply)} bytes, more than the limit of {MAX_REPLY_BYTES} bytes; "
-            "query-secrets lists any number of secrets in pieces"
+            f"The reply has {len(reply)} bytes, more than the limit of {MAX_REPLY_BYTES} bytes"
         )
     return reply
 

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import errno
 import os
+import re
 import socket
 import stat
 import time
@@ -47,8 +48,14 @@ QUEUED_REQUESTS: Final = 8
 """Requests that may wait behind one that is being carried out, where the client has enabled oob; QEMU's
 QMP_REQ_QUEUE_LEN_MAX. Then the connection is not read."""
 
+EVENTS_SECONDS: Final = 0.02
+"""Seconds for which events are collected: with many connections, sending each of them to each would
+take longer than what it tells of."""
+
 BATCH_BYTES: Final = 32 << 10
 """Bytes of replies that are collected before they are sent together."""
+
+_BRACE: Final = re.compile(rb"{")
 
 PATH_BYTES: Final = 107
 """Bytes of a socket's path (unix(7): sun_path with its NUL)."""
@@ -59,7 +66,7 @@ class Session:
 
     def __init__(self, server: "Server", sock: socket.socket, peer: Peer) -> None:
         self._server = server
-        self.monitor = Monitor(server.daemon, peer, self._enable_oob)
+        self.monitor = Monitor(server.daemon, peer, self._negotiated)
         table = self.monitor.table
         self.max_bytes = table.max_bytes
         self._codec = Connection(table.decode, table.max_bytes)
@@ -69,15 +76,16 @@ class Session:
         self._out: list[bytes] = []
         self._out_size = 0
         self._consuming = False
-        self._flushing = False
         self._lost = 0
         self._task: asyncio.Task[None] | None = None
         self._queue: deque[LockedBuffer | bytes | Locked] = deque()
         self.transport = Transport(sock, server.space, self, self.monitor.closer)
         self.transport.send(self.monitor.greeting())
 
-    def _enable_oob(self) -> None:
-        self._codec.oob = True
+    def _negotiated(self) -> None:
+        # What happened before is not this session's.
+        self._server.send_events()
+        self._codec.oob = self.monitor.oob
 
     @property
     def busy(self) -> bool:
@@ -95,7 +103,13 @@ class Session:
         self._consuming = True
         turn_ends = time.monotonic() + TURN_SECONDS
         while not (transport.is_closed or transport.backlogged or self._server.stopping):
-            start = position if self._task is None else self.kept_from(position)
+            if self._task is None:
+                start = position
+            elif len(self._queue) == QUEUED_REQUESTS:
+                transport.pause("busy")
+                break
+            else:
+                start = self.kept_from(position)
             position, request = codec_next(view, position, end)
             if isinstance(request, NeedData):
                 break
@@ -128,19 +142,22 @@ class Session:
             self._flush()
             self.transport.send(reply)
         else:
-            self._flush()
+            # First, so that it is cancelled if the flush finds that the client has gone.
             self._task = self._server.start(self._finish(reply))
+            self._flush()
 
     def _enqueue(self, request: Request | Malformed | Struct, message: memoryview) -> bool:
-        """Keep a request for when its turn comes; False if the queue is full, or locked memory is."""
-        if len(self._queue) == QUEUED_REQUESTS:
-            return False
+        """Keep a request for when its turn comes; False if there is no locked memory for it."""
         if isinstance(request, Malformed):
             # The words are ready; only a reply can come of it.
             reply = self.monitor.handle(request)
             assert isinstance(reply, bytes | Locked)
             self._queue.append(reply)
             return True
+        # Before its brace there may be what the parser skipped after an error.
+        match = _BRACE.search(message)
+        assert match is not None
+        message = message[match.start() :]
         try:
             kept = self.monitor.scratch.allocate(len(message))
         except LockedMemoryExhausted:
@@ -157,6 +174,7 @@ class Session:
             self._go_on()
         except Exception as error:  # noqa: BLE001 - it ends this connection, not the daemon
             log_internal(error)
+            self.transport.close()
 
     def _go_on(self) -> None:
         """Carry out what was queued, until one must be waited for; then read again."""
@@ -175,37 +193,28 @@ class Session:
         self.transport.resume("busy")
 
     def _flush(self) -> None:
-        self._flushing = False
         if self._out:
             data = self._out[0] if len(self._out) == 1 else b"".join(self._out)
             self._out.clear()
             self._out_size = 0
             self.transport.send(data)
 
-    def emit(self, event: bytes) -> None:
-        """Send an event soon, with others, after the replies that are due. A client that does not
-        read loses it, and is told when it reads again.
+    def send_events(self, events: bytes, count: int) -> None:
+        """Send so many events, after the replies that are due. A client that does not read loses them,
+        and is told when it reads again.
         """
-        if not self.monitor.negotiated:
-            return
         if self.transport.backlogged:
-            self._lost += 1
+            self._lost += count
             return
-        self._out.append(event)
-        self._out_size += len(event)
-        if self._consuming:
-            return
-        if self._out_size >= BATCH_BYTES:
+        self._out.append(events)
+        if not self._consuming:
             self._flush()
-        elif not self._flushing:
-            self._flushing = True
-            asyncio.get_running_loop().call_soon(self._flush)
 
     def drained(self) -> None:
         """The client reads again: tell it how many events it has lost."""
         if self._lost:
             lost, self._lost = self._lost, 0
-            self.emit(self._server.event("SECRET_EVENTS_LOST", f'{{"count": {lost}}}'))
+            self.send_events(self._server.event("SECRET_EVENTS_LOST", f'{{"count": {lost}}}'), 1)
 
     def too_slow(self) -> None:
         """A message was begun and not finished in time."""
@@ -304,6 +313,8 @@ class Server:
         self.daemon = Daemon(tree, commands, package, self.stop, self._emit)
         self.space = ReceiveSpace(tree.scratch)
         self.sessions: set[Session] = set()
+        self._events: list[tuple[bytes, Monitor | None]] = []  # not sent yet, and whose they are
+        self._events_size = 0
         self.stopping = False
         self._stopped = asyncio.Event()
         self._listeners: list[Listener] = []
@@ -364,12 +375,31 @@ class Server:
         return wire.event(name, data, now // 1_000_000, now % 1_000_000)
 
     def _emit(self, name: str, data: str, but: Monitor | None) -> None:
-        if len(self.sessions) == 1 and but is not None:
+        if len(self.sessions) == 1 and next(iter(self.sessions)).monitor is but:
             return
         event = self.event(name, data)
+        if not self._events:
+            asyncio.get_running_loop().call_later(EVENTS_SECONDS, self.send_events)
+        self._events.append((event, but))
+        self._events_size += len(event)
+        if self._events_size >= BATCH_BYTES or but is None:
+            self.send_events()
+
+    def send_events(self) -> None:
+        """Send what happened, to each session but what it did itself."""
+        if not self._events:
+            return
+        events, self._events, self._events_size = self._events, [], 0
+        together = b"".join(event for event, _ in events)
+        actors = {but for _, but in events}
         for session in list(self.sessions):
-            if session.monitor is not but and session.monitor.peer.door is Door.CONTROL:
-                session.emit(event)
+            monitor = session.monitor
+            if not monitor.negotiated or monitor.peer.door is not Door.CONTROL:
+                continue
+            if monitor not in actors:
+                session.send_events(together, len(events))
+            elif others := [event for event, but in events if but is not monitor]:
+                session.send_events(b"".join(others), len(others))
 
     def stop(self) -> None:
         """End `run`. Requests not yet begun are not answered."""
@@ -381,6 +411,7 @@ class Server:
         async with self._tasks:
             ready()
             await self._stopped.wait()
+            self.send_events()
             loop = asyncio.get_running_loop()
             for listener in self._listeners:
                 loop.remove_reader(listener.sock.fileno())

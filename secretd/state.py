@@ -16,6 +16,7 @@ Layout (little-endian)
              id, properties as a JSON object; padded to 8 bytes
 """
 
+import json
 import mmap
 import os
 import struct
@@ -144,7 +145,7 @@ class Journal:
         self, object_id: str, type_number: int, properties: dict[str, object], size: int, slot: int
     ) -> int:
         encoded_id = object_id.encode()
-        text = msgspec.json.encode(properties) if properties else b""
+        text = _encode(properties) if properties else b""
         length = -(-(_RECORD.size + len(encoded_id) + len(text)) // 8) * 8
         offset, end = self._end, self._end + length
         if end > len(self._map):
@@ -171,7 +172,7 @@ class Journal:
         start = offset + _RECORD.size
         object_id = self._map[start : start + id_length].decode()
         text = self._map[start + id_length : offset + length].rstrip(b"\0")
-        return Record(object_id, kind, size, slot, msgspec.json.decode(text) if text else {})
+        return Record(object_id, kind, size, slot, _decode(text) if text else {})
 
     def _compact_if_due(self) -> None:
         """Where most is dead, copy what lives into a second file and go on with that one.
@@ -192,6 +193,21 @@ class Journal:
         os.close(self._fd)
         self._fd, self._map = fd, fresh
         self._offsets, self._end, self._dead = offsets, end, 0
+
+
+def _encode(properties: dict[str, object]) -> bytes:
+    try:
+        return msgspec.json.encode(properties)
+    except UnicodeEncodeError:  # a file name that is not UTF-8, from a command line
+        return json.dumps(properties).encode()
+
+
+def _decode(text: bytes) -> dict[str, object]:
+    try:
+        return msgspec.json.decode(text, type=dict[str, object])
+    except msgspec.DecodeError:
+        properties: dict[str, object] = json.loads(text)
+        return properties
 
 
 def _new_file(size: int) -> tuple[int, mmap.mmap]:

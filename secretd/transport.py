@@ -110,6 +110,7 @@ class Transport:
         self._locked_out = 0  # replies in locked memory that wait to be sent
         self._small = receiver.max_bytes < SMALL_TAIL_BYTES
         self._timer: asyncio.TimerHandle | None = None
+        self._retry: asyncio.TimerHandle | None = None
         self.is_closed = False
         self._update_reading()
 
@@ -242,7 +243,12 @@ class Transport:
 
     def _starve(self) -> None:
         self._space.starved.add(self)
-        self._loop.call_later(RETRY_ROOM_SECONDS, self.fed)
+        if self._retry is None:
+            self._retry = self._loop.call_later(RETRY_ROOM_SECONDS, self._retry_room)
+
+    def _retry_room(self) -> None:
+        self._retry = None
+        self.fed()
 
     def _move_to_tail(self, rest: memoryview) -> bool:
         size = FIRST_TAIL_BYTES
@@ -356,8 +362,9 @@ class Transport:
             return
         self.is_closed = True
         self._space.starved.discard(self)
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._retry):
+            if timer is not None:
+                timer.cancel()
         self._loop.remove_reader(self._sock.fileno())
         self._loop.remove_writer(self._sock.fileno())
         for _, owner in self._out:

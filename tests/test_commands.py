@@ -14,6 +14,7 @@ import pytest
 from secretd.errors import CommandError
 from secretd.monitor import MAX_REPLY_BYTES
 from secretd.qom import source
+from secretd.qom.object import CHILDREN_PER_REPLY
 from secretd.wire.qmp import MAX_ID_BYTES
 from tests.conftest import ARENA_LEVEL, Client, Daemon
 
@@ -651,7 +652,15 @@ def test_a_reply_of_more_than_the_limit_is_an_error_that_says_so(qmp: Client) ->
         qmp.add(f"{'x' * 1500}{number:02}", data="x")
     words = qmp.fail("qom-list", {"path": "/objects"})
     assert words.startswith("The reply has 9")
-    assert f"more than the limit of {MAX_REPLY_BYTES} bytes; query-secrets lists" in words
+    assert words.endswith(f"more than the limit of {MAX_REPLY_BYTES} bytes")
+    add = b'{"execute":"object-add","arguments":{"qom-type":"secret","id":"s%d","data":""}}\n'
+    for start in range(0, CHILDREN_PER_REPLY, 400):
+        qmp.send(b"".join(add % n for n in range(start, start + 400)))
+        assert all(qmp.reply() == {"return": {}} for _ in range(400))
+    assert qmp.fail("qom-list", {"path": "/objects"}) == (
+        f"Path '/objects' has {CHILDREN_PER_REPLY + 60} children, more than the limit of "
+        f"{CHILDREN_PER_REPLY}; query-secrets lists any number of secrets in pieces"
+    )
     empty = len('{"return": ""}\r\n')
     qmp.add("s", data="x")
     for size in (MAX_REPLY_BYTES - empty, MAX_REPLY_BYTES - empty + 1):
@@ -676,6 +685,12 @@ def test_an_id_and_words_of_unusual_length_are_limited(qmp: Client) -> None:
         assert len(line) <= MAX_REPLY_BYTES
         assert json.loads(line)["error"]["desc"].startswith(f"The command {character}")
     assert qmp.fail("x" * 40_000) == f"The command {'x' * 40_000} has not been found"
+
+
+def test_of_very_many_unexpected_arguments_one_is_named(qmp: Client) -> None:
+    """Without looking for the one that QEMU would name, which may take long."""
+    names = {f"n{number}": 1 for number in range(2000)}
+    assert qmp.fail("query-name", names) == "Parameter 'n0' is unexpected"
 
 
 def test_keys_are_for_who_may_name_files(daemon: Daemon, qmp: Client) -> None:

@@ -15,7 +15,10 @@ from secretd.errors import UsageError
 from secretd.memory import Arena
 from secretd.qom.object import ObjectTree
 from secretd.qom.secret import Secret
+from secretd.qom.types import CREATABLE, INFOS
 from secretd.state import Journal
+from secretd.wire import encode
+from tests.conftest import ARENA_LEVEL
 
 
 @pytest.fixture
@@ -133,3 +136,20 @@ def test_help_on_objects_ends_the_start(tmp_path: Path) -> None:
         "secretd: --object secret,id=1,file=/dev/null: Parameter 'id' expects an identifier\n"
         "Identifiers consist of letters, digits, '-', '.', '_', starting with a letter.\n"
     )
+
+
+def test_names_that_are_not_utf8_are_kept(tmp_path: Path) -> None:
+    """On a command line they are bytes; what shows them shows U+FFFD."""
+    name = os.fsencode(tmp_path) + b"/\xff"
+    with open(name, "wb") as file:
+        file.write(b"letmein")
+    journal = Journal(Arena(ARENA_LEVEL))
+    scratch = Arena(ARENA_LEVEL)
+    tree = ObjectTree(journal, scratch, CREATABLE, INFOS)
+    daemon.add_object(tree, "secret,id=s,file=" + os.fsdecode(name))
+    assert tree.get("s", "file") == os.fsdecode(name)
+    assert bytes(journal.plaintext("s")) == b"letmein"
+    assert encode.value(tree.get("s", "file")).endswith('/\\uFFFD"')
+    journal.close()
+    journal.arena.close()
+    scratch.close()

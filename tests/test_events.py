@@ -84,6 +84,18 @@ def test_who_does_not_read_loses_events_and_is_told_how_many(daemon: Daemon, qmp
     assert lazy.event()["data"]["id"] == "t"
 
 
+def test_who_comes_later_is_not_told_what_was_before(daemon: Daemon, qmp: Client) -> None:
+    """However short the time since; and an end by a signal does not lose what is on its way."""
+    first = daemon.connect()
+    qmp.add("before", data="x")
+    late = daemon.connect()
+    qmp.add("after", data="x")
+    daemon.call(daemon.server.stop)
+    assert late.event()["data"]["id"] == "after"
+    assert [first.event()["data"]["id"] for _ in range(2)] == ["before", "after"]
+    assert late.line() == b""
+
+
 def test_the_end_is_told_to_all(daemon: Daemon, qmp: Client) -> None:
     """SHUTDOWN also to who asked for it, before the reply, as in QEMU."""
     other = daemon.connect()

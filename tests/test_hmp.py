@@ -37,6 +37,12 @@ def test_secrets_are_shown_without_their_content(qmp: Client) -> None:
         qmp.add(f"s{number:03}", data="letmein")
     lines = hmp(qmp, "info secrets").split("\r\n")
     assert len(lines) == 601
+    for number in range(600, 1100):
+        qmp.add(f"s{number:04}", data="letmein")
+    assert hmp(qmp, "info secrets") == (
+        "Error: There are more secrets than the limit of 1000; "
+        "query-secrets lists any number in pieces\r\n"
+    )
     assert lines[0].startswith("s000: secret, 7 bytes, memory ")
     assert lines[599].startswith("s599: secret, 7 bytes, memory ")
 
@@ -50,6 +56,25 @@ def test_a_secret_from_a_line_is_what_stands_there(qmp: Client) -> None:
     assert qmp.read("b") == b"x\n"
     assert hmp(qmp, "object_add secret,id=c,data=") == ""
     assert qmp.read("c") == b""
+
+
+def test_odd_lines_are_answered_as_qemu_does(qmp: Client) -> None:
+    """NULs, keys without end, numbers without end."""
+    assert hmp(qmp, "object_add authz-simple,id=a,identity=x\0y") == ""
+    assert qmp.ok("qom-get", {"path": "a", "property": "identity"}) == "x\0y"
+    assert hmp(qmp, "unk\0abc") == "unknown command: 'unk\0abc'\r\n"
+    assert hmp(qmp, "object_del a\0b") == "Error: object 'a\0b' not found\r\n"
+    number = "9" * 5000
+    assert hmp(qmp, f"object_add secret_keyring,id=k,serial={number}") == (
+        "Error: Parameter 'serial' expects integer\r\n"
+    )
+    key = ".".join("a" * 20_000)
+    assert hmp(qmp, f"object_add secret,id=a,{key}=1") == (
+        "Error: Parameter 'a.a.…' has more than the limit of 16 fragments\r\n"
+    )
+    assert hmp(qmp, 'object_del "' + "x" * 100_000) == (
+        'object_del: string expected\r\nTry "help object_del" for more information\r\n'
+    )
 
 
 def test_a_line_may_have_to_wait(daemon: Daemon, qmp: Client, tmp_path: Path) -> None:
@@ -78,6 +103,12 @@ def test_an_error_quotes_little_of_a_line(qmp: Client) -> None:
     )
     assert hmp(qmp, "object_add secret,id=s,data=let,me-in-then") == (
         "Error: Expected '=' after parameter 'me-i…'\r\n"
+    )
+    assert hmp(qmp, "object_add secret,id=s,data=let,me-in-then==") == (
+        "Error: Parameter 'me-i…' is unexpected\r\n"
+    )
+    assert hmp(qmp, "object_add secret,id=s,secret-part=1,secret-part.x=1") == (
+        "Error: Parameters 'secr….*' used inconsistently\r\n"
     )
     assert hmp(qmp, "object_add authz-list,id=a,rules.1.match=x") == (
         "Error: Parameter 'rules.0' missing\r\n"

@@ -77,11 +77,26 @@ def test_others_do_not_overtake_and_errors_keep_their_place(oob: Client, stuck: 
 
 def test_behind_eight_requests_nothing_is_read(oob: Client, stuck: Stuck) -> None:
     """As in QEMU: what comes then waits, out of band or not, and is answered in its turn."""
-    oob.send(b"".join(map(name, range(8))))
+    oob.send(b"".join(map(name, range(7))))
     assert oob.ask(LIST)["id"] == "oob"
-    oob.send(name(8) + LIST)
+    oob.send(name(7) + LIST + b"@\n" + name(8))
     stuck.release()
-    assert [oob.reply()["id"] for _ in range(11)] == ["stuck", *range(9), "oob"]
+    assert [oob.reply()["id"] for _ in range(10)] == ["stuck", *range(8), "oob"]
+    assert oob.reply()["error"]["desc"] == "JSON parse error, stray '@'"
+    assert oob.reply()["id"] == 8
+
+
+@pytest.mark.parametrize("junk", [b"@abc ", b"@'abc ", b'@ "\xc3 ', b"01 x\t"])
+def test_what_is_skipped_after_an_error_is_not_part_of_what_waits(
+    oob: Client, stuck: Stuck, junk: bytes
+) -> None:
+    """One error for the junk, and the request behind it in its turn."""
+    oob.send(junk + name(1) + name(2))
+    assert oob.ask(LIST)["id"] == "oob"
+    stuck.release()
+    assert oob.reply()["id"] == "stuck"
+    assert "JSON parse error, stray" in oob.reply()["error"]["desc"]
+    assert [oob.reply()["id"] for _ in range(2)] == [1, 2]
 
 
 def test_several_that_wait_stand_in_one_queue(oob: Client, stuck: Stuck, tmp_path: Path) -> None:

@@ -796,3 +796,43 @@ def test_a_socket_file_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
     os.unlink(path)
     second.close()
     assert not os.path.exists(path)
+
+
+def test_a_client_that_left_before_its_command_had_to_wait_leaves_nothing(
+    daemon: Daemon, tmp_path: Path
+) -> None:
+    """Its going is noticed when the replies before are sent; the wait ends then, not at its time limit."""
+    os.mkfifo(tmp_path / "fifo")
+    leaving = daemon.connect()
+    others_gone = threading.Event()
+    daemon.loop.call_soon_threadsafe(others_gone.wait, 20)
+    leaving.send(
+        b'{"execute":"query-name"}{"execute":"object-add","arguments":{"qom-type":"secret","id":"s",'
+        b'"file":"%s/fifo"}}' % os.fsencode(tmp_path)
+    )
+    leaving.close()
+    others_gone.set()
+    while daemon.call(lambda: daemon.server.sessions or daemon.tree._loading):
+        pass
+    while not daemon.server.daemon.offload.idle():
+        with contextlib.suppress(OSError):  # ENXIO while nobody reads it
+            os.close(os.open(tmp_path / "fifo", os.O_WRONLY | os.O_NONBLOCK))
+    assert daemon.connect().add("s", data="x") == {"return": {}}
+
+
+def test_a_connection_without_room_has_one_timer(
+    daemon: Daemon, qmp: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However often room that others give back does not suffice."""
+    monkeypatch.setattr(transport, "RETRY_ROOM_SECONDS", 3600.0)
+    (session,) = daemon.server.sessions
+    starved = session.transport
+
+    def starve() -> int:
+        for _ in range(50):
+            starved._starve()
+        return sum(handle._when - daemon.loop.time() > 1000 for handle in daemon.loop._scheduled)
+
+    assert daemon.call(starve) == 1
+    daemon.call(daemon.server.space.starved.clear)
+    assert qmp.ok("query-name") == {}

@@ -38,7 +38,7 @@ class Codec:
         self._ended = False
         shared = Shared(tree, COMMANDS.by_name.values(), "secretd test", self._stop, self._emit)
         peer = Peer(os.getuid(), os.getgid(), os.getpid(), Door.CONTROL)
-        self.monitor = Monitor(shared, peer, self._allow_oob)
+        self.monitor = Monitor(shared, peer, self._negotiated)
         self.codec = Connection(self.monitor.table.decode)
         self._input = bytearray()
         self._position = 0
@@ -51,8 +51,8 @@ class Codec:
         if but is not self.monitor:
             self._output += wire.event(name, data, 1, 2)
 
-    def _allow_oob(self) -> None:
-        self.codec.oob = True
+    def _negotiated(self) -> None:
+        self.codec.oob = self.monitor.oob
 
     def send(self, data: bytes, fds: list[int]) -> None:
         """See Peer."""

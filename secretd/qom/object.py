@@ -24,6 +24,9 @@ from secretd.wire.parser import JSON, Text
 ID_BYTES: Final = 4096
 """Bytes of an object's id. QEMU has no limit."""
 
+CHILDREN_PER_REPLY: Final = 1600
+"""Children that qom-list lists: more can in no case fit into a reply. QEMU: no limit."""
+
 _BAD_ID: Final = "Parameter 'id' expects an identifier"
 _ID_HINT: Final = "Identifiers consist of letters, digits, '-', '.', '_', starting with a letter."
 
@@ -209,7 +212,7 @@ class ObjectTree:
         if self._sorted is None:
             self._sorted = sorted(self.journal)
         start = bisect.bisect_right(self._sorted, object_id)
-        return (i for i in itertools.islice(self._sorted, start, None) if self.is_secret(i))
+        yield from filter(self.is_secret, itertools.islice(self._sorted, start, None))
 
     def type_of(self, object_id: str) -> ObjectType | None:
         """Return the type of an object, None if there is none of that id."""
@@ -257,6 +260,11 @@ class ObjectTree:
         if node == ROOT:
             children = [("objects", "child<container>")]
         elif node == OBJECTS:
+            if len(self.journal) > CHILDREN_PER_REPLY:
+                raise CommandError(
+                    f"Path '{path}' has {len(self.journal)} children, more than the limit of "
+                    f"{CHILDREN_PER_REPLY}; query-secrets lists any number of secrets in pieces"
+                )
             # QEMU puts each before the last as it goes through a hash table.
             names = reversed(list(GHashTable(self.journal)))
             children = [(i, f"child<{self._info(i).name}>") for i in names]

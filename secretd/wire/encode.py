@@ -36,6 +36,8 @@ def _character(character: str) -> str:
     code = ord(character)
     if 0x20 <= code < 0x7F:
         return character
+    if 0xD800 <= code < 0xE000:
+        return "\\uFFFD"  # of a command line that was not UTF-8
     if code < 0x10000:
         return f"\\u{code:04X}"
     code -= 0x10000

@@ -200,8 +200,7 @@ def test_qmp_shell(secretd: Process, terminals: list[Terminal]) -> None:
     shell.type("object-add qom-type=secret id=sh data=letmein", "Enter")
     shell.until(DUPLICATE.format("sh"))
     secretd.connect().add("other", data="x")
-    shell.type("", "Enter")
-    shell.until("'event': 'SECRET_ADDED'")
+    shell.until("'event': 'SECRET_ADDED'", "Enter")
     shell.type("object-del id=sh", "Enter")
     while [s["id"] for s in secretd.connect().secrets()] != ["other"]:
         pass
@@ -225,8 +224,7 @@ def test_qmp_shell_as_a_human_monitor(secretd: Process, terminals: list[Terminal
     shell.type("info secrets", "Enter")
     shell.until("hm: secret, 7 bytes, memory")
     secretd.connect().add("other", data="x")
-    shell.type("", "Enter")
-    shell.until("'event': 'SECRET_ADDED'")
+    shell.until("'event': 'SECRET_ADDED'", "Enter")
     shell.type("object_del hm", "Enter")
     while [s["id"] for s in secretd.connect().secrets()] != ["other"]:
         pass
