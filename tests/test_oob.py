@@ -3,6 +3,7 @@
 
 import contextlib
 import os
+import random
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -187,3 +188,30 @@ def test_a_flood_of_out_of_band_commands_lets_others_go_on(
         assert oob.reply()["id"] == "oob"
     stuck.release()
     assert oob.reply()["id"] == "stuck"
+
+
+PIECES = [
+    *(name(1), name(2), b'{"execute": "nope", "id": "n"}', b'{"execute": 3}', b"[1]", b'{"id": 5}'),
+    *(b"@", b"@'abc ", b"{]", b"}", b"01", b"\xff", b"\n", b" ", b'"a\nb"', b"nul ", b"[[", b"'x"),
+    b"{'execute': 'query-name', 'id': 'single'}",
+]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_whatever_comes_meanwhile_is_answered_as_if_nothing_were_stuck(
+    oob: Client, stuck: Stuck, qmp: Client, seed: int
+) -> None:
+    """The same answers in the same order, of good and bad messages in any mixture."""
+    rng = random.Random(seed)
+    data = b"".join(rng.choice(PIECES) for _ in range(rng.randint(1, 25)))
+    data += b'\xff{"execute": "query-name", "id": "end"}'
+    while data:
+        piece, data = data[: (size := rng.choice([1, 7, 50, 1000]))], data[size:]
+        oob.send(piece)
+        qmp.send(piece)
+    stuck.release()
+    assert oob.reply()["id"] == "stuck"
+    while (wanted := qmp.line()) != b"":
+        assert oob.line() == wanted
+        if b'"id": "end"' in wanted:
+            break
