@@ -1,36 +1,28 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Doors, sessions and the orderly stop.
+"""Doors, all their sessions, and the orderly stop.
 
-A `Listener` accepts on one socket; a `Session` ties a Transport, a codec and a Monitor together and has
-no behaviour beside that. daemon builds the `Server` and runs it.
+A `Listener` accepts on one socket; each connection becomes a `session.Session`. daemon builds the `Server`
+and runs it.
 """
 
 import asyncio
 import contextlib
 import errno
 import os
-import re
 import socket
 import stat
 import time
-from collections import deque
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Final
 
-from msgspec import Struct
-
-from secretd.access import Door, Peer, admits, identify
-from secretd.errors import LockedMemoryExhausted, UsageError
-from secretd.memory import LockedBuffer
-from secretd.monitor import Daemon, Monitor, Reply, close_for, log_internal
+from secretd.access import Door, admits, identify
+from secretd.errors import UsageError
+from secretd.monitor import Daemon, Monitor, close_for
 from secretd.qom.object import ObjectTree
 from secretd.receive import ReceiveSpace
 from secretd.schema import Command
-from secretd.transport import UNFINISHED_SECONDS, Locked, Transport
+from secretd.session import BATCH_BYTES, Session
 from secretd.wire import message as wire
-from secretd.wire.message import Malformed, Request
-from secretd.wire.qjson import NeedData
-from secretd.wire.qmp import Connection
 
 LISTEN_BACKLOG: Final = 128
 """Connections that may wait to be accepted."""
@@ -41,209 +33,12 @@ ACCEPTS_PER_TURN: Final = 32
 RETRY_ACCEPT_SECONDS: Final = 0.5
 """Seconds until the next try when the process has no descriptor left for a connection."""
 
-TURN_SECONDS: Final = 0.005
-"""Seconds after which a connection that sends one request after the other lets the others go on."""
-
-QUEUED_REQUESTS: Final = 8
-"""Requests that may wait behind one that is being carried out, where the client has enabled oob; QEMU's
-QMP_REQ_QUEUE_LEN_MAX. Then the connection is not read."""
-
 EVENTS_SECONDS: Final = 0.02
 """Seconds for which events are collected: with many connections, sending each of them to each would
 take longer than what it tells of."""
 
-BATCH_BYTES: Final = 32 << 10
-"""Bytes of replies that are collected before they are sent together."""
-
-_BRACE: Final = re.compile(rb"{")
-
 PATH_BYTES: Final = 107
 """Bytes of a socket's path (unix(7): sun_path with its NUL)."""
-
-
-class Session:
-    """One connection; the Receiver of its Transport."""
-
-    def __init__(self, server: "Server", sock: socket.socket, peer: Peer) -> None:
-        self._server = server
-        self.monitor = Monitor(server.daemon, peer, self._negotiated)
-        table = self.monitor.table
-        self.max_bytes = table.max_bytes
-        self._codec = Connection(table.decode, table.max_bytes)
-        self.kept_from = self._codec.kept_from
-        self.moved = self._codec.moved
-        self.descriptors = self.monitor.receive
-        self._out: list[bytes] = []
-        self._out_size = 0
-        self._consuming = False
-        self._lost = 0
-        self._task: asyncio.Task[None] | None = None
-        self._queue: deque[LockedBuffer | bytes | Locked] = deque()
-        self.transport = Transport(sock, server.space, self, self.monitor.closer)
-        self.transport.send(self.monitor.greeting())
-
-    def _negotiated(self) -> None:
-        # What happened before is not this session's.
-        self._server.send_events()
-        self._codec.oob = self.monitor.oob
-
-    @property
-    def busy(self) -> bool:
-        """True while requests that were read are not answered yet."""
-        return self._task is not None
-
-    def consume(self, view: memoryview, position: int, end: int) -> int:
-        """Carry out the requests in the view, in order, until one must be waited for.
-
-        If the client has enabled oob, what comes meanwhile is read on: out-of-band commands are
-        carried out at once, others queued.
-        """
-        codec_next, handle = self._codec.next, self.monitor.handle
-        transport = self.transport
-        self._consuming = True
-        turn_ends = time.monotonic() + TURN_SECONDS
-        while not (transport.is_closed or transport.backlogged or self._server.stopping):
-            if self._task is None:
-                start = position
-            elif len(self._queue) == QUEUED_REQUESTS:
-                transport.pause("busy")
-                break
-            else:
-                start = self.kept_from(position)
-            position, request = codec_next(view, position, end)
-            if isinstance(request, NeedData):
-                break
-            if self._task is not None and not (isinstance(request, Request) and request.oob):
-                if not self._enqueue(request, view[start:position]):
-                    position = start
-                    transport.pause("busy")
-                    break
-                continue
-            self._answer(handle(request))
-            if self._task is not None and not self.monitor.oob:
-                transport.pause("busy")
-                break
-            if time.monotonic() > turn_ends:
-                transport.pause("turn")
-                asyncio.get_running_loop().call_soon(transport.resume, "turn")
-                break
-        self._consuming = False
-        self._flush()
-        return position
-
-    def _answer(self, reply: Reply) -> None:
-        """Send a reply with others soon, or start to wait for it."""
-        if isinstance(reply, bytes):
-            self._out.append(reply)
-            self._out_size += len(reply)
-            if self._out_size >= BATCH_BYTES:
-                self._flush()
-        elif isinstance(reply, Locked):
-            self._flush()
-            self.transport.send(reply)
-        else:
-            # First, so that it is cancelled if the flush finds that the client has gone.
-            self._task = self._server.start(self._finish(reply))
-            self._flush()
-
-    def _enqueue(self, request: Request | Malformed | Struct, message: memoryview) -> bool:
-        """Keep a request for when its turn comes; False if there is no locked memory for it."""
-        if isinstance(request, Malformed):
-            # The words are ready; only a reply can come of it.
-            reply = self.monitor.handle(request)
-            assert isinstance(reply, bytes | Locked)
-            self._queue.append(reply)
-            return True
-        # Before its brace there may be what the parser skipped after an error.
-        match = _BRACE.search(message)
-        assert match is not None
-        message = message[match.start() :]
-        try:
-            kept = self.monitor.scratch.allocate(len(message))
-        except LockedMemoryExhausted:
-            return False
-        kept.view[:] = message
-        self._queue.append(kept)
-        return True
-
-    async def _finish(self, reply: Coroutine[object, object, bytes]) -> None:
-        data = await reply
-        self._task = None
-        self.transport.send(data)
-        try:
-            self._go_on()
-        except Exception as error:  # noqa: BLE001 - it ends this connection, not the daemon
-            log_internal(error)
-            self.transport.close()
-
-    def _go_on(self) -> None:
-        """Carry out what was queued, until one must be waited for; then read again."""
-        while self._queue and self._task is None and not self._server.stopping:
-            kept = self._queue.popleft()
-            if isinstance(kept, LockedBuffer):
-                with kept:
-                    codec = Connection(self.monitor.table.decode, self.max_bytes)
-                    codec.oob = True
-                    request = codec.next(kept.view, 0, len(kept.view))[1]
-                    assert not isinstance(request, NeedData)
-                    self._answer(self.monitor.handle(request))
-            else:
-                self._answer(kept)
-        self._flush()
-        self.transport.resume("busy")
-
-    def _flush(self) -> None:
-        if self._out:
-            data = self._out[0] if len(self._out) == 1 else b"".join(self._out)
-            self._out.clear()
-            self._out_size = 0
-            self.transport.send(data)
-
-    def send_events(self, events: bytes, count: int) -> None:
-        """Send so many events, after the replies that are due. A client that does not read loses them,
-        and is told when it reads again.
-        """
-        if self.transport.backlogged:
-            self._lost += count
-            return
-        self._out.append(events)
-        if not self._consuming:
-            self._flush()
-
-    def drained(self) -> None:
-        """The client reads again: tell it how many events it has lost."""
-        if self._lost:
-            lost, self._lost = self._lost, 0
-            self.send_events(self._server.event("SECRET_EVENTS_LOST", f'{{"count": {lost}}}'), 1)
-
-    def too_slow(self) -> None:
-        """A message was begun and not finished in time."""
-        self.transport.send(
-            wire.failure(
-                "GenericError",
-                f"No end of the message within {UNFINISHED_SECONDS:g} seconds; connection closed",
-                None,
-            )
-        )
-
-    def no_memory(self, error: LockedMemoryExhausted) -> None:
-        """There is no locked memory for an unfinished message."""
-        self.transport.send(wire.failure("GenericError", error.desc, None))
-
-    def closed(self) -> None:
-        """Forget the session."""
-        if self._task is not None:
-            # Not before its first step, which was scheduled before: only then does what it owns
-            # (a descriptor, a buffer) have someone to release it.
-            asyncio.get_running_loop().call_soon(self._task.cancel)
-        while self._queue:
-            kept = self._queue.popleft()
-            if isinstance(kept, Locked):
-                kept.buffer.free()
-            elif isinstance(kept, LockedBuffer):
-                kept.free()
-        self._server.sessions.discard(self)
-        self.monitor.close()
 
 
 class Listener:

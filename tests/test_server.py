@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from secretd import access, server, transport
+from secretd import session as session_module
 from secretd.access import Door
 from secretd.errors import LockedMemoryExhausted, UsageError
 from secretd.memory import Arena
@@ -125,7 +126,7 @@ def test_a_client_that_does_not_read_stalls_only_itself(daemon: Daemon, qmp: Cli
         except BlockingIOError:
             assert qmp.cmd("query-name") == {"return": {}}
     (session,) = [s for s in daemon.server.sessions if s.transport._backlog]
-    assert session.transport._backlog < transport.BACKLOG_BYTES + server.BATCH_BYTES + 4096
+    assert session.transport._backlog < transport.BACKLOG_BYTES + session_module.BATCH_BYTES + 4096
     silent.sock.setblocking(True)
     silent.sock.settimeout(20)
     for number in range(sent):
@@ -241,7 +242,7 @@ def test_requests_that_wait_for_their_turn_need_no_more_room(
     starving: Daemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is whole and only waits is no unfinished message, however much of it there is."""
-    monkeypatch.setattr(server, "TURN_SECONDS", -1.0)
+    monkeypatch.setattr(session_module, "TURN_SECONDS", -1.0)
     client = starving.connect()
     starving.scratch.starved = "large"
     client.send(b"".join(b'{"execute":"query-name","id":%d}\n' % n for n in range(5000)))
@@ -279,7 +280,7 @@ def test_many_that_pipeline_at_once_are_all_answered(
     daemon: Daemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What waits for its turn always finds room."""
-    monkeypatch.setattr(server, "TURN_SECONDS", 0.0005)
+    monkeypatch.setattr(session_module, "TURN_SECONDS", 0.0005)
     requests = b"".join(b'{"execute":"query-name","id":%d}\n' % n for n in range(1500))
     clients = [daemon.connect() for _ in range(60)]
     senders = [threading.Thread(target=client.send, args=(requests,)) for client in clients]
@@ -709,7 +710,7 @@ def test_a_long_series_of_requests_lets_others_go_on(
     daemon: Daemon, qmp: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One request a turn here; all are answered, in order."""
-    monkeypatch.setattr(server, "TURN_SECONDS", -1.0)
+    monkeypatch.setattr(session_module, "TURN_SECONDS", -1.0)
     other = daemon.connect()
     qmp.send(b"".join(b'{"execute":"query-name","id":%d}\n' % n for n in range(2000)))
     assert other.cmd("query-name") == {"return": {}}
