@@ -27,7 +27,7 @@ from secretd.memory import Arena, choose_level
 from secretd.qom.object import ObjectTree
 from secretd.qom.types import CREATABLE, INFOS
 from secretd.state import Journal
-from tests.real_qemu import ask, running, storage_daemon
+from tests.real_qemu import Qemu, ask, storage_daemon
 from tests.transcript import FILES, SocketPeer, load
 
 BATCH = 40
@@ -463,7 +463,7 @@ def main() -> int:
     options = parser.parse_args()
     different = fuzz_options(options.options, options.seed)
     program = Path(sys.executable).parent / "secretd"
-    with tempfile.TemporaryDirectory() as directory, running("qemu10") as qemu:
+    with tempfile.TemporaryDirectory() as directory, contextlib.closing(Qemu("qemu10")) as qemu:
         path = f"{directory}/control.sock"
         secretd = subprocess.Popen([program, "--control", path], stderr=subprocess.PIPE, text=True)
         try:

@@ -3,13 +3,14 @@
 differs. Needs both and keyutils; scripts/record-vectors calls it. Arguments: names of files, else all.
 """
 
+import contextlib
 import json
 import sys
 from pathlib import Path
 
 from secretd.commands import COMMANDS
 from secretd.events import EVENTS
-from tests.real_qemu import Qemu, ask, running, storage_daemon
+from tests.real_qemu import Qemu, ask, storage_daemon
 from tests.transcript import FILES, OPTIONS, SCHEMA, SocketPeer, expanded, load
 
 
@@ -95,7 +96,7 @@ def main() -> None:
     if not wanted or OPTIONS.stem in wanted:
         print(OPTIONS.name, flush=True)
         record_options()
-    with running("qemu10") as ten, running("qemu7") as seven:
+    with contextlib.closing(Qemu("qemu10")) as ten, contextlib.closing(Qemu("qemu7")) as seven:
         if not wanted or SCHEMA.stem in wanted:
             print(SCHEMA.name, flush=True)
             record_schema(ten)

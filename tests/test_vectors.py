@@ -2,6 +2,7 @@
 """Transcripts of real QEMU, played against the daemon and against the codec without a socket."""
 
 import asyncio
+import contextlib
 import os
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from secretd.wire import message as wire
 from secretd.wire.qjson import NeedData
 from secretd.wire.qmp import Connection
 from tests.conftest import ARENA_LEVEL, Daemon, need_program
-from tests.transcript import FILES, Mismatch, SocketPeer, load, play, scene_of
+from tests.transcript import FILES, Mismatch, Scene, SocketPeer, load, play
 
 DIFFERENCES = (Path(__file__).parent.parent / "docs" / "protocol.md").read_text()
 DIFFERENCES = DIFFERENCES[DIFFERENCES.index("## Differences from QEMU") :]
@@ -104,7 +105,7 @@ def test_the_codec_answers_as_qemu_does(path: Path) -> None:
     for vector in load(path):
         peer = Codec()
         try:
-            with scene_of(vector) as scene:
+            with contextlib.closing(Scene(vector)) as scene:
                 play(vector, peer, scene, server="secretd")
         except Mismatch as mismatch:
             wrong.append(str(mismatch))
@@ -124,7 +125,7 @@ def test_the_daemon_answers_as_qemu_does(tmp_path: Path, path: Path) -> None:
         for vector in load(path):
             peer = SocketPeer(daemon.control)
             try:
-                with scene_of(vector) as scene:
+                with contextlib.closing(Scene(vector)) as scene:
                     play(vector, peer, scene, server="secretd")
             except Mismatch as mismatch:
                 wrong.append(str(mismatch))

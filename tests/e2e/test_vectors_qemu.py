@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The transcripts against real QEMU: that what they say of it is so."""
 
+import contextlib
+
 import pytest
 
-from tests.real_qemu import need_qemu, running
+from tests.real_qemu import Qemu, need_qemu
 from tests.transcript import FILES, Mismatch, load
 
 
@@ -12,7 +14,7 @@ def test_qemu_answers_as_the_transcripts_say(version: str) -> None:
     """Each file on one QEMU after the other; QEMU 10's answers are the reference."""
     need_qemu(version)
     wrong = []
-    with running(version) as qemu:
+    with contextlib.closing(Qemu(version)) as qemu:
         for path in FILES:
             for vector in load(path):
                 try:
