@@ -17,10 +17,8 @@ ARGV_FDS = "SECRETD_ARGV_FDS"
 
 
 MEMBERS = frozenset(
-    (
-        *("qom-type", "id", "format", "keyid", "iv", "file", "serial"),
-        *("identity", "policy", "rules", "filename", "refresh"),
-    )
+    {"qom-type", "id", "format", "keyid", "iv", "file", "serial"}
+    | {"identity", "policy", "rules", "filename", "refresh"}
 )
 """Members of an object that hold no secret, and may be shown."""
 

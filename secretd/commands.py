@@ -19,8 +19,8 @@ from secretd.fds import AddfdInfo, FdsetInfo
 from secretd.introspect import SchemaInfo
 from secretd.memory import LockedBuffer
 from secretd.monitor import Monitor
-from secretd.qom.object import ObjectPropertyInfo, ObjectTypeInfo
 from secretd.qom.secret import SecretCommonOptions, generate, secret_plaintext
+from secretd.qom.typeinfo import ObjectPropertyInfo, ObjectTypeInfo
 from secretd.qom.types import AnyOptions
 from secretd.schema import Commands
 from secretd.visitor import SensitiveAny
@@ -175,13 +175,13 @@ def qom_list_types(
 ) -> list[ObjectTypeInfo]:
     """List the types of objects."""
     wanted = None if implements is UNSET else implements
-    return monitor.tree.list_types(wanted, abstract=abstract is True)
+    return monitor.tree.types.listed(wanted, abstract=abstract is True)
 
 
 @COMMANDS()
 def qom_list_properties(monitor: Monitor, typename: str) -> list[ObjectPropertyInfo]:
     """List the properties of a type."""
-    return monitor.tree.list_type_properties(typename)
+    return monitor.tree.types.properties(typename)
 
 
 # --- descriptors

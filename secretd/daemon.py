@@ -32,14 +32,14 @@ from secretd.memory import (
     limit_text,
 )
 from secretd.options import QuietParser
-from secretd.qom.object import ObjectOptions, ObjectTree, with_hint
+from secretd.qom.object import ObjectTree, with_hint
 from secretd.qom.secret import SecretOptions
 from secretd.qom.source import StartSources
-from secretd.qom.types import CREATABLE, INFOS
+from secretd.qom.typeinfo import ObjectOptions
+from secretd.qom.types import TYPES
 from secretd.schema import check
 from secretd.server import Listener, Server, listen
 from secretd.state import Journal
-from secretd.visitor import JSON_VISITOR, KEYVAL_VISITOR
 from secretd.wire.parser import Text
 
 _EPILOG = """\
@@ -121,7 +121,7 @@ def run(options: argparse.Namespace) -> int:
     scratch = Arena(level, window=SCRATCH_WINDOW, reserve=SCRATCH_RESERVE)
     journal = Journal(Arena(level))
     try:
-        tree = ObjectTree(journal, scratch, CREATABLE, INFOS)
+        tree = ObjectTree(journal, scratch, TYPES)
         hidden = argv.hidden_fds()
         for number, text in enumerate(options.object, 1):
             if not make_object(tree, text, number, hidden):
@@ -163,11 +163,10 @@ def add_object(tree: ObjectTree, text: str) -> ObjectOptions | None:
     """
     given = keyval.arguments(keyval.buffer(text))
     if given.help:
-        print(tree.help(given.members.get("qom-type")), end="")
+        print(tree.types.help(given.members.get("qom-type")), end="")
         return None
-    visitor = JSON_VISITOR if given.is_json else KEYVAL_VISITOR
     try:
-        options = check(COMMANDS.by_name["object-add"], given.members, visitor)
+        options = check(COMMANDS.by_name["object-add"], given.members, given.visitor)
         assert isinstance(options, ObjectOptions)
         tree.add(options, StartSources(tree.scratch))
     except CommandError as error:

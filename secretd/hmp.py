@@ -15,7 +15,6 @@ from secretd.keyval import KeyvalError
 from secretd.monitor import QEMU_VERSION, Monitor
 from secretd.qom.object import with_hint
 from secretd.schema import check
-from secretd.visitor import JSON_VISITOR, KEYVAL_VISITOR
 
 QUOTED_BYTES: Final = 4
 """Bytes of a line's own text that an error about it quotes: it may be of a secret. QEMU quotes all."""
@@ -187,10 +186,9 @@ def _object_add(monitor: Monitor, rest: memoryview) -> Output:
     except UsageError as error:
         return f"Error: {_UNEXPECTED.sub(_shortened, str(error))}\n"
     if given.help:
-        return monitor.tree.help(given.members.get("qom-type"))
-    visitor = JSON_VISITOR if given.is_json else KEYVAL_VISITOR
+        return monitor.tree.types.help(given.members.get("qom-type"))
     try:
-        options = check(command, given.members, visitor)
+        options = check(command, given.members, given.visitor)
     except CommandError as error:
         raise CommandError(_UNEXPECTED.sub(_shortened, error.desc)) from None
     added = command.function(monitor, options)

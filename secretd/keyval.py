@@ -9,6 +9,7 @@ import re
 from typing import Final, NamedTuple, TypeAlias
 
 from secretd.errors import UsageError
+from secretd.visitor import JSON_VISITOR, KEYVAL_VISITOR, Visitor
 from secretd.wire.order import qdict_items
 from secretd.wire.parser import JSON, Fault, Text
 from secretd.wire.qjson import document
@@ -23,6 +24,7 @@ _NAME = rb"(?:__[A-Za-z0-9.-]*_)?[A-Za-z][A-Za-z0-9_-]*"  # parse_qapi_name()
 _FIRST: Final = re.compile(_NAME)
 _FRAGMENT: Final = re.compile(rb"[0-9]+|" + _NAME)
 _KEY_END: Final = re.compile(rb"[=,]")
+_COMMAS: Final = re.compile(rb",,?")
 _LARGEST_INDEX: Final = (1 << 31) - 1
 
 _Tree: TypeAlias = "dict[str, JSON]"
@@ -68,10 +70,10 @@ class KeyvalError(UsageError):
 
 
 class Given(NamedTuple):
-    """The arguments of an option: as JSON or as keyval, and whether help was asked for."""
+    """The arguments of an option, what checks them, and whether help was asked for."""
 
     members: dict[str, JSON]
-    is_json: bool
+    visitor: Visitor
     help: bool
 
 
@@ -86,7 +88,7 @@ def arguments(view: memoryview) -> Given:
     if isinstance(message, Fault):
         raise KeyvalError(*message)
     assert isinstance(message, dict)
-    return Given(message, is_json=True, help=False)
+    return Given(message, JSON_VISITOR, help=False)
 
 
 def buffer(text: str) -> memoryview:
@@ -116,7 +118,6 @@ def _parse(view: memoryview, implied_key: str) -> Given:
     tree: _Tree = {}
     position, end = 1, len(view) - 1
     wants_help = False
-    first = True
     while position < end:
         match = _KEY_END.search(view, position, end)
         key_end = match.start() if match else end
@@ -125,12 +126,10 @@ def _parse(view: memoryview, implied_key: str) -> Given:
             if word in (b"help", b"?"):
                 wants_help = True
                 position = key_end + 1
-                first = False
                 continue
-            if first:
+            if position == 1:
                 tree[implied_key] = Value(view, position - 1, key_end + 1)
                 position = key_end + 1
-                first = False
                 continue
         fragments = _fragments(
             view[position:key_end], complete=match is not None and match[0] == b"="
@@ -140,8 +139,7 @@ def _parse(view: memoryview, implied_key: str) -> Given:
             node = _put(node, fragments[: index + 1], None)
         value, position = _value(view, key_end + 1, end)
         _put(node, fragments, value)
-        first = False
-    return Given(_listified(tree, ""), is_json=False, help=wants_help)
+    return Given(_listified(tree, ""), KEYVAL_VISITOR, help=wants_help)
 
 
 def _fragments(key: memoryview, *, complete: bool) -> list[str]:
@@ -185,15 +183,16 @@ def _put(node: _Tree, path: list[str], value: Value | None) -> _Tree:
 def _value(view: memoryview, start: int, end: int) -> tuple[Value, int]:
     """Return the value up to a single comma, its doubled ones made single, and where to go on."""
     into = at = start
-    while at < end:
-        comma = view[at] == 0x2C
-        if comma and (at + 1 == end or view[at + 1] != 0x2C):
-            break
-        at += comma
-        view[into] = view[at]
-        into += 1
-        at += 1
-    return Value(view, start - 1, into + 1), at + 1
+    for match in _COMMAS.finditer(view, start, end):
+        # With the first comma of two; a single one ends the value.
+        stop = match.end() - 1
+        view[into : into + stop - at] = view[at:stop]
+        into += stop - at
+        at = match.end()
+        if match[0] == b",":
+            return Value(view, start - 1, into + 1), at
+    view[into : into + end - at] = view[at:end]
+    return Value(view, start - 1, into + end - at + 1), end
 
 
 def _index(key: str) -> int | None:

@@ -22,7 +22,7 @@ from secretd.access import Door
 from secretd.commands import COMMANDS
 from secretd.memory import SCRATCH_RESERVE, SCRATCH_WINDOW, Arena, choose_level
 from secretd.qom.object import ObjectTree
-from secretd.qom.types import CREATABLE, INFOS
+from secretd.qom.types import TYPES
 from secretd.server import Server, listen
 from secretd.state import Journal
 
@@ -230,7 +230,7 @@ class Daemon:
         self.loop.set_exception_handler(lambda _loop, context: self.errors.append(context))
         self.scratch = Arena(self._level, window=SCRATCH_WINDOW, reserve=SCRATCH_RESERVE)
         self.journal = Journal(Arena(self._level))
-        self.tree = ObjectTree(self.journal, self.scratch, CREATABLE, INFOS)
+        self.tree = ObjectTree(self.journal, self.scratch, TYPES)
         self.server = Server(self.tree, COMMANDS.by_name.values(), "secretd test")
         try:
             self.server.add(listen(self.control, Door.CONTROL, 0o600))

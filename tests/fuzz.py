@@ -25,7 +25,6 @@ from secretd.daemon import add_object
 from secretd.errors import UsageError
 from secretd.memory import Arena, choose_level
 from secretd.qom.object import ObjectTree
-from secretd.qom.types import CREATABLE, INFOS
 from secretd.state import Journal
 from tests.real_qemu import Qemu, ask, storage_daemon
 from tests.transcript import FILES, SocketPeer, load
@@ -73,7 +72,7 @@ STRINGS = [
     "😀",
 ]
 SCALARS = [0, 1, -1, 2**31, 2**63 - 1, 2**63, 2**64, 1.5, 1e300, True, False, None]
-TYPES = [
+QOM_TYPES = [
     "secret",
     "secret",
     "secret",
@@ -156,7 +155,7 @@ def arguments(rng: random.Random) -> tuple[str, dict[str, object]]:
     pick = rng.choice
     given: dict[str, object] = {}
     if command == "object-add":
-        given = {"qom-type": pick(TYPES), "id": pick(IDS)}
+        given = {"qom-type": pick(QOM_TYPES), "id": pick(IDS)}
         some = {
             "data": pick(DATA), "format": pick(["raw", "base64", "base64", "hex"]), "keyid": pick(IDS),
             "iv": pick(BASE64), "file": pick(["/nope", "/", "x"]), "identity": pick(STRINGS),
@@ -370,7 +369,7 @@ def add_option(text: str) -> tuple[str, str]:
     words = ""
     try:
         with contextlib.redirect_stdout(printed):
-            add_object(ObjectTree(journal, scratch, CREATABLE, INFOS), text)
+            add_object(ObjectTree(journal, scratch, QOM_TYPES), text)
     except UsageError as error:
         words = str(error)
     finally:

@@ -305,8 +305,8 @@ def test_a_daemon_that_goes_away_is_said(
 ) -> None:
     """Also when it does so in the middle."""
     monkeypatch.setattr(
-        daemon.tree,
-        "list_types",
+        daemon.tree.types,
+        "listed",
         lambda *_a, **_k: [s.transport.close() for s in daemon.server.sessions.copy()],
     )
     monkeypatch.setattr("secretd.client.Client.list", lambda self: self._execute("qom-list-types"))

@@ -14,8 +14,7 @@ from secretd.access import Door
 from secretd.errors import UsageError
 from secretd.memory import Arena
 from secretd.qom.object import ObjectTree
-from secretd.qom.secret import Secret
-from secretd.qom.types import CREATABLE, INFOS
+from secretd.qom.types import TYPES
 from secretd.state import Journal
 from secretd.wire import encode
 from tests.conftest import ARENA_LEVEL
@@ -67,7 +66,7 @@ def test_what_to_type_next_works_as_it_is_printed(
 ) -> None:
     """With secretctl's path where a shell would not find it, and the socket where it is not the default."""
     journal = Journal(arena)
-    tree = ObjectTree(journal, arena, (Secret(),), ())
+    tree = ObjectTree(journal, arena, TYPES)
     doors = [daemon.door_spec(Door.CONTROL, str(tmp_path / "c"))]
     for found, shown in (
         ("/usr/bin/secretctl", "secretctl"),
@@ -145,7 +144,7 @@ def test_names_that_are_not_utf8_are_kept(tmp_path: Path) -> None:
         file.write(b"letmein")
     journal = Journal(Arena(ARENA_LEVEL))
     scratch = Arena(ARENA_LEVEL)
-    tree = ObjectTree(journal, scratch, CREATABLE, INFOS)
+    tree = ObjectTree(journal, scratch, TYPES)
     daemon.add_object(tree, "secret,id=s,file=" + os.fsdecode(name))
     assert tree.get("s", "file") == os.fsdecode(name)
     assert bytes(journal.plaintext("s")) == b"letmein"

@@ -10,7 +10,7 @@ from secretd.daemon import add_object
 from secretd.errors import UsageError
 from secretd.memory import Arena
 from secretd.qom.object import ObjectTree
-from secretd.qom.types import CREATABLE, INFOS
+from secretd.qom.types import TYPES
 from secretd.state import Journal
 from tests.conftest import ARENA_LEVEL
 from tests.transcript import Option, load_options
@@ -92,7 +92,7 @@ def test_the_object_option_is_answered_as_by_qemu(
     """Word for word what qemu-storage-daemon says, as it was recorded."""
     scratch = Arena(ARENA_LEVEL)
     journal = Journal(Arena(ARENA_LEVEL))
-    tree = ObjectTree(journal, scratch, CREATABLE, INFOS)
+    tree = ObjectTree(journal, scratch, TYPES)
     try:
         words = ""
         try:

@@ -506,7 +506,7 @@ def test_an_internal_error_is_answered_and_logged_without_its_text(
         await asyncio.sleep(0)
         broken()
 
-    monkeypatch.setattr(daemon.tree, "list_types", lambda *_a, **_k: broken())
+    monkeypatch.setattr(daemon.tree.types, "listed", lambda *_a, **_k: broken())
     monkeypatch.setattr(daemon.tree, "add", lambda *_a: broken_later("x"))
     words = "Internal error; the log of secretd has the details"
     assert qmp.fail("qom-list-types") == words

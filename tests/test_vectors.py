@@ -14,14 +14,14 @@ from secretd.memory import Arena
 from secretd.monitor import Daemon as Shared
 from secretd.monitor import Monitor
 from secretd.qom.object import ObjectTree
-from secretd.qom.types import CREATABLE, INFOS
+from secretd.qom.types import TYPES
 from secretd.state import Journal
 from secretd.transport import Locked
 from secretd.wire import message as wire
 from secretd.wire.qjson import NeedData
 from secretd.wire.qmp import Connection
 from tests.conftest import ARENA_LEVEL, Daemon, need_program
-from tests.transcript import FILES, Mismatch, Scene, SocketPeer, load, play
+from tests.transcript import FILES, Mismatch, Scene, SocketPeer, Vector, load, play
 
 DIFFERENCES = (Path(__file__).parent.parent / "docs" / "protocol.md").read_text()
 DIFFERENCES = DIFFERENCES[DIFFERENCES.index("## Differences from QEMU") :]
@@ -34,7 +34,7 @@ class Codec:
     def __init__(self) -> None:
         self.scratch = Arena(ARENA_LEVEL)
         self.journal = Journal(Arena(ARENA_LEVEL))
-        tree = ObjectTree(self.journal, self.scratch, CREATABLE, INFOS)
+        tree = ObjectTree(self.journal, self.scratch, TYPES)
         self.runner = asyncio.Runner()
         self._ended = False
         shared = Shared(tree, COMMANDS.by_name.values(), "secretd test", self._stop, self._emit)
@@ -96,21 +96,22 @@ class Codec:
         assert held == 0
 
 
+def played(vector: Vector, peer: Codec | SocketPeer) -> str:
+    """Play a vector and close the peer; return what was not as it should be."""
+    with contextlib.closing(peer), contextlib.closing(Scene(vector)) as scene:
+        try:
+            play(vector, peer, scene, server="secretd")
+        except Mismatch as mismatch:
+            return str(mismatch)
+    return ""
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_the_codec_answers_as_qemu_does(path: Path) -> None:
     """Without a socket, byte for byte but for the differences that the page names."""
     if path.stem == "keyring":
         need_program("keyctl")
-    wrong = []
-    for vector in load(path):
-        peer = Codec()
-        try:
-            with contextlib.closing(Scene(vector)) as scene:
-                play(vector, peer, scene, server="secretd")
-        except Mismatch as mismatch:
-            wrong.append(str(mismatch))
-        finally:
-            peer.close()
+    wrong = [mismatch for vector in load(path) if (mismatch := played(vector, Codec()))]
     assert not wrong, "\n".join(["", *wrong])
 
 
@@ -123,21 +124,14 @@ def test_the_daemon_answers_as_qemu_does(tmp_path: Path, path: Path) -> None:
     daemon = Daemon(tmp_path)
     try:
         for vector in load(path):
-            peer = SocketPeer(daemon.control)
-            try:
-                with contextlib.closing(Scene(vector)) as scene:
-                    play(vector, peer, scene, server="secretd")
-            except Mismatch as mismatch:
-                wrong.append(str(mismatch))
-            finally:
-                peer.close()
+            wrong.append(played(vector, SocketPeer(daemon.control)))
             if vector.has("quits"):
                 daemon.stop()
                 daemon = Daemon(tmp_path)
             daemon.empty()
     finally:
         daemon.stop()
-    assert not wrong, "\n".join(["", *wrong])
+    assert not any(wrong), "\n".join(["", *filter(None, wrong)])
 
 
 def test_every_difference_has_its_row_and_its_reason() -> None:

@@ -6,13 +6,16 @@ What these objects are; access decides by them. The tree calls it.
 
 import os
 from collections.abc import Awaitable, Mapping
+from functools import partial
 from typing import Any, Final, Literal
 
 from msgspec import UNSET, Struct, UnsetType
 
-from secretd.errors import CommandError, SourceError
+from secretd.errors import CommandError
 from secretd.memory import LockedBuffer
-from secretd.qom.object import ObjectOptions, ObjectTree, ObjectType, Sources, TypeInfo
+from secretd.qom.object import ObjectTree
+from secretd.qom.source import use_content
+from secretd.qom.typeinfo import ObjectOptions, ObjectType, Sources, TypeInfo
 from secretd.visitor import JSON_VISITOR, members
 from secretd.wire.order import qdict_items
 from secretd.wire.parser import Fault
@@ -105,33 +108,12 @@ class AuthZListFile(ObjectType):
     ) -> LockedBuffer | Awaitable[LockedBuffer | None] | None:
         """qauthz_list_file_complete(): the file must hold a list now, whatever it holds later."""
         assert isinstance(options, AuthZListFileOptions)
-        return _load(options.filename, sources, refresh=options.refresh is not False)
-
-
-def _load(
-    filename: str, sources: Sources, *, refresh: bool
-) -> LockedBuffer | Awaitable[LockedBuffer | None] | None:
-    try:
-        content = sources.file(filename)
-    except SourceError as error:
-        raise _unreadable(filename, error) from None
-    if isinstance(content, LockedBuffer):
-        with content:
-            _check(filename, content, refresh=refresh)
-        return None
-    return _load_later(filename, content, refresh=refresh)
-
-
-async def _load_later(filename: str, content: Awaitable[LockedBuffer], *, refresh: bool) -> None:
-    try:
-        with await content as buffer:
-            _check(filename, buffer, refresh=refresh)
-    except SourceError as error:
-        raise _unreadable(filename, error) from None
-
-
-def _unreadable(filename: str, error: SourceError) -> CommandError:
-    return CommandError(f"Unable to read '{filename}': {error}")
+        filename, refresh = options.filename, options.refresh is not False
+        return use_content(
+            partial(sources.file, filename),
+            lambda content: _check(filename, content, refresh=refresh),
+            f"'{filename}'",
+        )
 
 
 def _check(filename: str, content: LockedBuffer, *, refresh: bool) -> None:

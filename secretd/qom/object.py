@@ -1,25 +1,31 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The object tree: types, ids, paths, properties (QEMU's qom/object.c, object_interfaces.c).
+"""The object tree: ids, paths, properties (QEMU's qom/object.c, object_interfaces.c).
 
 Objects are records of the journal, not Python objects; what a type can do is said once for all of its
-objects by an `ObjectType`. It decides nothing about who may do what. commands calls it.
+objects by a `typeinfo.ObjectType`. It decides nothing about who may do what. commands calls it.
 """
 
 import bisect
 import itertools
 import re
-from collections.abc import Awaitable, Iterator, Mapping
-from typing import Any, Final, NamedTuple, NotRequired, Protocol, TypedDict
-
-import msgspec
-from msgspec import Struct
+from collections.abc import Awaitable, Iterator
+from typing import Final
 
 from secretd.errors import CommandError, DeviceNotFound
 from secretd.memory import Arena, LockedBuffer
-from secretd.state import Journal, Record
-from secretd.visitor import JSON_VISITOR, members
+from secretd.qom.typeinfo import (
+    SECRET_COMMON,
+    ObjectOptions,
+    ObjectPropertyInfo,
+    ObjectType,
+    Sources,
+    TypeInfo,
+    Types,
+    as_listed,
+)
+from secretd.state import Journal
 from secretd.wire.order import GHashTable
-from secretd.wire.parser import JSON, Text
+from secretd.wire.parser import JSON
 
 ID_BYTES: Final = 4096
 """Bytes of an object's id. QEMU has no limit."""
@@ -31,92 +37,6 @@ _BAD_ID: Final = "Parameter 'id' expects an identifier"
 _ID_HINT: Final = "Identifiers consist of letters, digits, '-', '.', '_', starting with a letter."
 
 _IDENTIFIER: Final = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
-
-ObjectPropertyInfo = TypedDict(
-    "ObjectPropertyInfo",
-    {
-        "name": str,
-        "type": str,
-        "description": NotRequired[str],
-        "default-value": NotRequired[object],
-    },
-)
-"""An entry of qom-list and qom-list-properties (qapi/qom.json)."""
-
-
-class ObjectTypeInfo(TypedDict):
-    """An entry of qom-list-types (qapi/qom.json)."""
-
-    name: str
-    abstract: NotRequired[bool]
-    parent: NotRequired[str]
-
-
-class Sources(Protocol):
-    """Where the content of new objects comes from: what the one who makes them may name.
-
-    Both return the content between two spare bytes in scratch memory, and raise SourceError.
-    """
-
-    def file(self, name: str) -> "LockedBuffer | Awaitable[LockedBuffer]":
-        """Read ``file=NAME``."""
-
-    def key(self, serial: int) -> "LockedBuffer | Awaitable[LockedBuffer]":
-        """Read a key of the kernel's keyrings."""
-
-
-class TypeInfo(NamedTuple):
-    """A QOM type as qom-list-types shows it; ``ancestors`` are all it implements, itself too."""
-
-    name: str
-    parent: str | None
-    abstract: bool
-    ancestors: tuple[str, ...]
-    properties: tuple[tuple[str, str], ...] = (("type", "string"),)
-
-
-class ObjectOptions(Struct, tag_field="qom-type", forbid_unknown_fields=True, kw_only=True):
-    """The members that all types have in object-add (ObjectOptions of qapi/qom.json)."""
-
-    id: str
-
-
-class ObjectType:
-    """What can be made with object-add, said once for all objects of a type.
-
-    ``number`` stands in the journal and never changes. ``defaults`` are the values of properties that
-    were not given. What one type does differently it overrides.
-    """
-
-    info: TypeInfo
-    number: int
-    options: type[ObjectOptions]
-    defaults: Mapping[str, object]
-
-    def create(
-        self, _tree: "ObjectTree", _options: Any, _sources: Sources
-    ) -> LockedBuffer | Awaitable[LockedBuffer | None] | None:
-        """Return the plaintext that the options stand for, or raise CommandError."""
-        return None
-
-    def stored(self, options: ObjectOptions) -> dict[str, object]:
-        """Return the properties to store: what was given."""
-        given = msgspec.to_builtins(options)
-        return {name: given[name] for name, _ in self.info.properties if name in given}
-
-    def get(self, record: Record, name: str) -> object:
-        """Return a property's value."""
-        properties = record.properties
-        return properties[name] if name in properties else self.defaults[name]
-
-    def set(self, name: str, value: JSON) -> dict[str, object]:
-        """Check a new value; return what to store of it."""
-        (member,) = (m for m in members(self.options) if m.wire_name == name)
-        return {name: msgspec.to_builtins(member.check(JSON_VISITOR, name, name, value))}
-
-
-SECRET_COMMON: Final = "secret_common"  # noqa: S105 - a type's name
-"""The type that all secrets are of."""
 
 ROOT: Final = "/"
 OBJECTS: Final = "/objects"
@@ -132,14 +52,11 @@ class ObjectTree:
         self,
         journal: Journal,
         scratch: Arena,
-        types: tuple[ObjectType, ...],
-        infos: tuple[TypeInfo, ...],
+        types: Types,
     ) -> None:
         self.journal = journal
         self.scratch = scratch
-        self._by_options = {kind.options: kind for kind in types}
-        self._by_number = {kind.number: kind for kind in types}
-        self.types = {info.name: info for info in infos}
+        self.types = types
         self._loading: set[str] = set()
         self._sorted: list[str] | None = None  # all ids, while none comes or goes
 
@@ -151,7 +68,7 @@ class ObjectTree:
         Returns an awaitable if its source must be waited for.
         """
         self.check_new(options.id)
-        plaintext = self._by_options[type(options)].create(self, options, sources)
+        plaintext = self.types.of(options).create(self, options, sources)
         if plaintext is None or isinstance(plaintext, LockedBuffer):
             self.store(options, plaintext)
             return None
@@ -180,7 +97,7 @@ class ObjectTree:
 
     def store(self, options: ObjectOptions, plaintext: LockedBuffer | None) -> None:
         """Take over the plaintext (in the journal's arena) of an object that passed `check_new`."""
-        kind = self._by_options[type(options)]
+        kind = self.types.of(options)
         self._sorted = None
         try:
             self.journal.add(options.id, kind.number, kind.stored(options), plaintext)
@@ -205,7 +122,7 @@ class ObjectTree:
         """Return the type's name and the size in bytes of a secret that there is."""
         summary = self.journal.summary(object_id)
         assert summary is not None
-        return self._by_number[summary[0]].info.name, summary[1]
+        return self.types.numbered(summary[0]).info.name, summary[1]
 
     def secrets_after(self, object_id: str) -> Iterator[str]:
         """Return the ids of the secrets that come after ``object_id``, in order."""
@@ -217,7 +134,7 @@ class ObjectTree:
     def type_of(self, object_id: str) -> ObjectType | None:
         """Return the type of an object, None if there is none of that id."""
         summary = self.journal.summary(object_id)
-        return None if summary is None else self._by_number[summary[0]]
+        return None if summary is None else self.types.numbered(summary[0])
 
     # --- paths
 
@@ -269,8 +186,8 @@ class ObjectTree:
             names = reversed(list(GHashTable(self.journal)))
             children = [(i, f"child<{self._info(i).name}>") for i in names]
         else:
-            return _listed(self._info(node).properties)
-        return _listed([("type", "string"), *children])
+            return as_listed(self._info(node).properties)
+        return as_listed([("type", "string"), *children])
 
     def _info(self, object_id: str) -> TypeInfo:
         kind = self.type_of(object_id)
@@ -290,7 +207,7 @@ class ObjectTree:
             raise CommandError(f"Property 'container.{name}' not found")
         record = self.journal.get(node)
         assert record is not None
-        kind = self._by_number[record.type]
+        kind = self.types.numbered(record.type)
         self._check_property(kind.info, name)
         return kind.info.name if name == "type" else kind.get(record, name)
 
@@ -303,7 +220,7 @@ class ObjectTree:
             raise CommandError(f"Property 'container.{name}' not found")
         record = self.journal.get(node)
         assert record is not None
-        kind = self._by_number[record.type]
+        kind = self.types.numbered(record.type)
         self._check_property(kind.info, name)
         if name == "type":
             raise CommandError(f"Property '{kind.info.name}.type' is not writable")
@@ -318,53 +235,7 @@ class ObjectTree:
         if all(name != known for known, _ in info.properties):
             raise CommandError(f"Property '{info.name}.{name}' not found")
 
-    # --- types
-
-    def help(self, type_name: JSON) -> str:
-        """Return what ``--object TYPE,help`` prints (user_creatable_print_help())."""
-        name = type_name.to_str() if isinstance(type_name, Text) else ""
-        # People type the names of object-add, of which one differs from the type's own.
-        kinds = {kind.options.__struct_config__.tag: kind.info for kind in self._by_number.values()}
-        info = kinds.get(name) or self.types.get(name)
-        if info is None:
-            head = "List of user creatable objects:"
-            lines = sorted(f"  {tag}" for tag in kinds)
-        else:
-            lines = [f"  {n}=<{kind}>" for n, kind in sorted(info.properties) if n != "type"]
-            head = f"{name} options:" if lines else f"There are no options for {name}."
-        return "\n".join((head, *lines, ""))
-
-    def list_types(self, implements: str | None, *, abstract: bool) -> list[ObjectTypeInfo]:
-        """Return the ObjectTypeInfo list of qom-list-types."""
-        listed = []
-        for info in self.types.values():
-            if info.abstract and not abstract:
-                continue
-            if implements is None or implements in info.ancestors:
-                entry: ObjectTypeInfo = {"name": info.name}
-                if info.abstract:
-                    entry["abstract"] = True
-                if info.parent is not None:
-                    entry["parent"] = info.parent
-                listed.append(entry)
-        return listed
-
-    def list_type_properties(self, name: str) -> list[ObjectPropertyInfo]:
-        """Return the ObjectPropertyInfo list of qom-list-properties."""
-        info = self.types.get(name)
-        if info is None:
-            raise DeviceNotFound(f"Class '{name}' not found")
-        if "object" not in info.ancestors:
-            raise CommandError("Parameter 'typename' expects a QOM type")
-        return _listed(info.properties)
-
 
 def with_hint(words: str) -> str:
     """Return an error as people get it, beside whom programs get none (error_append_hint())."""
     return f"{words}\n{_ID_HINT}" if words == _BAD_ID else words
-
-
-def _listed(
-    properties: "list[tuple[str, str]] | tuple[tuple[str, str], ...]",
-) -> list[ObjectPropertyInfo]:
-    return [{"name": name, "type": kind} for name, kind in properties]

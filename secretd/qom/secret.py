@@ -13,10 +13,11 @@ from typing import Any, Final, Literal
 from msgspec import UNSET, Raw, UnsetType
 
 from secretd import crypto
-from secretd.errors import CommandError, SourceError
+from secretd.errors import CommandError
 from secretd.memory import LockedBuffer
-from secretd.qom.object import ObjectOptions, ObjectTree, ObjectType, Sources, TypeInfo
-from secretd.qom.source import printable
+from secretd.qom.object import ObjectTree
+from secretd.qom.source import printable, use_content
+from secretd.qom.typeinfo import ObjectOptions, ObjectType, Sources, TypeInfo
 from secretd.state import Record
 from secretd.visitor import JSON_VISITOR, Int32
 from secretd.wire.parser import JSON
@@ -142,27 +143,10 @@ def _load(
     tree: ObjectTree,
     options: SecretCommonOptions,
     read: "Callable[[], LockedBuffer | Awaitable[LockedBuffer]]",
-    name: str,
+    what: str,
 ) -> LockedBuffer | Awaitable[LockedBuffer]:
-    """Return the plaintext of what ``read`` returns; ``name`` is what errors call it."""
-    try:
-        content = read()
-    except SourceError as error:
-        raise CommandError(f"Unable to read {name}: {error}") from None
-    if not isinstance(content, LockedBuffer):
-        return _load_later(tree, options, content, name)
-    with content:
-        return _decode(tree, options, content.view)
-
-
-async def _load_later(
-    tree: ObjectTree, options: SecretCommonOptions, content: Awaitable[LockedBuffer], name: str
-) -> LockedBuffer:
-    try:
-        with await content as buffer:
-            return _decode(tree, options, buffer.view)
-    except SourceError as error:
-        raise CommandError(f"Unable to read {name}: {error}") from None
+    """Return the plaintext of what ``read`` returns; ``what`` is what errors call it."""
+    return use_content(read, lambda content: _decode(tree, options, content.view), what)
 
 
 def secret_plaintext(tree: ObjectTree, object_id: str, loading: str | None = None) -> memoryview:

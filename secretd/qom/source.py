@@ -13,16 +13,18 @@ import re
 import select
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Final
+from typing import Final, TypeVar
 
 from secretd import keyring
-from secretd.errors import AccessDenied, SourceError
+from secretd.errors import AccessDenied, CommandError, SourceError
 from secretd.fds import Fd, FdSets, Kind, classify, is_readable
 from secretd.memory import Arena, LockedBuffer
 from secretd.offload import Offload
 from secretd.openat2 import open_without_magic_links
+
+R = TypeVar("R")
 
 SOURCE_BYTES: Final = 2 << 20
 """Bytes a source may hold: a secret of the largest size in base64 with newlines. QEMU: no limit."""
@@ -106,6 +108,35 @@ class Source:
                 raise _not_opened(name, "No such file or directory")
             return next(filter(is_readable, numbers), numbers[0])
         return None
+
+
+def use_content(
+    read: Callable[[], LockedBuffer | Awaitable[LockedBuffer]],
+    use: Callable[[LockedBuffer], R],
+    what: str,
+) -> R | Awaitable[R]:
+    """Return ``use(content)`` of what ``read`` returns, at once or later; the content is freed then.
+
+    Raises CommandError, also later; ``what`` is what cannot be read, as errors print it.
+    """
+    try:
+        content = read()
+    except SourceError as error:
+        raise CommandError(f"Unable to read {what}: {error}") from None
+    if not isinstance(content, LockedBuffer):
+        return _use_later(content, use, what)
+    with content:
+        return use(content)
+
+
+async def _use_later(
+    content: Awaitable[LockedBuffer], use: Callable[[LockedBuffer], R], what: str
+) -> R:
+    try:
+        with await content as buffer:
+            return use(buffer)
+    except SourceError as error:
+        raise CommandError(f"Unable to read {what}: {error}") from None
 
 
 def read_path(name: str, scratch: Arena, *, magic_links: bool) -> LockedBuffer:

@@ -15,7 +15,6 @@ from secretd.qom.authz import (
     AuthZSimple,
     AuthZSimpleOptions,
 )
-from secretd.qom.object import ObjectType, TypeInfo
 from secretd.qom.secret import (
     SECRET_COMMON,
     Secret,
@@ -23,8 +22,9 @@ from secretd.qom.secret import (
     SecretKeyringOptions,
     SecretOptions,
 )
+from secretd.qom.typeinfo import ObjectType, TypeInfo, Types
 
-CREATABLE: Final[tuple[ObjectType, ...]] = (
+_CREATABLE: Final[tuple[ObjectType, ...]] = (
     Secret(),
     SecretKeyring(),
     AuthZSimple(),
@@ -41,7 +41,7 @@ AnyOptions: TypeAlias = (
 )
 """The arguments of object-add: ObjectOptions of qapi/qom.json, the types by name as there."""
 
-INFOS: Final = (
+_INFOS: Final = (
     SECRET_COMMON,
     TypeInfo("user-creatable", "interface", True, ("user-creatable", "interface"), ()),
     TypeInfo("container", "object", False, ("container", "object")),
@@ -54,3 +54,6 @@ INFOS: Final = (
     AuthZList.info,
     AUTHZ,
 )
+
+TYPES: Final = Types(_CREATABLE, _INFOS)
+"""All of them."""

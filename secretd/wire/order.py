@@ -15,8 +15,8 @@ _QDICT_BUCKETS: Final = 512
 
 _MIN_SHIFT: Final = 3  # HASH_TABLE_MIN_SHIFT of GLib's ghash.c
 _PRIMES: Final = (
-    *(1, 2, 3, 7, 13, 31, 61, 127, 251, 509, 1021, 2039, 4093, 8191, 16381, 32749, 65521),
-)
+    1, 2, 3, 7, 13, 31, 61, 127, 251, 509, 1021, 2039, 4093, 8191, 16381, 32749, 65521
+)  # fmt: skip
 """GLib's prime_mod[]: what a hash is taken modulo of, by the table's log2 size. Further than any list goes
 that fits into a reply."""
 
@@ -45,26 +45,13 @@ def qdict_items(members: Mapping[str, T]) -> list[tuple[str, T]]:
 
 
 # The members of nearly all replies. What clients send is not kept: it is not known what it is.
-_KNOWN: Final = {
-    name: qdict_bucket(name)
-    for name in (
-        *("execute", "exec-oob", "arguments", "id", "qom-type"),
-        *(
-            "name",
-            "type",
-            "parent",
-            "abstract",
-            "fd",
-            "fdset-id",
-            "fds",
-            "opaque",
-            "size",
-            "memory",
-        ),
-        *("data", "iv", "meta-type", "arg-type", "ret-type", "members", "features", "default"),
-        *("values", "tag", "variants", "case", "element-type", "json-type", "uid", "gid", "pid"),
-    )
-}
+_NAMES: Final = (
+    "execute", "exec-oob", "arguments", "id", "qom-type", "name", "type", "parent", "abstract", "fd",
+    "fdset-id", "fds", "opaque", "size", "memory", "data", "iv", "meta-type", "arg-type", "ret-type",
+    "members", "features", "default", "values", "tag", "variants", "case", "element-type",
+    "json-type", "uid", "gid", "pid",
+)  # fmt: skip
+_KNOWN: Final = {name: qdict_bucket(name) for name in _NAMES}
 
 
 class GHashTable:
