@@ -14,13 +14,14 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
 
 from secretd.access import Door
 from secretd.commands import COMMANDS
-from secretd.memory import SCRATCH_RESERVE, SCRATCH_WINDOW, Arena, choose_level
+from secretd.memory import SCRATCH_RESERVE, SCRATCH_WINDOW, Arena, Level, choose_level
 from secretd.qom.object import ObjectTree
 from secretd.qom.types import TYPES
 from secretd.server import Server, listen
@@ -156,7 +157,7 @@ class Client:
             message["arguments"] = arguments
         return self.ask(json.dumps(message).encode() + b"\n", fds)
 
-    def ok(self, command: str, arguments: dict | None = None, fds: tuple[int, ...] = ()) -> object:
+    def ok(self, command: str, arguments: dict | None = None, fds: tuple[int, ...] = ()) -> Any:
         """Execute a command that succeeds; return what it returns."""
         reply = self.cmd(command, arguments, fds)
         assert "return" in reply, reply
@@ -205,7 +206,7 @@ class Client:
 class Daemon:
     """A server in a thread of this process, with both doors."""
 
-    def __init__(self, directory: Path, level: str = ARENA_LEVEL) -> None:
+    def __init__(self, directory: Path, level: Level = ARENA_LEVEL) -> None:
         self.control = str(directory / "control.sock")
         self.client = str(directory / "client.sock")
         self._level = level

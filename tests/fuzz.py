@@ -25,6 +25,7 @@ from secretd.daemon import add_object
 from secretd.errors import UsageError
 from secretd.memory import Arena, choose_level
 from secretd.qom.object import ObjectTree
+from secretd.qom.types import TYPES
 from secretd.state import Journal
 from tests.real_qemu import Qemu, ask, storage_daemon
 from tests.transcript import FILES, SocketPeer, load
@@ -369,7 +370,7 @@ def add_option(text: str) -> tuple[str, str]:
     words = ""
     try:
         with contextlib.redirect_stdout(printed):
-            add_object(ObjectTree(journal, scratch, QOM_TYPES), text)
+            add_object(ObjectTree(journal, scratch, TYPES), text)
     except UsageError as error:
         words = str(error)
     finally:

@@ -133,16 +133,16 @@ class _Recorder:
             for fd in fds:
                 os.close(fd)
             answers.append([] if whole else self._until(f"sync-{number}"))
-        rest = peer.end()
+        left = peer.end()
         if whole:
-            answers[-1] = [self._general(line) for line in rest.decode().splitlines()]
-        elif rest:
-            raise AssertionError(f"{vector}: at the end {rest!r}")
+            answers[-1] = [self._general(line) for line in left.decode().splitlines()]
+        elif left:
+            raise AssertionError(f"{vector}: at the end {left!r}")
         return answers
 
     def _until(self, mark: str) -> list[str]:
         self._peer.send(f'{{"execute": "query-name", "id": "{mark}"}}\n'.encode(), [])
-        found = []
+        found: list[str] = []
         while True:
             line = self._peer.line().decode("ascii")
             if f'"id": "{mark}"' in line:

@@ -382,8 +382,8 @@ def test_a_connection_holds_a_limited_number_of_descriptors(qmp: Client) -> None
     with open("/dev/null") as file:
         fd = (file.fileno(),)
         for number in range(64):
-            command = ("getfd", {"fdname": f"n{number}"}) if number % 2 else ("add-fd", None)
-            assert "return" in qmp.cmd(*command, fd)
+            command = "getfd" if number % 2 else "add-fd"
+            assert "return" in qmp.cmd(command, {"fdname": f"n{number}"} if number % 2 else {}, fd)
         words = (
             "This connection holds 64 descriptors, which is the limit; close some with closefd "
             "or remove-fd"
@@ -440,7 +440,7 @@ def test_a_descriptor_that_is_no_source_is_refused(qmp: Client, tmp_path: Path) 
             (target, os.O_WRONLY),
             (target, os.O_PATH),
             (tmp_path, os.O_RDONLY),
-            ("/dev/null", os.O_RDONLY),
+            (Path("/dev/null"), os.O_RDONLY),
         )
     ):
         fd = os.open(path, flags)

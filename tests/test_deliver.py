@@ -6,7 +6,7 @@ import fcntl
 import os
 import pty
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 
 import pytest
@@ -356,9 +356,12 @@ def test_withdrawing_before_the_first_wait_ends_the_delivery(
         (session,) = daemon.server.sessions
         monitor = session.monitor
         monitor.receive([os.dup(sink)])
-        reply = monitor.handle(
-            monitor.table.decode(memoryview(b'{"execute":"secret-read","arguments":{"id":"big"}}'))
+        request = monitor.table.decode(
+            memoryview(b'{"execute":"secret-read","arguments":{"id":"big"}}')
         )
+        assert request is not None
+        reply = monitor.handle(request)
+        assert isinstance(reply, Coroutine)
         daemon.server.start(session._finish(reply))
         daemon.server.daemon.deliveries.withdraw("big")
 

@@ -8,7 +8,7 @@ from tests.conftest import Client, Daemon
 
 
 def hmp(qmp: Client, line: str) -> str:
-    return qmp.ok("human-monitor-command", {"command-line": line})
+    return str(qmp.ok("human-monitor-command", {"command-line": line}))
 
 
 def test_help_lists_what_there_is(qmp: Client) -> None:

@@ -62,7 +62,7 @@ def test_every_command_and_event_is_in_the_schema_and_every_type_is_used_once() 
     assert len(names) == len(set(names))
     assert {*COMMANDS.by_name, *EVENTS} <= set(names)
     for name in names:
-        expanded(OURS, name)
+        expanded(OURS, str(name))
     (listing,) = (entry for entry in OURS if entry["name"] == "query-secrets")
     assert listing["allow-oob"] is True
     (add,) = (entry for entry in OURS if entry["name"] == "object-add")

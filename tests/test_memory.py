@@ -7,6 +7,7 @@ import random
 import resource
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 
@@ -16,7 +17,7 @@ from tests.conftest import ARENA_LEVEL, need_level
 
 
 @pytest.fixture(params=["secretmem", "mlock", "none"])
-def any_arena(request: pytest.FixtureRequest) -> Arena:
+def any_arena(request: pytest.FixtureRequest) -> Iterator[Arena]:
     need_level(request.param)
     made = Arena(request.param, window=memory.SCRATCH_WINDOW)
     yield made

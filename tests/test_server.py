@@ -10,6 +10,7 @@ import random
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,9 @@ from secretd import access, server, transport
 from secretd import session as session_module
 from secretd.access import Door
 from secretd.errors import LockedMemoryExhausted, UsageError
-from secretd.memory import Arena
+from secretd.memory import Arena, LockedBuffer
 from secretd.server import listen
+from secretd.session import Session
 from secretd.transport import Transport
 from tests.conftest import Client, Daemon
 
@@ -192,9 +194,9 @@ def test_a_message_over_the_limit_is_refused_and_the_next_answered(qmp: Client) 
 class StarvedArena(Arena):
     """An arena that has no room for large buffers while told so."""
 
-    starved = False
+    starved: bool | str = False
 
-    def allocate(self, size: int):
+    def allocate(self, size: int) -> LockedBuffer:
         """Refuse what is larger than half a window."""
         if self.starved and size > (64 << 10 if self.starved == "large" else 0):
             raise LockedMemoryExhausted("No locked memory left")
@@ -202,7 +204,7 @@ class StarvedArena(Arena):
 
 
 @pytest.fixture
-def starving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def starving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Daemon]:
     """A server whose scratch memory can be made to run out."""
     from tests import conftest
 
@@ -565,7 +567,7 @@ def test_out_of_descriptors_accepting_pauses_and_goes_on(
         def close(self) -> None:
             real.close()
 
-    listener.sock = Socket()
+    listener.sock = Socket()  # type: ignore[assignment]  # all of a socket that it uses
     assert daemon.connect().cmd("query-name") == {"return": {}}
     assert not failures
     failures.append(errno.EBADF)
@@ -601,7 +603,7 @@ def test_a_peer_that_is_gone_at_accept_is_forgotten(
     assert daemon.call(lambda: len(daemon.server.sessions)) == 0
 
 
-def only_session(daemon: Daemon) -> server.Session:
+def only_session(daemon: Daemon) -> Session:
     (session,) = daemon.server.sessions
     return session
 

@@ -199,7 +199,7 @@ class SocketPeer:
         """See Peer."""
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_WR)
-        lines = []
+        lines: list[bytes] = []
         # A server that ends with something unread resets the connection.
         with contextlib.suppress(ConnectionResetError):
             lines.extend(iter(self._stream.readline, b""))

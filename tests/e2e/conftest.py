@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,7 +23,7 @@ class Process:
     """secretd as a process of its own, ready to be connected to."""
 
     def __init__(
-        self, directory: Path, *options: str, command: list[str] | None = None, **popen: object
+        self, directory: Path, *options: str, command: list[str] | None = None, **popen: Any
     ):
         self.control = str(directory / "control.sock")
         self.directory = directory
@@ -54,9 +55,9 @@ class Process:
         self._clients.append(client)
         return client
 
-    def ctl(self, *words: str, **options: object) -> bytes:
+    def ctl(self, *words: str, **options: Any) -> bytes:
         """What secretctl prints."""
-        done = subprocess.run(
+        done: subprocess.CompletedProcess[bytes] = subprocess.run(
             [SECRETCTL, "--socket", self.control, *words],
             stdout=subprocess.PIPE,
             check=True,
@@ -87,7 +88,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Process]]:
     """Start daemons; they are stopped at the end, whatever happens."""
     started: list[Process] = []
 
-    def make(*options: str, **keywords: object) -> Process:
+    def make(*options: str, **keywords: Any) -> Process:
         started.append(Process(tmp_path, *options, **keywords))
         return started[-1]
 

@@ -58,7 +58,7 @@ def test_the_fast_path_gets_one_line_at_a_time_and_may_decline() -> None:
 
     def fast(line: memoryview) -> str | None:
         lines.append(bytes(line))
-        return "taken" if line[:2] == b'{"' else None
+        return "taken" if bytes(line[:2]) == b'{"' else None
 
     connection = Connection(fast)
     data = b"{'execute':'a'} {'execute':'b'}\n" + b'{"execute":"c"}\r\n{"exec'
@@ -81,7 +81,7 @@ def test_moving_the_bytes_lets_the_fast_path_try_again() -> None:
     def fast(line: memoryview) -> None:
         lines.append(bytes(line))
 
-    connection = Connection(fast)
+    connection: Connection[None] = Connection(fast)
     view = memoryview(bytearray(b"{1}{2}"))
     position, _ = connection.next(view, 0, 6)
     assert position == 2 or position == 3
@@ -98,7 +98,7 @@ def test_messages_have_qemus_bytes() -> None:
         b'{"id": 7, "error": {"class": "GenericError", "desc": "\\u00E9\\u007F"}}\r\n'
     )
     assert message.failure("DeviceNotFound", "x", None).startswith(b'{"error": ')
-    assert message.event("STOP", {}, 1, 2) == (
+    assert message.event("STOP", "{}", 1, 2) == (
         b'{"timestamp": {"seconds": 1, "microseconds": 2}, "event": "STOP", "data": {}}\r\n'
     )
     assert json.loads(message.greeting((10, 0, 0), "p", ["oob"])) == {
