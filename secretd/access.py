@@ -1,80 +1,283 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Who may read what. The one place where that is decided.
+"""Who may read what, and who may connect where. The one place where that is decided.
 
-A `Peer` is what the kernel says of the other end when it connects. `check` returns the `Grant` that
-deliver demands, or refuses; nothing else makes one. server makes peers, commands asks.
+`Access.check` decides, writes the audit record and returns the `Grant` that deliver demands, or
+refuses; nothing else makes one, and nothing else gives out plaintext. It goes by the `secret-grant`
+and authz objects in the tree, as they are at that moment. commands and server ask; who a peer is
+says peer.
 
-On the control door everything is allowed. On the client door reading needs a grant, and as
-long as there are no grant objects it refuses every read.
+On the control door everything is allowed. On the client door reading needs a secret-grant whose
+pattern matches the id and whose authz object allows the peer. A refusal looks only at what that
+peer is granted: never at whether the secret exists, nor at what is granted to others.
 """
 
-import os
-import socket
-import struct
-from collections.abc import Iterable
-from enum import Enum
+from collections.abc import Iterable, Iterator
 from typing import Final, NamedTuple
 
+from msgspec import Raw
+
+from secretd.audit import Audit
 from secretd.errors import AccessDenied
+from secretd.patterns import is_pattern, matcher
+from secretd.peer import Door, Peer
+from secretd.qom.authz import AuthZ, FileRules, Rules, Verdict
+from secretd.qom.grant import READS, SecretGrant, used_up
+from secretd.qom.object import ObjectTree
+from secretd.qom.secret import secret_plaintext
 
-_UCRED = struct.Struct("=iII")
+PEERS_KEPT: Final = 1024
+"""Sets of identities for which it is remembered what they are granted."""
 
-
-class Door(Enum):
-    """A listening socket's dialect and rights."""
-
-    CONTROL = "control"
-    CLIENT = "client"
-
-
-class Peer(NamedTuple):
-    """The process at the other end, by SO_PEERCRED (unix(7)) at the time it connected."""
-
-    uid: int
-    gid: int
-    pid: int
-    door: Door
-
-    @property
-    def trusted(self) -> bool:
-        """True for uid 0 and the daemon's own uid, who could kill the daemon anyway."""
-        return self.uid in (0, os.getuid())
+CHANGES_KEPT: Final = 4096
+"""Changes of grants after which what is remembered is worked out anew."""
 
 
 class Grant:
-    """Permission to deliver one secret to one peer, as `check` gave it."""
+    """Permission to release one secret to one peer, as `Access.check` gave it, and what it is.
 
-    __slots__ = ("object_id", "peer")
+    ``plaintext`` is borrowed: good until the secret is removed. ``rule``: the id of the secret-grant
+    that permits it, None on the control door.
+    """
 
-    def __init__(self, key: object, peer: Peer, object_id: str) -> None:
+    __slots__ = ("object_id", "peer", "plaintext", "rule")
+
+    def __init__(
+        self, key: object, peer: Peer, object_id: str, rule: str | None, plaintext: memoryview
+    ) -> None:
         if key is not _KEY:
-            raise TypeError("only access.check() makes a Grant")
+            raise TypeError("only access makes a Grant")
         self.peer = peer
         self.object_id = object_id
+        self.rule = rule
+        self.plaintext = plaintext
 
 
 _KEY: Final = object()
 
 
-def identify(sock: socket.socket, door: Door) -> Peer:
-    """Return the peer of a connected AF_UNIX socket."""
-    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-    pid, uid, gid = _UCRED.unpack(credentials)
-    return Peer(uid, gid, pid, door)
+class Considered(NamedTuple):
+    """What one secret-grant says of a peer, and why."""
+
+    grant: str
+    allowed: bool
+    reason: str
 
 
-def admits(peer: Peer) -> bool:
-    """May this peer connect? The control door is for uid 0 and the daemon's own uid only."""
-    return peer.door is Door.CLIENT or peer.trusted
+class _Rule(NamedTuple):
+    """A secret-grant as the tree has it: which secrets, for whom; ``limited``: it counts reads."""
+
+    id: str
+    secret: str
+    authz: str
+    limited: bool
 
 
-def check(peer: Peer, object_id: str) -> Grant:
-    """Return leave to read a secret, or raise AccessDenied, which tells nothing of whether it exists."""
-    if peer.door is not Door.CONTROL:
-        raise AccessDenied(f"Reading secret '{object_id}' is not permitted")
-    return Grant(_KEY, peer, object_id)
+class _Granted:
+    """What peers with certain identities are granted, as of a position in the list of changes."""
+
+    def __init__(self) -> None:
+        self.position = 0
+        self.placed: dict[str, _Rule] = {}
+        self.exact: dict[str, dict[str, _Rule]] = {}  # by the id of the secret, then of the grant
+        self.globs: dict[str, _Rule] = {}
+        self.unsteady: dict[str, _Rule] = {}  # whose authz object has to be asked each time
+
+    def remove(self, grant_id: str) -> None:
+        rule = self.placed.pop(grant_id, None)
+        if rule is None:
+            return
+        self.globs.pop(grant_id, None)
+        self.unsteady.pop(grant_id, None)
+        exact = self.exact.get(rule.secret, {})
+        exact.pop(grant_id, None)
+        if not exact:
+            self.exact.pop(rule.secret, None)
+
+    def place(self, rule: _Rule, *, steady: bool) -> None:
+        self.placed[rule.id] = rule
+        if not steady:
+            self.unsteady[rule.id] = rule
+        elif is_pattern(rule.secret):
+            self.globs[rule.id] = rule
+        else:
+            self.exact.setdefault(rule.secret, {})[rule.id] = rule
 
 
-def readable(peer: Peer, object_ids: Iterable[str]) -> Iterable[str]:
-    """Return those that this peer may know of: the ones that it may read."""
-    return object_ids if peer.door is Door.CONTROL else ()
+class Access:
+    """The decisions for one object tree."""
+
+    def __init__(self, tree: ObjectTree, audit: Audit) -> None:
+        self._tree = tree
+        self._audit = audit
+        self._rules: dict[str, _Rule] = {}
+        self._by_authz: dict[str, set[str]] = {}
+        self._judges: dict[str, Rules | FileRules] = {}
+        self._granted: dict[frozenset[str], _Granted] = {}
+        self._changes: list[str] = []  # ids of grants that have to be looked at again
+        tree.on_decision = self._changed
+        for object_id in tree.deciding:
+            self._changed(object_id)
+
+    def _changed(self, object_id: str) -> None:
+        """A grant or authz object came, went or changed."""
+        self._judges.pop(object_id, None)
+        self._changes += self._by_authz.get(object_id, ())
+        old = self._rules.pop(object_id, None)
+        if old is not None:
+            self._changes.append(object_id)
+            self._by_authz[old.authz].discard(object_id)
+            if not self._by_authz[old.authz]:
+                del self._by_authz[old.authz]
+        record = self._tree.journal.get(object_id)
+        if record is not None and record.type == SecretGrant.number:
+            properties = record.properties
+            secret, authz = str(properties["secret"]), str(properties["authz"])
+            self._rules[object_id] = _Rule(object_id, secret, authz, "max-reads" in properties)
+            self._by_authz.setdefault(authz, set()).add(object_id)
+            self._changes.append(object_id)
+        if len(self._changes) > CHANGES_KEPT:
+            self._granted.clear()
+            self._changes.clear()
+
+    # --- decisions
+
+    def check(self, peer: Peer, peer_info: Raw, object_id: str, action: str = "read") -> Grant:
+        """Return leave to release a secret. ``peer_info``: who that is, as JSON, for the audit.
+
+        Raises AccessDenied, which tells nothing of whether the secret exists; CommandError if there
+        is none of that id, to who might have read it, or if the audit demands it. ``action``: read
+        or seal.
+        """
+        rule = None
+        if peer.door is not Door.CONTROL:
+            rule = self._permitting(peer.identities, object_id)
+            if rule is None:
+                self._audit.refuse(action, peer.uid, peer_info, id=object_id, door=peer.door.value)
+                raise AccessDenied(f"Reading secret '{object_id}' is not permitted")
+        plaintext = secret_plaintext(self._tree, object_id)
+        self._audit.release(
+            action,
+            rule=f"{peer.door.value} socket" if rule is None else f"grant {rule.id}",
+            id=object_id,
+            size=len(plaintext),
+            door=peer.door.value,
+            peer=peer_info,
+        )
+        if rule is not None and rule.limited:
+            self._count(rule.id)
+        return Grant(_KEY, peer, object_id, None if rule is None else rule.id, plaintext)
+
+    def may_read(self, peer: Peer, object_id: str) -> bool:
+        """True if `check` would not refuse. Writes no record: it is for what peers are told without
+        asking.
+        """
+        return peer.door is Door.CONTROL or self._permitting(peer.identities, object_id) is not None
+
+    def readable(self, peer: Peer, object_ids: Iterable[str]) -> Iterator[str]:
+        """Return those that this peer may know of: the ones that it may read."""
+        return (object_id for object_id in object_ids if self.may_read(peer, object_id))
+
+    def holds(self, grant: Grant) -> bool:
+        """True if the secret-grant by which a release was permitted still permits it."""
+        if grant.rule is None:
+            return self.admits(grant.peer)
+        rule = self._rules.get(grant.rule)
+        return (
+            rule is not None
+            and matcher(rule.secret)(grant.object_id)
+            and not self._tree.lifetimes.ended(rule.id)
+            and self._allows(rule.authz, grant.peer.identities)
+        )
+
+    def admits(self, peer: Peer) -> bool:
+        """May this peer use its door? The control door is for uid 0, the daemon's own uid, and whom the
+        door's authz object allows.
+        """
+        return (
+            peer.door is not Door.CONTROL
+            or peer.trusted
+            or (peer.authz is not None and self._allows(peer.authz, peer.identities))
+        )
+
+    def _permitting(self, identities: frozenset[str], object_id: str) -> _Rule | None:
+        """Return the grant that permits; one without a limited number of reads if there is any."""
+        granted = self._granted_to(identities)
+        asked = [r for r in granted.unsteady.values() if self._allows(r.authz, identities)]
+        found = None
+        for rule in (
+            *granted.exact.get(object_id, {}).values(),
+            *(r for r in (*granted.globs.values(), *asked) if matcher(r.secret)(object_id)),
+        ):
+            if self._tree.lifetimes.ended(rule.id):
+                continue
+            if not rule.limited:
+                return rule
+            if found is None and not self._used_up(rule.id):
+                found = rule
+        return found
+
+    def _granted_to(self, identities: frozenset[str]) -> _Granted:
+        granted = self._granted.get(identities)
+        if granted is None:
+            if len(self._granted) >= PEERS_KEPT:
+                self._granted.clear()
+            granted = self._granted[identities] = _Granted()
+            doubtful = list(self._rules)
+        else:
+            doubtful = self._changes[granted.position :]
+        for grant_id in doubtful:
+            granted.remove(grant_id)
+            rule = self._rules.get(grant_id)
+            judge = None if rule is None else self._judge(rule.authz)
+            if rule is None or judge is None:
+                continue
+            if not judge.steady or judge.judge(identities).allowed:
+                granted.place(rule, steady=judge.steady)
+        granted.position = len(self._changes)
+        return granted
+
+    def _used_up(self, grant_id: str) -> bool:
+        record = self._tree.journal.get(grant_id)
+        return record is None or used_up(record)
+
+    def _count(self, grant_id: str) -> None:
+        record = self._tree.journal.get(grant_id)
+        assert record is not None
+        reads = record.properties.get(READS, 0)
+        assert isinstance(reads, int)
+        self._tree.journal.set_properties(grant_id, record.properties | {READS: reads + 1})
+
+    def _allows(self, authz: str, identities: frozenset[str]) -> bool:
+        judge = self._judge(authz)
+        return judge is not None and judge.judge(identities).allowed
+
+    def _judge(self, authz: str) -> Rules | FileRules | None:
+        judge = self._judges.get(authz)
+        if judge is None:
+            record = self._tree.journal.get(authz)
+            kind = self._tree.type_of(authz)
+            if record is None or not isinstance(kind, AuthZ):
+                return None
+            judge = self._judges[authz] = kind.rules(record.properties)
+        return judge
+
+    # --- why
+
+    def explain(self, identities: frozenset[str], object_id: str) -> list[Considered]:
+        """Return what each secret-grant for this id says of a client with these identities."""
+        return [
+            Considered(rule.id, *self._explain(rule, identities))
+            for rule in sorted(self._rules.values())
+            if matcher(rule.secret)(object_id)
+        ]
+
+    def _explain(self, rule: _Rule, identities: frozenset[str]) -> Verdict:
+        if self._tree.lifetimes.ended(rule.id):
+            return Verdict(False, "the grant has expired")
+        if rule.limited and self._used_up(rule.id):
+            return Verdict(False, "the grant has no reads left")
+        judge = self._judge(rule.authz)
+        if judge is None:
+            return Verdict(False, f"there is no authz object '{rule.authz}'")
+        verdict = judge.judge(identities)
+        return Verdict(verdict.allowed, f"'{rule.authz}': {verdict.why}")

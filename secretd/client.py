@@ -15,7 +15,7 @@ import asyncio
 import contextlib
 import os
 from collections.abc import Callable, Mapping
-from typing import Final, Literal, NamedTuple, Self, cast
+from typing import Any, Final, Literal, NamedTuple, Self, cast
 
 from qemu.qmp import (
     ConnectError,
@@ -36,12 +36,15 @@ _CHUNK_BYTES: Final = 64 << 10
 
 
 class SecretInfo(NamedTuple):
-    """One line of query-secrets. ``size`` is bytes, ``memory`` secretmem, mlock or none."""
+    """One line of query-secrets. ``size`` is bytes, ``memory`` secretmem, mlock or none; ``expires_in`` the
+    seconds that are left, None where time is not limited.
+    """
 
     id: str
     qom_type: str
     size: int
     memory: str
+    expires_in: int | None = None
 
 
 class Sealed(NamedTuple):
@@ -137,16 +140,37 @@ class Client:
         """Remove an object; its plaintext is wiped when this returns."""
         await self._execute("object-del", {"id": object_id})
 
+    async def expire(self, object_id: str, seconds: int) -> None:
+        """Have a secret wiped after so many seconds from now."""
+        await self._execute("secret-expire", {"id": object_id, "after": seconds})
+
+    async def explain(self, object_id: str, identities: "list[str]") -> dict[str, object]:
+        """Return secret-explain's answer: may a client with these identities read a secret, and why?"""
+        arguments = {"id": object_id, "peer": identities}
+        return cast(dict[str, object], await self._execute("secret-explain", arguments))
+
+    async def stat(self, name: str) -> int:
+        """Return one figure of query-secret-stats; KeyError if there is none of that name."""
+        parts = cast(
+            "list[dict[str, list[dict[str, Any]]]]", await self._execute("query-secret-stats")
+        )
+        return {s["name"]: int(s["value"]) for part in parts for s in part["stats"]}[name]
+
+    async def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> object:
+        """Execute any command; return what it returns."""
+        return await self._execute(command, arguments)
+
     async def list(self) -> list[SecretInfo]:
         """Return the secrets this connection may know of."""
         found: list[SecretInfo] = []
         while True:
             after: dict[str, object] = {"after": found[-1].id} if found else {}
-            secrets = cast("list[dict[str, str]]", await self._execute("query-secrets", after))
+            secrets = cast("list[dict[str, Any]]", await self._execute("query-secrets", after))
             if not secrets:
                 return found
             found += [
-                SecretInfo(s["id"], s["qom-type"], int(s["size"]), s["memory"]) for s in secrets
+                SecretInfo(s["id"], s["qom-type"], s["size"], s["memory"], s.get("expires-in"))
+                for s in secrets
             ]
 
     async def version(self) -> str:

@@ -13,16 +13,18 @@ from typing import Any, Final, Literal, NotRequired, TypedDict
 from msgspec import UNSET, Raw, UnsetType
 
 from secretd import crypto, hmp
-from secretd.access import check, readable
-from secretd.errors import CommandNotFound
+from secretd.deliver import Content
+from secretd.errors import CommandError, CommandNotFound
 from secretd.fds import AddfdInfo, FdsetInfo
 from secretd.introspect import SchemaInfo
-from secretd.memory import LockedBuffer
+from secretd.limits import Stat
 from secretd.monitor import Monitor
-from secretd.qom.secret import SecretCommonOptions, generate, secret_plaintext
+from secretd.qom.grant import check_seconds
+from secretd.qom.secret import generate, secret_plaintext
 from secretd.qom.typeinfo import ObjectPropertyInfo, ObjectTypeInfo
 from secretd.qom.types import AnyOptions
 from secretd.schema import Commands
+from secretd.target import open_target
 from secretd.visitor import SensitiveAny
 from secretd.wire.encode import Verbatim
 from secretd.wire.message import VersionInfo
@@ -32,6 +34,9 @@ COMMANDS: Final = Commands()
 SECRETS_PER_REPLY: Final = 400
 """Secrets that query-secrets lists in one reply, with SECRETS_BYTES for their ids. Some 100 bytes each
 beside the id, so that the line stays under MAX_REPLY_BYTES."""
+
+GRANTS_PER_REPLY: Final = 100
+"""Grants that secret-explain tells of."""
 
 SECRETS_BYTES: Final = 16 << 10
 """Bytes of the ids in one reply of query-secrets."""
@@ -69,9 +74,43 @@ SecretInfo = TypedDict(
         "qom-type": str,
         "size": int,
         "memory": Literal["secretmem", "mlock", "none"],
+        "expires-in": NotRequired[int],
     },
 )
-"""An entry of query-secrets; the size in bytes."""
+"""An entry of query-secrets: the size in bytes, the time left in seconds if it is limited."""
+
+
+class ConsideredGrant(TypedDict):
+    """What a secret-grant says of a client, and why."""
+
+    grant: str
+    allowed: bool
+    reason: str
+
+
+class Explanation(TypedDict):
+    """What secret-explain returns. ``grant``: the one by which the client may read the secret."""
+
+    allowed: bool
+    exists: bool
+    grant: NotRequired[str]
+    grants: list[ConsideredGrant]
+
+
+class StatInfo(TypedDict):
+    """A figure, as query-stats and query-stats-schemas of QEMU have them (qapi/stats.json)."""
+
+    name: str
+    type: Literal["instant", "cumulative"]
+    unit: NotRequired[Literal["bytes", "seconds"]]
+    value: int
+
+
+class StatsResult(TypedDict):
+    """The figures of one part of the daemon."""
+
+    provider: Literal["limits", "audit"]
+    stats: list[StatInfo]
 
 
 @COMMANDS(name="qmp_capabilities", client=True)
@@ -109,8 +148,8 @@ def query_name(_monitor: Monitor) -> NameInfo:
 @COMMANDS()
 def quit(monitor: Monitor) -> None:  # noqa: A001 - QEMU's name
     """Stop the daemon in order."""
-    monitor.daemon.emit("SHUTDOWN", '{"guest": false, "reason": "host-qmp-quit"}', None)
-    monitor.daemon.stop()
+    monitor.daemon.owner.shut_down('{"guest": false, "reason": "host-qmp-quit"}')
+    monitor.daemon.owner.stop()
 
 
 # --- objects
@@ -121,29 +160,40 @@ def object_add(monitor: Monitor, arguments: AnyOptions) -> Awaitable[None] | Non
     """Make an object."""
     waiting = monitor.tree.add(arguments, monitor.source)
     if waiting is not None:
-        return _added_later(monitor, arguments, waiting)
-    _added(monitor, arguments)
+        return _added_later(monitor, arguments.id, waiting)
+    _added(monitor, arguments.id)
     return None
 
 
-def _added(monitor: Monitor, options: AnyOptions) -> None:
-    if isinstance(options, SecretCommonOptions):
-        monitor.emit_about("SECRET_ADDED", options.id)
+def _added(monitor: Monitor, object_id: str) -> None:
+    kind = monitor.tree.type_of(object_id)
+    assert kind is not None
+    size = monitor.tree.secret(object_id)[1]
+    if kind.decides:
+        event = "grant" if kind.info.name == "secret-grant" else "add"
+        monitor.note(event, object_id, type=kind.info.name)
+    else:
+        monitor.note("add", object_id, type=kind.info.name, size=size)
+        monitor.announce("SECRET_ADDED", object_id)
 
 
-async def _added_later(monitor: Monitor, options: AnyOptions, waiting: Awaitable[None]) -> None:
+async def _added_later(monitor: Monitor, object_id: str, waiting: Awaitable[None]) -> None:
     await waiting
-    _added(monitor, options)
+    _added(monitor, object_id)
 
 
 @COMMANDS()
 def object_del(monitor: Monitor, id: str) -> None:  # noqa: A002 - the wire's name
     """Remove an object; a secret's plaintext is wiped before the reply."""
-    monitor.daemon.deliveries.withdraw(id)
-    is_secret = monitor.tree.is_secret(id)
+    kind = monitor.tree.type_of(id)
+    if kind is not None and id not in monitor.tree.pinned:
+        monitor.daemon.deliveries.withdraw(id)
     monitor.tree.delete(id)
-    if is_secret:
-        monitor.emit_about("SECRET_DELETED", id)
+    assert kind is not None
+    event = "revoke" if kind.info.name == "secret-grant" else "delete"
+    monitor.note(event, id, type=kind.info.name)
+    if not kind.decides:
+        monitor.announce("SECRET_DELETED", id)
 
 
 @COMMANDS()
@@ -167,6 +217,11 @@ def qom_set(
 ) -> None:
     """Change a property; what an object has loaded stays."""
     monitor.tree.set(path, property, value)  # type: ignore[arg-type]  # JSON by the schema
+    node, _ = monitor.tree.resolve(path)
+    assert node is not None
+    kind = monitor.tree.type_of(node)
+    assert kind is not None
+    monitor.note("set", node, type=kind.info.name)
 
 
 @COMMANDS()
@@ -235,40 +290,34 @@ def secret_read(
     """Write a secret to a descriptor: the one that getfd called ``fdname``, or the one passed with
     this command. The descriptor is closed; the reply comes after the last byte was accepted.
     """
-    fd = monitor.pending.take() if fdname is UNSET else monitor.named.take(fdname)
+    fd = monitor.pending_descriptor() if fdname is UNSET else monitor.named.take(fdname)
     try:
-        grant = check(monitor.peer, id)
-        plaintext = secret_plaintext(monitor.tree, id)
+        # What cannot take it is said before anything is decided, so that it uses up no read.
+        target = open_target(fd.fileno())
+        grant = monitor.check(id, "read")
+        encoded = None
         if format == "base64":
-            encoded = crypto.encode_base64(plaintext, monitor.scratch)
-            plaintext = encoded.view
-        else:
-            encoded = None
+            encoded = crypto.encode_base64(grant.plaintext, monitor.scratch)
     except BaseException:
         fd.close()
         raise
-    size: Delivered = {"size": len(plaintext)}
-    try:
-        rest = monitor.daemon.deliveries.deliver(grant, plaintext, fd)
-    except BaseException:
-        if encoded is not None:
-            encoded.free()
-        raise
+    content = Content(grant, encoded)
+    size: Delivered = {"size": content.size}
+    rest = monitor.daemon.deliveries.deliver(content, target, fd)
     if rest is not None:
-        return _deliver_rest(rest, encoded, size)
-    if encoded is not None:
-        encoded.free()
+        return _deliver_rest(monitor, id, rest, size)
+    monitor.announce("SECRET_READ", id)
     return size
 
 
 async def _deliver_rest(
-    rest: Coroutine[Any, Any, None], encoded: LockedBuffer | None, size: Delivered
+    monitor: Monitor,
+    object_id: str,
+    rest: Coroutine[Any, Any, None],
+    size: Delivered,
 ) -> Delivered:
-    try:
-        await rest
-    finally:
-        if encoded is not None:
-            encoded.free()
+    await rest
+    monitor.announce("SECRET_READ", object_id)
     return size
 
 
@@ -277,19 +326,17 @@ def secret_seal(monitor: Monitor, id: str, keyid: str) -> Sealed:  # noqa: A002
     """Return a secret encrypted under another, as QEMU's object-add takes it with keyid, iv and
     format=base64. Both in base64; the IV is fresh each time.
     """
-    check(monitor.peer, id)
-    plaintext = secret_plaintext(monitor.tree, id)
     key = secret_plaintext(monitor.tree, keyid)
     crypto.check_key(key)
-    data, iv = crypto.seal(plaintext, key, monitor.scratch)
+    data, iv = crypto.seal(monitor.check(id, "seal").plaintext, key, monitor.scratch)
     return {"data": data, "iv": iv}
 
 
 @COMMANDS()
 def secret_generate(monitor: Monitor, id: str, size: int) -> None:  # noqa: A002
     """Make a secret of ``size`` random bytes, which nobody has seen."""
-    generate(monitor.tree, id, size)
-    monitor.emit_about("SECRET_ADDED", id)
+    generate(monitor.tree, id, size, monitor.peer.uid)
+    _added(monitor, id)
 
 
 @COMMANDS(client=True, oob=True)
@@ -301,15 +348,71 @@ def query_secrets(monitor: Monitor, after: str | UnsetType = UNSET) -> list[Secr
     tree = monitor.tree
     listed: list[SecretInfo] = []
     room = SECRETS_BYTES
-    for object_id in readable(monitor.peer, tree.secrets_after("" if after is UNSET else after)):
+    after_ids = tree.secrets_after("" if after is UNSET else after)
+    for object_id in monitor.daemon.access.readable(monitor.peer, after_ids):
         room -= len(object_id)
         if listed and (room < 0 or len(listed) == SECRETS_PER_REPLY):
             break
         qom_type, size = tree.secret(object_id)
-        listed.append(
-            {"id": object_id, "qom-type": qom_type, "size": size, "memory": monitor.daemon.memory}
-        )
+        info: SecretInfo = {
+            "id": object_id, "qom-type": qom_type, "size": size, "memory": monitor.daemon.memory,
+        }  # fmt: skip
+        remaining = tree.lifetimes.remaining(object_id)
+        if remaining is not None:
+            info["expires-in"] = remaining
+        listed.append(info)
     return listed
+
+
+@COMMANDS()
+def secret_expire(monitor: Monitor, id: str, after: int) -> None:  # noqa: A002
+    """Wipe a secret ``after`` so many seconds from now, whatever was said before."""
+    secret_plaintext(monitor.tree, id)
+    check_seconds("after", after)
+    if id in monitor.tree.pinned:
+        raise CommandError(f"object '{id}' is in use, can not be deleted")
+    monitor.tree.expire_after(id, after)
+    monitor.note("lifetime", id, count=after)
+
+
+@COMMANDS()
+def secret_explain(monitor: Monitor, id: str, peer: list[str]) -> Explanation:  # noqa: A002
+    """Say whether a client with the identities ``peer`` may read a secret on the client door, and
+    what each secret-grant that names the secret says.
+    """
+    considered = monitor.daemon.access.explain(frozenset(peer), id)
+    allowed = next((c for c in considered if c.allowed), None)
+    found: Explanation = {
+        "allowed": allowed is not None,
+        "exists": monitor.tree.is_secret(id),
+        "grants": [c._asdict() for c in considered[:GRANTS_PER_REPLY]],  # type: ignore[misc]
+    }
+    if allowed is not None:
+        found["grant"] = allowed.grant
+    return found
+
+
+@COMMANDS()
+def query_secret_stats(monitor: Monitor) -> list[StatsResult]:
+    """Return how much is held of what is limited, what the limits are, how often each was hit, and
+    what the audit has written.
+    """
+    audit = monitor.daemon.audit
+    written = (
+        Stat("audit-records", "cumulative", None, audit.records),
+        Stat("audit-dropped", "cumulative", None, audit.dropped),
+    )
+    return [
+        {"provider": "limits", "stats": [_stat(s) for s in monitor.daemon.limits.stats()]},
+        {"provider": "audit", "stats": [_stat(s) for s in written]},
+    ]
+
+
+def _stat(stat: Stat) -> StatInfo:
+    info: StatInfo = {"name": stat.name, "type": stat.type, "value": stat.value}
+    if stat.unit is not None:
+        info["unit"] = stat.unit
+    return info
 
 
 @COMMANDS()

@@ -4,8 +4,9 @@
 Opens files and passes their descriptors, so that plaintext goes past this process where it can. What
 it must hold for a moment (a prompt, a pipe it looks into) lies in locked memory.
 
-Exit status: 0 done; 1 secretd or the system refused, the reason is on stderr; 2 wrong usage; for
-`run` the status of the command that was run (126 or 127 if it could not be started).
+Exit status: 0 done; 1 secretd or the system refused, the reason is on stderr (or `explain` said no, or
+`audit verify` found something); 2 wrong usage; for `run` the status of the command that was run (126 or
+127 if it could not be started).
 """
 
 import argparse
@@ -23,7 +24,7 @@ from collections.abc import Awaitable, Callable
 
 from qemu.qmp import QMPClient, QMPError
 
-from secretd import __version__
+from secretd import __version__, ctl_access
 from secretd.client import (
     Client,
     ConnectError,
@@ -214,16 +215,35 @@ async def list_secrets(options: argparse.Namespace) -> None:
 
 def _info(secret: SecretInfo) -> dict[str, object]:
     """The words of query-secrets."""
-    return {name.replace("_", "-"): value for name, value in secret._asdict().items()}
+    return {
+        name.replace("_", "-"): value
+        for name, value in secret._asdict().items()
+        if value is not None
+    }
 
 
 def _table(secrets: list[SecretInfo]) -> str:
-    rows = [("ID", "TYPE", "BYTES", "MEMORY")]
-    rows += [(s.id, s.qom_type, str(s.size), s.memory) for s in secrets]
+    rows = [("ID", "TYPE", "BYTES", "MEMORY", "EXPIRES IN")]
+    rows += [(s.id, s.qom_type, str(s.size), s.memory, _duration(s.expires_in)) for s in secrets]
+    if not any(s.expires_in is not None for s in secrets):
+        rows = [(*row[:4], "") for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
-        f"{i:<{widths[0]}}  {t:<{widths[1]}}  {n:>{widths[2]}}  {m}" for i, t, n, m in rows
+        f"{i:<{widths[0]}}  {t:<{widths[1]}}  {n:>{widths[2]}}  {m:<{widths[3]}}  {e}".rstrip()
+        for i, t, n, m, e in rows
     )
+
+
+def _duration(seconds: int | None) -> str:
+    """Two of days, hours, minutes and seconds: 2d 3h."""
+    if seconds is None:
+        return "-"
+    parts = []
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "m"), (1, "s")):
+        count, seconds = divmod(seconds, size)
+        if count:
+            parts.append(f"{count}{unit}")
+    return " ".join(parts[:2]) or "0s"
 
 
 async def status(options: argparse.Namespace) -> None:
@@ -426,6 +446,8 @@ def _parser() -> QuietParser:
     sub = verb("generate", generate, "add a secret of random bytes that nobody has seen")
     sub.add_argument("id", metavar="ID")
     sub.add_argument("--bytes", type=int, default=32, metavar="N", help="its size (default: 32)")
+
+    ctl_access.add_verbs(verb)
 
     sub = verb("shell", None, "qmp-shell on secretd's socket")
     sub.add_argument("arguments", nargs=argparse.REMAINDER, help="options of qmp-shell, such as -H")

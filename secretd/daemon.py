@@ -20,7 +20,7 @@ import sys
 from typing import NamedTuple
 
 from secretd import __version__, argv, keyval, paths
-from secretd.access import Door
+from secretd.audit import Audit
 from secretd.commands import COMMANDS
 from secretd.errors import CommandError, SecretdError, UsageError
 from secretd.memory import (
@@ -32,8 +32,9 @@ from secretd.memory import (
     limit_text,
 )
 from secretd.options import QuietParser
+from secretd.peer import Door
 from secretd.qom.object import ObjectTree, with_hint
-from secretd.qom.secret import SecretOptions
+from secretd.qom.secret import SecretOptions, secret_plaintext
 from secretd.qom.source import StartSources
 from secretd.qom.typeinfo import ObjectOptions
 from secretd.qom.types import TYPES
@@ -43,11 +44,13 @@ from secretd.state import Journal
 from secretd.wire.parser import Text
 
 _EPILOG = """\
-The control socket takes every command from uid 0 and the daemon's own uid; the client socket delivers
-no secret until access rules are built. With neither option both open at their defaults, control.sock
-and client.sock in /run/secretd for root, else $XDG_RUNTIME_DIR/secretd, else $TMPDIR/secretd-UID.
+The control socket takes every command from uid 0 and the daemon's own uid; the client socket gives each
+program the secrets that secret-grant objects let it read. With neither option both open at their
+defaults, control.sock and client.sock in /run/secretd for root, else $XDG_RUNTIME_DIR/secretd, else
+$TMPDIR/secretd-UID.
 
-SPEC of a socket is PATH[,mode=OCTAL][,group=NAME], a comma in PATH doubled.
+SPEC of a socket is PATH[,mode=OCTAL][,group=NAME], a comma in PATH doubled. With authz=ID in the SPEC
+of a control socket, those whom that authz object allows may use it too, with all rights.
 SPEC of an object is as in QEMU:  secret,id=NAME,file=PATH[,format=raw|base64][,keyid=ID,iv=BASE64]
 or the same as JSON; --object help lists the types, --object TYPE,help what each takes.
 
@@ -60,12 +63,15 @@ examples:
 
 
 class DoorSpec(NamedTuple):
-    """What ``--control`` or ``--client`` says. ``mode`` is the socket's, ``gid`` -1 for no change."""
+    """What ``--control`` or ``--client`` says. ``mode`` is the socket's, ``gid`` -1 for no change;
+    ``authz``: the object that says who else may use a control socket.
+    """
 
     door: Door
     path: str
     mode: int
     gid: int
+    authz: str | None = None
 
 
 _MODES = {Door.CONTROL: 0o600, Door.CLIENT: 0o666}
@@ -100,6 +106,23 @@ def _parser() -> QuietParser:
         default="prefer",
         help="require: refuse to start where memory cannot be locked (default: prefer)",
     )
+    add(
+        "--audit",
+        default="-",
+        metavar="FILE|-|none",
+        help="where the audit goes, a line of JSON for each thing done (default: -, which is stderr)",
+    )
+    add(
+        "--audit-policy",
+        choices=("best-effort", "require"),
+        default="best-effort",
+        help="require: release a secret only when its audit record is written (default: best-effort)",
+    )
+    add(
+        "--audit-key",
+        metavar="ID",
+        help="the secret under which audit records are chained, so that nobody else can make some up",
+    )
     add("--version", action="version", version=f"secretd {__version__}")
     return parser
 
@@ -127,12 +150,44 @@ def run(options: argparse.Namespace) -> int:
             if not make_object(tree, text, number, hidden):
                 return 0
         argv.close(hidden)
-        asyncio.run(_serve(tree, doors))
+        audit = _audit(tree, options)
+        try:
+            asyncio.run(_serve(tree, doors, audit))
+        finally:
+            audit.stop()
     finally:
         journal.close()
         journal.arena.close()
         scratch.wipe()
+    print("secretd: stopped; all secrets are wiped", file=sys.stderr)
     return 0
+
+
+AUDIT_KEY_BYTES = 16
+"""Bytes of the shortest audit key."""
+
+
+def _audit(tree: ObjectTree, options: argparse.Namespace) -> Audit:
+    """Open the audit. Its key cannot be deleted from then on."""
+    key_id: str | None = options.audit_key
+    key = None
+    if key_id is not None:
+        if options.audit == "none":
+            raise UsageError("--audit-key needs --audit")
+        try:
+            size = len(secret_plaintext(tree, key_id))
+        except CommandError as error:
+            raise UsageError(f"--audit-key={key_id}: {error.desc}") from None
+        if size < AUDIT_KEY_BYTES:
+            raise UsageError(
+                f"--audit-key={key_id}: the secret has {size} bytes; {AUDIT_KEY_BYTES} at least are needed"
+            )
+        tree.pinned.add(key_id)
+
+        def key() -> memoryview:
+            return tree.journal.plaintext(key_id)
+
+    return Audit(options.audit, require=options.audit_policy == "require", key=key)
 
 
 def make_object(tree: ObjectTree, text: str, number: int, hidden: list[int]) -> bool:
@@ -202,6 +257,9 @@ def door_spec(door: Door, text: str) -> DoorSpec:
     if not path:
         raise UsageError(f"{option}: the path of the socket is missing")
     mode, gid = _MODES[door], -1
+    authz = members.pop("authz", None) if door is Door.CONTROL else None
+    if authz is not None:
+        mode = 0o666  # who may use it is decided at accept
     if "mode" in members:
         try:
             mode = int(members.pop("mode"), 8)
@@ -215,7 +273,7 @@ def door_spec(door: Door, text: str) -> DoorSpec:
             raise UsageError(f"{option}: there is no group '{name}'") from None
     if members:
         raise UsageError(f"{option}: Parameter '{next(iter(members))}' is unexpected")
-    return DoorSpec(door, path, mode, gid)
+    return DoorSpec(door, path, mode, gid, authz)
 
 
 def _default_doors() -> list[DoorSpec]:
@@ -243,12 +301,12 @@ def _raise_descriptor_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-async def _serve(tree: ObjectTree, doors: list[DoorSpec]) -> None:
-    server = Server(tree, COMMANDS.by_name.values(), f"secretd {__version__}")
+async def _serve(tree: ObjectTree, doors: list[DoorSpec], audit: Audit) -> None:
+    server = Server(tree, COMMANDS.by_name.values(), f"secretd {__version__}", audit)
     opened: list[Listener] = []
     try:
         for spec in doors:
-            listener = listen(spec.path, spec.door, spec.mode, spec.gid)
+            listener = listen(spec.path, spec.door, spec.mode, spec.gid, spec.authz)
             opened.append(listener)
             server.add(listener)
     except BaseException:
@@ -258,8 +316,25 @@ async def _serve(tree: ObjectTree, doors: list[DoorSpec]) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, server.stop)
-    await server.run(lambda: _say_ready(tree, doors))
-    print("secretd: stopped; all secrets are wiped", file=sys.stderr)
+    loop.add_signal_handler(signal.SIGHUP, _reopen, audit)
+
+    def ready() -> None:
+        audit.start(__version__, len(tree.journal))
+        for object_id in tree.journal:
+            kind = tree.type_of(object_id)
+            assert kind is not None
+            audit.note("add", id=object_id, type=kind.info.name, door="command line")
+        _say_ready(tree, doors)
+
+    await server.run(ready)
+
+
+def _reopen(audit: Audit) -> None:
+    """SIGHUP: the audit file was moved away."""
+    try:
+        audit.reopen()
+    except UsageError as error:
+        logging.getLogger("secretd").error("%s; the old file goes on", error)
 
 
 _MEMORY = {

@@ -1,43 +1,194 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Handing a secret's plaintext to a descriptor that the client passed.
 
-Takes a `Grant` (access.check made it) and a descriptor; writes from locked memory into the pipe,
-socket pair or memfd without changing the flags or the offset of the client's open file description.
-What is full is waited for, with a time limit, by a coroutine; nobody else waits. commands calls it.
+Takes a `Grant` (access made it) and a `Target`, and writes from locked memory. What is full is
+waited for, with a time limit; nobody else waits. commands calls it.
 
-For peers who are not trusted even these calls may block (docs/design.md, "Descriptors are
-hostile"): no Grant is made for them before deliver runs them in fds.Offload.
+For peers who are not trusted even a write that asks not to wait may never return (docs/design.md,
+"Descriptors are hostile"), so it happens in one of their few threads. Such a thread holds only a
+piece of the secret, in a buffer of its own: a write that is stuck reads from there whenever it goes
+on, so the buffer is wiped when the secret is withdrawn, and is used for nothing else until the
+write has returned.
 """
 
 import asyncio
-import errno
+import contextlib
 import os
-import socket
-import stat
-from collections.abc import Coroutine
-from typing import Final
+import select
+import threading
+from collections.abc import Callable, Coroutine
+from typing import Final, Protocol
 
 from secretd.access import Grant
-from secretd.errors import CommandError
-from secretd.fds import Fd, Kind, classify, is_sealed, is_writable
+from secretd.errors import CommandError, LimitReached
+from secretd.fds import Fd
+from secretd.memory import Arena, LockedBuffer, wipe
+from secretd.offload import Offload
+from secretd.target import Target
 
 DELIVERY_SECONDS: Final = 10.0
 """Seconds within which the other end must have taken the whole secret."""
 
-_RWF_NOWAIT: Final = 0x8
-_SPLICE_BYTES: Final = 64 << 10
-_TAKES = "secret-read takes the write end of a pipe, an end of a stream socket pair, or a memfd"
+WRITE_SECONDS: Final = 0.002
+"""Seconds that a write which does not wait may take before its thread counts as held up."""
+
+PIECE_BYTES: Final = 16 << 10
+"""Bytes of a secret that a thread holds at a time."""
+
+
+class Content:
+    """What is to be written: plaintext of the secret itself, or of a buffer that is freed afterwards."""
+
+    def __init__(self, grant: Grant, encoded: LockedBuffer | None = None) -> None:
+        self.grant = grant
+        self._encoded = encoded
+        self.view = grant.plaintext if encoded is None else encoded.view
+        self.size = len(self.view)
+
+    def drop(self) -> None:
+        """Forget it; wipe what is only here."""
+        self.view = memoryview(b"")
+        encoded, self._encoded = self._encoded, None
+        if encoded is not None:
+            encoded.free()
+
+
+class _Delivery(Protocol):
+    """A delivery that goes on."""
+
+    content: Content
+
+    def withdraw(self) -> None:
+        """End it: it touches no plaintext after this returns."""
+
+
+class Deliveries:
+    """The deliveries that wait for their reader, or for a thread."""
+
+    def __init__(self, scratch: Arena, offload: Offload) -> None:
+        self._scratch = scratch
+        self._offload = offload
+        self._running: dict[str, set[_Delivery]] = {}
+
+    def withdraw(self, object_id: str) -> None:
+        """End the running deliveries of a secret: none touches its plaintext after this returns."""
+        for delivery in self._running.pop(object_id, ()):
+            delivery.withdraw()
+
+    def recheck(self, holds: Callable[[Grant], bool]) -> None:
+        """End those deliveries whose grant no longer holds."""
+        for deliveries in list(self._running.values()):
+            for delivery in list(deliveries):
+                if not holds(delivery.content.grant):
+                    self._forget(delivery)
+                    delivery.withdraw()
+
+    def deliver(
+        self, content: Content, target: Target, fd: Fd
+    ) -> Coroutine[object, object, None] | None:
+        """Write all of it and close the descriptor, which ``target`` borrows. Raises CommandError.
+
+        Returns a coroutine if that cannot be done now, or not here.
+        """
+        if not content.grant.peer.trusted:
+            return self._submit(content, target, fd)
+        try:
+            target.begin(content.size)
+            position = target.write(content.view, 0)
+        except OSError as error:
+            _release(content, target, fd)
+            raise _failed(error) from None
+        if position < content.size:
+            # Known to `withdraw` from now on, not only when the coroutine first runs.
+            waiting = _Waiting(content)
+            self._remember(waiting)
+            return self._go_on(waiting, position, target, fd)
+        _release(content, target, fd)
+        return None
+
+    def _remember(self, delivery: _Delivery) -> None:
+        self._running.setdefault(delivery.content.grant.object_id, set()).add(delivery)
+
+    def _forget(self, delivery: _Delivery) -> None:
+        object_id = delivery.content.grant.object_id
+        others = self._running.get(object_id)
+        if others is not None:
+            others.discard(delivery)
+            if not others:
+                del self._running[object_id]
+
+    async def _go_on(self, waiting: "_Waiting", position: int, target: Target, fd: Fd) -> None:
+        content = waiting.content
+        try:
+            async with asyncio.timeout(DELIVERY_SECONDS):
+                while position < content.size:
+                    await waiting.writable(fd.fileno())
+                    if waiting.withdrawn:
+                        raise _withdrawn(content)
+                    position += target.write(content.view[position:], position)
+        except TimeoutError:
+            raise _too_slow() from None
+        except OSError as error:
+            raise _failed(error) from None
+        finally:
+            self._forget(waiting)
+            _release(content, target, fd)
+
+    # --- in a thread
+
+    def _submit(self, content: Content, target: Target, fd: Fd) -> Coroutine[object, object, None]:
+        try:
+            piece = self._scratch.allocate(max(1, min(content.size, PIECE_BYTES)))
+        except BaseException:
+            _release(content, target, fd)
+            raise
+        target.may_block = True
+        job = _Job(content, target, fd, piece)
+        self._remember(job)
+        return self._in_thread(job)
+
+    async def _in_thread(self, job: "_Job") -> None:
+        loop = asyncio.get_running_loop()
+        uid = job.content.grant.peer.uid
+
+        def unused() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended, and all with it
+                loop.call_soon_threadsafe(job.release)
+
+        try:
+            async with asyncio.timeout(DELIVERY_SECONDS) as job.scope:
+                if job.withdrawn:
+                    job.scope.reschedule(loop.time())
+                failure = await self._offload.run(
+                    uid, lambda _failure: job.release(), job.write, unused
+                )
+        except TimeoutError:
+            if job.withdrawn:
+                raise _withdrawn(job.content) from None
+            raise _too_slow() from None
+        finally:
+            self._forget(job)
+            job.withdraw()
+        job.release()
+        if failure is not None:
+            raise _failed(failure)
 
 
 class _Waiting:
-    """A delivery whose other end is full."""
+    """A delivery by the loop whose other end is full."""
 
-    def __init__(self) -> None:
+    def __init__(self, content: Content) -> None:
+        self.content = content
         self.withdrawn = False
         self._woken: asyncio.Future[None] | None = None
 
-    def wake(self) -> None:
-        """Go on with the delivery, or end it if it is withdrawn."""
+    def withdraw(self) -> None:
+        """See _Delivery."""
+        self.withdrawn = True
+        self.content.drop()
+        self._wake()
+
+    def _wake(self) -> None:
         if self._woken is not None and not self._woken.done():
             self._woken.set_result(None)
 
@@ -47,76 +198,93 @@ class _Waiting:
             return
         loop = asyncio.get_running_loop()
         self._woken = loop.create_future()
-        loop.add_writer(fd, self.wake)
+        loop.add_writer(fd, self._wake)
         try:
             await self._woken
         finally:
             loop.remove_writer(fd)
 
 
-class Deliveries:
-    """The deliveries that wait for their reader."""
+class _Job:
+    """A delivery by a thread. ``write`` runs there; everything else in the loop.
 
-    def __init__(self) -> None:
-        self._waiting: dict[str, set[_Waiting]] = {}
+    Two locks: ``_copying`` while the secret is looked at, which never takes long; ``_writing`` from there
+    until what was copied is written, which may never end.
+    """
 
-    def withdraw(self, object_id: str) -> None:
-        """End the running deliveries of a secret: none touches its plaintext after this returns."""
-        for waiting in self._waiting.pop(object_id, ()):
-            waiting.withdrawn = True
-            waiting.wake()
+    def __init__(self, content: Content, target: Target, fd: Fd, piece: LockedBuffer) -> None:
+        self.content = content
+        self.withdrawn = False
+        self.scope: asyncio.Timeout | None = None
+        self._target = target
+        self._fd = fd
+        self._piece = piece
+        self._copying = threading.Lock()
+        self._writing = threading.Lock()
+        self._released = False
+        self._bell = os.eventfd(0, os.EFD_CLOEXEC)  # wakes the thread
 
-    def deliver(
-        self, grant: Grant, plaintext: memoryview, fd: Fd
-    ) -> Coroutine[object, object, None] | None:
-        """Write ``plaintext`` to ``fd`` and close it. Raises CommandError.
+    def withdraw(self) -> None:
+        """See _Delivery."""
+        if self._released:
+            return
+        # A write that goes on is waited for, as long as it takes if nobody holds it up: else the client gets
+        # zeros behind what it has, instead of the end.
+        idle = not self.withdrawn and self._writing.acquire(timeout=WRITE_SECONDS)
+        with self._copying:
+            self.withdrawn = True
+            wipe(self._piece.view)
+            self.content.drop()
+        if idle:
+            self._writing.release()
+        os.eventfd_write(self._bell, 1)
+        if self.scope is not None:
+            with contextlib.suppress(RuntimeError):  # it has ended
+                self.scope.reschedule(asyncio.get_running_loop().time())
 
-        Returns a coroutine if the other end cannot take all of it now.
-        """
-        target = None
+    def release(self) -> None:
+        """The thread is done with it, or never began."""
+        self._released = True
+        self._piece.free()
+        os.close(self._bell)
+        _release(self.content, self._target, self._fd)
+
+    def write(self) -> OSError | None:
+        """Write it all, or until it is withdrawn; return what went wrong."""
+        size, position = self.content.size, 0
         try:
-            target = _open_target(fd.fileno())
-            position = target.write(plaintext)
-        except BaseException as error:
-            _release(target, fd)
-            if isinstance(error, OSError):
-                raise _failed(error) from None
-            raise
-        if position < len(plaintext):
-            # Known to `withdraw` from now on, not only when the coroutine first runs.
-            waiting = _Waiting()
-            self._waiting.setdefault(grant.object_id, set()).add(waiting)
-            return self._go_on(grant.object_id, plaintext[position:], fd, target, waiting)
-        _release(target, fd)
+            self._target.begin(size)
+            while position < size:
+                with self._writing:
+                    length = self._copy(position)
+                    taken = self._target.write(self._piece.view[:length], position)
+                if not length:
+                    break
+                position += taken
+                if taken < length:
+                    self._wait()
+        except OSError as error:
+            return error
         return None
 
-    async def _go_on(
-        self, object_id: str, rest: memoryview, fd: Fd, target: "_Target", waiting: _Waiting
-    ) -> None:
-        try:
-            async with asyncio.timeout(DELIVERY_SECONDS):
-                while rest:
-                    await waiting.writable(fd.fileno())
-                    if waiting.withdrawn:
-                        raise CommandError(f"Secret '{object_id}' was withdrawn")
-                    rest = rest[target.write(rest) :]
-        except TimeoutError:
-            raise CommandError(
-                f"The descriptor did not take the secret within {DELIVERY_SECONDS:g} seconds"
-            ) from None
-        except OSError as error:
-            raise _failed(error) from None
-        finally:
-            waiters = self._waiting.get(object_id, set())
-            waiters.discard(waiting)
-            if not waiters:
-                self._waiting.pop(object_id, None)
-            _release(target, fd)
+    def _copy(self, position: int) -> int:
+        """Copy the next piece; return its size, 0 if the secret was withdrawn."""
+        with self._copying:
+            source = self.content.view[position : position + self._piece.size]
+            self._piece.view[: len(source)] = source
+            return len(source)
+
+    def _wait(self) -> None:
+        """Wait until something may be written or the secret is withdrawn, as it is when time is over."""
+        poll = select.poll()
+        poll.register(self._target.fd, select.POLLOUT)
+        poll.register(self._bell, select.POLLIN)
+        poll.poll()
 
 
-def _release(target: "_Target | None", fd: Fd) -> None:
-    if target is not None:
-        target.close()
+def _release(content: Content, target: Target, fd: Fd) -> None:
+    content.drop()
+    target.close()
     fd.close()
 
 
@@ -124,104 +292,12 @@ def _failed(error: OSError) -> CommandError:
     return CommandError(f"Unable to write the secret: {os.strerror(error.errno or 0)}")
 
 
-class _Target:
-    """A pipe. `write` takes what can be taken without waiting and returns how much that was."""
-
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-        self._own: tuple[int, int] | None = None
-
-    def write(self, data: memoryview) -> int:
-        """Write from the start of ``data``; return the bytes taken, which may be none."""
-        position = 0
-        while position < len(data):
-            try:
-                position += self._write_some(data[position:])
-            except BlockingIOError:
-                break
-        return position
-
-    def _write_some(self, data: memoryview) -> int:
-        if self._own is None:
-            try:
-                return os.pwritev(self._fd, [data], -1, _RWF_NOWAIT)
-            except OSError as error:
-                if error.errno != errno.EOPNOTSUPP:
-                    raise
-        return self._splice(data)
-
-    def _splice(self, data: memoryview) -> int:
-        """A FIFO in a file system knows no RWF_NOWAIT: go through a pipe of our own."""
-        if self._own is None:
-            self._own = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        source, sink = self._own
-        size = os.writev(sink, [data[:_SPLICE_BYTES]])
-        moved = 0
-        try:
-            while moved < size:
-                moved += os.splice(source, self._fd, size - moved, flags=os.SPLICE_F_NONBLOCK)
-        except OSError:
-            # What was not taken must not stay: closing the pipe frees it without reading it back.
-            self.close()
-            if not moved:
-                raise
-        return moved
-
-    def close(self) -> None:
-        """Release what the target needed besides the descriptor."""
-        own, self._own = self._own, None
-        for fd in own or ():
-            os.close(fd)
+def _withdrawn(content: Content) -> CommandError:
+    return CommandError(f"Secret '{content.grant.object_id}' was withdrawn")
 
 
-class _SocketPair(_Target):
-    """One end of a stream socket pair."""
-
-    def _write_some(self, data: memoryview) -> int:
-        borrowed = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, self._fd)
-        try:
-            return borrowed.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-        finally:
-            borrowed.detach()
-
-
-class _Memfd(_Target):
-    """A memfd: given the secret's size, then filled from its start."""
-
-    def write(self, data: memoryview) -> int:
-        os.ftruncate(self._fd, len(data))
-        position = 0
-        while position < len(data):
-            position += os.pwritev(self._fd, [data[position:]], position)
-        return position
-
-
-def _open_target(fd: int) -> _Target:
-    kind = classify(fd)
-    if kind in (Kind.OTHER, Kind.FILE):
-        raise CommandError(f"The descriptor is {_name(fd)}; {_TAKES}")
-    if not is_writable(fd):
-        raise CommandError(f"The descriptor is {kind.value} not open for writing; {_TAKES}")
-    if kind is Kind.MEMFD:
-        if is_sealed(fd):
-            raise CommandError(f"The descriptor is a sealed memfd; {_TAKES}")
-        return _Memfd(fd)
-    if kind is Kind.SOCKET:
-        return _SocketPair(fd)
-    return _Target(fd)
-
-
-def _name(fd: int) -> str:
-    """Say what a descriptor is that cannot be taken."""
-    mode = os.fstat(fd).st_mode
-    for test, name in (
-        (stat.S_ISREG, "a regular file"),
-        (stat.S_ISDIR, "a directory"),
-        (stat.S_ISCHR, "a character device"),
-        (stat.S_ISBLK, "a block device"),
-        (stat.S_ISSOCK, "a socket that is no end of a stream pair"),
-        (stat.S_ISFIFO, "a pipe opened with O_PATH"),
-    ):
-        if test(mode):
-            return name
-    return "of a kind that cannot be written to"
+def _too_slow() -> CommandError:
+    return LimitReached(
+        "delivery-seconds",
+        f"The descriptor did not take the secret within {DELIVERY_SECONDS:g} seconds",
+    )

@@ -9,7 +9,9 @@ caused it word for word, so it never holds anything the schema marks sensitive.
      │    ├── CommandNotFound      class CommandNotFound
      │    ├── DeviceNotFound       class DeviceNotFound
      │    ├── AccessDenied         class GenericError: access.check() said no
+     │    ├── LimitReached         class GenericError: names the limit and its value
      │    └── LockedMemoryExhausted   class GenericError: names the limit and how to raise it
+     ├── PeerUnknown               the kernel does not say in full who has connected
      ├── SourceError               why a file, descriptor or key cannot be read
      ├── MemoryLockError           memory cannot be locked and --memory-lock=require was given
      └── UsageError                the command line cannot be carried out; exit status 1
@@ -46,12 +48,31 @@ class AccessDenied(CommandError):
     """The peer may not do this; says nothing of whether the object exists."""
 
 
+class LimitReached(CommandError):
+    """There is too much of something. ``limit``: which of the limits, as query-secret-stats calls it."""
+
+    def __init__(self, limit: str, desc: str) -> None:
+        super().__init__(desc)
+        self.limit = limit
+
+
 class LockedMemoryExhausted(CommandError):
     """No locked memory is left within RLIMIT_MEMLOCK."""
 
 
+class PeerUnknown(SecretdError):
+    """The kernel does not say in full who is at the other end; the text is the reason."""
+
+
 class SourceError(SecretdError):
-    """Why what an object's content comes from cannot be read; each type has its words around it."""
+    """Why what an object's content comes from cannot be read; each type has its words around it.
+
+    ``limit``: the limit that was reached, as query-secret-stats calls it, None if it was none.
+    """
+
+    def __init__(self, words: str, limit: str | None = None) -> None:
+        super().__init__(words)
+        self.limit = limit
 
 
 class MemoryLockError(SecretdError):

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The events that secretd sends: what their data is.
 
-Who gets them is said in server, when they happen in commands. The schema is made from here.
+Who gets them is said in announce, when they happen in commands. The schema is made from here.
 """
 
-from typing import Final, Literal, TypedDict
+from typing import Final, Literal, NotRequired, TypedDict
 
 
 class Shutdown(TypedDict):
@@ -27,18 +27,19 @@ class Shutdown(TypedDict):
 
 
 class PeerInfo(TypedDict):
-    """Who did it: SO_PEERCRED of the connection."""
+    """Who did it: SO_PEERCRED of the connection, and its systemd unit if it has one."""
 
     uid: int
     gid: int
     pid: int
+    unit: NotRequired[str]
 
 
 class AboutSecret(TypedDict):
-    """What happened to the secret ``id``, and who did it."""
+    """What happened to the secret ``id``; on the control door also who did it, if anybody did."""
 
     id: str
-    peer: PeerInfo
+    peer: NotRequired[PeerInfo]
 
 
 class EventsLost(TypedDict):
@@ -51,5 +52,8 @@ EVENTS: Final[dict[str, type]] = {
     "SHUTDOWN": Shutdown,
     "SECRET_ADDED": AboutSecret,
     "SECRET_DELETED": AboutSecret,
+    "SECRET_EXPIRED": AboutSecret,
+    "SECRET_READ": AboutSecret,
+    "SECRET_DENIED": AboutSecret,
     "SECRET_EVENTS_LOST": EventsLost,
 }

@@ -20,6 +20,7 @@ from enum import Enum
 from typing import Final, NotRequired, TypedDict
 
 from secretd.errors import CommandError
+from secretd.statx import type_and_links
 
 SCM_MAX_FD: Final = 253
 """Descriptors the kernel lets one message carry (SCM_MAX_FD, include/net/scm.h)."""
@@ -219,19 +220,22 @@ class Kind(Enum):
 
 def classify(fd: int) -> Kind:
     """Find out what a borrowed descriptor is, with calls that cannot block."""
-    status = os.fstat(fd)
     if fcntl.fcntl(fd, fcntl.F_GETFL) & _O_PATH:
         return Kind.OTHER
-    if stat.S_ISFIFO(status.st_mode):
+    try:
+        mode, links = type_and_links(fd)
+    except OSError:  # FUSE tells nothing to other users
+        return Kind.OTHER
+    if stat.S_ISFIFO(mode):
         return Kind.PIPE
-    if stat.S_ISSOCK(status.st_mode):
+    if stat.S_ISSOCK(mode):
         return Kind.SOCKET if _is_socketpair_end(fd) else Kind.OTHER
-    if stat.S_ISREG(status.st_mode):
+    if stat.S_ISREG(mode):
         try:
             fcntl.fcntl(fd, _F_GET_SEALS)
         except OSError:
             return Kind.FILE
-        return Kind.MEMFD if status.st_nlink == 0 else Kind.FILE
+        return Kind.MEMFD if links == 0 else Kind.FILE
     return Kind.OTHER
 
 

@@ -9,17 +9,21 @@ returns, commands carries them out. The only place where exceptions become repli
 import asyncio
 import logging
 import os
+import time
 import traceback
 from collections.abc import Callable, Coroutine, Iterable
 from functools import cached_property
-from typing import Final, Literal, TypeAlias
+from typing import Final, Literal, Protocol, TypeAlias
 
-from msgspec import UNSET, Struct
+import msgspec
+from msgspec import UNSET, Raw, Struct
 from msgspec.structs import astuple
 
-from secretd.access import Door, Peer
+from secretd.access import Access, Grant
+from secretd.announce import Announcer, Happened
+from secretd.audit import Audit
 from secretd.deliver import Deliveries
-from secretd.errors import CommandError, CommandNotFound
+from secretd.errors import AccessDenied, CommandError, CommandNotFound, LimitReached
 from secretd.events import EVENTS
 from secretd.fds import (
     DESCRIPTORS_PER_CONNECTION,
@@ -30,7 +34,8 @@ from secretd.fds import (
 )
 from secretd.introspect import schema
 from secretd.memory import Arena
-from secretd.offload import Offload
+from secretd.offload import THREADS_PER_UID, Offload
+from secretd.peer import Door, Peer
 from secretd.qom.object import ObjectTree
 from secretd.qom.source import Source
 from secretd.schema import Command, FastDecoder, check
@@ -57,31 +62,48 @@ read. QEMU quotes all of it."""
 MAX_REPLY_BYTES: Final = 64 << 10
 """Bytes of a reply: clients read lines, and some (go-qemu) none that are longer. QEMU: no limit."""
 
+WAITING_COMMANDS: Final = ("secret_read", "object_add", "human_monitor_command")
+"""The functions of commands that may have to wait for something."""
+
 INTERNAL_ERROR: Final = "Internal error; the log of secretd has the details"
 
 Reply: TypeAlias = "bytes | Locked | Coroutine[object, object, bytes]"
 
 
+class Owner(Protocol):
+    """What the daemon's state asks of the server."""
+
+    announcer: Announcer
+
+    def stop(self) -> None:
+        """End the daemon in order."""
+
+    def shut_down(self, data: str) -> None:
+        """Send SHUTDOWN, its data as JSON text, to all."""
+
+
 class Daemon:
-    """What all sessions share. ``stop`` ends the daemon in order; ``emit`` sends an event, its data as
-    JSON text, to all sessions on the control door but that of one monitor.
-    """
+    """What all sessions share."""
 
     def __init__(
         self,
         tree: ObjectTree,
         commands: Iterable[Command],
         package: str,
-        stop: Callable[[], None],
-        emit: Callable[[str, str, "Monitor | None"], None],
+        audit: Audit,
+        owner: Owner,
     ) -> None:
         self.tree = tree
+        self.limits = tree.limits
         self.package = package
         self.version = encode.Verbatim(encode.value(wire.version(QEMU_VERSION, package)))
-        self.stop = stop
-        self.emit = emit
-        self.deliveries = Deliveries()
+        self.audit = audit
+        self.owner = owner
+        self.access = Access(tree, audit)
         self.offload = Offload()
+        self.deliveries = Deliveries(tree.scratch, self.offload)
+        self._decided = tree.on_decision
+        tree.on_decision = self._on_decision
         every = list(commands)
         self.tables = {
             Door.CONTROL: Table(every, MAX_MESSAGE_BYTES),
@@ -92,6 +114,38 @@ class Daemon:
     def memory(self) -> Literal["secretmem", "mlock", "none"]:
         """How well secrets are protected."""
         return self.tree.journal.arena.level
+
+    def _on_decision(self, object_id: str) -> None:
+        self._decided(object_id)
+        self.deliveries.recheck(self.access.holds)
+
+    def announce(self, name: str, object_id: str, peer_info: str | None, by: object) -> None:
+        """Send an event about a secret to all who may know, but to who did it."""
+        if not self.owner.announcer.concerns(by):
+            return
+        # An identifier is plain ASCII; what clients ask for may be anything.
+        quoted = encode.value(object_id)
+        bare = wire_event(name, f'{{"id": {quoted}}}')
+        full = bare
+        if peer_info is not None:
+            full = wire_event(name, f'{{"id": {quoted}, "peer": {peer_info}}}')
+        self.owner.announcer.announce(Happened(name, object_id, full, bare, by))
+
+    def expire(self, object_id: str) -> None:
+        """The time of an object is over: end deliveries, wipe it, say so."""
+        kind = self.tree.type_of(object_id)
+        assert kind is not None
+        self.deliveries.withdraw(object_id)
+        self.tree.delete(object_id)
+        self.audit.note("expire", id=object_id, type=kind.info.name)
+        if not kind.decides:
+            self.announce("SECRET_EXPIRED", object_id, None, None)
+
+
+def wire_event(name: str, data: str) -> bytes:
+    """Return an event of now, its data as JSON text."""
+    now = time.time_ns() // 1000
+    return wire.event(name, data, now // 1_000_000, now % 1_000_000)
 
 
 class Table:
@@ -127,7 +181,11 @@ class Monitor:
             self.fdsets, self.scratch, daemon.offload, peer.uid, trusted=peer.trusted
         )
         self.oob = False
-        self._peer_info = encode.value({"uid": peer.uid, "gid": peer.gid, "pid": peer.pid})
+        info: dict[str, object] = {"uid": peer.uid, "gid": peer.gid, "pid": peer.pid}
+        if peer.unit is not None:
+            info["unit"] = peer.unit
+        self.peer_info = encode.value(info)
+        self.peer_json = Raw(msgspec.json.encode(info))
 
     @property
     def scratch(self) -> Arena:
@@ -144,26 +202,72 @@ class Monitor:
         self._on_negotiated()
         self.negotiated = True
 
-    def emit_about(self, event: str, object_id: str) -> None:
+    def announce(self, event: str, object_id: str) -> None:
         """Tell the other sessions what this one did to a secret; its own has the reply."""
-        # An identifier is plain ASCII.
-        self.daemon.emit(event, f'{{"id": "{object_id}", "peer": {self._peer_info}}}', self)
+        self.daemon.announce(event, object_id, self.peer_info, self)
 
-    def take_descriptor(self) -> Fd:
-        """Return the descriptor that was passed, if there is room to keep it."""
+    def note(self, event: str, object_id: str, **members: object) -> None:
+        """Write an audit record of what this session did."""
+        self.daemon.audit.note(
+            event, id=object_id, door=self.peer.door.value, peer=self.peer_json, **members
+        )
+
+    def note_connection(self) -> None:
+        """Write an audit record of who has connected."""
+        self.daemon.audit.note("connect", door=self.peer.door.value, peer=self.peer_json)
+
+    def check(self, object_id: str, action: str) -> Grant:
+        """Return leave to release a secret; see access.Access.check."""
+        try:
+            return self.daemon.access.check(self.peer, self.peer_json, object_id, action)
+        except AccessDenied:
+            self.announce("SECRET_DENIED", object_id)
+            raise
+
+    def pending_descriptor(self) -> Fd:
+        """Return the descriptor that was passed, unless all threads of its uid are stuck with such."""
         fd = self.pending.take()
-        if len(self.named) + len(self.fdsets) >= DESCRIPTORS_PER_CONNECTION:
+        uid = self.peer.uid
+        if not self.peer.trusted and self.daemon.offload.stuck(uid):
             fd.close()
-            raise CommandError(
-                f"This connection holds {DESCRIPTORS_PER_CONNECTION} descriptors, which is the "
-                "limit; close some with closefd or remove-fd"
+            raise LimitReached(
+                "threads-per-uid",
+                f"uid {uid} has {THREADS_PER_UID} descriptors that block, and that is the limit "
+                "(threads-per-uid)",
             )
         return fd
 
-    def receive(self, numbers: list[int]) -> bool:
-        """Take over descriptors that came with a message; False if the peer brings too many."""
-        self.pending.receive([Fd(number, self.closer) for number in numbers])
-        return not self.daemon.offload.busy(self.peer.uid)
+    def take_descriptor(self) -> Fd:
+        """Return the descriptor that was passed, if there is room to keep it."""
+        fd = self.pending_descriptor()
+        if len(self.named) + len(self.fdsets) >= DESCRIPTORS_PER_CONNECTION:
+            fd.close()
+            raise LimitReached(
+                "descriptors-per-connection",
+                f"This connection holds {DESCRIPTORS_PER_CONNECTION} descriptors, which is the "
+                "limit; close some with closefd or remove-fd",
+            )
+        return fd
+
+    def receive(self, numbers: list[int]) -> None:
+        """Take over descriptors that came with a message; raises LimitReached if the peer brings too many."""
+        uid = self.peer.uid
+        limits = self.daemon.limits
+        fault = None
+        try:
+            limits.descriptors.check(uid, len(numbers), self.daemon.offload.waiting(uid))
+            if not self.peer.trusted:
+                limits.check_descriptors(len(numbers))
+        except LimitReached as error:
+            fault = error
+        limits.descriptors.add(uid, len(numbers))
+        self.pending.receive([Fd(number, self._close_received) for number in numbers])
+        if fault is not None:
+            raise fault
+
+    def _close_received(self, fd: int) -> None:
+        self.daemon.limits.descriptors.give(self.peer.uid)
+        self.closer(fd)
 
     def closer(self, fd: int) -> None:
         """Close a descriptor of this peer, which may block for one that is not trusted."""
@@ -197,6 +301,8 @@ class Monitor:
                 if request.oob and not command.oob:
                     raise CommandError(f"The command {command.name} does not support OOB")
                 arguments = check(command, request.arguments)
+            if not self.peer.trusted:
+                self._check_peer(command)
             if arguments is UNSET:
                 result = command.function(self)
             elif command.boxed:
@@ -206,10 +312,18 @@ class Monitor:
             if result is None:
                 return wire.EMPTY_RETURN if id_text is None else wire.success(None, id_text)
             if asyncio.iscoroutine(result):
+                self.daemon.limits.requests.add(self.peer.uid)
                 return self._later(result, id_text)
             return _success(result, id_text)
         except Exception as error:  # noqa: BLE001 - a reply must never be lost
-            return _failure(error, id_text)
+            return self._failure(error, id_text)
+
+    def _check_peer(self, command: Command) -> None:
+        """What is asked of those who are neither uid 0 nor the daemon's own uid, at each request."""
+        if not self.daemon.access.admits(self.peer):
+            raise AccessDenied(f"uid {self.peer.uid} may not use the control socket any more")
+        if command.function.__name__ in WAITING_COMMANDS:
+            self.daemon.limits.requests.check(self.peer.uid)
 
     def _check_negotiated(self, name: str) -> None:
         if not self.negotiated and name != "qmp_capabilities":
@@ -219,7 +333,17 @@ class Monitor:
         try:
             return _success(await result, id_text)
         except Exception as error:  # noqa: BLE001 - a reply must never be lost
-            return _failure(error, id_text)
+            return self._failure(error, id_text)
+        finally:
+            self.daemon.limits.requests.give(self.peer.uid)
+
+    def _failure(self, error: Exception, id_text: str | None) -> bytes:
+        if isinstance(error, CommandError):
+            if isinstance(error, LimitReached):
+                self.daemon.limits.hit(error.limit)
+            return wire.failure(error.error_class, error.desc, id_text)
+        log_internal(error)
+        return wire.failure("GenericError", INTERNAL_ERROR, id_text)
 
     def _malformed(self, request: Malformed) -> bytes | Locked:
         fault = request.fault
@@ -248,14 +372,8 @@ def log_internal(error: Exception) -> None:
 def _success(result: object, id_text: str | None) -> bytes:
     reply = wire.success(result, id_text)
     if len(reply) > MAX_REPLY_BYTES:
-        raise CommandError(
-            f"The reply has {len(reply)} bytes, more than the limit of {MAX_REPLY_BYTES} bytes"
+        raise LimitReached(
+            "reply-bytes",
+            f"The reply has {len(reply)} bytes, more than the limit of {MAX_REPLY_BYTES} bytes",
         )
     return reply
-
-
-def _failure(error: Exception, id_text: str | None) -> bytes:
-    if isinstance(error, CommandError):
-        return wire.failure(error.error_class, error.desc, id_text)
-    log_internal(error)
-    return wire.failure("GenericError", INTERNAL_ERROR, id_text)

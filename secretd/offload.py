@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Final, TypeVar
@@ -21,8 +22,8 @@ THREADS_PER_UID: Final = 4
 THREADS_OF_TRUSTED: Final = 64
 """The same for uid 0 and the daemon's own uid, whose many programs wait for FIFOs and slow files."""
 
-DESCRIPTORS_WAITING_PER_UID: Final = 1024
-"""Descriptors of one uid that may wait to be closed; with more, its connections are closed."""
+STUCK_SECONDS: Final = 1.0
+"""Seconds after which a call counts as stuck: a uid all of whose threads are may pass no more descriptors."""
 
 
 class Offload:
@@ -36,10 +37,17 @@ class Offload:
         self._lock = threading.Lock()
         self._threads: dict[int, int] = {}
         self._queues: dict[int, deque[Callable[[], object]]] = {}
+        self._since: dict[int, dict[int, float]] = {}  # by uid and thread: when its call began
 
-    def busy(self, uid: int) -> bool:
-        """True if a uid has so much waiting to be closed that it must not bring more."""
-        return len(self._queues.get(uid, ())) > DESCRIPTORS_WAITING_PER_UID
+    def waiting(self, uid: int) -> int:
+        """Return how many calls of a uid wait for a thread."""
+        return len(self._queues.get(uid, ()))
+
+    def stuck(self, uid: int) -> bool:
+        """True if all threads that a uid may have are busy, each with one call for STUCK_SECONDS."""
+        with self._lock:
+            began = self._since.get(uid, {}).values()
+            return len(began) >= _threads(uid) and max(began) < time.monotonic() - STUCK_SECONDS
 
     def idle(self) -> bool:
         """True if no call runs or waits."""
@@ -98,7 +106,7 @@ class Offload:
         with self._lock:
             self._queues.setdefault(uid, deque()).append(call)
             count = self._threads.get(uid, 0)
-            if count >= (THREADS_OF_TRUSTED if uid in (0, os.getuid()) else THREADS_PER_UID):
+            if count >= _threads(uid):
                 return
             self._threads[uid] = count + 1
         # A daemon thread: one that is stuck for ever must not keep the process from ending.
@@ -119,8 +127,11 @@ class Offload:
                     self._retire_locked(uid)
                     return
                 call = queue.popleft()
+                self._since.setdefault(uid, {})[threading.get_ident()] = time.monotonic()
             with contextlib.suppress(OSError):
                 call()
+            with self._lock:
+                del self._since[uid][threading.get_ident()]
 
     def _retire(self, uid: int) -> None:
         with self._lock:
@@ -130,5 +141,10 @@ class Offload:
         self._threads[uid] -= 1
         if not self._threads[uid]:
             del self._threads[uid]
+            self._since.pop(uid, None)
             if not self._queues[uid]:
                 del self._queues[uid]
+
+
+def _threads(uid: int) -> int:
+    return THREADS_OF_TRUSTED if uid in (0, os.getuid()) else THREADS_PER_UID

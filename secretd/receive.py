@@ -9,6 +9,7 @@ import asyncio
 from typing import Final, Protocol
 
 from secretd.errors import LockedMemoryExhausted
+from secretd.limits import Share
 from secretd.memory import Arena, LockedBuffer
 from secretd.wire.qjson import MAX_MESSAGE_BYTES
 
@@ -40,6 +41,10 @@ TAILS_BYTES: Final = LARGE_TAILS_BYTES + LARGEST_TAIL_BYTES + (512 << 10)
 class Holder(Protocol):
     """A connection that may hold a buffer of its own."""
 
+    @property
+    def share(self) -> "tuple[Share, int] | None":
+        """What the buffer is counted in, and for which uid; None if it is not."""
+
     def fed(self) -> None:
         """There may be room again."""
 
@@ -55,7 +60,9 @@ class ReceiveSpace:
         self._beyond: Holder | None = None  # who may go beyond LARGE_TAILS_BYTES
 
     def allocate(self, size: int, owner: Holder) -> LockedBuffer:
-        """Return a connection's buffer, or raise LockedMemoryExhausted."""
+        """Return a connection's buffer, or raise LockedMemoryExhausted; LimitReached if its uid has
+        enough.
+        """
         small = size <= SMALL_TAIL_BYTES
         limit = TAILS_BYTES if small else LARGE_TAILS_BYTES
         beyond = self.held + size > limit
@@ -63,8 +70,12 @@ class ReceiveSpace:
             raise LockedMemoryExhausted(
                 f"Unfinished messages take {self.held} of {limit} bytes; try again later"
             )
+        if owner.share is not None:
+            owner.share[0].check(owner.share[1], size)
         buffer = self.arena.allocate(size)
         self.held += size
+        if owner.share is not None:
+            owner.share[0].take(owner.share[1], size)
         if beyond:
             self._beyond = owner
         return buffer
@@ -73,15 +84,17 @@ class ReceiveSpace:
         """Give back the buffer of a connection that needs none any more."""
         if self._beyond is owner:
             self._beyond = None
-        self.free(buffer)
+        self.free(buffer, owner)
 
     def roomy(self) -> bool:
         """True while there is plenty of room for what connections leave unread or unfinished."""
         return self.held <= LARGE_TAILS_BYTES // 2 and self.arena.spare >= ROOMY_BYTES
 
-    def free(self, buffer: LockedBuffer) -> None:
+    def free(self, buffer: LockedBuffer, owner: Holder) -> None:
         """Give back a connection's buffer, and let those that wait for room try again."""
         self.held -= buffer.size
+        if owner.share is not None:
+            owner.share[0].give(owner.share[1], buffer.size)
         buffer.free()
         loop = asyncio.get_running_loop()
         while self.starved:

@@ -11,17 +11,20 @@ import errno
 import os
 import socket
 import stat
-import time
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Final
 
-from secretd.access import Door, admits, identify
-from secretd.errors import UsageError
-from secretd.monitor import Daemon, Monitor, close_for
+from msgspec import UNSET, Raw
+
+from secretd.announce import Announcer
+from secretd.audit import Audit
+from secretd.errors import AccessDenied, LimitReached, PeerUnknown, UsageError
+from secretd.monitor import Daemon, close_for, wire_event
+from secretd.peer import Door, Peer, identify
 from secretd.qom.object import ObjectTree
 from secretd.receive import ReceiveSpace
 from secretd.schema import Command
-from secretd.session import BATCH_BYTES, Session
+from secretd.session import Session
 from secretd.wire import message as wire
 
 LISTEN_BACKLOG: Final = 128
@@ -33,20 +36,21 @@ ACCEPTS_PER_TURN: Final = 32
 RETRY_ACCEPT_SECONDS: Final = 0.5
 """Seconds until the next try when the process has no descriptor left for a connection."""
 
-EVENTS_SECONDS: Final = 0.02
-"""Seconds for which events are collected: with many connections, sending each of them to each would
-take longer than what it tells of."""
-
 PATH_BYTES: Final = 107
 """Bytes of a socket's path (unix(7): sun_path with its NUL)."""
 
 
 class Listener:
-    """A listening socket; its file is removed at the end."""
+    """A listening socket; its file is removed at the end. ``authz``: the id of the object that says
+    who else may use a control door.
+    """
 
-    def __init__(self, sock: socket.socket, door: Door, path: str) -> None:
+    def __init__(
+        self, sock: socket.socket, door: Door, path: str, authz: str | None = None
+    ) -> None:
         self.sock = sock
         self.door = door
+        self.authz = authz
         self.path = path
         self._inode = os.stat(path).st_ino
 
@@ -58,7 +62,7 @@ class Listener:
                 os.unlink(self.path)
 
 
-def listen(path: str, door: Door, mode: int, gid: int = -1) -> Listener:
+def listen(path: str, door: Door, mode: int, gid: int = -1, authz: str | None = None) -> Listener:
     """Bind and listen. A stale socket is replaced; a live one, or another file, is a UsageError."""
     if len(os.fsencode(path)) > PATH_BYTES:
         raise UsageError(f"{path}: the path of a socket may have {PATH_BYTES} bytes at most")
@@ -79,7 +83,7 @@ def listen(path: str, door: Door, mode: int, gid: int = -1) -> Listener:
     except BaseException:
         sock.close()
         raise
-    return Listener(sock, door, path)
+    return Listener(sock, door, path, authz)
 
 
 def _remove_stale(path: str) -> None:
@@ -104,12 +108,17 @@ def _remove_stale(path: str) -> None:
 class Server:
     """All doors and sessions of a process."""
 
-    def __init__(self, tree: ObjectTree, commands: Iterable[Command], package: str) -> None:
-        self.daemon = Daemon(tree, commands, package, self.stop, self._emit)
+    def __init__(
+        self,
+        tree: ObjectTree,
+        commands: Iterable[Command],
+        package: str,
+        audit: Audit | None = None,
+    ) -> None:
+        self.daemon = Daemon(tree, commands, package, audit or Audit(), self)
         self.space = ReceiveSpace(tree.scratch)
         self.sessions: set[Session] = set()
-        self._events: list[tuple[bytes, Monitor | None]] = []  # not sent yet, and whose they are
-        self._events_size = 0
+        self.announcer = Announcer(self.daemon.access, lambda: self.sessions)
         self.stopping = False
         self._stopped = asyncio.Event()
         self._listeners: list[Listener] = []
@@ -138,63 +147,56 @@ class Server:
                 loop.remove_reader(listener.sock.fileno())
                 loop.call_later(RETRY_ACCEPT_SECONDS, self._watch, listener)
                 return
-            self._greet(sock, listener.door)
+            self._greet(sock, listener)
 
-    def _greet(self, sock: socket.socket, door: Door) -> None:
-        try:
-            peer = identify(sock, door)
-        except OSError:
-            sock.close()
-            return
+    def _greet(self, sock: socket.socket, listener: Listener) -> None:
         sock.setblocking(False)
-        if self.daemon.offload.busy(peer.uid):
-            refusal = f"uid {peer.uid} has too many descriptors that block when they are closed"
-        elif admits(peer):
-            session = Session(self, sock, peer)
-            if not session.transport.is_closed:
-                self.sessions.add(session)
+        daemon, door = self.daemon, listener.door
+        peer = Peer(-1, -1, -1, door)
+        try:
+            peer = identify(sock, door, listener.authz)
+            if not daemon.access.admits(peer):
+                raise AccessDenied(
+                    f"uid {peer.uid} may not use the control socket; connect to the client socket"
+                )
+            if not peer.trusted:
+                daemon.limits.check_descriptors()
+                daemon.limits.descriptors.check(peer.uid, 1, daemon.offload.waiting(peer.uid))
+            daemon.limits.connections.take(peer.uid)
+        except (AccessDenied, LimitReached, PeerUnknown) as error:
+            self._turn_away(sock, peer, error)
             return
-        else:
-            refusal = f"uid {peer.uid} may not use the control socket; connect to the client socket"
+        session = Session(self, sock, peer)
+        if not session.transport.is_closed:
+            self.sessions.add(session)
+            if door is Door.CONTROL:
+                session.monitor.note_connection()
+
+    def _turn_away(self, sock: socket.socket, peer: Peer, error: Exception) -> None:
+        """Say in one line why not, and close."""
+        words = str(error)
+        if isinstance(error, LimitReached):
+            self.daemon.limits.hit(error.limit)
+        elif isinstance(error, PeerUnknown):
+            words = f"It cannot be told in full who has connected: {error}; connection refused"
         with contextlib.suppress(OSError):
-            sock.send(wire.failure("GenericError", refusal, None))
+            sock.send(wire.failure("GenericError", words, None))
+            sock.shutdown(socket.SHUT_RDWR)
+        info = Raw(b'{"uid":%d,"gid":%d,"pid":%d}' % peer[:3]) if peer.uid >= 0 else UNSET
+        self.daemon.audit.refuse("connect", peer.uid, info, door=peer.door.value, reason=words)
         close_for(self.daemon, peer, sock.detach())
 
     def start(self, coroutine: Coroutine[object, object, None]) -> asyncio.Task[None]:
         """Run what a session waits for; it ends with the server at the latest."""
         return self._tasks.create_task(coroutine)
 
-    def event(self, name: str, data: str) -> bytes:
-        """Return an event of now, its data as JSON text."""
-        now = time.time_ns() // 1000
-        return wire.event(name, data, now // 1_000_000, now % 1_000_000)
-
-    def _emit(self, name: str, data: str, but: Monitor | None) -> None:
-        if len(self.sessions) == 1 and next(iter(self.sessions)).monitor is but:
-            return
-        event = self.event(name, data)
-        if not self._events:
-            asyncio.get_running_loop().call_later(EVENTS_SECONDS, self.send_events)
-        self._events.append((event, but))
-        self._events_size += len(event)
-        if self._events_size >= BATCH_BYTES or but is None:
-            self.send_events()
-
-    def send_events(self) -> None:
-        """Send what happened, to each session but what it did itself."""
-        if not self._events:
-            return
-        events, self._events, self._events_size = self._events, [], 0
-        together = b"".join(event for event, _ in events)
-        actors = {but for _, but in events}
+    def shut_down(self, data: str) -> None:
+        """Send what happened so far, then SHUTDOWN, to all on the control door."""
+        self.announcer.send()
+        event = wire_event("SHUTDOWN", data)
         for session in list(self.sessions):
-            monitor = session.monitor
-            if not monitor.negotiated or monitor.peer.door is not Door.CONTROL:
-                continue
-            if monitor not in actors:
-                session.send_events(together, len(events))
-            elif others := [event for event, but in events if but is not monitor]:
-                session.send_events(b"".join(others), len(others))
+            if session.listening and session.peer.door is Door.CONTROL:
+                session.send_events(event, 1)
 
     def stop(self) -> None:
         """End `run`. Requests not yet begun are not answered."""
@@ -203,10 +205,13 @@ class Server:
 
     async def run(self, ready: Callable[[], None]) -> None:
         """Serve until `stop`; then close everything. ``ready`` is called once all is open."""
+        lifetimes = self.daemon.tree.lifetimes
         async with self._tasks:
+            lifetimes.start(self.daemon.expire)
             ready()
             await self._stopped.wait()
-            self.send_events()
+            lifetimes.stop()
+            self.announcer.send()
             loop = asyncio.get_running_loop()
             for listener in self._listeners:
                 loop.remove_reader(listener.sock.fileno())

@@ -15,10 +15,11 @@ from typing import Final, Protocol
 
 from msgspec import Struct
 
-from secretd.access import Peer
-from secretd.errors import LockedMemoryExhausted
+from secretd.announce import Announcer, Throttle
+from secretd.errors import LimitReached, LockedMemoryExhausted
 from secretd.memory import LockedBuffer
-from secretd.monitor import Daemon, Monitor, Reply, log_internal
+from secretd.monitor import Daemon, Monitor, Reply, log_internal, wire_event
+from secretd.peer import Door, Peer
 from secretd.receive import ReceiveSpace
 from secretd.transport import UNFINISHED_SECONDS, Locked, Transport
 from secretd.wire import message as wire
@@ -46,15 +47,10 @@ class Owner(Protocol):
     space: ReceiveSpace
     sessions: "set[Session]"
     stopping: bool
+    announcer: Announcer
 
     def start(self, coroutine: Coroutine[object, object, None]) -> asyncio.Task[None]:
         """Run what a session waits for."""
-
-    def event(self, name: str, data: str) -> bytes:
-        """Return an event of now, its data as JSON text."""
-
-    def send_events(self) -> None:
-        """Send what happened so far."""
 
 
 class Session:
@@ -68,20 +64,30 @@ class Session:
         self._codec = Connection(table.decode, table.max_bytes)
         self.kept_from = self._codec.kept_from
         self.moved = self._codec.moved
-        self.descriptors = self.monitor.receive
+        self.actor: object = self.monitor
+        self.peer = peer
+        self.since = 0
+        self.throttle: Throttle | None = None
         self._out: list[bytes] = []
         self._out_size = 0
         self._consuming = False
         self._lost = 0
         self._task: asyncio.Task[None] | None = None
         self._queue: deque[LockedBuffer | bytes | Locked] = deque()
-        self.transport = Transport(sock, server.space, self, self.monitor.closer)
+        limits = server.daemon.limits
+        share = None if peer.door is Door.CONTROL else (limits.unfinished, peer.uid)
+        self.transport = Transport(sock, server.space, self, self.monitor.closer, share)
         self.transport.send(self.monitor.greeting())
 
     def _negotiated(self) -> None:
         # What happened before is not this session's.
-        self._server.send_events()
+        self.since = self._server.announcer.number
         self._codec.oob = self.monitor.oob
+
+    @property
+    def listening(self) -> bool:
+        """True once negotiation is over."""
+        return self.monitor.negotiated
 
     @property
     def busy(self) -> bool:
@@ -206,14 +212,34 @@ class Session:
         if not self._consuming:
             self._flush()
 
+    def lose(self, count: int) -> None:
+        """Tell the client, when there is something to tell, that it did not get so many events."""
+        self._lost += count
+        asyncio.get_running_loop().call_soon(self.drained)
+
     def drained(self) -> None:
         """The client reads again: tell it how many events it has lost."""
-        if self._lost:
+        if self._lost and not self.transport.backlogged and not self.transport.is_closed:
             lost, self._lost = self._lost, 0
-            self.send_events(self._server.event("SECRET_EVENTS_LOST", f'{{"count": {lost}}}'), 1)
+            self.send_events(wire_event("SECRET_EVENTS_LOST", f'{{"count": {lost}}}'), 1)
+
+    def descriptors(self, numbers: list[int]) -> bool:
+        """Take over what came with a message; False if the connection is to be closed."""
+        try:
+            self.monitor.receive(numbers)
+        except LimitReached as error:
+            self._refuse(error)
+            return False
+        return True
+
+    def _refuse(self, error: LimitReached | LockedMemoryExhausted) -> None:
+        if isinstance(error, LimitReached):
+            self._server.daemon.limits.hit(error.limit)
+        self.transport.send(wire.failure("GenericError", error.desc, None))
 
     def too_slow(self) -> None:
         """A message was begun and not finished in time."""
+        self._server.daemon.limits.hit("unfinished-seconds")
         self.transport.send(
             wire.failure(
                 "GenericError",
@@ -222,9 +248,9 @@ class Session:
             )
         )
 
-    def no_memory(self, error: LockedMemoryExhausted) -> None:
+    def no_memory(self, error: LockedMemoryExhausted | LimitReached) -> None:
         """There is no locked memory for an unfinished message."""
-        self.transport.send(wire.failure("GenericError", error.desc, None))
+        self._refuse(error)
 
     def closed(self) -> None:
         """Forget the session."""
@@ -239,4 +265,7 @@ class Session:
             elif isinstance(kept, LockedBuffer):
                 kept.free()
         self._server.sessions.discard(self)
+        self._server.daemon.limits.connections.give(self.monitor.peer.uid)
+        if self.throttle is not None:
+            self.throttle.close()
         self.monitor.close()

@@ -13,7 +13,7 @@ Layout (little-endian)
     file     magic "secretd\0", u32 format, u32 unused; then records, then zeros
     record   u32 length, u32 crc32 of what follows but the state byte, u8 state, u8 type,
              u16 id length, u32 slot size in bytes, u64 slot offset in the arena's file,
-             id, properties as a JSON object; padded to 8 bytes
+             u32 uid of who added it, id, properties as a JSON object; padded to 8 bytes
 """
 
 import json
@@ -33,7 +33,7 @@ FORMAT: Final = 1
 """The layout's version; a process refuses one it does not know."""
 
 _FILE = struct.Struct("<8sII")
-_RECORD = struct.Struct("<IIBBHIQ")
+_RECORD = struct.Struct("<IIBBHIQI")
 _STATE_OFFSET: Final = 8
 _CRC_FROM: Final = 9
 _WRITTEN: Final = 0
@@ -48,13 +48,14 @@ NO_SLOT: Final = (1 << 64) - 1
 
 
 class Record(NamedTuple):
-    """An object as the journal holds it. ``type`` is its type's number; sizes are bytes."""
+    """An object as the journal holds it. ``type`` is its type's number; sizes are bytes; ``uid`` added it."""
 
     id: str
     type: int
     size: int
     slot: int
     properties: dict[str, object]
+    uid: int
 
 
 class Journal:
@@ -87,13 +88,16 @@ class Journal:
         type_number: int,
         properties: dict[str, object],
         plaintext: LockedBuffer | None,
+        uid: int,
     ) -> None:
         """Store an object under an id that is free; takes over the plaintext buffer."""
         if object_id in self._offsets:
             raise ValueError("the id is taken")
         size, slot = (0, NO_SLOT) if plaintext is None else (plaintext.size, plaintext.offset)
         self._compact_if_due()
-        self._offsets[object_id] = self._append(object_id, type_number, properties, size, slot)
+        self._offsets[object_id] = self._append(
+            object_id, type_number, properties, size, slot, uid=uid
+        )
         if plaintext is not None:
             plaintext.disown()
 
@@ -104,14 +108,14 @@ class Journal:
         record = self._read(old)
         # Two live records with one slot, for a moment: the later one counts.
         self._offsets[object_id] = self._append(
-            object_id, record.type, properties, record.size, record.slot
+            object_id, record.type, properties, record.size, record.slot, uid=record.uid
         )
         self._bury(old)
 
     def remove(self, object_id: str) -> None:
         """Forget an object and wipe its plaintext."""
         offset = self._offsets.pop(object_id)
-        _, _, _, _, _, size, slot = _RECORD.unpack_from(self._map, offset)
+        size, slot = _RECORD.unpack_from(self._map, offset)[5:7]
         self._bury(offset)
         if slot != NO_SLOT:
             self.arena.free(slot, size)
@@ -129,6 +133,11 @@ class Journal:
         fields = _RECORD.unpack_from(self._map, offset)
         return fields[3], fields[5]
 
+    def owner(self, object_id: str) -> tuple[int, int]:
+        """Return the uid that added an object that there is, and its plaintext's size in bytes."""
+        fields = _RECORD.unpack_from(self._map, self._offsets[object_id])
+        return fields[7], fields[5]
+
     def plaintext(self, object_id: str) -> memoryview:
         """Return the plaintext in locked memory, borrowed until the object is removed."""
         fields = _RECORD.unpack_from(self._map, self._offsets[object_id])
@@ -142,7 +151,14 @@ class Journal:
         os.close(self._fd)
 
     def _append(
-        self, object_id: str, type_number: int, properties: dict[str, object], size: int, slot: int
+        self,
+        object_id: str,
+        type_number: int,
+        properties: dict[str, object],
+        size: int,
+        slot: int,
+        *,
+        uid: int,
     ) -> int:
         encoded_id = object_id.encode()
         text = _encode(properties) if properties else b""
@@ -152,7 +168,7 @@ class Journal:
             self._map.resize(max(2 * len(self._map), end))
         # Bytes behind the end are zeros, since the file only grows.
         body = (
-            _RECORD.pack(length, 0, _WRITTEN, type_number, len(encoded_id), size, slot)
+            _RECORD.pack(length, 0, _WRITTEN, type_number, len(encoded_id), size, slot, uid)
             + encoded_id
             + text
         )
@@ -168,11 +184,11 @@ class Journal:
         self._dead += struct.unpack_from("<I", self._map, offset)[0]
 
     def _read(self, offset: int) -> Record:
-        length, _, _, kind, id_length, size, slot = _RECORD.unpack_from(self._map, offset)
+        length, _, _, kind, id_length, size, slot, uid = _RECORD.unpack_from(self._map, offset)
         start = offset + _RECORD.size
         object_id = self._map[start : start + id_length].decode()
         text = self._map[start + id_length : offset + length].rstrip(b"\0")
-        return Record(object_id, kind, size, slot, _decode(text) if text else {})
+        return Record(object_id, kind, size, slot, _decode(text) if text else {}, uid)
 
     def _compact_if_due(self) -> None:
         """Where most is dead, copy what lives into a second file and go on with that one.

@@ -9,13 +9,15 @@ Costs of a request on the usual path: epoll_wait, recvmsg, send; no allocation b
 """
 
 import asyncio
+import contextlib
 import socket
 from collections import deque
 from collections.abc import Callable
 from typing import Final, NamedTuple, Protocol
 
-from secretd.errors import LockedMemoryExhausted
+from secretd.errors import LimitReached, LockedMemoryExhausted
 from secretd.fds import SCM_MAX_FD, received
+from secretd.limits import Share
 from secretd.memory import LockedBuffer, wipe
 from secretd.receive import (
     FIRST_TAIL_BYTES,
@@ -74,7 +76,7 @@ class Receiver(Protocol):
     def too_slow(self) -> None:
         """A message is unfinished after UNFINISHED_SECONDS: say so; the connection is closed."""
 
-    def no_memory(self, error: LockedMemoryExhausted) -> None:
+    def no_memory(self, error: LockedMemoryExhausted | LimitReached) -> None:
         """There is no room for an unfinished message: say so; the connection is closed."""
 
     def drained(self) -> None:
@@ -85,7 +87,9 @@ class Receiver(Protocol):
 
 
 class Transport:
-    """One connection. ``closer`` closes the socket's descriptor, which may block for some peers."""
+    """One connection. ``closer`` closes the socket's descriptor, which may block for some peers.
+    ``share``: what its unfinished message is counted in, and for which uid.
+    """
 
     def __init__(
         self,
@@ -93,12 +97,14 @@ class Transport:
         space: ReceiveSpace,
         receiver: Receiver,
         closer: Callable[[int], object],
+        share: tuple[Share, int] | None = None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._sock = sock
         self._space = space
         self._receiver = receiver
         self._closer = closer
+        self.share = share
         self._tail: LockedBuffer | None = None
         self._fill = 0  # bytes in the tail
         self._position = 0  # how far of them was read
@@ -260,7 +266,7 @@ class Transport:
                 self._tail = allocate(size, self)
             except LockedMemoryExhausted:
                 self._tail = allocate(len(rest), self)  # no room to grow: it will have to wait
-        except LockedMemoryExhausted as error:
+        except (LockedMemoryExhausted, LimitReached) as error:
             self._receiver.no_memory(error)
             self.close()
             return False
@@ -276,11 +282,11 @@ class Transport:
             size = LARGEST_TAIL_BYTES
         try:
             larger = self._space.allocate(size, self)
-        except LockedMemoryExhausted:
+        except (LockedMemoryExhausted, LimitReached):
             return False
         larger.view[: self._fill] = tail.view[: self._fill]
         self._tail = larger
-        self._space.free(tail)
+        self._space.free(tail, self)
         return True
 
     def _start_timer(self) -> None:
@@ -374,5 +380,8 @@ class Transport:
         if self._tail is not None:
             tail, self._tail = self._tail, None
             self._space.done(tail, self)
+        # The client sees the end now, even if close(2) has to wait for its turn.
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
         self._closer(self._sock.detach())
         self._receiver.closed()

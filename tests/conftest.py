@@ -3,6 +3,7 @@
 
 import asyncio
 import contextlib
+import ctypes
 import fcntl
 import gc
 import json
@@ -19,9 +20,10 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-from secretd.access import Door
+from secretd.audit import Audit
 from secretd.commands import COMMANDS
 from secretd.memory import SCRATCH_RESERVE, SCRATCH_WINDOW, Arena, Level, choose_level
+from secretd.peer import Door
 from secretd.qom.object import ObjectTree
 from secretd.qom.types import TYPES
 from secretd.server import Server, listen
@@ -95,11 +97,14 @@ def arena() -> Iterator[Arena]:
 class Client:
     """A QMP client of few words: blocking, sees every byte."""
 
-    def __init__(self, path: str, *, negotiate: bool = True) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    def __init__(
+        self, path: str, *, negotiate: bool = True, sock: socket.socket | None = None
+    ) -> None:
+        self.sock = sock or socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.sock.settimeout(20)
         try:
-            self.sock.connect(path)
+            if sock is None:
+                self.sock.connect(path)
         except OSError:
             self.sock.close()
             raise
@@ -203,12 +208,50 @@ class Client:
         self.sock.close()
 
 
-class Daemon:
-    """A server in a thread of this process, with both doors."""
+_SETID = {"x86_64": (117, 119, 116, 122), "aarch64": (147, 149, 159, 151)}
 
-    def __init__(self, directory: Path, level: Level = ARENA_LEVEL) -> None:
+
+def connect_as(path: str, uid: int, gid: int, groups: tuple[int, ...] = ()) -> socket.socket:
+    """Connect as another user: this thread becomes it for as long as that takes (setresuid(2) as the
+    kernel has it is for one thread). Files are still opened as root.
+    """
+    need_root()
+    libc = ctypes.CDLL(None, use_errno=True)
+    setresuid, setresgid, setgroups, setfsuid = _SETID[os.uname().machine]
+    sock = socket.socket(socket.AF_UNIX)
+
+    def call(*arguments: object) -> None:
+        if libc.syscall(*arguments):
+            raise OSError(ctypes.get_errno(), "set*id")
+
+    before = os.getgroups()
+
+    def as_user() -> None:
+        call(setgroups, len(groups), (ctypes.c_uint32 * len(groups))(*groups))
+        call(setresgid, -1, gid, -1)
+        call(setresuid, -1, uid, -1)
+        libc.syscall(setfsuid, 0)
+        try:
+            sock.connect(path)
+        finally:
+            call(setresuid, -1, 0, -1)
+            call(setresgid, -1, 0, -1)
+            call(setgroups, len(before), (ctypes.c_uint32 * len(before))(*before))
+
+    as_user()
+    return sock
+
+
+class Daemon:
+    """A server in a thread of this process, with both doors, and a control door with authz=admins."""
+
+    def __init__(
+        self, directory: Path, level: Level = ARENA_LEVEL, make_audit: Callable[[], Audit] = Audit
+    ) -> None:
+        self._make_audit = make_audit
         self.control = str(directory / "control.sock")
         self.client = str(directory / "client.sock")
+        self.admins = str(directory / "admins.sock")
         self._level = level
         self._clients: list[Client] = []
         self._ready: Future[None] = Future()
@@ -232,10 +275,13 @@ class Daemon:
         self.scratch = Arena(self._level, window=SCRATCH_WINDOW, reserve=SCRATCH_RESERVE)
         self.journal = Journal(Arena(self._level))
         self.tree = ObjectTree(self.journal, self.scratch, TYPES)
-        self.server = Server(self.tree, COMMANDS.by_name.values(), "secretd test")
+        self.server = Server(
+            self.tree, COMMANDS.by_name.values(), "secretd test", self._make_audit()
+        )
         try:
             self.server.add(listen(self.control, Door.CONTROL, 0o600))
             self.server.add(listen(self.client, Door.CLIENT, 0o666))
+            self.server.add(listen(self.admins, Door.CONTROL, 0o666, authz="admins"))
             await self.server.run(lambda: self._ready.set_result(None))
             self.held = self.scratch.held
         finally:
@@ -260,10 +306,19 @@ class Daemon:
         """Delete all objects."""
         self.call(lambda: [self.tree.delete(object_id) for object_id in list(self.journal)])
 
-    def connect(self, *, door: str = "control", negotiate: bool = True) -> Client:
-        """Connect; the client is closed with the daemon."""
-        path = self.control if door == "control" else self.client
-        client = Client(path, negotiate=negotiate)
+    def connect(
+        self,
+        *,
+        door: str = "control",
+        negotiate: bool = True,
+        uid: int | None = None,
+        gid: int | None = None,
+        groups: tuple[int, ...] = (),
+    ) -> Client:
+        """Connect, as another user if there is a uid; the client is closed with the daemon."""
+        path = {"control": self.control, "client": self.client, "admins": self.admins}[door]
+        sock = None if uid is None else connect_as(path, uid, uid if gid is None else gid, groups)
+        client = Client(path, negotiate=negotiate, sock=sock)
         self._clients.append(client)
         return client
 

@@ -259,7 +259,8 @@ def test_paths_lead_where_they_do_in_qemu(qmp: Client) -> None:
 def test_types_are_listed(qmp: Client) -> None:
     """With their parents, abstract ones on request, by what they implement."""
     assert [entry["name"] for entry in qmp.ok("qom-list-types")] == [
-        "container", "secret", "secret_keyring", "authz-list-file", "authz-simple", "authz-list"
+        "container", "secret", "secret_keyring", "authz-list-file", "secret-grant", "authz-simple",
+        "authz-list",
     ]  # fmt: skip
     abstract = qmp.ok("qom-list-types", {"abstract": True})
     assert {"abstract": True, "name": "secret_common", "parent": "object"} in abstract

@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """secretd's start, where it needs no process of its own: the default sockets."""
 
+import argparse
+import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from secretd import __version__, daemon, paths
-from secretd.access import Door
-from secretd.errors import UsageError
+from secretd import __version__, chain, daemon, paths
+from secretd.audit import Audit
+from secretd.errors import CommandError, UsageError
 from secretd.memory import Arena
+from secretd.peer import Door
 from secretd.qom.object import ObjectTree
 from secretd.qom.types import TYPES
 from secretd.state import Journal
@@ -119,7 +123,8 @@ def test_help_on_objects_ends_the_start(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == (
         "List of user creatable objects:\n"
-        "  authz-list\n  authz-listfile\n  authz-simple\n  secret\n  secret_keyring\n"
+        "  authz-list\n  authz-listfile\n  authz-simple\n  secret\n  secret-grant\n"
+        "  secret_keyring\n"
     )
     made = f"authz-listfile,id=a,filename={tmp_path}/list"
     done = run("--object", made, "-object", "secret_keyring,help")
@@ -152,3 +157,112 @@ def test_names_that_are_not_utf8_are_kept(tmp_path: Path) -> None:
     journal.close()
     journal.arena.close()
     scratch.close()
+
+
+# --- the audit and the doors for others
+
+
+def started(tmp_path: Path, *options: str) -> "subprocess.Popen[str]":
+    """A daemon that is ready, its stderr read up to there."""
+    secretd = os.path.join(os.path.dirname(sys.executable), "secretd")
+    process = subprocess.Popen(
+        [secretd, "--control", str(tmp_path / "c"), *options],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+    )
+    for line in process.stderr:
+        if "try: " in line:
+            break
+    return process
+
+
+def ended(process: "subprocess.Popen[str]") -> str:
+    process.terminate()
+    said = process.stderr.read()
+    process.stderr.close()
+    assert process.wait(10) == 0
+    return said
+
+
+def test_the_audit_goes_to_stderr_unless_said_otherwise(tmp_path: Path) -> None:
+    """Objects of the command line are in it too."""
+    process = started(tmp_path, "--object", '{"qom-type":"authz-list","id":"a"}')
+    said = [json.loads(line) for line in ended(process).splitlines() if line.startswith("{")]
+    assert [(r["event"], r.get("id"), r.get("door")) for r in said] == [
+        ("add", "a", "command line"),
+        ("stop", None, None),
+    ]
+    assert "{" not in ended(started(tmp_path, "--audit=none"))
+
+
+def test_a_hangup_reopens_the_audit(tmp_path: Path) -> None:
+    """Where it cannot, the old file goes on and the log says so."""
+    (tmp_path / "d").mkdir()
+    path = tmp_path / "d" / "audit"
+    process = started(tmp_path, f"--audit={path}")
+    path.rename(tmp_path / "d" / "audit.1")
+    process.send_signal(signal.SIGHUP)
+    while not path.exists() or not path.read_text().endswith("\n"):
+        pass
+    (tmp_path / "d").rename(tmp_path / "e")
+    process.send_signal(signal.SIGHUP)
+    line = process.stderr.readline()
+    assert line == f"secretd: --audit={path}: No such file or directory; the old file goes on\n"
+    ended(process)
+    chained = chain.Verification(None)
+    for name in ("audit.1", "audit"):
+        lines = (tmp_path / "e" / name).read_bytes().splitlines(keepends=True)
+        assert list(chained.findings(lines)) == []
+    assert chained.last is not None
+    assert chained.last.members["event"] == "stop"
+
+
+def test_the_audits_options_are_checked(tmp_path: Path, arena: Arena) -> None:
+    """Each with what is wrong."""
+    journal = Journal(arena)
+    tree = ObjectTree(journal, arena, TYPES)
+    for text in ("secret,id=short,data=123456789012345", "secret,id=k,data=1234567890123456"):
+        daemon.add_object(tree, text)
+    daemon.add_object(tree, "authz-list,id=a")
+
+    def audit(**options: str | None) -> Audit:
+        given = {"audit": str(tmp_path / "audit"), "audit_policy": "best-effort", "audit_key": None}
+        return daemon._audit(tree, argparse.Namespace(**{**given, **options}))
+
+    for options, words in (
+        ({"audit_key": "nope"}, "--audit-key=nope: No secret with id 'nope'"),
+        ({"audit_key": "a"}, "--audit-key=a: Object with id 'a' is not a secret"),
+        (
+            {"audit_key": "short"},
+            "--audit-key=short: the secret has 15 bytes; 16 at least are needed",
+        ),
+        ({"audit_key": "k", "audit": "none"}, "--audit-key needs --audit"),
+        ({"audit": "none", "audit_policy": "require"}, "--audit-policy=require needs --audit"),
+        ({"audit": "/nope/x"}, "--audit=/nope/x: No such file or directory"),
+    ):
+        with pytest.raises(UsageError) as caught:
+            audit(**options)
+        assert str(caught.value) == words
+    made = audit(audit_key="k", audit_policy="require")
+    made.release("read", id="k")
+    (line,) = (tmp_path / "audit").read_bytes().splitlines(keepends=True)
+    key = memoryview(bytearray(b"1234567890123456"))
+    assert next(iter(chain.Verification(key).findings([line]))).words.startswith("the chain begins")
+    record = chain.read(line)
+    assert record is not None
+    assert record.link == chain.link(chain.GENESIS, record.body, key)
+    with pytest.raises(CommandError, match="is in use, can not be deleted"):
+        tree.delete("k")
+    made.stop()
+    journal.close()
+
+
+def test_a_control_door_for_others_has_a_mode_for_others() -> None:
+    """Who may use it is decided at accept; a mode that is given counts."""
+    spec = daemon.door_spec(Door.CONTROL, "/x,authz=admins")
+    assert (spec.authz, spec.mode) == ("admins", 0o666)
+    spec = daemon.door_spec(Door.CONTROL, "/x,authz=admins,mode=0660")
+    assert (spec.authz, spec.mode) == ("admins", 0o660)
+    with pytest.raises(UsageError, match="--client /x,authz=a: Parameter 'authz' is unexpected"):
+        daemon.door_spec(Door.CLIENT, "/x,authz=a")

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from secretd import access, deliver
-from secretd.access import Door, Grant, Peer
+from secretd import deliver, fds, statx, target
+from secretd.access import Grant
+from secretd.peer import Door, Peer
 from tests.conftest import Client, Daemon, need_level
 
 SECRET = b"letmein-" * 4
@@ -280,7 +281,7 @@ def test_one_delivery_that_ends_leaves_another_of_the_same_secret_going(
     other.send(message, (second_sink,))
     os.close(first_sink)
     os.close(second_sink)
-    waiting = daemon.server.daemon.deliveries._waiting
+    waiting = daemon.server.daemon.deliveries._running
     while daemon.call(lambda: len(waiting.get("big", ()))) < 2:
         pass
     os.close(first)
@@ -301,7 +302,7 @@ def test_deleting_ends_a_running_delivery(daemon: Daemon, loaded: Client, form: 
         b'{"execute":"secret-read","arguments":{"id":"big","format":"%s"}}' % form.encode(), (sink,)
     )
     os.close(sink)
-    waiting = daemon.server.daemon.deliveries._waiting
+    waiting = daemon.server.daemon.deliveries._running
     while not daemon.call(lambda: dict(waiting)):
         pass
     other = daemon.connect()
@@ -318,7 +319,7 @@ def test_deleting_ends_a_running_delivery(daemon: Daemon, loaded: Client, form: 
 def test_a_client_that_leaves_during_a_delivery_ends_it(daemon: Daemon, loaded: Client) -> None:
     """The descriptor is closed and nothing waits any more; so also when the server stops."""
     source, sink = os.pipe()
-    waiting = daemon.server.daemon.deliveries._waiting
+    waiting = daemon.server.daemon.deliveries._running
     loaded.send(b'{"execute":"secret-read","arguments":{"id":"big"}}', (sink,))
     os.close(sink)
     while not daemon.call(lambda: dict(waiting)):
@@ -337,7 +338,7 @@ def test_a_reader_that_goes_away_during_a_delivery_is_an_error(
     source, sink = os.pipe()
     loaded.send(b'{"execute":"secret-read","arguments":{"id":"big"}}', (sink,))
     os.close(sink)
-    waiting = daemon.server.daemon.deliveries._waiting
+    waiting = daemon.server.daemon.deliveries._running
     while not daemon.call(lambda: dict(waiting)):
         pass
     os.close(source)
@@ -374,7 +375,24 @@ def test_withdrawing_before_the_first_wait_ends_the_delivery(
 def test_only_access_makes_a_grant() -> None:
     """There is no way to deliver without a decision."""
     peer = Peer(0, 0, 1, Door.CONTROL)
-    with pytest.raises(TypeError, match="only access.check"):
-        Grant(object(), peer, "s")
-    grant = access.check(peer, "s")
-    assert (grant.peer, grant.object_id) == (peer, "s")
+    with pytest.raises(TypeError, match="only access makes"):
+        Grant(object(), peer, "s", None, memoryview(b"x"))
+
+
+def test_a_descriptor_of_which_nothing_can_be_told_is_refused(
+    loaded: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FUSE tells other users nothing; statx(2) itself fails only for what is none."""
+
+    def nothing(_fd: int) -> tuple[int, int]:
+        raise PermissionError
+
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        statx.type_and_links(9999)
+    monkeypatch.setattr(fds, "type_and_links", nothing)
+    monkeypatch.setattr(target, "type_and_links", nothing)
+    source, sink = os.pipe()
+    words = "The descriptor is a file that is closed to the daemon" + TAKES
+    assert loaded.fail("secret-read", {"id": "s"}, (sink,)) == words
+    os.close(source)
+    os.close(sink)

@@ -5,7 +5,11 @@ import os
 import time
 from pathlib import Path
 
-from tests.conftest import Client, Daemon
+import pytest
+
+from secretd import announce
+from tests.conftest import Client, Daemon, need_root
+from tests.test_access import allow, grant
 
 
 def test_the_other_connections_learn_what_one_does(daemon: Daemon, qmp: Client) -> None:
@@ -102,3 +106,187 @@ def test_the_end_is_told_to_all(daemon: Daemon, qmp: Client) -> None:
     assert qmp.cmd("quit")["event"] == "SHUTDOWN"
     assert qmp.reply() == {"return": {}}
     assert other.message()["data"] == {"guest": False, "reason": "host-qmp-quit"}
+
+
+# --- reads and refusals, and the client door
+
+
+@pytest.fixture
+def granted(daemon: Daemon, qmp: Client) -> Client:
+    """Secrets web.a, web.b and db; uid 1000 and 1001 may read web.*."""
+    need_root()
+    for name in ("web.a", "web.b", "db"):
+        qmp.add(name, data="letmein")
+    allow(qmp, "web", "uid:1000", "uid:1001")
+    grant(qmp, "g", "web.*", "web")
+    return qmp
+
+
+def told(client: Client, count: int) -> list[tuple[str, str]]:
+    return [(e["event"], e["data"]["id"]) for e in (client.event() for _ in range(count))]
+
+
+def refused(client: Client, name: str) -> None:
+    source, sink = os.pipe()
+    assert client.fail("secret-read", {"id": name}, (sink,)).endswith("is not permitted")
+    os.close(source)
+    os.close(sink)
+
+
+def test_reads_and_refusals_are_told_on_the_control_door(daemon: Daemon, granted: Client) -> None:
+    """With who it was; not to who did it."""
+    watching = daemon.connect()
+    client = daemon.connect(door="client", uid=1000)
+    client.read("web.a")
+    refused(client, "db")
+    refused(client, "no such \u20ac")
+    events = [watching.event() for _ in range(3)]
+    peer = {"uid": 1000, "gid": 1000, "pid": os.getpid()}
+    for event in events:
+        event["data"]["peer"].pop("unit", None)
+    assert [(e["event"], e["data"]) for e in events] == [
+        ("SECRET_READ", {"id": "web.a", "peer": peer}),
+        ("SECRET_DENIED", {"id": "db", "peer": peer}),
+        ("SECRET_DENIED", {"id": "no such \u20ac", "peer": peer}),
+    ]
+    assert client.ok("query-version")
+    assert client.events == []
+
+
+def test_the_client_door_is_told_of_what_it_may_read_and_of_nothing_else(
+    daemon: Daemon, granted: Client
+) -> None:
+    """Without who did it."""
+    client = daemon.connect(door="client", uid=1000)
+    stranger = daemon.connect(door="client", uid=1002)
+    other = daemon.connect(door="client", uid=1001)
+    granted.ok("object-del", {"id": "db"})
+    granted.add("db", data="x")
+    granted.add("web.c", data="x")
+    assert told(client, 1) == [("SECRET_ADDED", "web.c")]
+    refused(stranger, "db")
+    refused(stranger, "web.b")
+    other.read("web.a")
+    granted.read("db")
+    assert sorted(told(client, 2)) == [("SECRET_DENIED", "web.b"), ("SECRET_READ", "web.a")]
+    granted.ok("secret-expire", {"id": "web.c", "after": 1})
+    granted.ok("object-del", {"id": "web.b"})
+    event = client.event()
+    assert (event["event"], event["data"]) == ("SECRET_DELETED", {"id": "web.b"})
+    event = client.event()
+    assert (event["event"], event["data"]) == ("SECRET_EXPIRED", {"id": "web.c"})
+    granted.ok("object-del", {"id": "g"})
+    granted.ok("object-del", {"id": "web.a"})
+    daemon.call(daemon.server.announcer.send)
+    for each in (client, stranger):
+        assert each.ok("query-version")
+        assert each.events == []
+
+
+def test_reads_of_one_secret_are_told_once_a_second(
+    daemon: Daemon, granted: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first at once, the last at the end of the second; each secret for itself."""
+    monkeypatch.setattr(announce, "THROTTLED_SECONDS", 0.3)
+    client = daemon.connect(door="client", uid=1000)
+    watching = daemon.connect()
+    for _ in range(5):
+        client.read("web.a")
+        daemon.call(daemon.server.announcer.send)
+    client.read("web.b")
+    granted.read("web.b")
+    assert told(watching, 2) == [("SECRET_READ", "web.a"), ("SECRET_READ", "web.b")]
+    assert watching.ok("query-name") == {}
+    assert watching.events == []
+    assert told(watching, 1) == [("SECRET_READ", "web.a")]
+    while daemon.call(lambda: any(s.throttle and s.throttle._next for s in daemon.server.sessions)):
+        pass
+    assert watching.ok("query-name") == {}
+    assert watching.events == []
+    client.read("web.a")
+    assert told(watching, 1) == [("SECRET_READ", "web.a")]
+
+
+def test_what_cannot_be_throttled_is_lost_and_counted(
+    daemon: Daemon, granted: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody who asks for a thousand names fills no memory, and hides no event of others for long."""
+    monkeypatch.setattr(announce, "THROTTLED_IDS", 5)
+    client = daemon.connect(door="client", uid=1002)
+    watching = daemon.connect()
+    theirs = daemon.connect(door="client", uid=1001)
+    for number in range(20):
+        refused(client, f"n{number}")
+    daemon.call(daemon.server.announcer.send)
+    got = lost = 0
+    while got + lost < 20:
+        event = watching.event()
+        if event["event"] == "SECRET_EVENTS_LOST":
+            lost += event["data"]["count"]
+        else:
+            assert event["event"] == "SECRET_DENIED"
+            got += 1
+    assert (got, lost) == (5, 15)
+    # None of it concerned the client door, which loses nothing and hears of nothing.
+    granted.read("web.a")
+    assert told(theirs, 1) == [("SECRET_READ", "web.a")]
+
+
+def test_what_is_lost_before_the_tick_is_counted_on_the_control_door(
+    daemon: Daemon, granted: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More events at once than are kept."""
+    monkeypatch.setattr(announce, "COLLECTED_EVENTS", 3)
+    watching = daemon.connect()
+    client = daemon.connect(door="client", uid=1000)
+
+    def burst() -> None:
+        for number in range(10):
+            daemon.server.daemon.announce("SECRET_ADDED", f"web.{number}", None, None)
+
+    daemon.call(daemon.server.announcer.send)
+    daemon.call(burst)
+    names = [watching.event()["event"] for _ in range(4)]
+    assert names.count("SECRET_EVENTS_LOST") == 1
+    assert told(client, 3) == [("SECRET_ADDED", f"web.{n}") for n in range(3)]
+    assert client.ok("query-version")
+    assert client.events == []
+
+
+def test_when_an_event_comes_tells_nothing_of_others(daemon: Daemon, granted: Client) -> None:
+    """They are sent at the ticks of a clock, whatever else there is to tell."""
+    ticks = []
+    announcer = daemon.server.announcer
+    send = announcer.send
+
+    def watched() -> None:
+        ticks.append(daemon.loop.time() / announce.EVENTS_SECONDS)
+        send()
+
+    def collect() -> list[float]:
+        announcer.send = watched  # type: ignore[method-assign]
+        daemon.server.daemon.announce("SECRET_ADDED", "db", None, None)
+        handles = [h for h in daemon.loop._scheduled if "_tick" in repr(h)]
+        announcer._scheduled = False
+        daemon.server.daemon.announce("SECRET_ADDED", "web.a", None, None)
+        handles += [h for h in daemon.loop._scheduled if "_tick" in repr(h)]
+        return [h.when() / announce.EVENTS_SECONDS for h in handles]
+
+    for when in daemon.call(collect):
+        assert abs(when - round(when)) < 1e-6
+
+
+def test_a_connection_that_ends_takes_its_throttle_along(
+    daemon: Daemon, granted: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No timer stays behind."""
+    monkeypatch.setattr(announce, "THROTTLED_SECONDS", 0.1)
+    watching = daemon.connect()
+    client = daemon.connect(door="client", uid=1000)
+    for _ in range(2):
+        client.read("web.a")
+        daemon.call(daemon.server.announcer.send)
+    assert told(watching, 2) == [("SECRET_READ", "web.a")] * 2
+    watching.close()
+    while daemon.call(lambda: len(daemon.server.sessions)) > 2:
+        pass

@@ -49,10 +49,22 @@ def changed(name: str) -> dict:
     return wanted
 
 
+def without_ours(entry: dict) -> dict:
+    """The schema of object-add without our own type."""
+    if entry["name"] == "object-add":
+        arguments = entry["arg-type"]
+        (ours,) = [v for v in arguments["variants"] if v["case"] == "secret-grant"]
+        arguments["variants"].remove(ours)
+        tags = arguments["members"][0]["type"]
+        tags["members"].remove({"name": "secret-grant"})
+        tags["values"].remove("secret-grant")
+    return entry
+
+
 def test_shared_commands_and_events_have_qemus_schema() -> None:
     """Members, their order, types, defaults, features, variants; type numbers aside."""
     for name in QEMUS:
-        assert expanded(OURS, name) == changed(name), name
+        assert without_ours(expanded(OURS, name)) == changed(name), name
     assert len(QEMUS) >= 20
 
 

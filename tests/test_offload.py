@@ -107,6 +107,7 @@ def test_closing_for_a_stranger_happens_in_a_thread() -> None:
         source, sink = os.pipe()
         offload.close(OTHER, sink)
         await idle(offload)
+        assert not offload.stuck(OTHER)
         assert os.read(source, 1) == b""
         os.close(source)
 
@@ -137,8 +138,8 @@ def test_a_result_that_comes_with_the_cancellation_is_discarded() -> None:
     asyncio.run(main())
 
 
-def test_a_uid_with_too_much_to_close_is_busy() -> None:
-    """Its descriptors are kept until a thread is free, and it must bring no more."""
+def test_a_uid_whose_threads_are_stuck_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its descriptors are kept until a thread is free, and counted."""
 
     async def main() -> None:
         offload = Offload()
@@ -146,15 +147,19 @@ def test_a_uid_with_too_much_to_close_is_busy() -> None:
         running = occupy(offload, go_on)
         await asyncio.sleep(0)
         source, sink = os.pipe()
-        for _ in range(module.DESCRIPTORS_WAITING_PER_UID + 1):
-            assert not offload.busy(OTHER)
+        for number in range(100):
+            assert offload.waiting(OTHER) == number
             offload.close(OTHER, os.dup(sink))
-        assert offload.busy(OTHER)
-        assert not offload.busy(OTHER + 1)
+        assert not offload.stuck(OTHER)
+        monkeypatch.setattr(module, "STUCK_SECONDS", 0.0)
+        assert offload.stuck(OTHER)
+        assert not offload.stuck(OTHER + 1)
+        assert offload.waiting(OTHER + 1) == 0
         os.close(sink)
         go_on.set()
         await asyncio.gather(*running)
         await idle(offload)
+        assert not offload.stuck(OTHER)
         assert os.read(source, 1) == b""
         os.close(source)
 
@@ -177,6 +182,7 @@ def test_without_a_new_thread_the_call_waits_for_the_next(monkeypatch: pytest.Mo
         assert offload.idle()
         assert await offload.run(OTHER, lambda _: None, lambda: "done") == "done"
         await idle(offload)
+        assert not offload.stuck(OTHER)
         assert os.read(source, 1) == b""
         os.close(source)
 

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from secretd import access, server, transport
+from secretd import server, transport
 from secretd import session as session_module
-from secretd.access import Door
-from secretd.errors import LockedMemoryExhausted, UsageError
+from secretd.errors import LockedMemoryExhausted, PeerUnknown, UsageError
 from secretd.memory import Arena, LockedBuffer
+from secretd.peer import Door
 from secretd.server import listen
 from secretd.session import Session
 from secretd.transport import Transport
@@ -455,18 +455,15 @@ def test_quit_stops_the_daemon_in_order(daemon: Daemon, qmp: Client) -> None:
     assert not os.path.exists(daemon.control)
 
 
-def test_the_control_door_is_for_root_and_the_own_uid(
-    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_control_door_is_for_root_and_the_own_uid(daemon: Daemon) -> None:
     """Others are told and closed; the client door lets them in, as they are."""
-    monkeypatch.setattr(access.Peer, "trusted", property(lambda _self: False))
-    client = Client(daemon.control, negotiate=False)
+    client = daemon.connect(negotiate=False, uid=1000)
     assert client.reply()["error"]["desc"] == (
-        f"uid {os.getuid()} may not use the control socket; connect to the client socket"
+        "uid 1000 may not use the control socket; connect to the client socket"
     )
     assert client.line() == b""
     client.close()
-    allowed = daemon.connect(door="client")
+    allowed = daemon.connect(door="client", uid=1000)
     fd = os.memfd_create("x")
     allowed.ok("getfd", {"fdname": "a"}, (fd,))
     allowed.ok("getfd", {"fdname": "a"}, (fd,))
@@ -478,16 +475,14 @@ def test_the_control_door_is_for_root_and_the_own_uid(
         pass
 
 
-def test_only_root_and_the_own_uid_may_name_a_path(
-    daemon: Daemon, qmp: Client, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The daemon would open it with its own rights."""
-    monkeypatch.setattr(access.Peer, "trusted", property(lambda self: self.pid == 0))
-    monkeypatch.setattr(server, "admits", lambda _peer: True)
-    other = daemon.connect()
+def test_only_root_and_the_own_uid_may_name_a_path(daemon: Daemon, qmp: Client) -> None:
+    """The daemon would open it with its own rights; whoever else an authz object admits may not."""
+    qmp.ok("object-add", {"qom-type": "authz-simple", "id": "admins", "identity": "uid:1000"})
+    other = daemon.connect(door="admins", uid=1000)
     assert other.add("s", file="/etc/hostname")["error"]["desc"] == (
         "Only uid 0 and the daemon's own uid may name a file"
     )
+    assert other.add("mine", data="x") == {"return": {}}
     assert qmp.add("s", file="/etc/passwd") == {"return": {}}
     other.close()
     while daemon.call(
@@ -588,12 +583,13 @@ def test_a_peer_that_is_gone_at_accept_is_forgotten(
     """Whether the kernel no longer knows it, or it does not take the greeting."""
 
     def gone(*_args: object) -> None:
-        raise OSError(errno.ENOTCONN, "x")
+        raise PeerUnknown("the process has ended")
 
     with monkeypatch.context() as patch:
         patch.setattr(server, "identify", gone)
         with socket.socket(socket.AF_UNIX) as sock:
             sock.connect(daemon.control)
+            assert b"It cannot be told in full who has connected: the process" in sock.recv(500)
             assert sock.recv(1) == b""
     with monkeypatch.context() as patch:
         patch.setattr(Transport, "_try", lambda self, _data: self.close() or 0)
@@ -630,20 +626,28 @@ def test_a_closed_connection_takes_nothing_any_more(daemon: Daemon, qmp: Client)
     assert qmp.line() == b""
 
 
-def test_a_uid_with_too_many_descriptors_to_close_is_shut_out(
-    daemon: Daemon, qmp: Client, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its connection ends when it brings more, and a new one is told why."""
-    monkeypatch.setattr(daemon.server.daemon.offload, "busy", lambda _uid: True)
-    assert qmp.cmd("query-name") == {"return": {}}
+def test_a_uid_with_too_many_descriptors_is_shut_out(daemon: Daemon, qmp: Client) -> None:
+    """Its connection ends when it brings more, with a word why; a new one is refused; others go on."""
+    share = daemon.server.daemon.limits.descriptors
+    share.limit = 4
+    words = "uid 1000 has %d descriptors open here, and the limit is 4 (descriptors-per-uid)"
+    holder = daemon.connect(door="client", uid=1000)
+    other = daemon.connect(door="client", uid=1000)
     with open("/dev/null") as file:
-        qmp.send(NAME, (file.fileno(),))
-    assert qmp.line() == b""
-    other = daemon.connect(negotiate=False)
-    assert other.reply()["error"]["desc"] == (
-        f"uid {os.getuid()} has too many descriptors that block when they are closed"
-    )
-    assert other.line() == b""
+        for name in "abcd":
+            holder.ok("getfd", {"fdname": name}, (file.fileno(),))
+        other.send(NAME, (file.fileno(),))
+        assert other.reply()["error"]["desc"] == words % 4
+        assert other.line() == b""
+        refused = daemon.connect(door="client", uid=1000, negotiate=False)
+        assert refused.reply()["error"]["desc"] == words % 4
+        assert refused.line() == b""
+        daemon.connect(door="client", uid=1001).ok("getfd", {"fdname": "a"}, (file.fileno(),))
+        qmp.ok("getfd", {"fdname": "a"}, (file.fileno(),))
+    holder.ok("closefd", {"fdname": "a"})
+    while share.held(1000) != 3:
+        pass
+    assert daemon.connect(door="client", uid=1000).ok("query-version")
 
 
 def test_a_failure_in_a_connection_that_closed_itself_touches_no_freed_memory(

@@ -15,7 +15,7 @@ from secretd.state import Journal, Record
 def put(journal: Journal, object_id: str, content: bytes, **properties: object) -> None:
     buffer = journal.arena.allocate(len(content))
     buffer.view[:] = content
-    journal.add(object_id, 1, dict(properties), buffer)
+    journal.add(object_id, 1, dict(properties), buffer, 7)
 
 
 def test_objects_are_kept_with_properties_and_plaintext(arena: Arena) -> None:
@@ -23,14 +23,14 @@ def test_objects_are_kept_with_properties_and_plaintext(arena: Arena) -> None:
     journal = Journal(arena)
     put(journal, "a", b"letmein", format="base64", file="/x\u20ac")
     put(journal, "b", b"")
-    journal.add("rule", 9, {"policy": "deny"}, None)
+    journal.add("rule", 9, {"policy": "deny"}, None, 7)
     assert list(journal) == ["a", "b", "rule"]
     assert len(journal) == 3
     assert "a" in journal
     assert "c" not in journal
     record = journal.get("a")
     assert record is not None
-    assert record == Record("a", 1, 7, record.slot, {"format": "base64", "file": "/x\u20ac"})
+    assert record == Record("a", 1, 7, record.slot, {"format": "base64", "file": "/x\u20ac"}, 7)
     assert bytes(journal.plaintext("a")) == b"letmein"
     assert bytes(journal.plaintext("b")) == b""
     assert journal.summary("rule") == (9, 0)
@@ -56,14 +56,14 @@ def test_the_journal_holds_no_plaintext_and_valid_checksums(arena: Arena) -> Non
     assert struct.unpack_from("<8sI", data) == (b"secretd\0", 1)
     offset, live = 16, []
     while offset < len(data):
-        length, crc, alive, kind, id_length, size, _slot = struct.unpack_from(
-            "<IIBBHIQ", data, offset
+        length, crc, alive, kind, id_length, size, _slot, uid = struct.unpack_from(
+            "<IIBBHIQI", data, offset
         )
         # The checksum leaves out the state byte, which changes.
         assert zlib.crc32(data[offset + 9 : offset + length]) == crc
-        assert (kind, size) == (1, 10)
+        assert (kind, size, uid) == (1, 10, 7)
         if alive == 1:
-            live.append(data[offset + 24 : offset + 24 + id_length].decode())
+            live.append(data[offset + 28 : offset + 28 + id_length].decode())
         offset += length
     assert live == [f"s{number}" for number in range(20) if number != 3]
     journal.close()
@@ -121,7 +121,7 @@ def test_an_id_is_stored_once(arena: Arena) -> None:
     journal = Journal(arena)
     put(journal, "a", b"1")
     with pytest.raises(ValueError, match="the id is taken"):
-        journal.add("a", 1, {}, None)
+        journal.add("a", 1, {}, None, 7)
     journal.close()
 
 

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from secretd.access import Door, Peer
+from secretd.announce import Announcer
+from secretd.audit import Audit
 from secretd.commands import COMMANDS
 from secretd.memory import Arena
 from secretd.monitor import Daemon as Shared
 from secretd.monitor import Monitor
+from secretd.peer import Door, Peer
 from secretd.qom.object import ObjectTree
 from secretd.qom.types import TYPES
 from secretd.state import Journal
@@ -37,7 +39,8 @@ class Codec:
         tree = ObjectTree(self.journal, self.scratch, TYPES)
         self.runner = asyncio.Runner()
         self._ended = False
-        shared = Shared(tree, COMMANDS.by_name.values(), "secretd test", self._stop, self._emit)
+        shared = Shared(tree, COMMANDS.by_name.values(), "secretd test", Audit(), self)
+        self.announcer = Announcer(shared.access, list)
         peer = Peer(os.getuid(), os.getgid(), os.getpid(), Door.CONTROL)
         self.monitor = Monitor(shared, peer, self._negotiated)
         self.codec = Connection(self.monitor.table.decode)
@@ -45,12 +48,13 @@ class Codec:
         self._position = 0
         self._output = self.monitor.greeting()
 
-    def _stop(self) -> None:
+    def stop(self) -> None:
+        """See secretd.monitor.Owner."""
         self._ended = True
 
-    def _emit(self, name: str, data: str, but: Monitor | None) -> None:
-        if but is not self.monitor:
-            self._output += wire.event(name, data, 1, 2)
+    def shut_down(self, data: str) -> None:
+        """See secretd.monitor.Owner."""
+        self._output += wire.event("SHUTDOWN", data, 1, 2)
 
     def _negotiated(self) -> None:
         self.codec.oob = self.monitor.oob

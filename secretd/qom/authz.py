@@ -1,18 +1,23 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The object types `authz-simple`, `authz-list` and `authz-listfile`: QEMU's authz/*.c.
 
-What these objects are; access decides by them. The tree calls it.
+What these objects are and how each judges a peer; access asks them. The tree calls it.
 """
 
 import os
+import stat
+import time
 from collections.abc import Awaitable, Mapping
 from functools import partial
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
+import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
 from secretd.errors import CommandError
 from secretd.memory import LockedBuffer
+from secretd.openat2 import open_without_magic_links
+from secretd.patterns import Match, matcher
 from secretd.qom.object import ObjectTree
 from secretd.qom.source import use_content
 from secretd.qom.typeinfo import ObjectOptions, ObjectType, Sources, TypeInfo
@@ -27,6 +32,17 @@ AUTHZ: Final = TypeInfo("authz", "object", True, _ANCESTORS)
 
 Policy = Literal["deny", "allow"]
 Format = Literal["exact", "glob"]
+
+
+LISTFILE_BYTES: Final = 1 << 20
+"""Bytes of a list file that is read again; of a larger one, nobody is allowed anything."""
+
+_WATCHED: Final = "watched"
+_LOADED: Final = "loaded"
+"""What the journal keeps beside the properties of an authz-listfile: the path to read again, or the list."""
+
+_SETTLED_NS: Final = 100_000_000
+"""Nanoseconds by which a file's time must lie back for it to tell that the file was not changed since."""
 
 
 class Rule(Struct, forbid_unknown_fields=True):
@@ -57,7 +73,100 @@ class AuthZListFileOptions(ObjectOptions, tag="authz-listfile", kw_only=True):
     refresh: bool | UnsetType = UNSET
 
 
-class AuthZSimple(ObjectType):
+class Verdict(NamedTuple):
+    """What an authz object says of a peer, and in what words it says why."""
+
+    allowed: bool
+    why: str
+
+
+class Rules:
+    """Rules of which the first that fits any identity decides, and a policy where none does
+    (qauthz_list_is_allowed()).
+    """
+
+    steady = True  # the verdict on a peer stays the same while the object does
+
+    def __init__(self, properties: Mapping[str, Any]) -> None:
+        self._policy: str = properties.get("policy", "deny")
+        self._rules: list[tuple[str, Match | None, str]] = [
+            (
+                rule["match"],
+                matcher(rule["match"]) if rule.get("format") == "glob" else None,
+                rule["policy"],
+            )
+            for rule in properties.get("rules", ())
+        ]
+
+    def judge(self, identities: frozenset[str]) -> Verdict:
+        """Say whether a peer with these identities is allowed."""
+        for number, (match, fits, policy) in enumerate(self._rules):
+            if match in identities if fits is None else any(map(fits, identities)):
+                return Verdict(policy == "allow", f"rule {number} ('{match}') says {policy}")
+        return Verdict(self._policy == "allow", f"no rule fits, and its policy says {self._policy}")
+
+
+class FileRules:
+    """The rules in a file, read again when it has changed. One that cannot be used allows nobody anything."""
+
+    steady = False
+
+    def __init__(self, filename: str) -> None:
+        self._filename = filename
+        self._seen: tuple[int, ...] | None = None
+        self._rules: Rules | None = None
+        self._fault = ""
+
+    def judge(self, identities: frozenset[str]) -> Verdict:
+        """See `Rules`."""
+        try:
+            self._refresh()
+        except (OSError, CommandError) as error:
+            self._seen = self._rules = None
+            words = error.desc if isinstance(error, CommandError) else error.strerror
+            self._fault = f"'{self._filename}' cannot be used: {words}"
+        if self._rules is None:
+            return Verdict(False, self._fault)
+        return self._rules.judge(identities)
+
+    def _refresh(self) -> None:
+        fd = open_without_magic_links(os.fsencode(self._filename), os.O_PATH | os.O_CLOEXEC)
+        try:
+            status = os.fstat(fd)
+        finally:
+            os.close(fd)
+        now = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        if now == self._seen:
+            return
+        if not stat.S_ISREG(status.st_mode):
+            raise CommandError("it is not a regular file")
+        content = self._read()
+        self._rules = Rules(_parsed(self._filename, memoryview(content)))
+        # A file that was just written may be written again within the same tick of its clock.
+        settled = time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > _SETTLED_NS
+        self._seen = now if settled else None
+
+    def _read(self) -> bytearray:
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
+        fd = open_without_magic_links(os.fsencode(self._filename), flags)
+        with open(fd, "rb") as file:
+            content = file.read(LISTFILE_BYTES + 1)
+        if len(content) > LISTFILE_BYTES:
+            raise CommandError(f"it is larger than the limit of {LISTFILE_BYTES} bytes")
+        return bytearray(content + b"\0")
+
+
+class AuthZ(ObjectType):
+    """What all of them have in common."""
+
+    decides = True
+
+    def rules(self, properties: Mapping[str, Any]) -> Rules | FileRules:
+        """Return what judges peers by these properties, as the journal has them."""
+        return Rules(properties)
+
+
+class AuthZSimple(AuthZ):
     """One identity that is allowed."""
 
     info = TypeInfo(
@@ -71,8 +180,12 @@ class AuthZSimple(ObjectType):
     options = AuthZSimpleOptions
     defaults: Mapping[str, object] = {}
 
+    def rules(self, properties: Mapping[str, Any]) -> Rules:
+        """qauthz_simple_is_allowed()."""
+        return Rules({"rules": [{"match": properties["identity"], "policy": "allow"}]})
 
-class AuthZList(ObjectType):
+
+class AuthZList(AuthZ):
     """Rules of which the first that matches decides, and a policy where none does."""
 
     info = TypeInfo(
@@ -87,7 +200,7 @@ class AuthZList(ObjectType):
     defaults: Mapping[str, object] = {"policy": "deny", "rules": []}
 
 
-class AuthZListFile(ObjectType):
+class AuthZListFile(AuthZ):
     """An authz-list in a file of JSON. In QEMU 10 none can be made, since its type is called otherwise
     than in object-add; both names are QEMU's.
     """
@@ -103,29 +216,49 @@ class AuthZListFile(ObjectType):
     options = AuthZListFileOptions
     defaults: Mapping[str, object] = {"refresh": True}
 
+    def __init__(self) -> None:
+        self._loaded: dict[str, dict[str, Any]] = {}
+
     def create(
         self, _tree: ObjectTree, options: Any, sources: Sources
     ) -> LockedBuffer | Awaitable[LockedBuffer | None] | None:
         """qauthz_list_file_complete(): the file must hold a list now, whatever it holds later."""
         assert isinstance(options, AuthZListFileOptions)
-        filename, refresh = options.filename, options.refresh is not False
-        return use_content(
-            partial(sources.file, filename),
-            lambda content: _check(filename, content, refresh=refresh),
-            f"'{filename}'",
-        )
+        filename = options.filename
+
+        def load(content: LockedBuffer) -> None:
+            loaded = _parsed(filename, content.view[1:])
+            if options.refresh is not False and os.path.dirname(filename) in ("", "."):
+                raise CommandError("Filename must be an absolute path")
+            self._loaded[options.id] = loaded
+
+        return use_content(partial(sources.file, filename), load, f"'{filename}'")
+
+    def stored(self, options: ObjectOptions) -> dict[str, object]:
+        """What was given, and where the rules are: in the file, or as they were loaded."""
+        assert isinstance(options, AuthZListFileOptions)
+        loaded = self._loaded.pop(options.id)
+        kept = {_LOADED: loaded} if options.refresh is False else {_WATCHED: options.filename}
+        return super().stored(options) | kept
+
+    def rules(self, properties: Mapping[str, Any]) -> Rules | FileRules:
+        """As it was made: another ``filename`` or ``refresh`` set later changes nothing, as in QEMU."""
+        if _LOADED in properties:
+            return Rules(properties[_LOADED])
+        return FileRules(properties[_WATCHED])
 
 
-def _check(filename: str, content: LockedBuffer, *, refresh: bool) -> None:
-    value = document(content.view[1:])
+def _parsed(filename: str, text: memoryview) -> dict[str, Any]:
+    """Return the properties of the authz-list in a file's text, which ends in one byte to spare."""
+    value = document(text)
     if isinstance(value, Fault):
         raise CommandError(value.before if value.quote is None else f"{value.before}…{value.after}")
     if not isinstance(value, dict):
         raise CommandError(f"File '{filename}' must contain a JSON object")
     known = {member.wire_name: member for member in members(AuthZListOptions)}
+    properties = {}
     for name, part in qdict_items(value):
         if name == "id" or name not in known:
             raise CommandError(f"Property 'authz-list.{name}' not found")
-        known[name].check(JSON_VISITOR, name, name, part)
-    if refresh and os.path.dirname(filename) in ("", "."):
-        raise CommandError("Filename must be an absolute path")
+        properties[name] = msgspec.to_builtins(known[name].check(JSON_VISITOR, name, name, part))
+    return properties

@@ -8,10 +8,12 @@ objects by a `typeinfo.ObjectType`. It decides nothing about who may do what. co
 import bisect
 import itertools
 import re
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Final
 
-from secretd.errors import CommandError, DeviceNotFound
+from secretd.errors import CommandError, DeviceNotFound, LimitReached
+from secretd.lifetime import Lifetimes, now
+from secretd.limits import OBJECTS_IN_ALL, Limits
 from secretd.memory import Arena, LockedBuffer
 from secretd.qom.typeinfo import (
     SECRET_COMMON,
@@ -38,6 +40,9 @@ _ID_HINT: Final = "Identifiers consist of letters, digits, '-', '.', '_', starti
 
 _IDENTIFIER: Final = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 
+DEADLINE: Final = "deadline"
+"""What the journal calls an object's deadline, beside its properties: nanoseconds of CLOCK_BOOTTIME."""
+
 ROOT: Final = "/"
 OBJECTS: Final = "/objects"
 
@@ -45,7 +50,10 @@ OBJECTS: Final = "/objects"
 class ObjectTree:
     """All objects: `/objects` and what is in it.
 
-    ``secrets`` in the journal's arena; ``scratch`` is locked memory for intermediate results.
+    Secrets are in the journal's arena; ``scratch`` is locked memory for intermediate results.
+    ``deciding``: the ids of the objects by which access decides; ``on_decision`` is told of each
+    that comes, goes or changes. ``pinned``: the ids of objects that cannot be deleted, since the
+    daemon itself needs them.
     """
 
     def __init__(
@@ -57,6 +65,11 @@ class ObjectTree:
         self.journal = journal
         self.scratch = scratch
         self.types = types
+        self.lifetimes = Lifetimes()
+        self.limits = Limits()
+        self.pinned: set[str] = set()
+        self.deciding: set[str] = set()
+        self.on_decision: Callable[[str], None] = lambda _object_id: None
         self._loading: set[str] = set()
         self._sorted: list[str] | None = None  # all ids, while none comes or goes
 
@@ -70,17 +83,17 @@ class ObjectTree:
         self.check_new(options.id)
         plaintext = self.types.of(options).create(self, options, sources)
         if plaintext is None or isinstance(plaintext, LockedBuffer):
-            self.store(options, plaintext)
+            self.store(options, plaintext, sources.uid)
             return None
         # Taken from now on, not only when the coroutine first runs.
         self._loading.add(options.id)
-        return self._add_later(options, plaintext)
+        return self._add_later(options, plaintext, sources.uid)
 
     async def _add_later(
-        self, options: ObjectOptions, plaintext: Awaitable[LockedBuffer | None]
+        self, options: ObjectOptions, plaintext: Awaitable[LockedBuffer | None], uid: int
     ) -> None:
         try:
-            self.store(options, await plaintext)
+            self.store(options, await plaintext, uid)
         finally:
             self._loading.discard(options.id)
 
@@ -95,28 +108,74 @@ class ObjectTree:
                 f"attempt to add duplicate property '{object_id}' to object (type 'container')"
             )
 
-    def store(self, options: ObjectOptions, plaintext: LockedBuffer | None) -> None:
-        """Take over the plaintext (in the journal's arena) of an object that passed `check_new`."""
+    def store(self, options: ObjectOptions, plaintext: LockedBuffer | None, uid: int) -> None:
+        """Take over the plaintext (in the journal's arena) of an object of ``uid`` that passed
+        `check_new`.
+        """
         kind = self.types.of(options)
         self._sorted = None
+        properties = kind.stored(options)
+        size = 0 if plaintext is None else len(plaintext)
         try:
-            self.journal.add(options.id, kind.number, kind.stored(options), plaintext)
+            self._check_room(uid, size)
+            self.journal.add(options.id, kind.number, properties, plaintext, uid)
         except BaseException:
             if plaintext is not None:
                 plaintext.free()
             raise
+        self.limits.objects.add(uid)
+        self.limits.object_bytes.add(uid, size)
+        self._changed(options.id, kind, properties)
+
+    def _check_room(self, uid: int, size: int) -> None:
+        """Raise LimitReached if there may not be another object."""
+        if len(self.journal) >= OBJECTS_IN_ALL:
+            raise LimitReached(
+                "objects", f"There are {OBJECTS_IN_ALL} objects, and that is the limit (objects)"
+            )
+        self.limits.objects.check(uid)
+        self.limits.object_bytes.check(uid, size)
+
+    def _changed(self, object_id: str, kind: ObjectType, changes: dict[str, object]) -> None:
+        deadline = changes.get(DEADLINE)
+        if isinstance(deadline, int):
+            self.lifetimes.set(object_id, deadline)
+        if kind.decides:
+            self.deciding.add(object_id)
+            self.on_decision(object_id)
 
     def delete(self, object_id: str) -> None:
         """Remove an object and wipe its plaintext, or raise CommandError."""
         if object_id not in self.journal:
             raise CommandError(f"object '{object_id}' not found")
+        if object_id in self.pinned:
+            raise CommandError(f"object '{object_id}' is in use, can not be deleted")
         self._sorted = None
+        uid, size = self.journal.owner(object_id)
+        self.limits.objects.give(uid)
+        self.limits.object_bytes.give(uid, size)
         self.journal.remove(object_id)
+        self.lifetimes.forget(object_id)
+        if object_id in self.deciding:
+            self.deciding.discard(object_id)
+            self.on_decision(object_id)
+
+    def expire_after(self, object_id: str, seconds: int) -> None:
+        """Give an object that there is a lifetime from now."""
+        record = self.journal.get(object_id)
+        assert record is not None
+        deadline = now() + seconds * 1_000_000_000
+        self.journal.set_properties(object_id, record.properties | {DEADLINE: deadline})
+        self.lifetimes.set(object_id, deadline)
 
     def is_secret(self, object_id: str) -> bool:
-        """True if there is a secret of that id."""
+        """True if there is a secret of that id whose time is not over."""
         kind = self.type_of(object_id)
-        return kind is not None and SECRET_COMMON in kind.info.ancestors
+        return (
+            kind is not None
+            and SECRET_COMMON in kind.info.ancestors
+            and not self.lifetimes.ended(object_id)
+        )
 
     def secret(self, object_id: str) -> tuple[str, int]:
         """Return the type's name and the size in bytes of a secret that there is."""
@@ -227,6 +286,7 @@ class ObjectTree:
         changes = kind.set(name, value)
         if changes:
             self.journal.set_properties(node, record.properties | changes)
+            self._changed(node, kind, changes)
 
     def _is_child(self, node: str, name: str) -> bool:
         return name == "objects" if node == ROOT else name in self.journal

@@ -13,7 +13,7 @@ from typing import Any, Final, Literal
 from msgspec import UNSET, Raw, UnsetType
 
 from secretd import crypto
-from secretd.errors import CommandError
+from secretd.errors import CommandError, LimitReached
 from secretd.memory import LockedBuffer
 from secretd.qom.object import ObjectTree
 from secretd.qom.source import printable, use_content
@@ -155,7 +155,7 @@ def secret_plaintext(tree: ObjectTree, object_id: str, loading: str | None = Non
     ``loading`` is the id of an object that exists but has no content yet.
     """
     kind = tree.type_of(object_id)
-    if kind is None:
+    if kind is None or tree.lifetimes.ended(object_id):
         if object_id == loading:
             raise CommandError(f"Secret with id '{object_id}' has no data")
         raise CommandError(f"No secret with id '{object_id}'")
@@ -164,8 +164,8 @@ def secret_plaintext(tree: ObjectTree, object_id: str, loading: str | None = Non
     return tree.journal.plaintext(object_id)
 
 
-def generate(tree: ObjectTree, object_id: str, size: int) -> None:
-    """Add a secret of ``size`` random bytes; raises CommandError."""
+def generate(tree: ObjectTree, object_id: str, size: int, uid: int) -> None:
+    """Add a secret of ``size`` random bytes for ``uid``; raises CommandError."""
     if not 1 <= size <= SECRET_BYTES:
         raise CommandError(f"Parameter 'size' expects a value between 1 and {SECRET_BYTES}")
     tree.check_new(object_id)
@@ -181,7 +181,7 @@ def generate(tree: ObjectTree, object_id: str, size: int) -> None:
         raise
     finally:
         os.close(fd)
-    tree.store(SecretOptions(id=object_id), plaintext)
+    tree.store(SecretOptions(id=object_id), plaintext, uid)
 
 
 def _decode(tree: ObjectTree, options: SecretCommonOptions, quoted: memoryview) -> LockedBuffer:
@@ -207,8 +207,9 @@ def _decode(tree: ObjectTree, options: SecretCommonOptions, quoted: memoryview) 
 
 def _within_limit(size: int) -> int:
     if size > SECRET_BYTES:
-        raise CommandError(
-            f"The secret has {size} bytes, more than the limit of {SECRET_BYTES} bytes"
+        raise LimitReached(
+            "secret-bytes",
+            f"The secret has {size} bytes, more than the limit of {SECRET_BYTES} bytes",
         )
     return size
 

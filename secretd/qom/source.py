@@ -18,7 +18,7 @@ from functools import partial
 from typing import Final, TypeVar
 
 from secretd import keyring
-from secretd.errors import AccessDenied, CommandError, SourceError
+from secretd.errors import AccessDenied, CommandError, LimitReached, SourceError
 from secretd.fds import Fd, FdSets, Kind, classify, is_readable
 from secretd.memory import Arena, LockedBuffer
 from secretd.offload import Offload
@@ -42,6 +42,7 @@ class StartSources:
 
     def __init__(self, scratch: Arena) -> None:
         self._scratch = scratch
+        self.uid = os.getuid()
 
     def file(self, name: str) -> LockedBuffer:
         """Read a file, through magic links too."""
@@ -63,7 +64,7 @@ class Source:
         self._fdsets = fdsets
         self._scratch = scratch
         self._offload = offload
-        self._uid = uid
+        self.uid = uid
         self._trusted = trusted
 
     async def file(self, name: str) -> LockedBuffer:
@@ -88,7 +89,7 @@ class Source:
     ) -> LockedBuffer:
         try:
             return await asyncio.wait_for(
-                self._offload.run(self._uid, LockedBuffer.free, call, unused), SOURCE_SECONDS
+                self._offload.run(self.uid, LockedBuffer.free, call, unused), SOURCE_SECONDS
             )
         except TimeoutError:
             raise _too_late() from None
@@ -122,7 +123,7 @@ def use_content(
     try:
         content = read()
     except SourceError as error:
-        raise CommandError(f"Unable to read {what}: {error}") from None
+        raise _unreadable(what, error) from None
     if not isinstance(content, LockedBuffer):
         return _use_later(content, use, what)
     with content:
@@ -136,7 +137,12 @@ async def _use_later(
         with await content as buffer:
             return use(buffer)
     except SourceError as error:
-        raise CommandError(f"Unable to read {what}: {error}") from None
+        raise _unreadable(what, error) from None
+
+
+def _unreadable(what: str, error: SourceError) -> CommandError:
+    words = f"Unable to read {what}: {error}"
+    return CommandError(words) if error.limit is None else LimitReached(error.limit, words)
 
 
 def read_path(name: str, scratch: Arena, *, magic_links: bool) -> LockedBuffer:
@@ -205,7 +211,9 @@ def _read(fd: int, name: str, scratch: Arena, *, seekable: bool) -> LockedBuffer
             room = buffer.view[1 + fill : -1]
             if not room:
                 if fill > SOURCE_BYTES:
-                    raise SourceError(f"larger than the limit of {SOURCE_BYTES} bytes")
+                    raise SourceError(
+                        f"larger than the limit of {SOURCE_BYTES} bytes", "source-bytes"
+                    )
                 buffer = _grown(buffer, fill, scratch)
                 continue
             try:
@@ -265,7 +273,7 @@ def _not_opened(name: str, reason: str) -> SourceError:
 
 
 def _too_late() -> SourceError:
-    return SourceError(f"no end of data within {SOURCE_SECONDS:g} seconds")
+    return SourceError(f"no end of data within {SOURCE_SECONDS:g} seconds", "source-seconds")
 
 
 def printable(name: str) -> str:

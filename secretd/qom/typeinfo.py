@@ -44,7 +44,10 @@ class Sources(Protocol):
     """Where the content of new objects comes from: what the one who makes them may name.
 
     Both return the content between two spare bytes in scratch memory, and raise SourceError.
+    ``uid``: whose the objects are.
     """
+
+    uid: int
 
     def file(self, name: str) -> "LockedBuffer | Awaitable[LockedBuffer]":
         """Read ``file=NAME``."""
@@ -73,13 +76,14 @@ class ObjectType:
     """What can be made with object-add, said once for all objects of a type.
 
     ``number`` stands in the journal and never changes. ``defaults`` are the values of properties that
-    were not given. What one type does differently it overrides.
+    were not given. ``decides``: access depends on such objects. What one type does differently it overrides.
     """
 
     info: TypeInfo
     number: int
     options: type[ObjectOptions]
     defaults: Mapping[str, object]
+    decides: bool = False
 
     def create(
         self, _tree: "ObjectTree", _options: Any, _sources: Sources

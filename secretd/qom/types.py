@@ -15,6 +15,7 @@ from secretd.qom.authz import (
     AuthZSimple,
     AuthZSimpleOptions,
 )
+from secretd.qom.grant import SecretGrant, SecretGrantOptions
 from secretd.qom.secret import (
     SECRET_COMMON,
     Secret,
@@ -30,6 +31,7 @@ _CREATABLE: Final[tuple[ObjectType, ...]] = (
     AuthZSimple(),
     AuthZList(),
     AuthZListFile(),
+    SecretGrant(),
 )
 
 AnyOptions: TypeAlias = (
@@ -38,6 +40,7 @@ AnyOptions: TypeAlias = (
     | AuthZSimpleOptions
     | SecretOptions
     | SecretKeyringOptions
+    | SecretGrantOptions
 )
 """The arguments of object-add: ObjectOptions of qapi/qom.json, the types by name as there."""
 
@@ -49,6 +52,7 @@ _INFOS: Final = (
     Secret.info,
     SecretKeyring.info,
     AuthZListFile.info,
+    SecretGrant.info,
     AuthZSimple.info,
     TypeInfo("object", None, True, ("object",)),
     AuthZList.info,

@@ -15,12 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Client, need_level, need_program, need_root
+from tests.conftest import Client, connect_as, need_level, need_program, need_root
 from tests.e2e.conftest import SECRETCTL, SECRETD, Process
 from tests.e2e.scan import SECRET_BYTES, scan, secret
 from tests.transcript import add_key, keyctl
 
 KEY = secret(999_999).encode()
+AUDIT_KEY = secret(999_998).encode()
 IV = bytes(range(16))
 IV64 = base64.b64encode(IV).decode()
 EACH = 78
@@ -125,11 +126,16 @@ def scene(request: pytest.FixtureRequest, start: Callable[..., Process], tmp_pat
         else:
             objects.append(f"--object secret,id={object_id},file=<(printf %s '{text}')")
     held["key"] = KEY
+    held["auditkey"] = AUDIT_KEY
+    (tmp_path / "auditkey").write_bytes(AUDIT_KEY)
+    objects.append("--object secret,id=auditkey,file=auditkey")
     (tmp_path / "key").write_text(b64(KEY) + "\n")
     objects.append("--object secret,id=key,format=base64,file=key")
     script = f'exec {python} daemon.py "$@" ' + " ".join(objects)
     (tmp_path / "start.sh").write_text(script)
-    process = start(command=["bash", str(tmp_path / "start.sh")])
+    audit = ["--audit", str(tmp_path / "audit"), "--audit-key", "auditkey"]
+    client = ["--client", str(tmp_path / "client.sock")]
+    process = start(*audit, *client, command=["bash", str(tmp_path / "start.sh")])
     return Scene(process, level, held)
 
 
@@ -164,13 +170,17 @@ def test_no_copy_of_any_secret_is_found_outside_of_the_arena(scene: Scene, tmp_p
     abandoned_reads(scene)
     scene.check()
 
+    # The audit's key stays as long as the daemon.
+    audit_key = scene.held.pop("auditkey")
     for object_id in list(scene.held)[::2]:
         assert client.cmd("object-del", {"id": object_id}) == {"return": {}}
         del scene.held[object_id]
+    scene.held["auditkey"] = audit_key
     scene.check()
     for object_id in list(scene.held):
-        assert client.cmd("object-del", {"id": object_id}) == {"return": {}}
-    scene.held.clear()
+        if object_id != "auditkey":
+            assert client.cmd("object-del", {"id": object_id}) == {"return": {}}
+    scene.held = {"auditkey": audit_key}
     scene.check()
     print(f"\n{scene.level}: {scene.scans} scans, nothing found")
 
@@ -395,3 +405,53 @@ def abandoned_reads(scene: Scene) -> None:
             "secret-read", {"id": object_id, "format": "base64"}, (sink,)
         )
         os.close(sink)
+
+
+def test_deliveries_to_other_users(scene: Scene, tmp_path: Path) -> None:
+    """By threads, to their end or withdrawn; and secrets that end by themselves."""
+    qmp = scene.client
+    qmp.ok("object-add", {"qom-type": "authz-simple", "id": "a", "identity": "uid:1001"})
+    qmp.ok("object-add", {"qom-type": "secret-grant", "id": "g", "secret": "*", "authz": "a"})
+    path = str(tmp_path / "client.sock")
+    client = Client(path, sock=connect_as(path, 1001, 1001))
+    scene.process._clients.append(client)
+    for form in ("raw", "base64"):
+        object_id, text = scene.next()
+        scene.add(object_id, text, data=text)
+        data = client.read(object_id, format=form)
+        assert data == (text.encode() if form == "raw" else base64.b64encode(text.encode()))
+        scene.check()
+        # Larger than the pipe: the first pieces are on their way when it is withdrawn.
+        text = secret(scene.number + 5000)
+        large = "l" + object_id
+        fd = os.memfd_create("x")
+        os.write(fd, text.encode() * (200_000 // len(text)))
+        added = qmp.ok("add-fd", None, (fd,))
+        os.close(fd)
+        qmp.add(large, file=f"/dev/fdset/{added['fdset-id']}")
+        qmp.ok("remove-fd", {"fdset-id": added["fdset-id"]})
+        source, sink = os.pipe()
+        arguments = {"id": large, "format": form}
+        client.send(
+            json.dumps({"execute": "secret-read", "arguments": arguments}).encode(), (sink,)
+        )
+        os.close(sink)
+        assert os.read(source, 1)
+        assert qmp.ok("object-del", {"id": large}) == {}
+        assert client.reply()["error"]["desc"] == f"Secret '{large}' was withdrawn"
+        while os.read(source, 1 << 16):
+            pass
+        os.close(source)
+        scene.check()
+    object_id, text = scene.next()
+    scene.add(object_id, text, data=text)
+    qmp.ok("secret-expire", {"id": object_id, "after": 1})
+    while any(s["id"] == object_id for s in qmp.secrets()):
+        pass
+    del scene.held[object_id]
+    scene.check()
+    client.fail("secret-read", {"id": "nope"})
+    scene.check()
+    log = (tmp_path / "audit").read_bytes()
+    assert AUDIT_KEY not in log
+    assert b'"mac":"' in log

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Events about secrets: who gets them, how often, and when.
+
+On the control door everybody does, with who did it; on the client door only who may read that
+secret, without. Who did it gets none: it has the reply. They are collected and sent at the ticks of
+a clock, so that when an event comes tells nothing of others; SECRET_READ and SECRET_DENIED are
+throttled for each connection and id as QEMU throttles its own (monitor/monitor.c). It decides
+nothing (access does) and sends through its listeners.
+"""
+
+import asyncio
+import math
+from collections import deque
+from collections.abc import Callable, Collection
+from typing import Final, NamedTuple, Protocol
+
+from secretd.access import Access
+from secretd.peer import Door, Peer
+
+EVENTS_SECONDS: Final = 0.02
+"""Seconds between two ticks at which events are sent: with many connections, sending each of them
+to each would take longer than what it tells of.
+"""
+
+THROTTLED_SECONDS: Final = 1.0
+"""Seconds between two SECRET_READ, or SECRET_DENIED, of one id on one connection; of those between,
+the last is sent.
+"""
+
+THROTTLED_IDS: Final = 256
+"""Ids that are throttled at a time on one connection; events of further ones are lost."""
+
+COLLECTED_EVENTS: Final = 10_000
+"""Events that wait for the tick; of further ones the count is all that is kept."""
+
+THROTTLED: Final = ("SECRET_READ", "SECRET_DENIED")
+
+
+class Listener(Protocol):
+    """A connection, as far as events go. ``actor``: what events that it causes call it; ``since``:
+    the number of the last event before it listened; ``throttle``: None where nothing was throttled
+    yet.
+    """
+
+    actor: object
+    peer: Peer
+    since: int
+    throttle: "Throttle | None"
+
+    @property
+    def listening(self) -> bool:
+        """True once negotiation is over."""
+
+    def send_events(self, events: bytes, count: int) -> None:
+        """Send so many events, or count them as lost."""
+
+    def lose(self, count: int) -> None:
+        """Count so many events as lost."""
+
+
+class Happened(NamedTuple):
+    """An event. ``full`` is for the control door, ``bare`` for the client door; ``by``: who did it."""
+
+    name: str
+    object_id: str
+    full: bytes
+    bare: bytes
+    by: object
+
+
+class Throttle:
+    """What one connection gets of the events that are throttled."""
+
+    def __init__(self, listener: Listener) -> None:
+        self._listener = listener
+        self._next: dict[
+            tuple[str, str], float
+        ] = {}  # when the next one may be sent, by name and id
+        self._held: dict[tuple[str, str], bytes] = {}
+        self._timer: asyncio.TimerHandle | None = None
+
+    def passes(self, name: str, object_id: str, event: bytes) -> bool:
+        """True if an event may be sent now; else it is kept, or lost if there are too many."""
+        key = (name, object_id)
+        loop = asyncio.get_running_loop()
+        if key in self._next:
+            self._held[key] = event
+            return False
+        if len(self._next) >= THROTTLED_IDS:
+            self._listener.lose(1)
+            return False
+        self._next[key] = loop.time() + THROTTLED_SECONDS
+        if self._timer is None:
+            self._timer = loop.call_at(self._next[key], self._due)
+        return True
+
+    def _due(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._timer = None
+        now = loop.time()
+        # A dictionary keeps the order in which they came, and all wait for the same time.
+        for key, when in list(self._next.items()):
+            if when > now:
+                self._timer = loop.call_at(when, self._due)
+                return
+            del self._next[key]
+            event = self._held.pop(key, None)
+            if event is not None:
+                self._next[key] = now + THROTTLED_SECONDS
+                self._listener.send_events(event, 1)
+        if self._next:
+            self._timer = loop.call_at(next(iter(self._next.values())), self._due)
+
+    def close(self) -> None:
+        """Forget all."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+
+class Announcer:
+    """Collects events and sends them to the listeners that may know."""
+
+    def __init__(self, access: Access, listeners: Callable[[], Collection[Listener]]) -> None:
+        self._access = access
+        self._listeners = listeners
+        self._collected: deque[tuple[int, Happened]] = deque()
+        self._scheduled = False
+        self._uncollected = 0
+        self.number = 0  # of the last event
+
+    def concerns(self, by: object) -> bool:
+        """True if anybody else is connected: usually one client works alone."""
+        listeners = self._listeners()
+        return len(listeners) > 1 or any(listener.actor is not by for listener in listeners)
+
+    def announce(self, happened: Happened) -> None:
+        """Send an event at the next tick."""
+        self.number += 1
+        if len(self._collected) >= COLLECTED_EVENTS:
+            self._uncollected += 1
+            return
+        self._collected.append((self.number, happened))
+        if not self._scheduled:
+            self._scheduled = True
+            loop = asyncio.get_running_loop()
+            tick = math.floor(loop.time() / EVENTS_SECONDS + 1) * EVENTS_SECONDS
+            loop.call_at(tick, self._tick)
+
+    def _tick(self) -> None:
+        self._scheduled = False
+        self.send()
+
+    def send(self) -> None:
+        """Send what was collected."""
+        collected, self._collected = self._latest(), deque()
+        if not collected:
+            return
+        uncollected, self._uncollected = self._uncollected, 0
+        together = b"".join(happened.full for _, happened in collected)
+        special = any(happened.name in THROTTLED for _, happened in collected)
+        actors = {happened.by for _, happened in collected}
+        first = collected[0][0]
+        known: dict[tuple[frozenset[str], str], bool] = {}
+        for listener in list(self._listeners()):
+            if not listener.listening:
+                continue
+            if listener.peer.door is Door.CONTROL:
+                if uncollected:
+                    listener.lose(uncollected)
+                if not special and listener.actor not in actors and listener.since < first:
+                    listener.send_events(together, len(collected))
+                    continue
+            self._send_some(listener, collected, known)
+
+    def _latest(self) -> list[tuple[int, Happened]]:
+        """Of what is throttled, only the last two by different clients can matter to anybody."""
+        kept: list[tuple[int, Happened]] = []
+        seen: dict[tuple[str, str], list[object]] = {}
+        for number, happened in reversed(self._collected):
+            if happened.name in THROTTLED:
+                by = seen.setdefault((happened.name, happened.object_id), [])
+                if len(by) == 2 or happened.by in by:
+                    continue
+                by.append(happened.by)
+            kept.append((number, happened))
+        kept.reverse()
+        return kept
+
+    def _send_some(
+        self,
+        listener: Listener,
+        collected: list[tuple[int, Happened]],
+        known: dict[tuple[frozenset[str], str], bool],
+    ) -> None:
+        """Send what this listener may know, has not done itself and is not told too often."""
+        peer = listener.peer
+        control = peer.door is Door.CONTROL
+        events = []
+        latest: dict[tuple[str, str], bytes] = {}
+        for number, happened in collected:
+            if number <= listener.since or happened.by is listener.actor:
+                continue
+            object_id = happened.object_id
+            if not control:
+                key = (peer.identities, object_id)
+                if key not in known:
+                    known[key] = self._access.may_read(peer, object_id)
+                if not known[key]:
+                    continue
+            event = happened.full if control else happened.bare
+            if happened.name in THROTTLED:
+                latest[happened.name, object_id] = event
+            else:
+                events.append(event)
+        for (name, object_id), event in latest.items():
+            if listener.throttle is None:
+                listener.throttle = Throttle(listener)
+            if listener.throttle.passes(name, object_id, event):
+                events.append(event)
+        if events:
+            listener.send_events(b"".join(events), len(events))

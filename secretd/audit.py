@@ -1,0 +1,474 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The audit: one line of JSON for each thing that somebody did, or was refused, with a secret.
+
+`Audit` numbers records, links them (chain) and writes them, all of a turn of the loop at once; a
+`Sink` is where to. access writes releases and refusals through it, commands the rest. It never
+holds a value or a key of a secret; what it is told of is redacted where it comes from, since an id
+is all that it takes.
+
+Writing never waits. What cannot be written now is kept up to a limit, then dropped and counted. Under
+``--audit-policy=require`` a secret is released only after its record has been written.
+"""
+
+import asyncio
+import contextlib
+import errno
+import fcntl
+import os
+import queue
+import re
+import socket
+import stat
+import threading
+import time
+from collections.abc import Callable
+from typing import Final, Protocol
+
+import msgspec
+from msgspec import UNSET, Raw, Struct, UnsetType
+
+from secretd import chain
+from secretd.errors import CommandError, UsageError
+
+AUDIT_ID_CHARACTERS: Final = 128
+"""Characters of an id in a record; the rest is cut."""
+
+AUDIT_BACKLOG: Final = 4096
+"""Records that may wait until they can be written; further ones are dropped and counted."""
+
+AUDIT_RETRY_SECONDS: Final = 1.0
+"""Seconds until writing is tried again."""
+
+REFUSALS_SECONDS: Final = 60.0
+"""Seconds for which the refusals of one uid are counted, after the first, and then told in one record: nobody
+can fill the disk for the others."""
+
+REFUSALS_UIDS: Final = 1024
+"""Uids whose refusals are counted apart; those of further ones together."""
+
+_OTHERS: Final = -2
+_TAIL_BYTES: Final = 64 << 10
+_THREAD_BATCHES: Final = 64
+_RWF_NOWAIT: Final = 0x8
+_ID: Final = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
+_REMOTE: Final = re.compile(r"fuse.*|nfs.*|cifs|smb.*|9p|ceph|afs|virtiofs|lustre|ocfs2|gfs2|coda")
+
+
+class Record(Struct, omit_defaults=True, rename="kebab"):
+    """A line. ``time``: UTC; ``size``: bytes; ``peer``: JSON of who did it; ``rule``: what decided."""
+
+    seq: int
+    time: str
+    event: str
+    decision: str | UnsetType = UNSET
+    rule: str | UnsetType = UNSET
+    id: str | UnsetType = UNSET
+    type: str | UnsetType = UNSET
+    size: int | UnsetType = UNSET
+    door: str | UnsetType = UNSET
+    peer: Raw | UnsetType = UNSET
+    reason: str | UnsetType = UNSET
+    count: int | UnsetType = UNSET
+    of: int | UnsetType = UNSET
+    version: str | UnsetType = UNSET
+    objects: int | UnsetType = UNSET
+    prev: str | UnsetType = UNSET
+    dropped: int | UnsetType = UNSET
+
+
+# --- where to
+
+
+class Sink(Protocol):
+    """Where lines are written. ``certain``: what `write` took is written, not only on its way."""
+
+    certain: bool
+
+    def write(self, data: bytes) -> int:
+        """Write what can be written without waiting; return the bytes taken. Raises OSError."""
+
+    def status(self) -> os.stat_result:
+        """What fstat(2) says of it."""
+
+    def close(self) -> None:
+        """Release it."""
+
+
+class FileSink:
+    """A regular file on a local file system, or something else that never blocks."""
+
+    certain = True
+
+    def __init__(self, fd: int, *, owned: bool) -> None:
+        self._fd = fd
+        self._owned = owned
+
+    def write(self, data: bytes) -> int:
+        """See Sink."""
+        return os.write(self._fd, data)
+
+    def status(self) -> os.stat_result:
+        """See Sink."""
+        return os.fstat(self._fd)
+
+    def close(self) -> None:
+        """See Sink."""
+        if self._owned:
+            os.close(self._fd)
+
+
+class PipeSink(FileSink):
+    """A pipe that others may hold too: its flags stay as they are."""
+
+    def write(self, data: bytes) -> int:
+        """See Sink."""
+        return os.pwritev(self._fd, [data], -1, _RWF_NOWAIT)
+
+
+class SocketSink(FileSink):
+    """A stream socket, such as the one that systemd gives services as stderr."""
+
+    def write(self, data: bytes) -> int:
+        """See Sink."""
+        borrowed = socket.socket(fileno=self._fd)
+        try:
+            return borrowed.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        finally:
+            borrowed.detach()
+
+
+class ThreadSink(FileSink):
+    """What may block at any time: a terminal, or a file on another machine. A thread writes."""
+
+    certain = False
+
+    def __init__(self, fd: int, *, owned: bool) -> None:
+        super().__init__(fd, owned=owned)
+        self._queue: queue.Queue[bytes | None] = queue.Queue(_THREAD_BATCHES)
+        # A daemon thread: one that is stuck must not keep the process from ending.
+        self._thread = threading.Thread(target=self._work, name="audit", daemon=True)
+        self._thread.start()
+
+    def write(self, data: bytes) -> int:
+        """See Sink."""
+        try:
+            self._queue.put_nowait(data)
+        except queue.Full:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from None
+        return len(data)
+
+    def _work(self) -> None:
+        while (data := self._queue.get()) is not None:
+            with contextlib.suppress(OSError):
+                while data:
+                    data = data[os.write(self._fd, data) :]
+        if self._owned:
+            os.close(self._fd)
+
+    def close(self) -> None:
+        """See Sink."""
+        with contextlib.suppress(queue.Full):
+            self._queue.put_nowait(None)
+            self._thread.join(AUDIT_RETRY_SECONDS)
+
+
+def open_sink(target: str) -> Sink:
+    """Open what ``--audit`` names: a path, or - for stderr. Raises UsageError."""
+    if target == "-":
+        return _sink(2, owned=False)
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
+    try:
+        fd = os.open(target, flags, 0o600)
+        try:
+            if stat.S_ISREG(os.fstat(fd).st_mode):
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return _sink(fd, owned=True)
+        except BaseException:
+            os.close(fd)
+            raise
+    except BlockingIOError:
+        raise UsageError(f"--audit={target}: another process writes its audit there") from None
+    except OSError as error:
+        raise UsageError(f"--audit={target}: {os.strerror(error.errno or 0)}") from None
+
+
+def _sink(fd: int, *, owned: bool) -> Sink:
+    try:
+        status = os.fstat(fd)
+    except OSError as error:
+        raise UsageError(f"--audit=-: stderr: {os.strerror(error.errno or 0)}") from None
+    if stat.S_ISREG(status.st_mode):
+        return (ThreadSink if _is_remote(status.st_dev) else FileSink)(fd, owned=owned)
+    if stat.S_ISSOCK(status.st_mode):
+        return SocketSink(fd, owned=owned)
+    if stat.S_ISFIFO(status.st_mode):
+        if owned:
+            return FileSink(fd, owned=True)  # opened with O_NONBLOCK
+        # A FIFO in a file system knows no RWF_NOWAIT.
+        return (PipeSink if _is_pipe(status) else ThreadSink)(fd, owned=False)
+    if status.st_rdev == os.makedev(1, 3):  # /dev/null
+        return FileSink(fd, owned=owned)
+    return ThreadSink(fd, owned=owned)
+
+
+def _is_pipe(status: os.stat_result) -> bool:
+    fds = os.pipe2(os.O_CLOEXEC)
+    try:
+        return os.fstat(fds[0]).st_dev == status.st_dev
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+def _is_remote(device: int) -> bool:
+    """True if a file system's answers come from another machine or process (proc_pid_mountinfo(5))."""
+    number = f"{os.major(device)}:{os.minor(device)}"
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as mounts:
+        for line in mounts:
+            fields = line.split()
+            if fields[2] == number:
+                return bool(_REMOTE.fullmatch(fields[fields.index("-") + 1]))
+    return False
+
+
+# --- the records
+
+
+class _Window:
+    """The refusals of one uid since the last record of them."""
+
+    def __init__(self, peer: Raw | UnsetType) -> None:
+        self.peer = peer
+        self.count = 0
+
+
+def _told(window: _Window) -> tuple[str, dict[str, object]]:
+    count, window.count = window.count, 0
+    return "refusals", {"decision": "deny", "peer": window.peer, "count": count}
+
+
+class Audit:
+    """The records of this process, and how they follow those of the one before in the same file.
+
+    ``key``: returns what the chain's HMAC is made with, borrowed; None for a chain without.
+    """
+
+    def __init__(
+        self,
+        target: str = "none",
+        *,
+        require: bool = False,
+        key: Callable[[], memoryview] | None = None,
+    ) -> None:
+        self._target = target
+        self._require = require
+        self._key = key
+        self._sink: Sink | None = None
+        self._rest = b""  # whole lines or the rest of one that come before all others
+        self._pending: list[Record] = []
+        self._windows: dict[int, _Window] = {}
+        self._scheduled = False
+        self._started = False
+        self._second = -1
+        self._prefix = ""
+        self._fault = ""
+        self.records = 0
+        self.dropped = 0
+        self._dropped_before = 0  # of those, how many a record has told
+        self.head = chain.GENESIS
+        if target == "none":
+            if require:
+                raise UsageError("--audit-policy=require needs --audit")
+            return
+        self._sink = open_sink(target)
+        if require and not self._sink.certain:
+            self._sink.close()
+            raise UsageError(
+                f"--audit={target}: --audit-policy=require needs a file on a local file system, "
+                "a pipe or a socket"
+            )
+        if target != "-":
+            try:
+                self._go_on_from(target)
+            except BaseException:
+                self._sink.close()
+                raise
+
+    @property
+    def target(self) -> str:
+        """What ``--audit`` says."""
+        return self._target
+
+    def _go_on_from(self, path: str) -> None:
+        """Follow the last record in a file; a line that was cut is ended first."""
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            return
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            file.seek(max(0, size - _TAIL_BYTES))
+            lines = file.read().split(b"\n")
+        if not size:
+            return
+        if lines[-1]:
+            self._rest = b"\n"
+        last = next(filter(None, map(chain.read, reversed(lines))), None)
+        if last is None:
+            raise UsageError(f"--audit={path}: holds no audit record; move it away")
+        self.records, self.head = last.number, last.link
+
+    # --- what happens
+
+    def start(self, version: str, objects: int) -> None:
+        """The daemon begins to serve."""
+        self._started = True
+        self.note("start", version=version, objects=objects)
+        self._written()
+
+    def note(self, event: str, **members: object) -> None:
+        """Write a record as soon as possible. See Record for what members there are."""
+        if self._keep(event, members):
+            self._schedule()
+
+    def _keep(self, event: str, members: dict[str, object]) -> bool:
+        if self._sink is None:
+            return False
+        if len(self._pending) >= AUDIT_BACKLOG:
+            self.dropped += 1
+            return False
+        self._pending.append(self._made(event, members))
+        return True
+
+    def _made(self, event: str, members: dict[str, object]) -> Record:
+        object_id = members.get("id")
+        if isinstance(object_id, str) and len(object_id) > AUDIT_ID_CHARACTERS:
+            members["id"] = object_id[:AUDIT_ID_CHARACTERS]
+        return Record(0, self._now(), event, **members)  # type: ignore[arg-type]  # its members
+
+    def release(self, event: str, **members: object) -> None:
+        """Write the record of a release, which must not happen if this raises CommandError."""
+        if not self._require:
+            self.note(event, decision="allow", **members)
+            return
+        if self._flush():
+            self._pending.append(self._made(event, {"decision": "allow", **members}))
+            if self._flush():
+                return
+            # It is on its way, in part or whole, and may yet be written: say that it is not true.
+            self.note("withheld", of=self.records, reason=self._fault)
+        else:
+            self.dropped += 1
+        raise CommandError(
+            f"The audit record cannot be written ({self._fault}), and --audit-policy=require "
+            "then releases no secret"
+        )
+
+    def refuse(self, event: str, uid: int, peer: Raw | UnsetType, **members: object) -> None:
+        """Write the record of a refusal; of many from one uid, the first and how many more there were."""
+        if self._sink is None:
+            return
+        if uid not in self._windows and len(self._windows) >= REFUSALS_UIDS:
+            uid = _OTHERS
+        window = self._windows.get(uid)
+        if window is not None:
+            window.count += 1
+            return
+        self._windows[uid] = _Window(UNSET if uid == _OTHERS else Raw(b'{"uid":%d}' % uid))
+        asyncio.get_running_loop().call_later(REFUSALS_SECONDS, self._end_window, uid)
+        asked = members.get("id")
+        if isinstance(asked, str) and not _ID.fullmatch(asked):
+            members["id"] = "?"  # it may be anything that somebody typed by mistake
+        self.note(event, decision="deny", peer=peer, **members)
+
+    def _end_window(self, uid: int) -> None:
+        window = self._windows.get(uid)
+        if window is None:
+            return
+        if not window.count:
+            del self._windows[uid]
+            return
+        event, members = _told(window)
+        self.note(event, **members)
+        asyncio.get_running_loop().call_later(REFUSALS_SECONDS, self._end_window, uid)
+
+    def reopen(self) -> None:
+        """Go on in the file that has the name now; raises UsageError, and stays with the old one then."""
+        if self._sink is None or self._target == "-":
+            return
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.stat(self._target), self._sink.status()):
+                return  # not moved away
+        sink = open_sink(self._target)
+        self.note("rotate")
+        self._flush()
+        old, self._sink = self._sink, sink
+        old.close()
+        self.note("reopen")
+        self._flush()
+
+    def stop(self) -> None:
+        """The daemon ends; there may be no loop any more."""
+        for window in self._windows.values():
+            if window.count:
+                self._keep(*_told(window))
+        self._windows.clear()
+        if self._started:
+            self._keep("stop", {})
+        self._flush()
+        if self._sink is not None:
+            self._sink.close()
+            self._sink = None
+
+    # --- writing
+
+    def _now(self) -> str:
+        seconds, rest = divmod(time.time_ns(), 1_000_000_000)
+        if seconds != self._second:
+            self._second = seconds
+            self._prefix = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
+        return f"{self._prefix}.{rest // 1000:06d}Z"
+
+    def _schedule(self) -> None:
+        if not self._scheduled:
+            self._scheduled = True
+            asyncio.get_running_loop().call_soon(self._written)
+
+    def _written(self) -> None:
+        self._scheduled = False
+        if not self._flush() and not self._scheduled:
+            self._scheduled = True
+            asyncio.get_running_loop().call_later(AUDIT_RETRY_SECONDS, self._written)
+
+    def _flush(self) -> bool:
+        """Write all that waits; False if something is left."""
+        if self._sink is None:
+            self._pending.clear()
+            return True
+        if self._rest and not self._push():
+            return False
+        if not self._pending:
+            return True
+        pending, self._pending = self._pending, []
+        key = None if self._key is None else self._key()
+        lines = []
+        for record in pending:
+            self.records += 1
+            record.seq = self.records
+            if record.event in chain.FIRST_EVENTS:
+                record.prev = self.head
+            if self.dropped > self._dropped_before:
+                record.dropped = self.dropped - self._dropped_before
+                self._dropped_before = self.dropped
+            line, self.head = chain.write(self.head, msgspec.json.encode(record), key)
+            lines.append(line)
+        self._rest = b"".join(lines)
+        return self._push()
+
+    def _push(self) -> bool:
+        assert self._sink is not None
+        try:
+            while self._rest:
+                self._rest = self._rest[self._sink.write(self._rest) :]
+        except OSError as error:
+            self._fault = os.strerror(error.errno or 0)
+            return False
+        return True

@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The verbs of `secretctl` about who may read what: grant, revoke, explain, expire, audit verify.
+
+Names of users and groups become numbers here, not in the daemon: looking them up may take its time.
+ctl calls it.
+"""
+
+import argparse
+import contextlib
+import grp
+import json
+import os
+import pwd
+import re
+import sys
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Final
+
+from secretd import chain
+from secretd.client import Client, ExecuteError
+from secretd.errors import UsageError
+from secretd.memory import SCRATCH_WINDOW, Arena, choose_level
+
+AddVerb = Callable[[str, Callable[..., Awaitable[int | None]], str], argparse.ArgumentParser]
+
+_SECONDS: Final = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+_DURATION: Final = re.compile(r"([0-9]{1,10})([smhd]?)")
+_UNIT_SUFFIX: Final = re.compile(r"\.[a-z]+$|[*?]$")
+_KEY_BYTES: Final = 1 << 20
+
+
+def add_verbs(verb: AddVerb) -> None:
+    """Define the verbs' options."""
+    who = "unit:NAME, user:NAME, group:NAME, uid:N, gid:N or user-unit:USER/NAME"
+    sub = verb("grant", grant, "let somebody read secrets on the client socket")
+    sub.add_argument("secret", metavar="SECRET", help="its id, or a pattern with * and ?")
+    sub.add_argument("--to", action="append", required=True, metavar="WHO", help=who)
+    sub.add_argument("--id", metavar="GRANT", help="the grant's id (default: made of the rest)")
+    sub.add_argument("--for", dest="duration", metavar="TIME", help="such as 90s, 15m, 8h or 30d")
+    sub.add_argument("--max-reads", type=int, metavar="N", help="allow so many reads")
+    sub.add_argument("--credential", metavar="NAME", help="the name that systemd units know it by")
+
+    sub = verb("revoke", revoke, "take a grant back, at once")
+    sub.add_argument("grant", metavar="GRANT")
+
+    sub = verb("explain", explain, "say whether somebody may read a secret, and which rule says so")
+    sub.add_argument("id", metavar="ID")
+    sub.add_argument("--as", dest="who", action="append", required=True, metavar="WHO", help=who)
+    sub.add_argument("--json", action="store_true", help="for programs")
+
+    sub = verb("expire", expire, "wipe a secret after some time")
+    sub.add_argument("id", metavar="ID")
+    sub.add_argument("--after", required=True, metavar="TIME", help="such as 90s, 15m, 8h or 30d")
+
+    sub = verb("audit", audit, "verify that an audit file is whole")
+    sub.add_argument("action", choices=("verify",))
+    sub.add_argument("files", nargs="+", metavar="FILE", help="of one chain, the oldest first")
+    key = sub.add_mutually_exclusive_group()
+    key.add_argument("--key", metavar="ID", help="the secret that --audit-key named")
+    key.add_argument("--key-file", metavar="PATH", help="a file that holds it")
+    sub.add_argument("--live", action="store_true", help="ask secretd whether the end is missing")
+
+
+def identities(who: str) -> list[str]:
+    """Return what secretd calls somebody: ``user:www-data`` is ``uid:33``. Raises UsageError."""
+    kind, colon, name = who.partition(":")
+    if not (colon and name):
+        raise UsageError(
+            f"'{who}': say who it is, such as unit:nginx.service, user:alice or gid:33"
+        )
+    if kind in ("uid", "gid"):
+        if not name.isdecimal():
+            raise UsageError(f"'{who}': {kind} goes with a number, user and group with a name")
+        return [f"{kind}:{int(name)}"]
+    if kind == "user":
+        return [f"uid:{_uid(name)}"]
+    if kind == "group":
+        try:
+            return [f"gid:{grp.getgrnam(name).gr_gid}"]
+        except KeyError:
+            raise UsageError(f"'{who}': there is no group '{name}'") from None
+    if kind == "unit":
+        return [f"unit:{_unit(name)}"]
+    if kind == "user-unit" and "/" in name:
+        user, _, unit = name.partition("/")
+        return [f"user-unit:{user if user.isdecimal() else _uid(user)}/{_unit(unit)}"]
+    raise UsageError(
+        f"'{who}': expected unit:NAME, user:NAME, group:NAME, uid:N, gid:N or user-unit:USER/NAME"
+    )
+
+
+def _uid(name: str) -> int:
+    try:
+        return pwd.getpwnam(name).pw_uid
+    except KeyError:
+        raise UsageError(f"there is no user '{name}'") from None
+
+
+def _unit(name: str) -> str:
+    """As systemctl: what has no suffix is a service."""
+    return name if _UNIT_SUFFIX.search(name) else f"{name}.service"
+
+
+def seconds(text: str) -> int:
+    """Return a time such as 90s, 15m, 8h or 30d in seconds, or raise UsageError."""
+    match = _DURATION.fullmatch(text)
+    if match is None:
+        raise UsageError(f"'{text}': a time is expected, such as 90s, 15m, 8h or 30d")
+    return int(match[1]) * _SECONDS[match[2]]
+
+
+def grant_id(secret: str, to: list[str]) -> str:
+    """Return the id of a grant that was given none."""
+    text = re.sub(r"[^A-Za-z0-9._-]+", "_", "-".join([secret, *to]))
+    return f"grant-{text}"
+
+
+def authz_id(grant_name: str) -> str:
+    """Return the id of the authz-list that belongs to a grant."""
+    return f"{grant_name}.authz"
+
+
+async def grant(options: argparse.Namespace) -> None:
+    """Make the authz-list and the secret-grant; print the grant's id."""
+    named = [name for who in options.to for name in identities(who)]
+    name = options.id or grant_id(options.secret, named)
+    rules = [
+        {"match": n, "policy": "allow", "format": "glob" if re.search("[*?]", n) else "exact"}
+        for n in named
+    ]
+    arguments = {
+        "qom-type": "secret-grant", "id": name, "secret": options.secret, "authz": authz_id(name),
+    }  # fmt: skip
+    if options.duration is not None:
+        arguments["expires-after"] = seconds(options.duration)
+    if options.max_reads is not None:
+        arguments["max-reads"] = options.max_reads
+    if options.credential is not None:
+        arguments["credential"] = options.credential
+    async with Client(options.socket) as client:
+        await client.execute(
+            "object-add", {"qom-type": "authz-list", "id": authz_id(name), "rules": rules}
+        )
+        try:
+            await client.execute("object-add", arguments)
+        except BaseException:
+            await client.delete(authz_id(name))
+            raise
+    print(name)
+
+
+async def revoke(options: argparse.Namespace) -> None:
+    """Delete a grant, and the authz-list that was made for it."""
+    async with Client(options.socket) as client:
+        if await client.execute("qom-get", {"path": options.grant, "property": "type"}) != (
+            "secret-grant"
+        ):
+            raise UsageError(f"'{options.grant}' is no grant; 'secretctl del' removes secrets")
+        await client.delete(options.grant)
+        with contextlib.suppress(ExecuteError):
+            await client.delete(authz_id(options.grant))
+
+
+async def explain(options: argparse.Namespace) -> int:
+    """Say whether somebody may read a secret; the exit status is 0 if so, 1 if not."""
+    named = [name for who in options.who for name in identities(who)]
+    async with Client(options.socket) as client:
+        found = await client.explain(options.id, named)
+    if options.json:
+        print(json.dumps(found))
+    else:
+        print("\n".join(_explained(options.id, named, found)))
+    return 0 if found["allowed"] else 1
+
+
+def _explained(object_id: str, named: list[str], found: dict[str, object]) -> Iterator[str]:
+    verdict = f"yes, by grant {found['grant']}" if found["allowed"] else "no"
+    yield f"{', '.join(named)} may read '{object_id}': {verdict}"
+    if not found["exists"]:
+        yield "  there is no secret of that id"
+    grants = found["grants"]
+    assert isinstance(grants, list)
+    for considered in grants:
+        mark = "allows" if considered["allowed"] else "does not"
+        yield f"  grant {considered['grant']} {mark}: {considered['reason']}"
+    if not grants:
+        yield f"  no grant names it; 'secretctl grant {object_id} --to {named[0]}' would"
+
+
+async def expire(options: argparse.Namespace) -> None:
+    """Give a secret a lifetime."""
+    async with Client(options.socket) as client:
+        await client.expire(options.id, seconds(options.after))
+
+
+async def audit(options: argparse.Namespace) -> int:
+    """Verify audit files; the exit status is 1 if anything is wrong with them."""
+    if options.key is None and options.key_file is None:
+        return await _verify(options, None)
+    if options.key is not None:
+        async with Client(options.socket) as client:
+            with await client.read(options.key) as key:
+                return await _verify(options, key.view)
+    arena = Arena(choose_level(require=False), window=SCRATCH_WINDOW)
+    fd = os.open(options.key_file, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with arena.allocate(min(os.fstat(fd).st_size, _KEY_BYTES) or 1) as buffer:
+            return await _verify(options, buffer.view[: os.readv(fd, [buffer.view])])
+    finally:
+        os.close(fd)
+        arena.close()
+
+
+async def _verify(options: argparse.Namespace, key: memoryview | None) -> int:
+    written = None
+    if options.live:
+        # Asked first, so that what is written meanwhile is not missing.
+        async with Client(options.socket) as client:
+            written = await client.stat("audit-records")
+    verification = chain.Verification(key)
+    wrong = sum(_report(path, verification) for path in options.files)
+    last = verification.last
+    if last is None:
+        print("no audit record was found", file=sys.stderr)
+        return 1
+    time, event = last.members.get("time"), last.members.get("event")
+    print(f"{verification.records} records; the last is record {last.number} of {time}: {event}")
+    if written is None:
+        if event not in chain.LAST_EVENTS:
+            print(
+                "it has no end: secretd is running (--live asks it), or what came after is cut off"
+            )
+    elif written > last.number:
+        print(f"secretd has written {written}: those after {last.number} are missing at the end")
+        wrong += 1
+    return 1 if wrong else 0
+
+
+def _report(path: str, verification: chain.Verification) -> int:
+    """Print what is wrong with a file; return how much it is."""
+    with open(path, "rb") as file:
+        found = [f"{path}:{f.number}: {f.words}" for f in verification.findings(file)]
+    print("".join(f"{line}\n" for line in found), end="")
+    return len(found)

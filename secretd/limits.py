@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""How much each uid may hold of what all share, how much it holds, and how often that was not enough.
+
+A `Share` counts one thing for each uid; `Limits` has them all and counts how often each limit was
+hit, for query-secret-stats. Limits that stand elsewhere (beside what they limit) are counted here
+by name. It takes nothing and closes nothing itself.
+"""
+
+import os
+import resource
+from collections import Counter
+from typing import Final, Literal, NamedTuple
+
+from secretd.errors import LimitReached
+
+CONNECTIONS_PER_UID: Final = 512
+"""Connections of one uid, uid 0 and the daemon's own uid aside."""
+
+REQUESTS_PER_UID: Final = 256
+"""Requests of one uid that wait for something at a time, the same aside."""
+
+DESCRIPTORS_PER_UID: Final = 1024
+"""Descriptors that one uid has passed and that are not closed yet, the same aside; less where the
+process may have fewer than some 4,600: a quarter of what RESERVED_DESCRIPTORS leaves.
+"""
+
+RESERVED_DESCRIPTORS: Final = 512
+"""Descriptors that are kept for the daemon, uid 0 and the daemon's own uid."""
+
+UNFINISHED_BYTES_PER_UID: Final = 64 << 10
+"""Bytes of unfinished messages of one uid on the client door."""
+
+OBJECTS_IN_ALL: Final = 1_000_000
+"""Objects in all. Beside their plaintext some 250 bytes of memory each."""
+
+OBJECTS_PER_UID: Final = 10_000
+"""Objects of one uid that an authz object admits to the control door."""
+
+OBJECT_BYTES_PER_UID: Final = 2 << 20
+"""Bytes of plaintext of one such uid: a quarter of the memory that systems let an ordinary process lock."""
+
+Unit = Literal["bytes", "seconds"]
+
+
+class Share:
+    """What each uid holds of one thing. ``words``: what errors call it; ``trusted``: the limit for
+    uid 0 and the daemon's own uid, None for none.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        limit: int,
+        words: str,
+        *,
+        unit: Unit | None = None,
+        trusted: int | None = None,
+    ) -> None:
+        self.name = name
+        self.limit = limit
+        self.unit = unit
+        self._words = words
+        self._trusted_limit = trusted
+        self._trusted_uids = (0, os.getuid())
+        self._held: dict[int, int] = {}
+        self.others = 0  # held by all but the trusted
+
+    def check(self, uid: int, amount: int = 1, besides: int = 0) -> None:
+        """Raise LimitReached if a uid, which has ``besides`` more than is counted here, may not have so
+        much more.
+        """
+        limit = self._trusted_limit if uid in self._trusted_uids else self.limit
+        if limit is None:
+            return
+        held = self.held(uid) + besides
+        if held + amount > limit:
+            raise LimitReached(
+                self.name,
+                f"uid {uid} has {held} {self._words}, and the limit is {limit} ({self.name})",
+            )
+
+    def take(self, uid: int, amount: int = 1) -> None:
+        """Count what a uid has from now on, or raise LimitReached."""
+        self.check(uid, amount)
+        self.add(uid, amount)
+
+    def add(self, uid: int, amount: int = 1) -> None:
+        """Count what a uid has already, whatever the limit."""
+        self._held[uid] = self._held.get(uid, 0) + amount
+        if uid not in self._trusted_uids:
+            self.others += amount
+
+    def give(self, uid: int, amount: int = 1) -> None:
+        """Count what it no longer has."""
+        left = self._held.get(uid, 0) - amount
+        if left:
+            self._held[uid] = left
+        else:
+            self._held.pop(uid, None)
+        if uid not in self._trusted_uids:
+            self.others -= amount
+
+    def held(self, uid: int) -> int:
+        """Return what a uid has."""
+        return self._held.get(uid, 0)
+
+    @property
+    def largest(self) -> int:
+        """The most that any uid has."""
+        return max(self._held.values(), default=0)
+
+
+class Stat(NamedTuple):
+    """One figure: ``instant`` is as of now, ``cumulative`` counts since the start."""
+
+    name: str
+    type: Literal["instant", "cumulative"]
+    unit: Unit | None
+    value: int
+
+
+class Limits:
+    """All shares of a daemon, and how often which limit was hit."""
+
+    def __init__(self) -> None:
+        self._files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        room = max(64, self._files - RESERVED_DESCRIPTORS)
+        self.connections = Share("connections-per-uid", CONNECTIONS_PER_UID, "connections")
+        self.requests = Share("requests-per-uid", REQUESTS_PER_UID, "requests in flight")
+        self.descriptors = Share(
+            "descriptors-per-uid", min(DESCRIPTORS_PER_UID, room // 4), "descriptors open here"
+        )
+        self.unfinished = Share(
+            "unfinished-bytes-per-uid",
+            UNFINISHED_BYTES_PER_UID,
+            "bytes of unfinished messages",
+            unit="bytes",
+        )
+        self.objects = Share("objects-per-uid", OBJECTS_PER_UID, "objects")
+        self.object_bytes = Share(
+            "object-bytes-per-uid", OBJECT_BYTES_PER_UID, "bytes of secrets", unit="bytes"
+        )
+        self._shares = (
+            self.connections, self.requests, self.descriptors, self.unfinished, self.objects,
+            self.object_bytes,
+        )  # fmt: skip
+        self._room = room
+        self._hits: Counter[str] = Counter()
+
+    def check_descriptors(self, more: int = 1) -> None:
+        """Raise LimitReached if all others together would have so many that none are left for the trusted."""
+        held = self.connections.others + self.descriptors.others
+        if held + more > self._room:
+            raise LimitReached(
+                "descriptors",
+                f"The clients have {held} descriptors, and the limit is {self._room} (descriptors: "
+                f"RLIMIT_NOFILE less {RESERVED_DESCRIPTORS}); try again later",
+            )
+
+    def hit(self, name: str) -> None:
+        """A limit was reached."""
+        self._hits[name] += 1
+
+    def stats(self) -> list[Stat]:
+        """Return what is held, what the limits are, and how often they were hit."""
+        listed = [
+            Stat("descriptors", "instant", None, self.connections.others + self.descriptors.others)
+        ]
+        listed.append(Stat("descriptors-limit", "instant", None, self._room))
+        for share in self._shares:
+            listed.append(Stat(share.name, "instant", share.unit, share.largest))
+            listed.append(Stat(f"{share.name}-limit", "instant", share.unit, share.limit))
+        names = sorted({*self._hits, "descriptors", *(share.name for share in self._shares)})
+        listed += [Stat(f"{name}-hits", "cumulative", None, self._hits[name]) for name in names]
+        return listed

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""GLib's patterns (g_pattern_match_simple()): ``*`` is any text, ``?`` one character, all else itself.
+
+In time that is bounded by the product of the lengths, whatever the pattern: users choose names of units that
+are matched against an administrator's patterns. Knows no ids and no identities.
+"""
+
+import re
+from collections.abc import Callable
+from functools import lru_cache
+
+Match = Callable[[str], bool]
+
+
+def is_pattern(text: str) -> bool:
+    """True if the text may match others than itself."""
+    return "*" in text or "?" in text
+
+
+@lru_cache(4096)
+def matcher(pattern: str) -> Match:
+    """Return the function that tells whether a text matches."""
+    if not is_pattern(pattern):
+        return pattern.__eq__
+    # Between two asterisks each piece has a length of its own: the first place where it fits is the best.
+    first, *middle = [_piece(part) for part in pattern.split("*")]
+    if not middle:
+        return lambda text: first.fullmatch(text) is not None
+    last, last_size = middle.pop(), len(pattern.rsplit("*", 1)[1])
+
+    def matches(text: str) -> bool:
+        found = first.match(text)
+        for piece in middle:
+            if found is None:
+                return False
+            found = piece.search(text, found.end())
+        start = len(text) - last_size
+        return found is not None and start >= found.end() and last.match(text, start) is not None
+
+    return matches
+
+
+def _piece(text: str) -> re.Pattern[str]:
+    return re.compile("".join("." if c == "?" else re.escape(c) for c in text), re.DOTALL)

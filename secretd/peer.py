@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Who is at the other end of a connection, by what the kernel says of the moment it connected.
+
+Reads SO_PEERCRED, SO_PEERGROUPS and SO_PEERPIDFD (unix(7), socket(7)) and, through the pidfd, the
+cgroup and so the systemd unit. It decides nothing: access does. server calls `identify` at accept.
+The ctypes here are for groups that do not fit into Python's getsockopt.
+
+The unit is read without a race: where the kernel has PIDFD_GET_INFO (6.13) the cgroup is the one
+whose number it tells, elsewhere what /proc says while the pidfd shows that the process has not
+ended. Where neither can be had, `PeerUnknown` is raised.
+"""
+
+import array
+import ctypes
+import errno
+import fcntl
+import os
+import re
+import select
+import socket
+import struct
+from collections import deque
+from enum import Enum
+from functools import lru_cache
+from typing import Final, NamedTuple
+
+from secretd.errors import PeerUnknown
+
+_UCRED: Final = struct.Struct("=iII")
+_SO_PEERGROUPS: Final = 59
+_SO_PEERPIDFD: Final = 77
+_GROUPS_MAX: Final = 65536
+"""NGROUPS_MAX of linux/limits.h."""
+
+_PIDFD_GET_INFO: Final = 0xC040FF0B
+_PIDFD_INFO: Final = struct.Struct("=QQII")  # mask, cgroupid, pid, tgid, as far as they are needed
+_PIDFD_INFO_BYTES: Final = 64
+_INFO_PID: Final = 1
+_INFO_CGROUPID: Final = 4
+
+_CGROUP_MOUNTS: Final = ("/sys/fs/cgroup", "/sys/fs/cgroup/unified")
+_CGROUPS_WALKED: Final = 4096
+"""Cgroups looked through for one whose path /proc does not tell; with more the peer is not known."""
+
+_ENDED: Final = "the process has ended, or is in a PID namespace that we do not see"
+
+_UNIT: Final = re.compile(
+    r"[A-Za-z0-9:_.\\@-]{1,248}\.(?:service|scope|socket|mount|automount|swap|timer|path|target|device)"
+)
+_USER_MANAGER: Final = re.compile(r"user@([0-9]{1,10})\.service")
+
+
+class Door(Enum):
+    """A listening socket's dialect and rights."""
+
+    CONTROL = "control"
+    CLIENT = "client"
+
+
+class Peer(NamedTuple):
+    """The process at the other end at the time it connected.
+
+    ``identities``: all that authz objects may name, such as ``uid:33``, ``gid:33``, ``unit:nginx.service``,
+    ``user-unit:1000/foo.service``. ``unit``: the systemd unit as the last of these says it. ``authz``: the id
+    of the object that admits to this door others than uid 0 and the daemon's own uid.
+    """
+
+    uid: int
+    gid: int
+    pid: int
+    door: Door
+    identities: frozenset[str] = frozenset()
+    unit: str | None = None
+    authz: str | None = None
+
+    @property
+    def trusted(self) -> bool:
+        """True for uid 0 and the daemon's own uid, who could kill the daemon anyway."""
+        return self.uid in (0, os.getuid())
+
+
+def identify(sock: socket.socket, door: Door, authz: str | None = None) -> Peer:
+    """Return the peer of a connected AF_UNIX socket, or raise PeerUnknown.
+
+    For uid 0 and the daemon's own uid on the control door what is told beyond the uid is for the audit only,
+    so there nothing is refused.
+    """
+    try:
+        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    except OSError as error:
+        raise PeerUnknown(_why(error)) from None
+    pid, uid, gid = _UCRED.unpack(credentials)
+    peer = Peer(uid, gid, pid, door, frozenset((f"uid:{uid}", f"gid:{gid}")), None, authz)
+    try:
+        identities = [f"gid:{group}" for group in _groups(sock)]
+        units = units_of(_cgroup(sock))
+    except PeerUnknown:
+        if door is Door.CONTROL and peer.trusted:
+            return peer
+        raise
+    identities += units
+    return peer._replace(
+        identities=peer.identities.union(identities), unit=units[-1] if units else None
+    )
+
+
+def _groups(sock: socket.socket) -> "array.array[int]":
+    groups = array.array("I")
+    try:
+        groups.frombytes(sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 1024))
+    except OSError as error:
+        if error.errno != errno.ERANGE:
+            raise PeerUnknown(_why(error)) from None
+        room = (ctypes.c_uint32 * _GROUPS_MAX)()
+        size = ctypes.c_uint32(ctypes.sizeof(room))
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.getsockopt(
+            sock.fileno(), socket.SOL_SOCKET, _SO_PEERGROUPS, room, ctypes.byref(size)
+        ):
+            raise PeerUnknown(os.strerror(ctypes.get_errno())) from None
+        groups.extend(room[: size.value // 4])
+    return groups
+
+
+def _cgroup(sock: socket.socket) -> str | None:
+    """Return the path of the peer's cgroup, None if it has none that we can name."""
+    try:
+        pidfd = int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD, 4), "little")
+    except OSError as error:
+        if error.errno == errno.ENOPROTOOPT:
+            raise PeerUnknown("this kernel has no SO_PEERPIDFD; Linux 6.5 has") from None
+        raise PeerUnknown(_why(error)) from None
+    try:
+        return cgroup_of(pidfd)
+    finally:
+        os.close(pidfd)
+
+
+def cgroup_of(pidfd: int) -> str | None:
+    """Return the path, below the mount point, of the cgroup of a process that lives, or raise PeerUnknown.
+
+    ``pidfd`` is borrowed. None: it is outside our cgroup namespace, or there are no version 2 cgroups.
+    """
+    mount = _mount()
+    try:
+        told = _told_by_kernel(pidfd)
+    except ProcessLookupError:
+        raise PeerUnknown(_ENDED) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOTTY, errno.EINVAL, errno.EPERM):
+            raise PeerUnknown(_why(error)) from None
+        return _told_by_proc(pidfd)
+    if told is None:
+        raise PeerUnknown(_ENDED)
+    pid, number = told
+    if mount is None:
+        return None
+    path = _read_proc(pid)
+    if path is not None and _number_of(mount + path) == number:
+        return path
+    if path is not None and _outside(path):
+        return None
+    return _walk(mount, number)
+
+
+def _told_by_kernel(pidfd: int) -> tuple[int, int] | None:
+    """Return a process's pid and the number of its cgroup (PIDFD_GET_INFO), None if it has ended."""
+    info = bytearray(_PIDFD_INFO_BYTES)
+    _PIDFD_INFO.pack_into(info, 0, _INFO_PID | _INFO_CGROUPID, 0, 0, 0)
+    fcntl.ioctl(pidfd, _PIDFD_GET_INFO, info)
+    mask, number, pid, _ = _PIDFD_INFO.unpack_from(info)
+    return (pid, number) if mask & _INFO_PID and mask & _INFO_CGROUPID and pid else None
+
+
+def _told_by_proc(pidfd: int) -> str | None:
+    """The same by /proc: what it says of a pid counts if the pidfd shows afterwards that nobody
+    else has it.
+    """
+    with open(f"/proc/self/fdinfo/{pidfd}", encoding="ascii") as file:
+        pid = next(int(line[4:]) for line in file if line.startswith("Pid:"))
+    path = _read_proc(pid) if pid > 0 else None
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    if pid <= 0 or poll.poll(0):
+        raise PeerUnknown(_ENDED)
+    if path is None:
+        raise PeerUnknown(f"/proc/{pid}/cgroup cannot be read")
+    return None if _outside(path) else path
+
+
+def _read_proc(pid: int) -> str | None:
+    """Return the version 2 cgroup that /proc tells; None if it cannot be read. "/.." if there is none."""
+    try:
+        with open(f"/proc/{pid}/cgroup", encoding="utf-8", errors="surrogateescape") as file:
+            found = [line[3:].rstrip("\n") for line in file if line.startswith("0::")]
+    except OSError:
+        return None
+    return found[0] if found else "/.."
+
+
+def _outside(path: str) -> bool:
+    return path == "/.." or path.startswith("/../")
+
+
+def _number_of(path: str) -> int | None:
+    try:
+        return os.stat(path).st_ino
+    except OSError:
+        return None
+
+
+@lru_cache(1)
+def _mount() -> str | None:
+    """Return where version 2 cgroups are mounted, as systemd mounts them; None if nowhere."""
+    return next((m for m in _CGROUP_MOUNTS if os.path.exists(f"{m}/cgroup.procs")), None)
+
+
+@lru_cache(1024)
+def _walk(mount: str, number: int) -> str:
+    """Find a cgroup by its number, which no other ever gets, where /proc does not tell of others'
+    processes.
+    """
+    # Level by level, so that what users make inside their own cgroups comes last.
+    waiting = deque([mount])
+    for _ in range(_CGROUPS_WALKED):
+        if not waiting:
+            break
+        directory = waiting.popleft()
+        if _number_of(directory) == number:
+            return directory[len(mount) :] or "/"
+        try:
+            with os.scandir(directory) as entries:
+                waiting += [e.path for e in entries if e.is_dir(follow_symlinks=False)]
+        except OSError:
+            continue
+    raise PeerUnknown("its cgroup was not found")
+
+
+def units_of(path: str | None) -> list[str]:
+    """Return the identities that a cgroup's path gives: the system manager's unit, then the user manager's.
+
+    As systemd reads it (cg_path_get_unit() of basic/cgroup-util.c): slices are skipped, the next
+    component is the unit; a user manager's units stand below ``user@UID.service``. What a user
+    calls a unit of theirs stands behind their uid.
+    """
+    parts = (path or "").split("/")[1:]
+    found = []
+    unit = _skip_slices(parts)
+    if unit is not None:
+        found.append(f"unit:{unit}")
+        manager = _USER_MANAGER.fullmatch(unit)
+        if manager and (user_unit := _skip_slices(parts)) is not None:
+            found.append(f"user-unit:{manager[1]}/{user_unit}")
+    return found
+
+
+def _skip_slices(parts: list[str]) -> str | None:
+    """Take components off the front up to the first that is no slice; return it if it is a unit."""
+    while parts:
+        # An underscore protects names that the kernel uses itself (cg_escape()).
+        part = parts.pop(0).removeprefix("_")
+        if not part.endswith(".slice"):
+            return part if _UNIT.fullmatch(part) else None
+    return None
+
+
+def _why(error: OSError) -> str:
+    return os.strerror(error.errno or 0)

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The object type `secret-grant`: lets those whom an authz object allows read the secrets that a
+pattern names.
+
+What such an object is; access decides by them. As in QEMU (the ``tls-authz`` of a character device)
+the authz object is looked up at the time of use: it may be deleted and made anew, and while it is
+missing access is denied. The tree calls it.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from msgspec import UNSET, UnsetType
+
+from secretd.errors import CommandError
+from secretd.lifetime import LIFETIME_SECONDS, now
+from secretd.memory import LockedBuffer
+from secretd.qom.object import DEADLINE, ObjectTree
+from secretd.qom.typeinfo import ObjectOptions, ObjectType, Sources, TypeInfo
+from secretd.state import Record
+from secretd.wire.parser import JSON
+
+MAX_READS: Final = 1 << 31
+"""The most that ``max-reads`` takes."""
+
+READS: Final = "reads"
+"""The property that counts the reads a grant with ``max-reads`` has allowed."""
+
+
+class SecretGrantOptions(ObjectOptions, tag="secret-grant", rename="kebab", kw_only=True):
+    """Ours: the pattern of ids, the id of the authz object, and what limits the grant."""
+
+    secret: str
+    authz: str
+    credential: str | UnsetType = UNSET
+    expires_after: int | UnsetType = UNSET
+    max_reads: int | UnsetType = UNSET
+
+
+class SecretGrant(ObjectType):
+    """Leave to read."""
+
+    info = TypeInfo(
+        "secret-grant",
+        "object",
+        False,
+        ("secret-grant", "object", "user-creatable", "interface"),
+        (
+            ("type", "string"),
+            ("secret", "string"),
+            ("authz", "string"),
+            ("credential", "string"),
+            ("expires-after", "int"),
+            ("max-reads", "int"),
+            (READS, "int"),
+        ),
+    )
+    number = 6
+    options = SecretGrantOptions
+    defaults: Mapping[str, object] = {
+        "credential": "",
+        "expires-after": 0,
+        "max-reads": 0,
+        READS: 0,
+    }
+    decides = True
+
+    def create(self, _tree: ObjectTree, options: Any, _sources: Sources) -> LockedBuffer | None:
+        """Check the values; there is nothing to load."""
+        assert isinstance(options, SecretGrantOptions)
+        for name, value in super().stored(options).items():
+            _check(name, value)
+        return None
+
+    def stored(self, options: ObjectOptions) -> dict[str, object]:
+        """What was given, and when it ends."""
+        given = super().stored(options)
+        return given | _deadline(given)
+
+    def set(self, name: str, value: JSON) -> dict[str, object]:
+        """Any property but the count; ``expires-after`` counts from now."""
+        if name == READS:
+            raise CommandError(f"Property 'secret-grant.{READS}' is not writable")
+        changes = super().set(name, value)
+        _check(name, changes[name])
+        return changes | _deadline(changes)
+
+
+def _check(name: str, value: object) -> None:
+    if name == "expires-after":
+        check_seconds(name, value)
+    elif name == "max-reads" and not (isinstance(value, int) and 1 <= value <= MAX_READS):
+        raise CommandError(f"Parameter 'max-reads' expects a value between 1 and {MAX_READS}")
+    elif name == "secret" and not value:
+        raise CommandError("Parameter 'secret' expects an id, or a pattern of ids with '*' and '?'")
+    elif name == "credential" and "/" in str(value):
+        raise CommandError("Parameter 'credential' expects a credential's name, without '/'")
+
+
+def check_seconds(name: str, value: object) -> int:
+    """Return a lifetime in seconds, or raise CommandError."""
+    if not (isinstance(value, int) and 1 <= value <= LIFETIME_SECONDS):
+        raise CommandError(
+            f"Parameter '{name}' expects a number of seconds between 1 and {LIFETIME_SECONDS}"
+        )
+    return value
+
+
+def _deadline(given: Mapping[str, object]) -> dict[str, object]:
+    seconds = given.get("expires-after")
+    return {DEADLINE: now() + seconds * 1_000_000_000} if isinstance(seconds, int) else {}
+
+
+def used_up(record: Record) -> bool:
+    """True if the grant has allowed all the reads that it may."""
+    limit, reads = record.properties.get("max-reads"), record.properties.get(READS, 0)
+    return isinstance(limit, int) and isinstance(reads, int) and reads >= limit

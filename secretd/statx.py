@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""statx(2) by ctypes, which Python does not have: what a descriptor is, without asking anybody.
+
+fstat(2) on a file of FUSE or a network asks who serves it, and waits. With AT_STATX_DONT_SYNC the
+kernel answers from what it knows. fds calls it.
+"""
+
+import ctypes
+import os
+import struct
+from typing import Final
+
+_AT_EMPTY_PATH: Final = 0x1000
+_AT_STATX_DONT_SYNC: Final = 0x4000
+_STATX_TYPE: Final = 0x1
+_STATX_NLINK: Final = 0x4
+_STATX_BYTES: Final = 256
+_HEAD: Final = struct.Struct("=IIQIIIHH")  # mask, blksize, attributes, nlink, uid, gid, mode, spare
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def type_and_links(fd: int) -> tuple[int, int]:
+    """Return the mode (of which only the type counts) and the number of links; raises OSError.
+    Never waits.
+    """
+    answer = ctypes.create_string_buffer(_STATX_BYTES)
+    if _libc.statx(
+        fd, b"", _AT_EMPTY_PATH | _AT_STATX_DONT_SYNC, _STATX_TYPE | _STATX_NLINK, answer
+    ):
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))
+    _, _, _, links, _, _, mode, _ = _HEAD.unpack_from(answer)
+    return mode, links

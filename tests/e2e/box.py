@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A real systemd as PID 1, to be thrown away: systemd-nspawn boots an overlay of this machine in a second.
+
+In it everything is as on this machine (the same Python, the same packages, this checkout), but /run is
+empty, there is no network but loopback, cgroups are version 2 only, and what is written outside the checkout
+vanishes. Root only.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+from tests.conftest import need, need_program, need_root
+
+ROOT = Path(__file__).parent.parent.parent
+BOOT_SECONDS = 60
+# Units of this machine that have no business in the box.
+MASKED = ("systemd-modules-load.service", "apt-daily.timer", "apt-daily-upgrade.timer",
+          "e2scrub_all.timer", "fstrim.timer", "man-db.timer")  # fmt: skip
+
+INSIDE = """
+set -eu
+for d in $CGROUPS; do mkdir -p "$d"; echo $$ > "$d/cgroup.procs"; done
+mount --make-rprivate /
+mount -t tmpfs -o mode=0755 tmpfs "$STATE"
+mkdir "$STATE/upper" "$STATE/work" "$STATE/root"
+mount -t overlay overlay -o "lowerdir=/,upperdir=$STATE/upper,workdir=$STATE/work" "$STATE/root"
+: > "$STATE/root/etc/machine-id"
+rm -rf "$STATE/root/var/log/journal" "$STATE/root/var/lib/systemd/credential.secret"
+for unit in $MASKED; do ln -sf /dev/null "$STATE/root/etc/systemd/system/$unit"; done
+exec systemd-nspawn --quiet --boot --register=no --keep-unit --private-network --link-journal=no \
+    --machine="$NAME" --directory="$STATE/root" --console=pipe --kill-signal=SIGRTMIN+3 --capability=all \
+    --system-call-filter="@keyring memfd_secret bpf" --resolv-conf=off --timezone=off --bind="$CHECKOUT" \
+    -- systemd.unit=basic.target systemd.log_target=journal-or-kmsg
+"""
+
+
+def _hierarchies() -> list[str]:
+    """The host's cgroup directories that systemd needs one of its own in."""
+    paths = ("/sys/fs/cgroup/unified", "/sys/fs/cgroup/systemd", "/sys/fs/cgroup")
+    return [path for path in paths if os.access(f"{path}/cgroup.procs", os.W_OK)]
+
+
+class Box:
+    """A booted system. Close it, whatever happens."""
+
+    def __init__(self, name: str) -> None:
+        need_root()
+        need_program("systemd-nspawn", "unshare", "nsenter")
+        self._cgroups = [f"{path}/{name}" for path in _hierarchies()]
+        need(bool(self._cgroups), "no cgroup can be made for a box")
+        self._state = tempfile.mkdtemp(prefix="secretd-box-", dir="/tmp")
+        self._log = open(f"{self._state}.log", "wb+")  # noqa: SIM115 - closed in close()
+        self._nspawn = subprocess.Popen(
+            ["unshare", "--mount", "bash", "-c", INSIDE],
+            stdin=subprocess.DEVNULL, stdout=self._log, stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=os.environ | {
+                "CGROUPS": " ".join(self._cgroups), "STATE": self._state, "NAME": name,
+                "MASKED": " ".join(MASKED), "CHECKOUT": str(ROOT),
+                "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1", "SYSTEMD_NSPAWN_LOCK": "0",
+            },
+        )  # fmt: skip
+        try:
+            self._wait()
+        except BaseException:
+            self.close()
+            raise
+
+    def _wait(self) -> None:
+        deadline = time.monotonic() + BOOT_SECONDS
+        while time.monotonic() < deadline:
+            if self._nspawn.poll() is not None:
+                break
+            state = (
+                self.run("systemctl", "is-system-running", check=False) if self._init() else None
+            )
+            if state is not None and state.stdout.strip() in ("running", "degraded"):
+                return
+        self._log.seek(0)
+        raise AssertionError(f"the box did not boot:\n{self._log.read().decode(errors='replace')}")
+
+    def _init(self) -> str:
+        """The host's number of the box's PID 1; "" while there is none."""
+        pid = self._nspawn.pid
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{pid}/children") as file:
+            with open(f"/proc/{pid}/comm") as comm:
+                if comm.read().strip() == "systemd-nspawn":
+                    return (file.read().split() or [""])[0]
+        return ""
+
+    def run(
+        self,
+        *words: str,
+        check: bool = True,
+        input: bytes | str | None = None,  # noqa: A002
+    ) -> "subprocess.CompletedProcess[str]":
+        """Run a command in the box, in no unit of it."""
+        namespaces = ["-m", "-u", "-i", "-n", "-p", "-C"]
+        done = subprocess.run(
+            ["nsenter", "-t", self._init(), *namespaces, "--", *words],
+            capture_output=True, text=True, check=False, timeout=60, input=input,
+        )  # fmt: skip
+        if check and done.returncode:
+            raise AssertionError(f"{words}: {done.returncode}\n{done.stdout}{done.stderr}")
+        return done
+
+    def unit(
+        self, *words: str, name: str, properties: tuple[str, ...] = (), check: bool = True
+    ) -> "subprocess.CompletedProcess[str]":
+        """Run a command as a unit of the system manager, to its end."""
+        options = [f"--property={each}" for each in properties]
+        return self.run(
+            "systemd-run", "--quiet", "--wait", "--pipe", "--collect", f"--unit={name}", *options,
+            "--", *words, check=check,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """Halt it; nothing stays behind."""
+        if self._nspawn.poll() is None:
+            self._nspawn.send_signal(signal.SIGTERM)
+            try:
+                self._nspawn.wait(15)
+            except subprocess.TimeoutExpired:
+                self._nspawn.kill()
+                self._nspawn.wait()
+        for cgroup in self._cgroups:
+            with contextlib.suppress(OSError), open(f"{cgroup}/cgroup.kill", "w") as file:
+                file.write("1")
+        for cgroup in self._cgroups:
+            deadline = time.monotonic() + 10
+            while os.path.isdir(cgroup) and time.monotonic() < deadline:
+                for directory, _, _ in os.walk(cgroup, topdown=False):
+                    with contextlib.suppress(OSError):
+                        os.rmdir(directory)
+        self._log.close()
+        os.unlink(f"{self._state}.log")
+        os.rmdir(self._state)

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Descriptors that block whoever touches them, from another uid: everybody else is served as ever.
+
+Nothing is timed: while the hostile client holds on, others have hundreds of commands answered, one after the
+other. A daemon that waits for what never comes is a test that does not end.
+"""
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Client, connect_as, need, need_root
+from tests.e2e.conftest import Process
+
+HOSTILE = Path(__file__).parent / "hostile.py"
+UID, OTHER = 65534, 1001
+SECRET = b"letmein-" * 4
+
+
+@pytest.fixture
+def guarded(start: Callable[..., Process], tmp_path: Path) -> Process:
+    """A daemon with a client door, and a control door for the hostile uid too."""
+    need_root()
+    os.chmod(tmp_path, 0o755)
+    for parent in tmp_path.parents:
+        if parent != Path("/tmp") and parent.is_relative_to("/tmp"):
+            os.chmod(parent, os.stat(parent).st_mode | 0o011)
+    admins, client = tmp_path / "admins.sock", tmp_path / "client.sock"
+    daemon = start("--client", str(client), "--control", f"{admins},authz=admins", "--audit=none")
+    qmp = daemon.connect()
+    for uid, name in ((UID, "granted"), (OTHER, "theirs")):
+        qmp.add(name, data=SECRET.decode())
+        qmp.ok(
+            "object-add", {"qom-type": "authz-simple", "id": f"a-{name}", "identity": f"uid:{uid}"}
+        )
+        qmp.ok(
+            "object-add",
+            {"qom-type": "secret-grant", "id": f"g-{name}", "secret": name, "authz": f"a-{name}"},
+        )
+    qmp.ok("object-add", {"qom-type": "authz-simple", "id": "admins", "identity": f"uid:{UID}"})
+    return daemon
+
+
+@contextlib.contextmanager
+def hostile(daemon: Process, kind: str, act: str, *more: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A hostile client that has done its worst and holds on."""
+    door = "admins.sock" if act == "read" else "client.sock"
+    process = subprocess.Popen(
+        [sys.executable, "-S", str(HOSTILE), str(daemon.directory / door), kind, act, str(UID), *more],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None
+    try:
+        assert process.stdout.readline() == b"done\n"
+        yield process
+    finally:
+        if kind == "fuse":
+            # By force, which ends all that waits for an answer, also of the processes' ends.
+            for how in ("-f", "-l"):
+                subprocess.run(["umount", how, more[0]], check=False, capture_output=True)
+        process.kill()
+        process.communicate()
+
+
+def served(daemon: Process) -> None:
+    """Root and another uid have all their commands answered."""
+    qmp = daemon.connect()
+    path = str(daemon.directory / "client.sock")
+    with contextlib.ExitStack() as stack:
+        other = Client(path, sock=connect_as(path, OTHER, OTHER))
+        stack.callback(other.close)
+        for number in range(100):
+            assert qmp.add(f"n{number}", data="x") == {"return": {}}
+            assert other.read("theirs") == SECRET
+            assert qmp.read("theirs") == SECRET
+            assert qmp.ok("object-del", {"id": f"n{number}"}) == {}
+
+
+@pytest.mark.parametrize("act", ["write", "read", "drop"])
+@pytest.mark.parametrize("kind", ["mutex", "linger", "fuse"])
+def test_what_blocks_holds_up_nobody_else(
+    guarded: Process, tmp_path: Path, kind: str, act: str
+) -> None:
+    """Written to, read from, or passed and dropped, 253 at a time."""
+    more: tuple[str, ...] = ()
+    if kind == "fuse":
+        need(os.path.exists("/dev/fuse"), "there is no /dev/fuse")
+        (tmp_path / "mnt").mkdir()
+        more = (str(tmp_path / "mnt"),)
+    with hostile(guarded, kind, act, *more):
+        served(guarded)
+        if kind != "fuse":
+            assert threads_of(guarded) <= 4 + 4 + 8
+    served(guarded)
+
+
+def threads_of(daemon: Process) -> int:
+    return len(os.listdir(f"/proc/{daemon.pid}/task"))
+
+
+def test_a_uid_whose_threads_are_stuck_is_refused_more_in_words(guarded: Process) -> None:
+    """And only that uid."""
+    path = str(guarded.directory / "client.sock")
+    with hostile(guarded, "mutex", "write"):
+        client = Client(path, sock=connect_as(path, UID, UID))
+        guarded._clients.append(client)
+        qmp = guarded.connect()
+        words = ""
+        with open("/dev/null") as file:
+            while "threads-per-uid" not in words:
+                for _ in range(100):  # each descriptor that is passed counts, so not too many
+                    qmp.ok("query-name")
+                reply = client.cmd("getfd", {"fdname": "a"}, (file.fileno(),))
+                words = reply.get("error", {}).get("desc", "")
+        assert words == (
+            "uid 65534 has 4 descriptors that block, and that is the limit (threads-per-uid)"
+        )
+        assert client.ok("query-version")
+        served(guarded)
+        client.close()
+    served(guarded)
+
+
+def test_an_opath_descriptor_is_not_read_with_the_daemons_rights(
+    guarded: Process, tmp_path: Path
+) -> None:
+    """Of a file that its sender cannot read; nor written to."""
+    secret_file = tmp_path / "shadow"
+    secret_file.write_text("root:letmein")
+    os.chmod(secret_file, 0o600)
+    for act in ("read", "write", "drop"):
+        with hostile(guarded, "opath", act, str(secret_file)):
+            served(guarded)
+    path = str(guarded.directory / "admins.sock")
+    client = Client(path, sock=connect_as(path, UID, UID))
+    fd = os.open(secret_file, os.O_PATH)
+    added = client.ok("add-fd", None, (fd,))
+    for name in (f"/dev/fdset/{added['fdset-id']}", f"/dev/fd/{added['fd']}"):
+        words = client.add("h", file=name)["error"]["desc"]
+        assert words.endswith("the descriptor is not open for reading")
+    assert "is a regular file" in client.fail("secret-read", {"id": "granted"}, (fd,))
+    os.close(fd)
+    client.close()
+    names = [s["id"] for s in guarded.connect().secrets()]
+    assert names == ["granted", "theirs"]
+    assert secret_file.read_text() == "root:letmein"
+
+
+@pytest.mark.parametrize("withdrawn", [True, False])
+def test_a_delivery_that_is_stuck_never_shows_another_secret(
+    guarded: Process, withdrawn: bool
+) -> None:
+    """What a thread was writing when it got stuck is wiped, and its buffer serves nothing else meanwhile."""
+    qmp = guarded.connect()
+    with hostile(guarded, "mutex", "write") as process:
+        if withdrawn:
+            assert qmp.ok("object-del", {"id": "granted"}) == {}
+        served(guarded)
+        for number in range(200):
+            qmp.add(f"after{number}", data="otherone" * 4)
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(b"release\n")
+        process.stdin.flush()
+        received = bytes.fromhex(process.stdout.readline().decode())
+    text = received.replace(b"\n", b"")
+    if withdrawn:
+        assert not text.strip(b"\0")
+    else:
+        assert text == SECRET * 8
+    served(guarded)

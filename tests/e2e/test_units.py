@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Grants to systemd units, with a real systemd: each gets its own secrets, whatever users call theirs."""
+
+import json
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from tests.e2e.box import Box
+from tests.e2e.conftest import SECRETCTL, SECRETD
+
+CONTROL, CLIENT, AUDIT = "/run/control.sock", "/run/client.sock", "/run/audit.log"
+READ = f"{SECRETCTL} --socket {CLIENT} read web.key"
+DENIED = "secretctl: Reading secret 'web.key' is not permitted\n"
+
+
+@pytest.fixture(scope="module")
+def box() -> Iterator[Box]:
+    """A box with a running daemon that holds web.key, granted to unit:nginx.service."""
+    made = Box(f"secretd-units-{os.getpid()}")
+    try:
+        made.run(
+            "systemd-run", "--quiet", "--collect", "--unit=secretd", "--",
+            SECRETD, "--control", CONTROL, "--client", CLIENT, "--audit", AUDIT,
+        )  # fmt: skip
+        while made.run("test", "-S", CLIENT, check=False).returncode:
+            pass
+        made.run(SECRETCTL, "--socket", CONTROL, "add", "web.key", "--stdin", input="letmein")
+        out = made.run(
+            SECRETCTL, "--socket", CONTROL, "grant", "web.*", "--to", "unit:nginx"
+        ).stdout
+        assert out == "grant-web._-unit_nginx.service\n"
+        yield made
+    finally:
+        made.close()
+
+
+def user_run(box: Box, *words: str, name: str) -> str:
+    """What a command prints that a user's own service manager runs as a unit."""
+    box.run("systemctl", "start", "user@65534")
+    done = box.run(
+        "env", "XDG_RUNTIME_DIR=/run/user/65534", "setpriv", "--reuid", "65534", "--regid", "65534",
+        "--clear-groups", "systemd-run", "--user", "--quiet", "--wait", "--pipe", "--collect",
+        f"--unit={name}", "--", *words, check=False,
+    )  # fmt: skip
+    return done.stdout + done.stderr
+
+
+def test_the_unit_that_is_named_reads_and_no_other(box: Box) -> None:
+    """Root's, or a dynamic user's; the same user outside of it is not it."""
+    read = READ.split()
+    assert box.unit(*read, name="nginx").stdout == "letmein"
+    assert box.unit(*read, name="nginx", properties=("DynamicUser=yes",)).stdout == "letmein"
+    refused = box.unit(*read, name="apache", check=False)
+    assert (refused.returncode, refused.stdout, refused.stderr) == (1, "", DENIED)
+    assert box.run(*read, check=False).stderr == DENIED
+    in_slice = box.unit(*read, name="nginx", properties=("Slice=web.slice",))
+    assert in_slice.stdout == "letmein"
+
+
+def test_a_users_own_unit_of_that_name_is_not_it(box: Box) -> None:
+    """`systemd-run --user --unit=nginx` is not nginx; what it is can be granted too."""
+    assert user_run(box, *READ.split(), name="nginx") == DENIED
+    to = "user-unit:65534/nginx"
+    box.run(SECRETCTL, "--socket", CONTROL, "grant", "web.*", "--to", to, "--id", "theirs")
+    assert user_run(box, *READ.split(), name="nginx") == "letmein"
+    assert user_run(box, *READ.split(), name="apache") == DENIED
+    box.run(SECRETCTL, "--socket", CONTROL, "revoke", "theirs")
+    assert user_run(box, *READ.split(), name="nginx") == DENIED
+
+
+def test_the_audit_says_which_unit_it_was(box: Box) -> None:
+    """And is whole."""
+    box.unit(*READ.split(), name="nginx")
+    lines = [json.loads(line) for line in box.run("cat", AUDIT).stdout.splitlines()]
+    last = [line for line in lines if line["event"] == "read"][-1]
+    assert last["peer"]["unit"] == "unit:nginx.service"
+    assert last["rule"] == "grant grant-web._-unit_nginx.service"
+    out = box.run(SECRETCTL, "--socket", CONTROL, "audit", "verify", AUDIT, "--live").stdout
+    assert "records; the last is record" in out
+    assert "missing" not in out
+
+
+def test_explain_says_the_same_as_a_real_try(box: Box) -> None:
+    """For those that may and those that may not."""
+    for unit, allowed in (("nginx", True), ("apache", False)):
+        words = (SECRETCTL, "--socket", CONTROL, "explain", "web.key", "--as", f"unit:{unit}")
+        assert (box.run(*words, check=False).returncode == 0) is allowed
