@@ -147,15 +147,23 @@ class Limits:
         self._room = room
         self._hits: Counter[str] = Counter()
 
-    def check_descriptors(self, more: int = 1) -> None:
-        """Raise LimitReached if all others together would have so many that none are left for the trusted."""
-        held = self.connections.others + self.descriptors.others
+    def check_descriptors(self, waiting: int, more: int = 1) -> None:
+        """Raise LimitReached if all others together would have so many that none are left for the trusted.
+
+        ``waiting``: how many wait to be closed.
+        """
+        held = self.connections.others + self.descriptors.others + waiting
         if held + more > self._room:
             raise LimitReached(
                 "descriptors",
                 f"The clients have {held} descriptors, and the limit is {self._room} (descriptors: "
                 f"RLIMIT_NOFILE less {RESERVED_DESCRIPTORS}); try again later",
             )
+
+    def exhausted(self, waiting: int) -> bool:
+        """True if not even those can be accepted who would only be turned away."""
+        held = self.connections.others + self.descriptors.others + waiting
+        return held > self._room + RESERVED_DESCRIPTORS // 2
 
     def hit(self, name: str) -> None:
         """A limit was reached."""

@@ -7,6 +7,7 @@ returns, commands carries them out. The only place where exceptions become repli
 """
 
 import asyncio
+import fcntl
 import logging
 import os
 import time
@@ -64,6 +65,8 @@ MAX_REPLY_BYTES: Final = 64 << 10
 
 WAITING_COMMANDS: Final = ("secret_read", "object_add", "human_monitor_command")
 """The functions of commands that may have to wait for something."""
+
+_SIOCINQ: Final = 0x541B
 
 INTERNAL_ERROR: Final = "Internal error; the log of secretd has the details"
 
@@ -257,7 +260,7 @@ class Monitor:
         try:
             limits.descriptors.check(uid, len(numbers), self.daemon.offload.waiting(uid))
             if not self.peer.trusted:
-                limits.check_descriptors(len(numbers))
+                limits.check_descriptors(self.daemon.offload.waiting(), len(numbers))
         except LimitReached as error:
             fault = error
         limits.descriptors.add(uid, len(numbers))
@@ -267,11 +270,11 @@ class Monitor:
 
     def _close_received(self, fd: int) -> None:
         self.daemon.limits.descriptors.give(self.peer.uid)
-        self.closer(fd)
-
-    def closer(self, fd: int) -> None:
-        """Close a descriptor of this peer, which may block for one that is not trusted."""
         close_for(self.daemon, self.peer, fd)
+
+    def close_connection(self, fd: int) -> None:
+        """Close the connection's own descriptor."""
+        close_connection(self.daemon, self.peer, fd)
 
     def close(self) -> None:
         """Close all descriptors of the session."""
@@ -356,11 +359,21 @@ class Monitor:
 
 
 def close_for(daemon: Daemon, peer: Peer, fd: int) -> None:
-    """Close a descriptor that a peer passed or is connected by."""
+    """Close a descriptor that a peer passed, which may block for one that is not trusted."""
     if peer.trusted:
         os.close(fd)
     else:
         daemon.offload.close(peer.uid, fd)
+
+
+def close_connection(daemon: Daemon, peer: Peer, fd: int) -> None:
+    """Close the descriptor of a connection that was shut down, so that nothing more comes on it. Only if
+    something lies there unread may descriptors lie there, whose end can block.
+    """
+    if fcntl.ioctl(fd, _SIOCINQ, b"\0" * 4) == b"\0" * 4:
+        os.close(fd)
+    else:
+        close_for(daemon, peer, fd)
 
 
 def log_internal(error: Exception) -> None:

@@ -39,9 +39,12 @@ class Offload:
         self._queues: dict[int, deque[Callable[[], object]]] = {}
         self._since: dict[int, dict[int, float]] = {}  # by uid and thread: when its call began
 
-    def waiting(self, uid: int) -> int:
-        """Return how many calls of a uid wait for a thread."""
-        return len(self._queues.get(uid, ()))
+    def waiting(self, uid: int | None = None) -> int:
+        """Return how many calls of a uid wait for a thread; of all but the trusted without ``uid``."""
+        if uid is not None:
+            return len(self._queues.get(uid, ()))
+        with self._lock:
+            return sum(len(q) for u, q in self._queues.items() if u not in (0, os.getuid()))
 
     def stuck(self, uid: int) -> bool:
         """True if all threads that a uid may have are busy, each with one call for STUCK_SECONDS."""

@@ -19,7 +19,7 @@ from msgspec import UNSET, Raw
 from secretd.announce import Announcer
 from secretd.audit import Audit
 from secretd.errors import AccessDenied, LimitReached, PeerUnknown, UsageError
-from secretd.monitor import Daemon, close_for, wire_event
+from secretd.monitor import Daemon, close_connection, wire_event
 from secretd.peer import Door, Peer, identify
 from secretd.qom.object import ObjectTree
 from secretd.receive import ReceiveSpace
@@ -135,7 +135,13 @@ class Server:
             loop.add_reader(listener.sock.fileno(), self._accept, listener)
 
     def _accept(self, listener: Listener) -> None:
+        daemon = self.daemon
         for _ in range(ACCEPTS_PER_TURN):
+            if listener.door is Door.CLIENT and daemon.limits.exhausted(daemon.offload.waiting()):
+                # Many descriptors that block lie unread in connections: who is trusted must still get in.
+                daemon.limits.hit("descriptors")
+                self._pause(listener)
+                return
             try:
                 sock, _ = listener.sock.accept()
             except (BlockingIOError, ConnectionAbortedError):
@@ -143,11 +149,15 @@ class Server:
             except OSError as error:
                 if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
                     raise
-                loop = asyncio.get_running_loop()
-                loop.remove_reader(listener.sock.fileno())
-                loop.call_later(RETRY_ACCEPT_SECONDS, self._watch, listener)
+                self._pause(listener)
                 return
             self._greet(sock, listener)
+
+    def _pause(self, listener: Listener) -> None:
+        """Accept again a little later."""
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(listener.sock.fileno())
+        loop.call_later(RETRY_ACCEPT_SECONDS, self._watch, listener)
 
     def _greet(self, sock: socket.socket, listener: Listener) -> None:
         sock.setblocking(False)
@@ -160,7 +170,7 @@ class Server:
                     f"uid {peer.uid} may not use the control socket; connect to the client socket"
                 )
             if not peer.trusted:
-                daemon.limits.check_descriptors()
+                daemon.limits.check_descriptors(daemon.offload.waiting())
                 daemon.limits.descriptors.check(peer.uid, 1, daemon.offload.waiting(peer.uid))
             daemon.limits.connections.take(peer.uid)
         except (AccessDenied, LimitReached, PeerUnknown) as error:
@@ -181,10 +191,11 @@ class Server:
             words = f"It cannot be told in full who has connected: {error}; connection refused"
         with contextlib.suppress(OSError):
             sock.send(wire.failure("GenericError", words, None))
+        with contextlib.suppress(OSError):
             sock.shutdown(socket.SHUT_RDWR)
         info = Raw(b'{"uid":%d,"gid":%d,"pid":%d}' % peer[:3]) if peer.uid >= 0 else UNSET
         self.daemon.audit.refuse("connect", peer.uid, info, door=peer.door.value, reason=words)
-        close_for(self.daemon, peer, sock.detach())
+        close_connection(self.daemon, peer, sock.detach())
 
     def start(self, coroutine: Coroutine[object, object, None]) -> asyncio.Task[None]:
         """Run what a session waits for; it ends with the server at the latest."""

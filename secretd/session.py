@@ -76,7 +76,7 @@ class Session:
         self._queue: deque[LockedBuffer | bytes | Locked] = deque()
         limits = server.daemon.limits
         share = None if peer.door is Door.CONTROL else (limits.unfinished, peer.uid)
-        self.transport = Transport(sock, server.space, self, self.monitor.closer, share)
+        self.transport = Transport(sock, server.space, self, self.monitor.close_connection, share)
         self.transport.send(self.monitor.greeting())
 
     def _negotiated(self) -> None:

@@ -380,7 +380,7 @@ class Transport:
         if self._tail is not None:
             tail, self._tail = self._tail, None
             self._space.done(tail, self)
-        # The client sees the end now, even if close(2) has to wait for its turn.
+        # The client sees the end now, even if close(2) has to wait for its turn; and sends no more.
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
         self._closer(self._sock.detach())
