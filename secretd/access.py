@@ -11,13 +11,15 @@ pattern matches the id and whose authz object allows the peer. A refusal looks o
 peer is granted: never at whether the secret exists, nor at what is granted to others.
 """
 
+import heapq
+import re
 from collections.abc import Iterable, Iterator
 from typing import Final, NamedTuple
 
 from msgspec import Raw
 
 from secretd.audit import Audit
-from secretd.errors import AccessDenied
+from secretd.errors import AccessDenied, CommandError
 from secretd.patterns import is_pattern, matcher
 from secretd.peer import Door, Peer
 from secretd.qom.authz import AuthZ, FileRules, Rules, Verdict
@@ -154,6 +156,9 @@ class Access:
             if rule is None:
                 self._audit.refuse(action, peer.uid, peer_info, id=object_id, door=peer.door.value)
                 raise AccessDenied(f"Reading secret '{object_id}' is not permitted")
+        if rule is not None and not self._tree.is_secret(object_id):
+            # What there is beside secrets is no client's affair.
+            raise CommandError(f"No secret with id '{object_id}'")
         plaintext = secret_plaintext(self._tree, object_id)
         self._audit.release(
             action,
@@ -164,8 +169,16 @@ class Access:
             peer=peer_info,
         )
         if rule is not None and rule.limited:
-            self._count(rule.id)
+            self._count(rule.id, 1)
         return Grant(_KEY, peer, object_id, None if rule is None else rule.id, plaintext)
+
+    def take_back(self, grant: Grant, peer_info: Raw, reason: str) -> None:
+        """Not a byte of what was permitted was taken: it is no read."""
+        door = grant.peer.door.value
+        self._audit.note("withheld", id=grant.object_id, door=door, peer=peer_info, reason=reason)
+        rule = None if grant.rule is None else self._rules.get(grant.rule)
+        if rule is not None and rule.limited:
+            self._count(rule.id, -1)
 
     def may_read(self, peer: Peer, object_id: str) -> bool:
         """True if `check` would not refuse. Writes no record: it is for what peers are told without
@@ -176,6 +189,37 @@ class Access:
     def readable(self, peer: Peer, object_ids: Iterable[str]) -> Iterator[str]:
         """Return those that this peer may know of: the ones that it may read."""
         return (object_id for object_id in object_ids if self.may_read(peer, object_id))
+
+    def readable_after(self, peer: Peer, after: str) -> Iterator[str]:
+        """Return the ids of the secrets that this peer may read and that come after one, in order.
+
+        It starts from what the peer is granted, so that its time tells nothing of other secrets.
+        """
+        if peer.door is Door.CONTROL:
+            return self._tree.secrets_after(after)
+        granted = self._granted_to(peer.identities)
+        asked = [r for r in granted.unsteady.values() if self._allows(r.authz, peer.identities)]
+        rules = [r for r in granted.placed.values() if r.id not in granted.unsteady] + asked
+        living = [
+            r
+            for r in rules
+            if not self._tree.lifetimes.ended(r.id) and not (r.limited and self._used_up(r.id))
+        ]
+        globs = [r.secret for r in living if is_pattern(r.secret)]
+        exact = {r.secret for r in living} - set(globs)
+        found = [i for i in exact if i > after and self._tree.is_secret(i)]
+        if not globs:
+            return iter(sorted(found))
+        prefixes = {re.split("[*?]", pattern, maxsplit=1)[0] for pattern in globs}
+        fits = [matcher(pattern) for pattern in globs]
+
+        def fitting(object_id: str) -> bool:
+            return any(fit(object_id) for fit in fits)
+
+        return heapq.merge(
+            sorted(i for i in found if not fitting(i)),
+            filter(fitting, self._tree.secrets_after(after, prefixes)),
+        )
 
     def holds(self, grant: Grant) -> bool:
         """True if the secret-grant by which a release was permitted still permits it."""
@@ -240,12 +284,12 @@ class Access:
         record = self._tree.journal.get(grant_id)
         return record is None or used_up(record)
 
-    def _count(self, grant_id: str) -> None:
+    def _count(self, grant_id: str, reads: int) -> None:
         record = self._tree.journal.get(grant_id)
         assert record is not None
-        reads = record.properties.get(READS, 0)
-        assert isinstance(reads, int)
-        self._tree.journal.set_properties(grant_id, record.properties | {READS: reads + 1})
+        before = record.properties.get(READS, 0)
+        assert isinstance(before, int)
+        self._tree.replace_properties(grant_id, record.properties | {READS: before + reads})
 
     def _allows(self, authz: str, identities: frozenset[str]) -> bool:
         judge = self._judge(authz)

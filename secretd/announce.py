@@ -10,7 +10,7 @@ nothing (access does) and sends through its listeners.
 
 import asyncio
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection
 from typing import Final, NamedTuple, Protocol
 
@@ -71,12 +71,14 @@ class Happened(NamedTuple):
 class Throttle:
     """What one connection gets of the events that are throttled."""
 
-    def __init__(self, listener: Listener) -> None:
+    def __init__(self, listener: Listener, may_know: Callable[[Peer, str], bool]) -> None:
         self._listener = listener
+        self._may_know = may_know
         self._next: dict[
             tuple[str, str], float
         ] = {}  # when the next one may be sent, by name and id
         self._held: dict[tuple[str, str], bytes] = {}
+        self._counts: Counter[str] = Counter()
         self._timer: asyncio.TimerHandle | None = None
 
     def passes(self, name: str, object_id: str, event: bytes) -> bool:
@@ -86,9 +88,11 @@ class Throttle:
         if key in self._next:
             self._held[key] = event
             return False
-        if len(self._next) >= THROTTLED_IDS:
+        # Each kind has room of its own: refusals of names that somebody made up do not hide reads.
+        if self._counts[name] >= THROTTLED_IDS:
             self._listener.lose(1)
             return False
+        self._counts[name] += 1
         self._next[key] = loop.time() + THROTTLED_SECONDS
         if self._timer is None:
             self._timer = loop.call_at(self._next[key], self._due)
@@ -105,9 +109,12 @@ class Throttle:
                 return
             del self._next[key]
             event = self._held.pop(key, None)
-            if event is not None:
+            if event is None:
+                self._counts[key[0]] -= 1
+            else:
                 self._next[key] = now + THROTTLED_SECONDS
-                self._listener.send_events(event, 1)
+                if self._may_know(self._listener.peer, key[1]):
+                    self._listener.send_events(event, 1)
         if self._next:
             self._timer = loop.call_at(next(iter(self._next.values())), self._due)
 
@@ -160,17 +167,33 @@ class Announcer:
         special = any(happened.name in THROTTLED for _, happened in collected)
         actors = {happened.by for _, happened in collected}
         first = collected[0][0]
-        known: dict[tuple[frozenset[str], str], bool] = {}
+        visible: dict[frozenset[str], list[tuple[int, Happened]]] = {}
         for listener in list(self._listeners()):
             if not listener.listening:
                 continue
-            if listener.peer.door is Door.CONTROL:
+            peer = listener.peer
+            if peer.door is not Door.CONTROL:
+                # Worked out once for all connections of the same kind of client.
+                if peer.identities not in visible:
+                    visible[peer.identities] = self._visible(peer, collected)
+                self._send_some(listener, visible[peer.identities])
+            elif peer.trusted or self._access.admits(peer):
                 if uncollected:
                     listener.lose(uncollected)
-                if not special and listener.actor not in actors and listener.since < first:
+                if special or listener.actor in actors or listener.since >= first:
+                    self._send_some(listener, collected)
+                else:
                     listener.send_events(together, len(collected))
-                    continue
-            self._send_some(listener, collected, known)
+
+    def _may_know(self, peer: Peer, object_id: str) -> bool:
+        return self._access.admits(peer) and self._access.may_read(peer, object_id)
+
+    def _visible(
+        self, peer: Peer, collected: list[tuple[int, Happened]]
+    ) -> list[tuple[int, Happened]]:
+        """Return what a peer on the client door may know."""
+        readable = set(self._access.readable(peer, {h.object_id for _, h in collected}))
+        return [(number, h) for number, h in collected if h.object_id in readable]
 
     def _latest(self) -> list[tuple[int, Happened]]:
         """Of what is throttled, only the last two by different clients can matter to anybody."""
@@ -186,35 +209,22 @@ class Announcer:
         kept.reverse()
         return kept
 
-    def _send_some(
-        self,
-        listener: Listener,
-        collected: list[tuple[int, Happened]],
-        known: dict[tuple[frozenset[str], str], bool],
-    ) -> None:
-        """Send what this listener may know, has not done itself and is not told too often."""
-        peer = listener.peer
-        control = peer.door is Door.CONTROL
+    def _send_some(self, listener: Listener, collected: list[tuple[int, Happened]]) -> None:
+        """Send what this listener has not done itself and is not told too often."""
+        control = listener.peer.door is Door.CONTROL
         events = []
         latest: dict[tuple[str, str], bytes] = {}
         for number, happened in collected:
             if number <= listener.since or happened.by is listener.actor:
                 continue
-            object_id = happened.object_id
-            if not control:
-                key = (peer.identities, object_id)
-                if key not in known:
-                    known[key] = self._access.may_read(peer, object_id)
-                if not known[key]:
-                    continue
             event = happened.full if control else happened.bare
             if happened.name in THROTTLED:
-                latest[happened.name, object_id] = event
+                latest[happened.name, happened.object_id] = event
             else:
                 events.append(event)
         for (name, object_id), event in latest.items():
             if listener.throttle is None:
-                listener.throttle = Throttle(listener)
+                listener.throttle = Throttle(listener, self._may_know)
             if listener.throttle.passes(name, object_id, event):
                 events.append(event)
         if events:

@@ -265,6 +265,7 @@ class Audit:
         self._key = key
         self._sink: Sink | None = None
         self._rest = b""  # whole lines or the rest of one that come before all others
+        self._batch = b""  # what the rest is the rest of
         self._pending: list[Record] = []
         self._windows: dict[int, _Window] = {}
         self._scheduled = False
@@ -398,8 +399,17 @@ class Audit:
             if os.path.samestat(os.stat(self._target), self._sink.status()):
                 return  # not moved away
         sink = open_sink(self._target)
+        if self._require and not sink.certain:
+            sink.close()
+            raise UsageError(
+                f"--audit={self._target}: it may block, so nothing can be required of it"
+            )
         self.note("rotate")
         self._flush()
+        # A line that was begun in the old file is written anew, whole.
+        self._rest = self._batch[
+            self._batch.rfind(b"\n", 0, len(self._batch) - len(self._rest)) + 1 :
+        ]
         old, self._sink = self._sink, sink
         old.close()
         self.note("reopen")
@@ -460,7 +470,7 @@ class Audit:
                 self._dropped_before = self.dropped
             line, self.head = chain.write(self.head, msgspec.json.encode(record), key)
             lines.append(line)
-        self._rest = b"".join(lines)
+        self._rest = self._batch = b"".join(lines)
         return self._push()
 
     def _push(self) -> bool:
@@ -468,6 +478,7 @@ class Audit:
         try:
             while self._rest:
                 self._rest = self._rest[self._sink.write(self._rest) :]
+            self._batch = b""
         except OSError as error:
             self._fault = os.strerror(error.errno or 0)
             return False

@@ -62,7 +62,7 @@ def read(line: bytes) -> Record | None:
         return None
     try:
         members = json.loads(match[1] + b"}")
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return Record(match[1] + b"}", members, match[3].decode(), match[2] == b"mac")
 
@@ -75,10 +75,15 @@ class Finding(NamedTuple):
 
 
 class Verification:
-    """Goes through lines of one or several files of a chain, oldest first."""
+    """Goes through lines of one or several files of a chain, oldest first.
 
-    def __init__(self, key: memoryview | None) -> None:
+    ``continues``: what came before is known to be elsewhere. A chain may go from hashes to a key, not back.
+    """
+
+    def __init__(self, key: memoryview | None, *, continues: bool = False) -> None:
         self._key = key
+        self._continues = continues
+        self._keyed = False  # a record under a key was seen
         self._previous: str | None = None
         self.last: Record | None = None
         self.records = 0
@@ -104,9 +109,10 @@ class Verification:
         """Return what is wrong with a record, given those before; "" if nothing is."""
         members, number = record.members, record.number
         follows = self._previous
-        if members.get("event") in FIRST_EVENTS:
-            follows = str(members.get("prev"))
-            if self._previous is not None and follows != self._previous:
+        begins = members.get("event") in FIRST_EVENTS
+        if begins:
+            before, follows = follows, str(members.get("prev"))
+            if before is not None and follows != before:
                 return (
                     self._out_of_place(number) or f"record {number} does not follow the line before"
                 )
@@ -114,18 +120,27 @@ class Verification:
             return (
                 f"the chain begins in the middle, with record {number}: what came before is missing"
             )
-        if record.keyed and self._key is None:
-            if self.last is not None and (words := self._out_of_place(number)):
-                return words
-            return "" if self.records else "the records are under a key, and none was given"
-        if self._key is not None and not record.keyed:
+        if self._key is None and record.keyed:
+            first, self._keyed = not self._keyed, True
+            if out_of_place := self._out_of_place(number):
+                return out_of_place
+            return f"from record {number} on they are under a key, and none was given" * first
+        if record.keyed:
+            self._keyed = True
+        elif self._keyed:
             return f"record {number} is not under the key"
-        if link(follows, record.body, self._key) != record.link:
+        if link(follows, record.body, self._key if record.keyed else None) != record.link:
             return (
                 self._out_of_place(number)
                 or f"record {number} was changed, or is under another key"
             )
+        if begins and self.last is None and not self._continues and follows != GENESIS:
+            return f"the chain begins with record {number}: what came before is in another file, or missing"
         return self._out_of_place(number)
+
+    def unkeyed(self) -> bool:
+        """True if a key was given, and no record is under it."""
+        return self._key is not None and not self._keyed
 
     def _out_of_place(self, number: int) -> str:
         if self.last is None or number == self.last.number + 1:

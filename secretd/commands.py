@@ -295,30 +295,40 @@ def secret_read(
         # What cannot take it is said before anything is decided, so that it uses up no read.
         target = open_target(fd.fileno())
         grant = monitor.check(id, "read")
-        encoded = None
-        if format == "base64":
-            encoded = crypto.encode_base64(grant.plaintext, monitor.scratch)
     except BaseException:
         fd.close()
         raise
-    content = Content(grant, encoded)
+    content = Content(grant, base64=format == "base64")
     size: Delivered = {"size": content.size}
-    rest = monitor.daemon.deliveries.deliver(content, target, fd)
+    try:
+        rest = monitor.daemon.deliveries.deliver(content, target, fd)
+    except CommandError as error:
+        _not_delivered(monitor, content, error)
+        raise
     if rest is not None:
-        return _deliver_rest(monitor, id, rest, size)
+        return _deliver_rest(monitor, content, rest, size)
     monitor.announce("SECRET_READ", id)
     return size
 
 
 async def _deliver_rest(
     monitor: Monitor,
-    object_id: str,
+    content: Content,
     rest: Coroutine[Any, Any, None],
     size: Delivered,
 ) -> Delivered:
-    await rest
-    monitor.announce("SECRET_READ", object_id)
+    try:
+        await rest
+    except CommandError as error:
+        _not_delivered(monitor, content, error)
+        raise
+    monitor.announce("SECRET_READ", content.grant.object_id)
     return size
+
+
+def _not_delivered(monitor: Monitor, content: Content, error: CommandError) -> None:
+    if not content.written:
+        monitor.daemon.access.take_back(content.grant, monitor.peer_json, error.desc)
 
 
 @COMMANDS()
@@ -348,8 +358,8 @@ def query_secrets(monitor: Monitor, after: str | UnsetType = UNSET) -> list[Secr
     tree = monitor.tree
     listed: list[SecretInfo] = []
     room = SECRETS_BYTES
-    after_ids = tree.secrets_after("" if after is UNSET else after)
-    for object_id in monitor.daemon.access.readable(monitor.peer, after_ids):
+    found = monitor.daemon.access.readable_after(monitor.peer, "" if after is UNSET else after)
+    for object_id in found:
         room -= len(object_id)
         if listed and (room < 0 or len(listed) == SECRETS_PER_REPLY):
             break

@@ -6,7 +6,6 @@ ctl calls it.
 """
 
 import argparse
-import contextlib
 import grp
 import json
 import os
@@ -25,7 +24,9 @@ AddVerb = Callable[[str, Callable[..., Awaitable[int | None]], str], argparse.Ar
 
 _SECONDS: Final = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 _DURATION: Final = re.compile(r"([0-9]{1,10})([smhd]?)")
-_UNIT_SUFFIX: Final = re.compile(r"\.[a-z]+$|[*?]$")
+_UNIT_SUFFIX: Final = re.compile(
+    r"\.(?:service|scope|socket|mount|automount|swap|timer|path|target|device|slice)$|[*?]$"
+)
 _KEY_BYTES: Final = 1 << 20
 
 
@@ -58,6 +59,9 @@ def add_verbs(verb: AddVerb) -> None:
     key = sub.add_mutually_exclusive_group()
     key.add_argument("--key", metavar="ID", help="the secret that --audit-key named")
     key.add_argument("--key-file", metavar="PATH", help="a file that holds it")
+    sub.add_argument(
+        "--continues", action="store_true", help="what came before the first FILE is elsewhere"
+    )
     sub.add_argument("--live", action="store_true", help="ask secretd whether the end is missing")
 
 
@@ -87,6 +91,14 @@ def identities(who: str) -> list[str]:
     raise UsageError(
         f"'{who}': expected unit:NAME, user:NAME, group:NAME, uid:N, gid:N or user-unit:USER/NAME"
     )
+
+
+def _groups(who: str) -> list[str]:
+    """Return the groups that a process of a user usually has."""
+    kind, _, name = who.partition(":")
+    if kind != "user":
+        return []
+    return [f"gid:{gid}" for gid in os.getgrouplist(name, pwd.getpwnam(name).pw_gid)]
 
 
 def _uid(name: str) -> int:
@@ -137,10 +149,15 @@ async def grant(options: argparse.Namespace) -> None:
         arguments["max-reads"] = options.max_reads
     if options.credential is not None:
         arguments["credential"] = options.credential
+    rules_object = {"qom-type": "authz-list", "id": authz_id(name), "rules": rules}
     async with Client(options.socket) as client:
-        await client.execute(
-            "object-add", {"qom-type": "authz-list", "id": authz_id(name), "rules": rules}
-        )
+        if await _type_of(client, name) is not None:
+            raise UsageError(
+                f"'{name}' exists already; take it back first, or choose another with --id"
+            )
+        if await _type_of(client, authz_id(name)) == "authz-list":
+            await client.delete(authz_id(name))  # of a grant that has expired
+        await client.execute("object-add", rules_object)
         try:
             await client.execute("object-add", arguments)
         except BaseException:
@@ -149,21 +166,36 @@ async def grant(options: argparse.Namespace) -> None:
     print(name)
 
 
+async def _type_of(client: Client, object_id: str) -> object:
+    try:
+        return await client.execute(
+            "qom-get", {"path": f"/objects/{object_id}", "property": "type"}
+        )
+    except ExecuteError:
+        return None
+
+
 async def revoke(options: argparse.Namespace) -> None:
     """Delete a grant, and the authz-list that was made for it."""
+    name, rules = options.grant, authz_id(options.grant)
     async with Client(options.socket) as client:
-        if await client.execute("qom-get", {"path": options.grant, "property": "type"}) != (
-            "secret-grant"
-        ):
-            raise UsageError(f"'{options.grant}' is no grant; 'secretctl del' removes secrets")
-        await client.delete(options.grant)
-        with contextlib.suppress(ExecuteError):
-            await client.delete(authz_id(options.grant))
+        kind = await _type_of(client, name)
+        if kind not in ("secret-grant", None):
+            raise UsageError(f"'{name}' is no grant; 'secretctl del' removes secrets")
+        own = await _type_of(client, rules) == "authz-list"
+        if kind is None and not own:
+            raise UsageError(f"there is no grant '{name}'")
+        if kind is not None:
+            path = {"path": f"/objects/{name}", "property": "authz"}
+            own = own and await client.execute("qom-get", path) == rules
+            await client.delete(name)
+        if own:
+            await client.delete(rules)
 
 
 async def explain(options: argparse.Namespace) -> int:
     """Say whether somebody may read a secret; the exit status is 0 if so, 1 if not."""
-    named = [name for who in options.who for name in identities(who)]
+    named = [name for who in options.who for name in (*identities(who), *_groups(who))]
     async with Client(options.socket) as client:
         found = await client.explain(options.id, named)
     if options.json:
@@ -217,13 +249,16 @@ async def _verify(options: argparse.Namespace, key: memoryview | None) -> int:
         # Asked first, so that what is written meanwhile is not missing.
         async with Client(options.socket) as client:
             written = await client.stat("audit-records")
-    verification = chain.Verification(key)
+    verification = chain.Verification(key, continues=options.continues)
     wrong = sum(_report(path, verification) for path in options.files)
     last = verification.last
     if last is None:
         print("no audit record was found", file=sys.stderr)
         return 1
-    time, event = last.members.get("time"), last.members.get("event")
+    if verification.unkeyed():
+        print("no record is under the key")
+        wrong += 1
+    time, event = (ascii(last.members.get(name)).strip("'") for name in ("time", "event"))
     print(f"{verification.records} records; the last is record {last.number} of {time}: {event}")
     if written is None:
         if event not in chain.LAST_EVENTS:
@@ -233,6 +268,12 @@ async def _verify(options: argparse.Namespace, key: memoryview | None) -> int:
     elif written > last.number:
         print(f"secretd has written {written}: those after {last.number} are missing at the end")
         wrong += 1
+    else:
+        async with Client(options.socket) as client:
+            written = await client.stat("audit-records")
+        if last.number > written:
+            print(f"secretd has written {written}: those after that are made up")
+            wrong += 1
     return 1 if wrong else 0
 
 

@@ -207,7 +207,7 @@ def make_object(tree: ObjectTree, text: str, number: int, hidden: list[int]) -> 
     if isinstance(options, SecretOptions) and options.file in [f"/dev/fd/{fd}" for fd in hidden]:
         record = tree.journal.get(options.id)
         assert record is not None
-        tree.journal.set_properties(options.id, record.properties | {"file": ""})
+        tree.replace_properties(options.id, record.properties | {"file": ""})
     return options is not None
 
 

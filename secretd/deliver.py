@@ -20,6 +20,7 @@ from collections.abc import Callable, Coroutine
 from typing import Final, Protocol
 
 from secretd.access import Grant
+from secretd.crypto import encode_base64
 from secretd.errors import CommandError, LimitReached
 from secretd.fds import Fd
 from secretd.memory import Arena, LockedBuffer, wipe
@@ -37,17 +38,26 @@ PIECE_BYTES: Final = 16 << 10
 
 
 class Content:
-    """What is to be written: plaintext of the secret itself, or of a buffer that is freed afterwards."""
+    """What is to be written: the plaintext that a grant carries, or its base64. ``size``: bytes of that."""
 
-    def __init__(self, grant: Grant, encoded: LockedBuffer | None = None) -> None:
+    def __init__(self, grant: Grant, *, base64: bool = False) -> None:
         self.grant = grant
-        self._encoded = encoded
-        self.view = grant.plaintext if encoded is None else encoded.view
-        self.size = len(self.view)
+        self.base64 = base64
+        self.plaintext = grant.plaintext
+        self.size = -(-len(self.plaintext) // 3) * 4 if base64 else len(self.plaintext)
+        self.view = self.plaintext
+        self.written = 0  # bytes that the other end has taken
+        self._encoded: LockedBuffer | None = None
+
+    def encode(self, scratch: Arena) -> None:
+        """Have ``view`` be all that is to be written."""
+        if self.base64:
+            self._encoded = encode_base64(self.plaintext, scratch)
+            self.view = self._encoded.view
 
     def drop(self) -> None:
         """Forget it; wipe what is only here."""
-        self.view = memoryview(b"")
+        self.view = self.plaintext = memoryview(b"")
         encoded, self._encoded = self._encoded, None
         if encoded is not None:
             encoded.free()
@@ -93,11 +103,15 @@ class Deliveries:
         if not content.grant.peer.trusted:
             return self._submit(content, target, fd)
         try:
+            content.encode(self._scratch)
             target.begin(content.size)
-            position = target.write(content.view, 0)
+            position = content.written = target.write(content.view, 0)
         except OSError as error:
             _release(content, target, fd)
             raise _failed(error) from None
+        except BaseException:
+            _release(content, target, fd)
+            raise
         if position < content.size:
             # Known to `withdraw` from now on, not only when the coroutine first runs.
             waiting = _Waiting(content)
@@ -137,13 +151,8 @@ class Deliveries:
     # --- in a thread
 
     def _submit(self, content: Content, target: Target, fd: Fd) -> Coroutine[object, object, None]:
-        try:
-            piece = self._scratch.allocate(max(1, min(content.size, PIECE_BYTES)))
-        except BaseException:
-            _release(content, target, fd)
-            raise
         target.may_block = True
-        job = _Job(content, target, fd, piece)
+        job = _Job(content, target, fd, self._scratch)
         self._remember(job)
         return self._in_thread(job)
 
@@ -170,8 +179,10 @@ class Deliveries:
             self._forget(job)
             job.withdraw()
         job.release()
-        if failure is not None:
+        if isinstance(failure, OSError):
             raise _failed(failure)
+        if failure is not None:
+            raise failure
 
 
 class _Waiting:
@@ -212,17 +223,21 @@ class _Job:
     until what was copied is written, which may never end.
     """
 
-    def __init__(self, content: Content, target: Target, fd: Fd, piece: LockedBuffer) -> None:
+    def __init__(self, content: Content, target: Target, fd: Fd, scratch: Arena) -> None:
         self.content = content
         self.withdrawn = False
         self.scope: asyncio.Timeout | None = None
         self._target = target
         self._fd = fd
-        self._piece = piece
+        self._scratch = scratch
         self._copying = threading.Lock()
         self._writing = threading.Lock()
         self._released = False
-        self._bell = os.eventfd(0, os.EFD_CLOEXEC)  # wakes the thread
+        # What follows is made by the thread: as long as it waits for one, a delivery holds nothing.
+        self._piece: LockedBuffer | None = None
+        self._rest = memoryview(b"")  # of the piece, not written yet
+        self._copied = 0  # bytes of the plaintext
+        self._bell = -1  # an eventfd(2) that wakes the thread
 
     def withdraw(self) -> None:
         """See _Delivery."""
@@ -233,11 +248,13 @@ class _Job:
         idle = not self.withdrawn and self._writing.acquire(timeout=WRITE_SECONDS)
         with self._copying:
             self.withdrawn = True
-            wipe(self._piece.view)
+            if self._piece is not None:
+                wipe(self._piece.view)
             self.content.drop()
+            if self._bell >= 0:
+                os.eventfd_write(self._bell, 1)
         if idle:
             self._writing.release()
-        os.eventfd_write(self._bell, 1)
         if self.scope is not None:
             with contextlib.suppress(RuntimeError):  # it has ended
                 self.scope.reschedule(asyncio.get_running_loop().time())
@@ -245,37 +262,57 @@ class _Job:
     def release(self) -> None:
         """The thread is done with it, or never began."""
         self._released = True
-        self._piece.free()
-        os.close(self._bell)
+        if self._piece is not None:
+            self._piece.free()
+        if self._bell >= 0:
+            os.close(self._bell)
         _release(self.content, self._target, self._fd)
 
-    def write(self) -> OSError | None:
+    def write(self) -> OSError | CommandError | None:
         """Write it all, or until it is withdrawn; return what went wrong."""
-        size, position = self.content.size, 0
+        position = 0
         try:
-            self._target.begin(size)
-            while position < size:
+            self._target.begin(self.content.size)
+            while True:
                 with self._writing:
-                    length = self._copy(position)
-                    taken = self._target.write(self._piece.view[:length], position)
-                if not length:
-                    break
+                    if not self._copy():
+                        return None
+                    taken = self._target.write(self._rest, position)
+                    self._rest = self._rest[taken:]
                 position += taken
-                if taken < length:
+                self.content.written = position
+                if self._rest:
                     self._wait()
-        except OSError as error:
+        except (OSError, CommandError) as error:
             return error
-        return None
 
-    def _copy(self, position: int) -> int:
-        """Copy the next piece; return its size, 0 if the secret was withdrawn."""
+    def _copy(self) -> bool:
+        """Have something to write; False at the end, or if the secret was withdrawn."""
         with self._copying:
-            source = self.content.view[position : position + self._piece.size]
-            self._piece.view[: len(source)] = source
-            return len(source)
+            if self._rest and not self.withdrawn:
+                return True
+            # What is encoded is a third larger, and only whole triples can be.
+            size = PIECE_BYTES // 4 * 3 if self.content.base64 else PIECE_BYTES
+            source = self.content.plaintext[self._copied : self._copied + size]
+            if self._piece is not None:
+                self._piece.free()
+                self._piece = None
+            if not source:
+                return False
+            self._copied += len(source)
+            if self.content.base64:
+                self._piece = encode_base64(source, self._scratch)
+            else:
+                self._piece = self._scratch.allocate(len(source))
+                self._piece.view[:] = source
+            self._rest = self._piece.view
+            return True
 
     def _wait(self) -> None:
         """Wait until something may be written or the secret is withdrawn, as it is when time is over."""
+        with self._copying:
+            if self._bell < 0:
+                self._bell = os.eventfd(int(self.withdrawn), os.EFD_CLOEXEC)
         poll = select.poll()
         poll.register(self._target.fd, select.POLLOUT)
         poll.register(self._bell, select.POLLIN)

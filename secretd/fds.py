@@ -147,11 +147,21 @@ FdsetInfo = TypedDict("FdsetInfo", {"fdset-id": int, "fds": list[FdsetFdInfo]})
 """A set, as query-fdsets lists it."""
 
 
+FIRST_NUMBER: Final = 10
+"""What add-fd returns first on each connection, clear of 0 to 9."""
+
+
 class FdSets:
-    """The numbered sets of add-fd, remove-fd and query-fdsets (monitor/fds.c)."""
+    """The numbered sets of add-fd, remove-fd and query-fdsets (monitor/fds.c).
+
+    A descriptor is known by a number of the connection's own: the process's would tell what others do.
+    """
 
     def __init__(self) -> None:
-        self._sets: dict[int, list[tuple[Fd, str | None]]] = {}
+        self._sets: dict[
+            int, list[tuple[int, Fd, str | None]]
+        ] = {}  # with the number it is known by
+        self._number = FIRST_NUMBER
 
     def __len__(self) -> int:
         return sum(map(len, self._sets.values()))
@@ -163,13 +173,14 @@ class FdSets:
         elif set_id < 0:
             fd.close()
             raise CommandError("Parameter 'fdset-id' expects a non-negative value")
-        self._sets.setdefault(set_id, []).append((fd, opaque))
-        return {"fd": fd.fileno(), "fdset-id": set_id}
+        number, self._number = self._number, self._number + 1
+        self._sets.setdefault(set_id, []).append((number, fd, opaque))
+        return {"fd": number, "fdset-id": set_id}
 
     def remove(self, set_id: int, number: int | None) -> None:
         """Close one descriptor of a set, or all; an empty set is gone."""
         members = self._sets.get(set_id, [])
-        doomed = [m for m in members if number is None or m[0].fileno() == number]
+        doomed = [m for m in members if number is None or m[0] == number]
         if not doomed:
             detail = "" if number is None else f", fd:{number}"
             raise CommandError(f"File descriptor named 'fdset-id:{set_id}{detail}' not found")
@@ -178,7 +189,7 @@ class FdSets:
             self._sets[set_id] = kept
         else:
             del self._sets[set_id]
-        for fd, _ in doomed:
+        for _, fd, _ in doomed:
             fd.close()
 
     def query(self) -> list[FdsetInfo]:
@@ -186,8 +197,8 @@ class FdSets:
         listed = []
         for set_id in sorted(self._sets, reverse=True):
             fds = []
-            for fd, opaque in self._sets[set_id]:
-                info: FdsetFdInfo = {"fd": fd.fileno()}
+            for number, _, opaque in self._sets[set_id]:
+                info: FdsetFdInfo = {"fd": number}
                 if opaque is not None:
                     info["opaque"] = opaque
                 fds.append(info)
@@ -196,11 +207,12 @@ class FdSets:
 
     def in_set(self, set_id: int) -> list[int]:
         """Return the descriptors of a set, borrowed; empty if there is no such set."""
-        return [fd.fileno() for fd, _ in self._sets.get(set_id, [])]
+        return [fd.fileno() for _, fd, _ in self._sets.get(set_id, [])]
 
-    def holds(self, number: int) -> bool:
-        """True if add-fd returned this number here and it has not been removed."""
-        return any(fd.fileno() == number for members in self._sets.values() for fd, _ in members)
+    def numbered(self, number: int) -> int | None:
+        """Return the descriptor that add-fd gave this number, borrowed; None if there is none."""
+        members = (member for each in self._sets.values() for member in each)
+        return next((fd.fileno() for known, fd, _ in members if known == number), None)
 
     def close(self) -> None:
         """Close and forget all."""

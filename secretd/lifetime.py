@@ -53,7 +53,11 @@ class Lifetimes:
     def set(self, object_id: str, deadline: int) -> None:
         """Give an object a deadline, instead of the one it may have."""
         self._deadlines[object_id] = deadline
-        heapq.heappush(self._queue, (deadline, object_id))
+        if len(self._queue) > 2 * len(self._deadlines) + 100:  # most of it is void
+            self._queue = [(when, known) for known, when in self._deadlines.items()]
+            heapq.heapify(self._queue)
+        else:
+            heapq.heappush(self._queue, (deadline, object_id))
         if self._fd >= 0 and (not self._armed or deadline < self._armed):
             self._arm(deadline)
 

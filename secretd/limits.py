@@ -138,7 +138,7 @@ class Limits:
         )
         self.objects = Share("objects-per-uid", OBJECTS_PER_UID, "objects")
         self.object_bytes = Share(
-            "object-bytes-per-uid", OBJECT_BYTES_PER_UID, "bytes of secrets", unit="bytes"
+            "object-bytes-per-uid", OBJECT_BYTES_PER_UID, "bytes of objects", unit="bytes"
         )
         self._shares = (
             self.connections, self.requests, self.descriptors, self.unfinished, self.objects,
@@ -156,7 +156,7 @@ class Limits:
         if held + more > self._room:
             raise LimitReached(
                 "descriptors",
-                f"The clients have {held} descriptors, and the limit is {self._room} (descriptors: "
+                f"The clients have {self._room} descriptors, which is the limit (descriptors: "
                 f"RLIMIT_NOFILE less {RESERVED_DESCRIPTORS}); try again later",
             )
 

@@ -29,8 +29,10 @@ from secretd.errors import PeerUnknown
 _UCRED: Final = struct.Struct("=iII")
 _SO_PEERGROUPS: Final = 59
 _SO_PEERPIDFD: Final = 77
-_GROUPS_MAX: Final = 65536
-"""NGROUPS_MAX of linux/limits.h."""
+GROUPS_MAX: Final = 4096
+"""Groups of a peer; one with more is refused, since the time to read them is everybody's. The kernel has
+65,536, and who may use a range of subordinate gids can be in all of them.
+"""
 
 _PIDFD_GET_INFO: Final = 0xC040FF0B
 _PIDFD_INFO: Final = struct.Struct("=QQII")  # mask, cgroupid, pid, tgid, as far as they are needed
@@ -111,12 +113,14 @@ def _groups(sock: socket.socket) -> "array.array[int]":
     except OSError as error:
         if error.errno != errno.ERANGE:
             raise PeerUnknown(_why(error)) from None
-        room = (ctypes.c_uint32 * _GROUPS_MAX)()
+        room = (ctypes.c_uint32 * GROUPS_MAX)()
         size = ctypes.c_uint32(ctypes.sizeof(room))
         libc = ctypes.CDLL(None, use_errno=True)
         if libc.getsockopt(
             sock.fileno(), socket.SOL_SOCKET, _SO_PEERGROUPS, room, ctypes.byref(size)
         ):
+            if ctypes.get_errno() == errno.ERANGE:
+                raise PeerUnknown(f"it is in more than {GROUPS_MAX} groups") from None
             raise PeerUnknown(os.strerror(ctypes.get_errno())) from None
         groups.extend(room[: size.value // 4])
     return groups

@@ -160,10 +160,15 @@ class Session:
         match = _BRACE.search(message)
         assert match is not None
         message = message[match.start() :]
+        share = self.transport.share
         try:
+            if share is not None:
+                share[0].check(share[1], len(message))
             kept = self.monitor.scratch.allocate(len(message))
-        except LockedMemoryExhausted:
+        except (LockedMemoryExhausted, LimitReached):
             return False
+        if share is not None:
+            share[0].add(share[1], len(message))
         kept.view[:] = message
         self._queue.append(kept)
         return True
@@ -184,6 +189,7 @@ class Session:
             kept = self._queue.popleft()
             if isinstance(kept, LockedBuffer):
                 with kept:
+                    self._give(kept)
                     codec = Connection(self.monitor.table.decode, self.max_bytes)
                     codec.oob = True
                     request = codec.next(kept.view, 0, len(kept.view))[1]
@@ -193,6 +199,11 @@ class Session:
                 self._answer(kept)
         self._flush()
         self.transport.resume("busy")
+
+    def _give(self, kept: LockedBuffer) -> None:
+        share = self.transport.share
+        if share is not None:
+            share[0].give(share[1], len(kept))
 
     def _flush(self) -> None:
         if self._out:
@@ -263,6 +274,7 @@ class Session:
             if isinstance(kept, Locked):
                 kept.buffer.free()
             elif isinstance(kept, LockedBuffer):
+                self._give(kept)
                 kept.free()
         self._server.sessions.discard(self)
         self._server.daemon.limits.connections.give(self.monitor.peer.uid)

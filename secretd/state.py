@@ -134,9 +134,9 @@ class Journal:
         return fields[3], fields[5]
 
     def owner(self, object_id: str) -> tuple[int, int]:
-        """Return the uid that added an object that there is, and its plaintext's size in bytes."""
+        """Return the uid that added an object that there is, and its size in bytes: plaintext and record."""
         fields = _RECORD.unpack_from(self._map, self._offsets[object_id])
-        return fields[7], fields[5]
+        return fields[7], fields[5] + fields[0]
 
     def plaintext(self, object_id: str) -> memoryview:
         """Return the plaintext in locked memory, borrowed until the object is removed."""

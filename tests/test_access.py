@@ -93,6 +93,122 @@ def test_a_grant_lets_those_read_whom_its_authz_object_allows(
     assert [s["id"] for s in other.secrets()] == ["web.key"]
 
 
+def test_a_list_of_what_one_may_read_is_made_of_what_is_granted(
+    daemon: Daemon, loaded: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exact ids, patterns that overlap, lists in files; nobody else's secrets are looked at."""
+    client = daemon.connect(door="client", uid=1000)
+    (tmp_path / "list").write_text('{"rules": [{"match": "uid:1000", "policy": "allow"}]}')
+    loaded.ok(
+        "object-add",
+        {"qom-type": "authz-listfile", "id": "f", "filename": str(tmp_path / "list")},
+    )
+    allow(loaded, "a", "uid:1000")
+    for number in range(5):
+        loaded.add(f"z{number}", data="x")
+
+    def listed(after: str = "") -> list[str]:
+        return [s["id"] for s in client.ok("query-secrets", {"after": after} if after else {})]
+
+    grant(loaded, "g0", "z3", "a")
+    grant(loaded, "g1", "nope", "a")
+    looked: list[str] = []
+    with monkeypatch.context() as patch:
+        original = daemon.tree.is_secret
+
+        def seen(object_id: str) -> bool:
+            looked.append(object_id)
+            return original(object_id)
+
+        patch.setattr(daemon.tree, "is_secret", seen)
+        assert listed() == ["z3"]
+    assert sorted(looked) == ["nope", "z3"]
+    grant(loaded, "g2", "web.*", "a")
+    grant(loaded, "g3", "we?.key", "f")
+    grant(loaded, "g4", "z?", "f", **{"max-reads": 1})
+    grant(loaded, "g5", "*.key", "a", **{"max-reads": 1})
+    everything_ = ["db.key", "web.cert", "web.key", "z0", "z1", "z2", "z3", "z4"]
+    assert listed() == everything_
+    assert listed("web.cert") == everything_[2:]
+    assert not denied(client, "db.key")
+    assert listed() == everything_[1:]
+    (tmp_path / "list").write_text("{}")
+    assert listed() == ["web.cert", "web.key", "z3"]
+    source, sink = os.pipe()
+    assert client.fail("secret-read", {"id": "f.key"}, (sink,)).endswith("not permitted")
+    loaded.ok("object-add", {"qom-type": "authz-simple", "id": "web.x", "identity": "x"})
+    assert client.fail("secret-read", {"id": "web.x"}, (sink,)) == "No secret with id 'web.x'"
+    os.close(source)
+    os.close(sink)
+
+
+def test_what_was_not_delivered_at_all_is_no_read(daemon: Daemon, loaded: Client) -> None:
+    """Of a grant that counts; the audit would say `withheld`."""
+    allow(loaded, "a", "uid:1000")
+    grant(loaded, "g", "web.key", "a", **{"max-reads": 1})
+    client = daemon.connect(door="client", uid=1000)
+    source, sink = os.pipe()
+    os.close(source)
+    words = "Unable to write the secret: Broken pipe"
+    for each in (client, client, loaded):
+        assert each.fail("secret-read", {"id": "web.key"}, (sink,)) == words
+    os.close(sink)
+    assert loaded.ok("qom-get", {"path": "g", "property": "reads"}) == 0
+    assert not denied(client, "web.key")
+
+
+def test_long_patterns_are_refused(daemon: Daemon, loaded: Client, tmp_path: Path) -> None:
+    """Their time is everybody's."""
+    words = "Parameter '%s' is longer than the limit of 4096 characters"
+    long = {"match": "*" * 4097, "policy": "allow", "format": "glob"}
+    base = {"qom-type": "authz-list", "id": "a"}
+    assert loaded.fail("object-add", base | {"rules": [long]}) == words % "match"
+    loaded.ok("object-add", base)
+    assert (
+        loaded.fail("qom-set", {"path": "a", "property": "rules", "value": [long]})
+        == words % "match"
+    )
+    file = tmp_path / "list"
+    file.write_text(json.dumps({"rules": [long]}))
+    assert (
+        loaded.fail("object-add", {"qom-type": "authz-listfile", "id": "f", "filename": str(file)})
+        == words % "match"
+    )
+    assert (
+        loaded.fail(
+            "object-add",
+            {"qom-type": "secret-grant", "id": "g", "secret": "x" * 4097, "authz": "a"},
+        )
+        == words % "secret"
+    )
+
+
+def test_an_administrator_who_is_not_one_any_more_hears_nothing(
+    daemon: Daemon, loaded: Client
+) -> None:
+    """Of what happens."""
+    allow(loaded, "admins", "uid:1000")
+    admin = daemon.connect(door="admins", uid=1000)
+    loaded.add("seen", data="x")
+    assert admin.event()["data"]["id"] == "seen"
+    loaded.ok("object-del", {"id": "admins"})
+    loaded.add("unseen", data="x")
+    daemon.call(daemon.server.announcer.send)
+    assert "any more" in admin.fail("query-name")
+    assert admin.events == []
+
+
+def test_the_numbers_of_descriptors_tell_nothing_of_others(daemon: Daemon, loaded: Client) -> None:
+    """Each connection counts for itself."""
+    clients = [daemon.connect(door="client", uid=1000 + n) for n in range(3)]
+    with open("/dev/null") as file:
+        for expected in (10, 11):
+            for client in clients:
+                assert client.ok("add-fd", {"fdset-id": 1}, (file.fileno(),))["fd"] == expected
+    assert clients[0].fail("remove-fd", {"fdset-id": 1, "fd": 12}).endswith("fd:12' not found")
+    assert clients[0].ok("remove-fd", {"fdset-id": 1, "fd": 11}) == {}
+
+
 def test_a_missing_secret_is_said_to_who_may_read_it(daemon: Daemon, loaded: Client) -> None:
     """And to nobody else."""
     client = daemon.connect(door="client", uid=1000)

@@ -316,6 +316,54 @@ def test_files_of_other_machines_are_known(monkeypatch: pytest.MonkeyPatch, tmp_
     assert [r["event"] for r in records(tmp_path / "a")] == ["add"]
 
 
+def test_a_new_file_must_serve_as_the_old_one_did(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a record is required to be written, nothing is promised that cannot be."""
+    audit = Audit(str(tmp_path / "a"), require=True)
+    (tmp_path / "a").rename(tmp_path / "a.1")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_is_remote", lambda _device: True)
+        with pytest.raises(UsageError, match="it may block, so nothing can be required of it"):
+            audit.reopen()
+    audit.release("read", id="s")
+    audit.stop()
+    assert [r["event"] for r in records(tmp_path / "a.1")] == ["read"]
+
+
+def test_a_line_that_was_begun_is_whole_in_the_new_file(tmp_path: Path) -> None:
+    """Where the old disk was full."""
+    audit = Audit(str(tmp_path / "a"))
+
+    class Full(FileSink):
+        room = 500
+
+        def write(self, data: bytes) -> int:
+            if not self.room:
+                raise OSError(28, "x")
+            taken = super().write(data[: self.room])
+            self.room -= taken
+            return taken
+
+    assert isinstance(audit._sink, FileSink)
+    audit._sink = Full(audit._sink._fd, owned=True)
+
+    def act() -> None:
+        for number in range(5):
+            audit.note("add", id=f"s{number}")
+        audit._flush()
+        (tmp_path / "a").rename(tmp_path / "a.1")
+        audit.reopen()
+
+    inside(act)
+    audit.stop()
+    written = [r["seq"] for r in records(tmp_path / "a")]
+    first = (tmp_path / "a.1").read_bytes().count(b"\n") + 1
+    assert written == list(range(first, 8))
+    (cut,) = [f for f in findings(tmp_path / "a.1", tmp_path / "a") if "cut after" in f[1]]
+    assert cut[0] == first
+
+
 def test_two_daemons_do_not_share_a_file(tmp_path: Path) -> None:
     """Their chains would mix."""
     audit = Audit(str(tmp_path / "a"))
@@ -457,7 +505,12 @@ def test_a_file_that_nobody_touched_is_found_whole(tmp_path: Path, key: memoryvi
     assert [r["event"] for r in records(old)][-2:] == ["add", "rotate"]
     assert [r["event"] for r in records(path)] == ["reopen", "add", "stop"]
     assert findings(old, path, key=key) == []
-    assert findings(old, key=key) == findings(path, key=key) == []
+    assert findings(old, key=key) == []
+    (begun,) = findings(path, key=key)
+    assert begun[1].startswith("the chain begins with record ")
+    assert begun[1].endswith(": what came before is in another file, or missing")
+    lines = path.read_bytes().splitlines(keepends=True)
+    assert list(chain.Verification(key, continues=True).findings(lines)) == []
     assert ("mac" in records(path)[0]) is (key is not None)
 
 
@@ -516,6 +569,10 @@ TAMPERED: dict[str, tuple[Callable[[list[bytes]], object], list[tuple[int, str]]
         lambda x: x.insert(4, b'{"a":,"hash":"' + b"0" * 64 + b'"}\n'),
         [(5, "this is no audit record")],
     ),
+    "brackets": (
+        lambda x: x.insert(4, b'{"a":' + b"[" * 100_000 + b',"hash":"' + b"0" * 64 + b'"}\n'),
+        [(5, "this is no audit record")],
+    ),
     "another start": (
         lambda x: x.insert(4, x[0]),
         [(5, "record 1 stands after record 4: out of order, or there twice")],
@@ -549,14 +606,27 @@ def test_a_chain_under_a_key_cannot_be_made_without_it(tmp_path: Path) -> None:
     assert findings(path, key=wrong) == [
         (n, f"record {n} was changed, or is under another key") for n in range(1, 6)
     ]
-    assert findings(path) == [(1, "the records are under a key, and none was given")]
-    path.unlink()
-    write_some(path, 3)
-    assert findings(path, key=KEY) == [(n, f"record {n} is not under the key") for n in range(1, 6)]
+    without = "from record 1 on they are under a key, and none was given"
+    assert findings(path) == [(1, without)]
     lines = path.read_bytes().splitlines(keepends=True)
-    keyed = b'{"seq":3,"event":"add","mac":"' + b"0" * 64 + b'"}\n'
-    path.write_bytes(b"".join((lines[0], keyed, *lines[1:])))
-    assert findings(path)[0] == (2, "record 2 is missing before record 3")
+    path.write_bytes(b"".join((lines[0], *lines[2:])))
+    assert findings(path) == [(1, without), (2, "record 2 is missing before record 3")]
+
+
+def test_a_chain_goes_from_hashes_to_a_key_and_not_back(tmp_path: Path) -> None:
+    """What is not under the key is verified as far as it can be; that none is, is said."""
+    path = tmp_path / "a"
+    write_some(path, 3)
+    verification = chain.Verification(KEY)
+    assert list(verification.findings(path.read_bytes().splitlines(keepends=True))) == []
+    assert verification.unkeyed()
+    write_some(path, 3, KEY)
+    assert findings(path, key=KEY) == []
+    assert findings(path) == [(6, "from record 6 on they are under a key, and none was given")]
+    write_some(path, 1)
+    assert findings(path, key=KEY) == [
+        (n, f"record {n} is not under the key") for n in (11, 12, 13)
+    ]
 
 
 def test_another_files_chain_does_not_follow(tmp_path: Path) -> None:

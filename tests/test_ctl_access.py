@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from secretd import ctl, ctl_access
+from secretd import chain, ctl, ctl_access
 from secretd.audit import Audit
 from secretd.errors import UsageError
 from tests.conftest import Client, Daemon, need_root
@@ -47,13 +47,16 @@ def test_a_grant_is_made_explained_and_revoked(daemon: Daemon, run: Ctl, qmp: Cl
     )
     found = json.loads(run("explain", "web.key", "--as", "uid:33", "--json")[0])
     assert (found["allowed"], found["exists"], found["grant"]) == (True, True, name)
-    assert "duplicate" in run("grant", "web.*", "--to", "unit:nginx", "--to", "uid:33", status=1)[1]
+    _, err = run("grant", "web.*", "--to", "unit:nginx", "--to", "uid:33", status=1)
+    assert err == (
+        f"secretctl: '{name}' exists already; take it back first, or choose another with --id\n"
+    )
     assert run("revoke", name) == ("", "")
     assert client.secrets() == []
     assert qmp.ok("qom-list", {"path": "/objects"})[1:] == [
         {"name": "web.key", "type": "child<secret>"}
     ]
-    assert run("revoke", name, status=1)[1] == f"secretctl: Device '{name}' not found\n"
+    assert run("revoke", name, status=1)[1] == f"secretctl: there is no grant '{name}'\n"
     assert run("revoke", "web.key", status=1)[1] == (
         "secretctl: 'web.key' is no grant; 'secretctl del' removes secrets\n"
     )
@@ -87,6 +90,34 @@ def test_a_grant_can_be_limited(daemon: Daemon, run: Ctl, qmp: Client) -> None:
     run("grant", "s", "--to", "unit:web-*", "--id", "j")
     (rule,) = qmp.ok("qom-get", {"path": "j.authz", "property": "rules"})
     assert rule == {"match": "unit:web-*", "policy": "allow", "format": "glob"}
+
+
+def test_a_grant_that_has_expired_is_made_anew_or_cleaned_up(run: Ctl, qmp: Client) -> None:
+    """The list that belonged to it is still there; nothing else of that name is touched."""
+    run("grant", "s", "--to", "uid:1", "--id", "g")
+    qmp.ok("object-del", {"id": "g"})
+    run("grant", "s", "--to", "uid:2", "--id", "g")
+    (rule,) = qmp.ok("qom-get", {"path": "g.authz", "property": "rules"})
+    assert rule["match"] == "uid:2"
+    qmp.ok("object-del", {"id": "g"})
+    assert run("revoke", "g") == ("", "")
+    assert run("revoke", "g", status=1)[1] == "secretctl: there is no grant 'g'\n"
+    qmp.add("h.authz", data="letmein")
+    qmp.ok("object-add", {"qom-type": "secret-grant", "id": "h", "secret": "x", "authz": "o"})
+    assert run("revoke", "h") == ("", "")
+    assert qmp.read("h.authz") == b"letmein"
+    qmp.ok("object-add", {"qom-type": "authz-list", "id": "i.authz"})
+    qmp.ok("object-add", {"qom-type": "secret-grant", "id": "i", "secret": "x", "authz": "o"})
+    assert run("revoke", "i") == ("", "")
+    assert qmp.ok("qom-get", {"path": "i.authz", "property": "policy"}) == "deny"
+
+
+def test_somebody_is_explained_with_their_groups(run: Ctl, qmp: Client) -> None:
+    """As their processes have them."""
+    qmp.add("s", data="letmein")
+    run("grant", "s", "--to", "group:root")
+    assert "yes, by grant" in run("explain", "s", "--as", "user:root")[0]
+    assert ": no\n" in run("explain", "s", "--as", "uid:0", status=1)[0]
 
 
 def test_a_lifetime_is_set_and_listed(run: Ctl, qmp: Client) -> None:
@@ -126,6 +157,7 @@ def test_a_lifetime_is_set_and_listed(run: Ctl, qmp: Client) -> None:
         ("unit:nginx", ["unit:nginx.service"]),
         ("unit:tpl@a.b.service", ["unit:tpl@a.b.service"]),
         ("unit:x.scope", ["unit:x.scope"]),
+        ("unit:node.js", ["unit:node.js.service"]),
         ("unit:web-*", ["unit:web-*"]),
         ("user-unit:1000/foo", ["user-unit:1000/foo.service"]),
         ("user-unit:root/foo.scope", ["user-unit:0/foo.scope"]),
@@ -222,7 +254,7 @@ def test_a_key_comes_from_the_daemon_or_a_file(tmp_path: Path, audited: tuple[Da
     out, _ = verify("audit", "verify", str(path), "--key-file", str(key_file), status=1)
     assert f"{path}:1: record 1 was changed, or is under another key" in out
     out, _ = verify("audit", "verify", str(path), status=1)
-    assert out.startswith(f"{path}:1: the records are under a key, and none was given\n")
+    assert out.startswith(f"{path}:1: from record 1 on they are under a key, and none was given\n")
     lines = path.read_bytes().splitlines(keepends=True)
     copy = tmp_path / "copy"
     copy.write_bytes(b"".join(lines[:2]))
@@ -230,6 +262,20 @@ def test_a_key_comes_from_the_daemon_or_a_file(tmp_path: Path, audited: tuple[Da
     assert "those after 2 are missing at the end\n" in out
     out, _ = verify("audit", "verify", str(path), "--live", "--key", "k")
     assert "missing" not in out
+    last = chain.read(path.read_bytes().splitlines()[-1])
+    assert last is not None
+    body = b'{"seq":%d,"time":"\\u001b]0;x","event":"add"}' % (last.number + 1000)
+    with open(copy, "wb") as file:
+        file.write(chain.write(last.link, body, memoryview(bytearray(b"k" * 32)))[0])
+    out, _ = verify("audit", "verify", str(copy), "--live", "--key", "k", status=1)
+    assert "those after that are made up" in out
+    assert "\x1b" not in out
+    write = Audit(str(tmp_path / "plain"))
+    write.stop()
+    plain = chain.write(chain.GENESIS, b'{"seq":1,"event":"start","prev":"%s"}' % (b"0" * 64), None)
+    copy.write_bytes(plain[0])
+    out, _ = verify("audit", "verify", str(copy), "--key", "k", status=1)
+    assert "no record is under the key" in out
 
 
 def test_the_help_names_all_verbs() -> None:

@@ -170,6 +170,15 @@ def test_deadlines_are_kept_in_order_and_many_at_once_leave_others_their_turn(
     assert ended[37:] == ["last", "x"]
 
 
+def test_deadlines_that_are_void_are_not_kept() -> None:
+    """However often one is set anew."""
+    lifetimes = Lifetimes()
+    for number in range(1000):
+        lifetimes.set("s", now() + number * SECOND)
+    assert len(lifetimes._queue) < 200
+    assert lifetimes.remaining("s") == 999
+
+
 def test_without_a_timer_nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Secrets that never end would be worse."""
 

@@ -151,7 +151,7 @@ def test_descriptors_in_all(daemon: Daemon, qmp: Client, others: Callable[[], No
         held.ok("getfd", {"fdname": "b"}, (file.fileno(),))
         refused = daemon.connect(door="client", uid=B, negotiate=False)
         assert refused.reply()["error"]["desc"] == (
-            f"The clients have {limits_._room} descriptors, and the limit is {limits_._room} (descriptors: "
+            f"The clients have {limits_._room} descriptors, which is the limit (descriptors: "
             "RLIMIT_NOFILE less 512); try again later"
         )
         assert refused.line() == b""
@@ -252,16 +252,31 @@ def test_objects_of_an_administrator(daemon: Daemon, qmp: Client, admin: Client)
 
 def test_bytes_of_an_administrator(daemon: Daemon, qmp: Client, admin: Client) -> None:
     """At the limit, one past it."""
-    daemon.tree.limits.object_bytes.limit = 100
-    admin.ok("secret-generate", {"id": "a", "size": 99})
-    assert admin.add("b", data="xy")["error"]["desc"] == (
-        "uid 1000 has 99 bytes of secrets, and the limit is 100 (object-bytes-per-uid)"
+    share = daemon.tree.limits.object_bytes
+    admin.ok("secret-generate", {"id": "a", "size": 900})
+    used = share.held(A)
+    assert 900 < used < 1000
+    share.limit = 1100
+    room = 1100 - used
+    words = f"uid 1000 has {used} bytes of objects, and the limit is 1100 (object-bytes-per-uid)"
+    assert admin.add("b", data="x" * (room + 1))["error"]["desc"] == words
+    assert (
+        admin.fail(
+            "object-add", {"qom-type": "authz-simple", "id": "b", "identity": "x" * (room + 1)}
+        )
+        == words
     )
-    assert admin.add("b", data="x") == {"return": {}}
-    assert admin.add("c", data="")["return"] == {}
-    assert admin.add("d", data="x")["error"]["desc"].startswith("uid 1000 has 100 bytes of secrets")
+    assert (
+        admin.fail("qom-set", {"path": "a", "property": "iv", "value": "x" * (room + 200)}) == words
+    )
+    assert admin.add("b", data="x" * room) == {"return": {}}
+    assert "error" in admin.add("c", data="x")
+    admin.ok("secret-expire", {"id": "a", "after": 1000})
+    for name in "ab":
+        qmp.ok("object-del", {"id": name})
+    assert share.held(A) == 0
     qmp.ok("secret-generate", {"id": "e", "size": 1000})
-    assert stats(qmp)["object-bytes-per-uid-hits"] == 2
+    assert stats(qmp)["object-bytes-per-uid-hits"] == 4
     held = daemon.call(lambda: daemon.journal.arena.held)
     assert isinstance(held, int)
     assert held < 2000

@@ -17,13 +17,13 @@ from msgspec import UNSET, Struct, UnsetType
 from secretd.errors import CommandError
 from secretd.memory import LockedBuffer
 from secretd.openat2 import open_without_magic_links
-from secretd.patterns import Match, matcher
+from secretd.patterns import PATTERN_CHARACTERS, Match, matcher
 from secretd.qom.object import ObjectTree
 from secretd.qom.source import use_content
 from secretd.qom.typeinfo import ObjectOptions, ObjectType, Sources, TypeInfo
 from secretd.visitor import JSON_VISITOR, members
 from secretd.wire.order import qdict_items
-from secretd.wire.parser import Fault
+from secretd.wire.parser import JSON, Fault
 from secretd.wire.qjson import document
 
 _ANCESTORS: Final = ("authz", "object", "user-creatable", "interface")
@@ -122,7 +122,7 @@ class FileRules:
         try:
             self._refresh()
         except (OSError, CommandError) as error:
-            self._seen = self._rules = None
+            self._rules = None
             words = error.desc if isinstance(error, CommandError) else error.strerror
             self._fault = f"'{self._filename}' cannot be used: {words}"
         if self._rules is None:
@@ -130,7 +130,11 @@ class FileRules:
         return self._rules.judge(identities)
 
     def _refresh(self) -> None:
-        fd = open_without_magic_links(os.fsencode(self._filename), os.O_PATH | os.O_CLOEXEC)
+        try:
+            fd = open_without_magic_links(os.fsencode(self._filename), os.O_PATH | os.O_CLOEXEC)
+        except OSError:
+            self._seen = None
+            raise
         try:
             status = os.fstat(fd)
         finally:
@@ -140,11 +144,10 @@ class FileRules:
             return
         if not stat.S_ISREG(status.st_mode):
             raise CommandError("it is not a regular file")
-        content = self._read()
-        self._rules = Rules(_parsed(self._filename, memoryview(content)))
-        # A file that was just written may be written again within the same tick of its clock.
-        settled = time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > _SETTLED_NS
-        self._seen = now if settled else None
+        # A file that was just written may be written again within the same tick of its clock. Whatever is
+        # written to it changes st_ctime, which nobody can set.
+        self._seen = now if time.time_ns() - status.st_ctime_ns > _SETTLED_NS else None
+        self._rules = Rules(_parsed(self._filename, memoryview(self._read())))
 
     def _read(self) -> bytearray:
         flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
@@ -160,6 +163,19 @@ class AuthZ(ObjectType):
     """What all of them have in common."""
 
     decides = True
+
+    def create(
+        self, _tree: ObjectTree, options: Any, _sources: Sources
+    ) -> LockedBuffer | Awaitable[LockedBuffer | None] | None:
+        """Check the rules; there is nothing to load."""
+        _check_patterns(msgspec.to_builtins(options))
+        return None
+
+    def set(self, name: str, value: JSON) -> dict[str, object]:
+        """Any property."""
+        changes = super().set(name, value)
+        _check_patterns(changes)
+        return changes
 
     def rules(self, properties: Mapping[str, Any]) -> Rules | FileRules:
         """Return what judges peers by these properties, as the journal has them."""
@@ -248,6 +264,14 @@ class AuthZListFile(AuthZ):
         return FileRules(properties[_WATCHED])
 
 
+def _check_patterns(properties: Mapping[str, Any]) -> None:
+    for rule in properties.get("rules", ()):
+        if len(rule["match"]) > PATTERN_CHARACTERS:
+            raise CommandError(
+                f"Parameter 'match' is longer than the limit of {PATTERN_CHARACTERS} characters"
+            )
+
+
 def _parsed(filename: str, text: memoryview) -> dict[str, Any]:
     """Return the properties of the authz-list in a file's text, which ends in one byte to spare."""
     value = document(text)
@@ -261,4 +285,5 @@ def _parsed(filename: str, text: memoryview) -> dict[str, Any]:
         if name == "id" or name not in known:
             raise CommandError(f"Property 'authz-list.{name}' not found")
         properties[name] = msgspec.to_builtins(known[name].check(JSON_VISITOR, name, name, part))
+    _check_patterns(properties)
     return properties

@@ -15,6 +15,7 @@ from msgspec import UNSET, UnsetType
 from secretd.errors import CommandError
 from secretd.lifetime import LIFETIME_SECONDS, now
 from secretd.memory import LockedBuffer
+from secretd.patterns import PATTERN_CHARACTERS
 from secretd.qom.object import DEADLINE, ObjectTree
 from secretd.qom.typeinfo import ObjectOptions, ObjectType, Sources, TypeInfo
 from secretd.state import Record
@@ -91,6 +92,10 @@ def _check(name: str, value: object) -> None:
         check_seconds(name, value)
     elif name == "max-reads" and not (isinstance(value, int) and 1 <= value <= MAX_READS):
         raise CommandError(f"Parameter 'max-reads' expects a value between 1 and {MAX_READS}")
+    elif name == "secret" and len(str(value)) > PATTERN_CHARACTERS:
+        raise CommandError(
+            f"Parameter 'secret' is longer than the limit of {PATTERN_CHARACTERS} characters"
+        )
     elif name == "secret" and not value:
         raise CommandError("Parameter 'secret' expects an id, or a pattern of ids with '*' and '?'")
     elif name == "credential" and "/" in str(value):

@@ -6,9 +6,8 @@ objects by a `typeinfo.ObjectType`. It decides nothing about who may do what. co
 """
 
 import bisect
-import itertools
 import re
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterator
 from typing import Final
 
 from secretd.errors import CommandError, DeviceNotFound, LimitReached
@@ -117,14 +116,14 @@ class ObjectTree:
         properties = kind.stored(options)
         size = 0 if plaintext is None else len(plaintext)
         try:
-            self._check_room(uid, size)
+            self._check_room(uid, size + _length(properties))
             self.journal.add(options.id, kind.number, properties, plaintext, uid)
         except BaseException:
             if plaintext is not None:
                 plaintext.free()
             raise
         self.limits.objects.add(uid)
-        self.limits.object_bytes.add(uid, size)
+        self.limits.object_bytes.add(*self.journal.owner(options.id))
         self._changed(options.id, kind, properties)
 
     def _check_room(self, uid: int, size: int) -> None:
@@ -165,8 +164,15 @@ class ObjectTree:
         record = self.journal.get(object_id)
         assert record is not None
         deadline = now() + seconds * 1_000_000_000
-        self.journal.set_properties(object_id, record.properties | {DEADLINE: deadline})
+        self.replace_properties(object_id, record.properties | {DEADLINE: deadline})
         self.lifetimes.set(object_id, deadline)
+
+    def replace_properties(self, object_id: str, properties: dict[str, object]) -> None:
+        """Store other properties of an object that there is."""
+        uid, before = self.journal.owner(object_id)
+        self.limits.object_bytes.give(uid, before)
+        self.journal.set_properties(object_id, properties)
+        self.limits.object_bytes.add(*self.journal.owner(object_id))
 
     def is_secret(self, object_id: str) -> bool:
         """True if there is a secret of that id whose time is not over."""
@@ -183,12 +189,23 @@ class ObjectTree:
         assert summary is not None
         return self.types.numbered(summary[0]).info.name, summary[1]
 
-    def secrets_after(self, object_id: str) -> Iterator[str]:
-        """Return the ids of the secrets that come after ``object_id``, in order."""
+    def secrets_after(self, object_id: str, prefixes: Collection[str] = ("",)) -> Iterator[str]:
+        """Return the ids of the secrets that come after ``object_id``, in order; those that begin with one of
+        ``prefixes``, each once.
+        """
         if self._sorted is None:
             self._sorted = sorted(self.journal)
-        start = bisect.bisect_right(self._sorted, object_id)
-        yield from filter(self.is_secret, itertools.islice(self._sorted, start, None))
+        ids = self._sorted
+        last = object_id
+        for prefix in sorted(prefixes):
+            for index in range(
+                max(bisect.bisect_right(ids, last), bisect.bisect_left(ids, prefix)), len(ids)
+            ):
+                if not ids[index].startswith(prefix):
+                    break
+                last = ids[index]
+                if self.is_secret(last):
+                    yield last
 
     def type_of(self, object_id: str) -> ObjectType | None:
         """Return the type of an object, None if there is none of that id."""
@@ -285,7 +302,10 @@ class ObjectTree:
             raise CommandError(f"Property '{kind.info.name}.type' is not writable")
         changes = kind.set(name, value)
         if changes:
-            self.journal.set_properties(node, record.properties | changes)
+            properties = record.properties | changes
+            more = max(0, _length(properties) - _length(record.properties))
+            self.limits.object_bytes.check(record.uid, more)
+            self.replace_properties(node, properties)
             self._changed(node, kind, changes)
 
     def _is_child(self, node: str, name: str) -> bool:
@@ -294,6 +314,11 @@ class ObjectTree:
     def _check_property(self, info: TypeInfo, name: str) -> None:
         if all(name != known for known, _ in info.properties):
             raise CommandError(f"Property '{info.name}.{name}' not found")
+
+
+def _length(properties: dict[str, object]) -> int:
+    """About how many bytes they take in the journal."""
+    return sum(len(str(value)) for value in properties.values())
 
 
 def with_hint(words: str) -> str:

@@ -98,10 +98,10 @@ class Source:
         """Return the passed descriptor that ``name`` means, None if it is a path."""
         match = _DEV_FD.fullmatch(name)
         if match:
-            number = int(match[1])
-            if not self._fdsets.holds(number):
+            found = self._fdsets.numbered(int(match[1]))
+            if found is None:
                 raise _not_opened(name, "No such file or directory")
-            return number
+            return found
         match = _FDSET.fullmatch(name)
         if match:
             numbers = self._fdsets.in_set(int(match[1]))
