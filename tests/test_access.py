@@ -692,6 +692,8 @@ def test_a_delivery_that_finds_no_memory_is_an_error(
     with monkeypatch.context() as patch:
         patch.setattr(daemon.server.daemon.deliveries._scratch, "allocate", none)
         assert client.fail("secret-read", {"id": "db.key"}, (sink,)) == "No locked memory left"
+        arguments = {"id": "db.key", "format": "base64"}
+        assert loaded.fail("secret-read", arguments, (sink,)) == "No locked memory left"
     deliveries = daemon.server.daemon.deliveries
     submit = deliveries._submit
 

@@ -276,6 +276,23 @@ def test_when_an_event_comes_tells_nothing_of_others(daemon: Daemon, granted: Cl
         assert abs(when - round(when)) < 1e-6
 
 
+def test_what_was_held_back_is_not_told_after_a_revocation(
+    daemon: Daemon, granted: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though it happened before."""
+    monkeypatch.setattr(announce, "THROTTLED_SECONDS", 0.2)
+    client = daemon.connect(door="client", uid=1000)
+    for _ in range(2):
+        granted.read("web.a")
+        daemon.call(daemon.server.announcer.send)
+    granted.ok("object-del", {"id": "g"})
+    assert told(client, 1) == [("SECRET_READ", "web.a")]
+    while daemon.call(lambda: any(s.throttle and s.throttle._next for s in daemon.server.sessions)):
+        pass
+    assert client.ok("query-version")
+    assert client.events == []
+
+
 def test_a_connection_that_ends_takes_its_throttle_along(
     daemon: Daemon, granted: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:

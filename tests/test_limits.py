@@ -212,6 +212,35 @@ def test_unfinished_bytes(daemon: Daemon, qmp: Client, others: Callable[[], None
     others()
 
 
+def test_messages_that_wait_behind_another_are_counted(daemon: Daemon, qmp: Client) -> None:
+    """With oob enabled; until they are carried out, or the connection ends."""
+    share = daemon.server.daemon.limits.unfinished
+    qmp.ok("secret-generate", {"id": "big", "size": 1 << 20})
+    allow(qmp, "a", f"uid:{A}")
+    grant(qmp, "ga", "big", "a")
+    for close in (False, True):
+        client = daemon.connect(door="client", uid=A, negotiate=False)
+        client.reply()
+        client.cmd("qmp_capabilities", {"enable": ["oob"]})
+        source, sink = os.pipe()
+        client.send(b'{"execute":"secret-read","arguments":{"id":"big"}}', (sink,))
+        os.close(sink)
+        assert os.read(source, 1)
+        for _ in range(3):
+            client.send(b'{"execute":"query-version","id":"' + b"x" * 4000 + b'"}')
+        while daemon.call(lambda: share.held(A)) < 12_000:
+            pass
+        if close:
+            client.close()
+        while os.read(source, 1 << 16):
+            pass
+        os.close(source)
+        if not close:
+            assert [list(client.reply()) for _ in range(4)] == [["return"], *[["return", "id"]] * 3]
+        while daemon.call(lambda: share.held(A)):
+            pass
+
+
 def test_half_messages_of_one_uid_leave_receive_space(daemon: Daemon, qmp: Client) -> None:
     """However many connections it has: hundreds of half messages, and another uid's are still taken."""
     held = []

@@ -165,11 +165,11 @@ class AuthZ(ObjectType):
     decides = True
 
     def create(
-        self, _tree: ObjectTree, options: Any, _sources: Sources
+        self, tree: ObjectTree, options: Any, sources: Sources
     ) -> LockedBuffer | Awaitable[LockedBuffer | None] | None:
         """Check the rules; there is nothing to load."""
         _check_patterns(msgspec.to_builtins(options))
-        return None
+        return super().create(tree, options, sources)
 
     def set(self, name: str, value: JSON) -> dict[str, object]:
         """Any property."""
