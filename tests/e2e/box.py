@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """A real systemd as PID 1, to be thrown away: systemd-nspawn boots an overlay of this machine in a second.
 
-In it everything is as on this machine (the same Python, the same packages, this checkout), but /run is
-empty, there is no network but loopback, cgroups are version 2 only, and what is written outside the checkout
-vanishes. Root only.
+In it everything is as on this machine (the same Python, the same packages), but /run is empty, there is no
+network but loopback, cgroups are version 2 only, and what is written vanishes. This checkout's package and
+environment are in /secretd, where every user of the box may read them, wherever they are on the machine.
+Root only.
 """
 
 import contextlib
@@ -18,6 +19,9 @@ from tests.conftest import need, need_program, need_root
 
 ROOT = Path(__file__).parent.parent.parent
 BOOT_SECONDS = 60
+PYTHON = ("env", "PYTHONPATH=/secretd", "/secretd/.venv/bin/python", "-m")
+SECRETD = (*PYTHON, "secretd.daemon")
+SECRETCTL = (*PYTHON, "secretd.ctl")
 # Units of this machine that have no business in the box.
 MASKED = ("systemd-modules-load.service", "apt-daily.timer", "apt-daily-upgrade.timer",
           "e2scrub_all.timer", "fstrim.timer", "man-db.timer")  # fmt: skip
@@ -34,7 +38,8 @@ rm -rf "$STATE/root/var/log/journal" "$STATE/root/var/lib/systemd/credential.sec
 for unit in $MASKED; do ln -sf /dev/null "$STATE/root/etc/systemd/system/$unit"; done
 exec systemd-nspawn --quiet --boot --register=no --keep-unit --private-network --link-journal=no \
     --machine="$NAME" --directory="$STATE/root" --console=pipe --kill-signal=SIGRTMIN+3 --capability=all \
-    --system-call-filter="@keyring memfd_secret bpf" --resolv-conf=off --timezone=off --bind="$CHECKOUT" \
+    --system-call-filter="@keyring memfd_secret bpf" --resolv-conf=off --timezone=off \
+    --bind="$CHECKOUT/secretd:/secretd/secretd" --bind="$CHECKOUT/.venv:/secretd/.venv" \
     -- systemd.unit=basic.target systemd.log_target=journal-or-kmsg
 """
 

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.e2e.box import Box
-from tests.e2e.conftest import SECRETCTL, SECRETD
+from tests.e2e.box import SECRETCTL, SECRETD, Box
 
 CONTROL, CLIENT, AUDIT = "/run/control.sock", "/run/client.sock", "/run/audit.log"
-READ = f"{SECRETCTL} --socket {CLIENT} read web.key"
+READ = (*SECRETCTL, "--socket", CLIENT, "read", "web.key")
+CTL = (*SECRETCTL, "--socket", CONTROL)
 DENIED = "secretctl: Reading secret 'web.key' is not permitted\n"
 
 
@@ -22,14 +22,12 @@ def box() -> Iterator[Box]:
     try:
         made.run(
             "systemd-run", "--quiet", "--collect", "--unit=secretd", "--",
-            SECRETD, "--control", CONTROL, "--client", CLIENT, "--audit", AUDIT,
+            *SECRETD, "--control", CONTROL, "--client", CLIENT, "--audit", AUDIT,
         )  # fmt: skip
         while made.run("test", "-S", CLIENT, check=False).returncode:
             pass
-        made.run(SECRETCTL, "--socket", CONTROL, "add", "web.key", "--stdin", input="letmein")
-        out = made.run(
-            SECRETCTL, "--socket", CONTROL, "grant", "web.*", "--to", "unit:nginx"
-        ).stdout
+        made.run(*CTL, "add", "web.key", "--stdin", input="letmein")
+        out = made.run(*CTL, "grant", "web.*", "--to", "unit:nginx").stdout
         assert out == "grant-web._-unit_nginx.service\n"
         yield made
     finally:
@@ -49,7 +47,7 @@ def user_run(box: Box, *words: str, name: str) -> str:
 
 def test_the_unit_that_is_named_reads_and_no_other(box: Box) -> None:
     """Root's, or a dynamic user's; the same user outside of it is not it."""
-    read = READ.split()
+    read = READ
     assert box.unit(*read, name="nginx").stdout == "letmein"
     assert box.unit(*read, name="nginx", properties=("DynamicUser=yes",)).stdout == "letmein"
     refused = box.unit(*read, name="apache", check=False)
@@ -61,23 +59,23 @@ def test_the_unit_that_is_named_reads_and_no_other(box: Box) -> None:
 
 def test_a_users_own_unit_of_that_name_is_not_it(box: Box) -> None:
     """`systemd-run --user --unit=nginx` is not nginx; what it is can be granted too."""
-    assert user_run(box, *READ.split(), name="nginx") == DENIED
+    assert user_run(box, *READ, name="nginx") == DENIED
     to = "user-unit:65534/nginx"
-    box.run(SECRETCTL, "--socket", CONTROL, "grant", "web.*", "--to", to, "--id", "theirs")
-    assert user_run(box, *READ.split(), name="nginx") == "letmein"
-    assert user_run(box, *READ.split(), name="apache") == DENIED
-    box.run(SECRETCTL, "--socket", CONTROL, "revoke", "theirs")
-    assert user_run(box, *READ.split(), name="nginx") == DENIED
+    box.run(*CTL, "grant", "web.*", "--to", to, "--id", "theirs")
+    assert user_run(box, *READ, name="nginx") == "letmein"
+    assert user_run(box, *READ, name="apache") == DENIED
+    box.run(*CTL, "revoke", "theirs")
+    assert user_run(box, *READ, name="nginx") == DENIED
 
 
 def test_the_audit_says_which_unit_it_was(box: Box) -> None:
     """And is whole."""
-    box.unit(*READ.split(), name="nginx")
+    box.unit(*READ, name="nginx")
     lines = [json.loads(line) for line in box.run("cat", AUDIT).stdout.splitlines()]
     last = [line for line in lines if line["event"] == "read"][-1]
     assert last["peer"]["unit"] == "unit:nginx.service"
     assert last["rule"] == "grant grant-web._-unit_nginx.service"
-    out = box.run(SECRETCTL, "--socket", CONTROL, "audit", "verify", AUDIT, "--live").stdout
+    out = box.run(*CTL, "audit", "verify", AUDIT, "--live").stdout
     assert "records; the last is record" in out
     assert "missing" not in out
 
@@ -85,5 +83,5 @@ def test_the_audit_says_which_unit_it_was(box: Box) -> None:
 def test_explain_says_the_same_as_a_real_try(box: Box) -> None:
     """For those that may and those that may not."""
     for unit, allowed in (("nginx", True), ("apache", False)):
-        words = (SECRETCTL, "--socket", CONTROL, "explain", "web.key", "--as", f"unit:{unit}")
+        words = (*CTL, "explain", "web.key", "--as", f"unit:{unit}")
         assert (box.run(*words, check=False).returncode == 0) is allowed
