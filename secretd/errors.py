@@ -13,6 +13,7 @@ caused it word for word, so it never holds anything the schema marks sensitive.
      │    └── LockedMemoryExhausted   class GenericError: names the limit and how to raise it
      ├── PeerUnknown               the kernel does not say in full who has connected
      ├── SourceError               why a file, descriptor or key cannot be read
+     ├── StateError                what an earlier process left cannot be gone on with
      ├── MemoryLockError           memory cannot be locked and --memory-lock=require was given
      └── UsageError                the command line cannot be carried out; exit status 1
 """
@@ -73,6 +74,10 @@ class SourceError(SecretdError):
     def __init__(self, words: str, limit: str | None = None) -> None:
         super().__init__(words)
         self.limit = limit
+
+
+class StateError(SecretdError):
+    """The arena or journal that an earlier process left cannot be gone on with; the text is the reason."""
 
 
 class MemoryLockError(SecretdError):

@@ -19,9 +19,10 @@ import mmap
 import os
 import resource
 import threading
+from collections.abc import Callable, Iterable
 from typing import Literal, Self
 
-from secretd.errors import LockedMemoryExhausted, MemoryLockError
+from secretd.errors import LockedMemoryExhausted, MemoryLockError, StateError
 
 Level = Literal["secretmem", "mlock", "none"]
 
@@ -117,6 +118,15 @@ class _Slab:
         self.fresh += 1
         return self.fresh - 1
 
+    def adopt(self, numbers: set[int]) -> None:
+        """Have just these slots in use, and wipe all others."""
+        self.used = len(numbers)
+        self.fresh = max(numbers) + 1
+        self.freed = [number for number in range(self.fresh) if number not in numbers]
+        for number in self.freed:
+            wipe(self.view[number * self.size : (number + 1) * self.size])
+        wipe(self.view[self.fresh * self.size :])
+
 
 class LockedBuffer:
     """Bytes of an arena, owned until `free` or `disown`. It has no text form and cannot be pickled.
@@ -164,18 +174,27 @@ class Arena:
     """Slots of power-of-two size classes in windows of one memory file.
 
     ``level`` is how well the file's pages are protected. Buffers of a window or more get windows of
-    their own. All sizes are bytes.
+    their own. All sizes are bytes. ``fd``: the file of an earlier process's arena, taken over; `adopt`
+    says then what of it is in use. ``on_window`` is told how many windows of the file are needed before
+    one is used for the first time.
     """
 
-    def __init__(self, level: Level, *, window: int = SECRET_WINDOW, reserve: int = 0) -> None:
+    def __init__(
+        self,
+        level: Level,
+        *,
+        window: int = SECRET_WINDOW,
+        reserve: int = 0,
+        fd: int | None = None,
+    ) -> None:
         self.level = level
         self.held = 0
+        self.on_window: Callable[[int], None] = lambda _count: None
         self._lock = threading.Lock()  # sources are read in threads
         self._window = window
         self._shift = window.bit_length() - 1
         self._reserve = reserve // window
-        self._fd = _open_file(level)
-        os.ftruncate(self._fd, FILE_BYTES)
+        self._fd = _open_file(level) if fd is None else fd
         self._taken = bytearray()  # one byte a window of the file: 1 = in use
         self._views: dict[int, memoryview] = {}  # windows in use
         self._addresses: dict[int, int] = {}
@@ -188,6 +207,60 @@ class Arena:
         except BaseException:
             self.close()
             raise
+
+    def fileno(self) -> int:
+        """The file's descriptor, borrowed."""
+        return self._fd
+
+    def adopt(self, windows: int, buffers: "Iterable[tuple[int, int]]") -> None:
+        """Take over what an earlier process left: ``buffers`` are offset and size of what is in use in
+        the first ``windows`` windows of the file. All else there is wiped.
+
+        Raises StateError if they cannot be this arena's, LockedMemoryExhausted where they cannot be mapped.
+        """
+        slots: dict[int, tuple[int, set[int]]] = {}  # by window: the slots' size, which are used
+        large: dict[int, int] = {}  # by first window: how many
+        mask = self._window - 1
+        for offset, size in buffers:
+            slot, index = _slot_size(size), offset >> self._shift
+            self.held += size
+            if slot >= self._window:
+                if offset & mask or index in large:
+                    raise StateError("two secrets lie in one place")
+                large[index] = -(-size // self._window)
+                continue
+            known = slots.get(index)
+            if known is None:
+                known = slots[index] = (slot, set())
+            number, rest = divmod(offset & mask, slot)
+            if known[0] != slot or rest or number in known[1]:
+                raise StateError("two secrets lie in one place")
+            known[1].add(number)
+        self._taken = bytearray(windows)
+        used = large | dict.fromkeys(slots, 1)
+        for index, count in (*large.items(), *((index, 1) for index in slots)):
+            if index + count > windows or any(self._taken[index : index + count]):
+                raise StateError("two secrets lie in one place")
+            self._taken[index : index + count] = b"\1" * count
+        # First, one at a time, so that it takes no more locked memory than there was.
+        for index in range(windows):
+            if not self._taken[index]:
+                view = self._map(index, 1)
+                wipe(view)
+                self._unmap(index, view)
+        for index, count in used.items():
+            self._views[index] = self._map(index, count)
+        # Behind the end of each secret, up to that of its slot, nothing but zeros was ever written.
+        for index, (slot, numbers) in slots.items():
+            slab = self._slabs[index] = _Slab(index, slot, self._views[index])
+            slab.adopt(numbers)
+            if slab.used < slab.count:
+                self._open.setdefault(slot, []).append(slab)
+
+    @property
+    def window(self) -> int:
+        """Bytes of a window."""
+        return self._window
 
     @property
     def mapped(self) -> int:
@@ -273,6 +346,13 @@ class Arena:
                 self._unmap(index, view)
             self._views.clear()
             self._spare.clear()
+        self._close_file()
+
+    def leave(self) -> None:
+        """Close the file and leave everything in it to the process that goes on with it."""
+        self._close_file()
+
+    def _close_file(self) -> None:
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
@@ -289,6 +369,7 @@ class Arena:
                 index = max([len(self._taken), *(i + 1 for i in self._spare)])
             view = self._map(index, count)
         if len(self._taken) < index + count:
+            self.on_window(index + count)
             self._taken.extend(bytes(index + count - len(self._taken)))
         self._taken[index : index + count] = b"\1" * count
         self._views[index] = view
@@ -336,10 +417,14 @@ def _slot_size(size: int) -> int:
 
 
 def _open_file(level: Level) -> int:
-    if level == "secretmem":
-        return _memfd_secret()
     # The name shows in /proc/PID/maps only; it says nothing of the content.
-    return os.memfd_create("secretd", os.MFD_CLOEXEC)
+    fd = _memfd_secret() if level == "secretmem" else os.memfd_create("secretd", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(fd, FILE_BYTES)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
 def _memfd_secret() -> int:

@@ -2,15 +2,21 @@
 r"""The property store of the objects: an append-only, checksummed journal in an ordinary memfd.
 
 It holds everything about an object but plaintext, which stays in the arena: a record names the slot. So
-arena and journal together are all that another process needs to go on. qom adds, reads and removes;
-nothing else writes here.
+arena and journal together are all that another process needs to go on: `Journal.restore` does. qom adds,
+reads and removes; nothing else writes here. daemon has the service manager keep the descriptors.
 
-Each object is whole or absent at every moment: adding fills the slot, then the record, then the
-record's state byte; removing clears the state byte, then wipes the slot. In Python only a dict from id
-to record offset is kept.
+Each object is whole or absent at every moment, whenever the process is killed: adding fills the slot, then
+the record, then the record's state byte; removing clears the state byte, then wipes the slot. In Python
+only a dict from id to record offset is kept.
+
+There are two files, so that compaction needs nobody else: it writes what lives into the other one, whose
+magic comes last. Of two files that have it the one of the later generation counts.
 
 Layout (little-endian)
-    file     magic "secretd\0", u32 format, u32 unused; then records, then zeros
+    file     magic "secretd\0", u32 format, u32 bytes of this header, u64 generation (from 1),
+             u64 inode of the arena's file, u32 bytes of the arena's windows, u32 level,
+             u32 windows of the arena that were ever used, u32 unused, u64 end of the records;
+             then records, then zeros
     record   u32 length, u32 crc32 of what follows but the state byte, u8 state, u8 type,
              u16 id length, u32 slot size in bytes, u64 slot offset in the arena's file,
              u32 uid of who added it, id, properties as a JSON object; padded to 8 bytes
@@ -21,19 +27,23 @@ import mmap
 import os
 import struct
 import zlib
-from collections.abc import Iterator
-from typing import Final, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Final, NamedTuple, Self
 
 import msgspec
 
-from secretd.memory import Arena, LockedBuffer
+from secretd.errors import StateError
+from secretd.memory import Arena, Level, LockedBuffer
 
 MAGIC: Final = b"secretd\0"
 FORMAT: Final = 1
-"""The layout's version; a process refuses one it does not know."""
+"""The layout's version; a process refuses one it does not know. It changes with the numbers and
+properties of object types, too."""
 
-_FILE = struct.Struct("<8sII")
+_FILE = struct.Struct("<8sIIQQIIIIQ")
 _RECORD = struct.Struct("<IIBBHIQI")
+_WINDOWS_OFFSET: Final = 40
+_END_OFFSET: Final = 48
 _STATE_OFFSET: Final = 8
 _CRC_FROM: Final = 9
 _WRITTEN: Final = 0
@@ -42,6 +52,8 @@ _GONE: Final = 2
 _INITIAL_BYTES: Final = 64 << 10
 _COMPACT_BYTES: Final = 256 << 10
 """Bytes of dead records below which compaction is not worth its while."""
+
+_LEVELS: Final[tuple[Level, ...]] = ("secretmem", "mlock", "none")
 
 NO_SLOT: Final = (1 << 64) - 1
 """Slot offset of an object without plaintext."""
@@ -58,15 +70,79 @@ class Record(NamedTuple):
     uid: int
 
 
+class _Header(NamedTuple):
+    """The beginning of a file."""
+
+    magic: bytes
+    format: int
+    size: int
+    generation: int
+    inode: int
+    window: int
+    level: int
+    windows: int
+    unused: int
+    end: int
+
+
+class _Kept(NamedTuple):
+    """Both files, the second -1 if there is none, and the first one's mapping."""
+
+    fd: int
+    spare: int
+    mapping: mmap.mmap
+
+
 class Journal:
     """The objects' records, and through them their plaintext in ``arena``."""
 
-    def __init__(self, arena: Arena) -> None:
+    def __init__(self, arena: Arena, kept: "_Kept | None" = None) -> None:
         self.arena = arena
         self._offsets: dict[str, int] = {}
         self._dead = 0
-        self._fd, self._map = _new_file(_INITIAL_BYTES)
         self._end = _FILE.size
+        if kept is None:
+            self._spare = -1
+            self._fd = _memfd()
+            try:
+                self._map = self._begin(self._fd, _INITIAL_BYTES, 1, 0)
+            except BaseException:
+                os.close(self._fd)
+                raise
+            self._map[: len(MAGIC)] = MAGIC
+        else:
+            self._fd, self._spare, self._map = kept
+        arena.on_window = self._note_windows
+
+    @classmethod
+    def restore(cls, arena_fd: int, journal_fds: Sequence[int]) -> Self:
+        """Return the journal that an earlier process left, with its arena; takes over the descriptors.
+
+        Raises StateError or LockedMemoryExhausted; then all is as it was for who else keeps it.
+        """
+        try:
+            header, fd = _latest(journal_fds)
+            if header.inode != os.fstat(arena_fd).st_ino:
+                raise StateError("the journal belongs to another arena")
+            mapping = mmap.mmap(fd, os.fstat(fd).st_size)
+        except BaseException:
+            for each in (arena_fd, *journal_fds):
+                os.close(each)
+            raise
+        others = [other for other in journal_fds if other != fd]
+        spare = others.pop() if others else -1
+        for other in others:
+            os.close(other)
+        arena = Arena(_LEVELS[header.level], window=header.window, fd=arena_fd)
+        journal = cls(arena, _Kept(fd, spare, mapping))
+        try:
+            arena.adopt(header.windows, journal._load(header.end))
+            if spare >= 0:
+                os.ftruncate(spare, 0)
+        except BaseException:
+            journal.leave()
+            raise
+        return journal
 
     def __len__(self) -> int:
         return len(self._offsets)
@@ -81,6 +157,12 @@ class Journal:
     def size(self) -> int:
         """Bytes of the journal in use."""
         return self._end
+
+    def filenos(self) -> tuple[int, int]:
+        """The descriptors of both files, borrowed: with the arena's, all that another process needs."""
+        if self._spare < 0:
+            self._spare = _memfd()
+        return self._fd, self._spare
 
     def add(
         self,
@@ -147,8 +229,18 @@ class Journal:
         """Wipe all plaintext and close the journal."""
         for object_id in list(self._offsets):
             self.remove(object_id)
+        self._close_files()
+
+    def leave(self) -> None:
+        """Close journal and arena, and leave everything to the process that goes on with them."""
+        self.arena.leave()
+        self._close_files()
+
+    def _close_files(self) -> None:
         self._map.close()
         os.close(self._fd)
+        if self._spare >= 0:
+            os.close(self._spare)
 
     def _append(
         self,
@@ -177,6 +269,7 @@ class Journal:
         self._map[offset:end] = body[:4] + crc + body[_STATE_OFFSET:]
         self._map[offset + _STATE_OFFSET] = _LIVE
         self._end = end
+        struct.pack_into("<Q", self._map, _END_OFFSET, end)
         return offset
 
     def _bury(self, offset: int) -> None:
@@ -190,14 +283,47 @@ class Journal:
         text = self._map[start + id_length : offset + length].rstrip(b"\0")
         return Record(object_id, kind, size, slot, _decode(text) if text else {}, uid)
 
+    # --- files
+
+    def _begin(self, fd: int, size: int, generation: int, windows: int) -> mmap.mmap:
+        """Make a file that lacks only its magic, and map it."""
+        os.ftruncate(fd, 0)
+        os.ftruncate(fd, size)
+        mapping = mmap.mmap(fd, size)
+        arena = self.arena
+        mapping[: _FILE.size] = _FILE.pack(
+            b"",
+            FORMAT,
+            _FILE.size,
+            generation,
+            os.fstat(arena.fileno()).st_ino,
+            arena.window,
+            _LEVELS.index(arena.level),
+            windows,
+            0,
+            _FILE.size,
+        )
+        return mapping
+
+    def _note_windows(self, count: int) -> None:
+        """So many windows of the arena will have been used: the next process wipes what is unused of them."""
+        struct.pack_into("<I", self._map, _WINDOWS_OFFSET, count)
+
     def _compact_if_due(self) -> None:
-        """Where most is dead, copy what lives into a second file and go on with that one.
+        """Where most is dead, copy what lives into the other file and go on with that one.
 
         Offsets noted before are void then.
         """
         if self._dead <= max(_COMPACT_BYTES, self._end // 2):
             return
-        fd, fresh = _new_file(max(_INITIAL_BYTES, 2 * (self._end - self._dead)))
+        fd = self.filenos()[1]
+        header = _Header(*_FILE.unpack_from(self._map))
+        fresh = self._begin(
+            fd,
+            max(_INITIAL_BYTES, 2 * (self._end - self._dead)),
+            header.generation + 1,
+            header.windows,
+        )
         offsets = {}
         end = _FILE.size
         for object_id, offset in self._offsets.items():
@@ -205,10 +331,68 @@ class Journal:
             fresh[end : end + length] = self._map[offset : offset + length]
             offsets[object_id] = end
             end += length
+        struct.pack_into("<Q", fresh, _END_OFFSET, end)
+        fresh[: len(MAGIC)] = MAGIC
         self._map.close()
-        os.close(self._fd)
-        self._fd, self._map = fd, fresh
+        self._fd, self._spare, self._map = fd, self._fd, fresh
         self._offsets, self._end, self._dead = offsets, end, 0
+        os.ftruncate(self._spare, 0)
+
+    def _load(self, end: int) -> list[tuple[int, int]]:
+        """Find the records up to ``end``, and one that was finished behind it; return offset and size of
+        each plaintext. Raises StateError.
+        """
+        data = self._map[:]
+        offsets: dict[str, int] = {}
+        buffers: dict[str, tuple[int, int]] = {}
+        offset = _FILE.size
+        unpack, crc32, head = _RECORD.unpack_from, zlib.crc32, _RECORD.size
+        while offset + head <= len(data):
+            length, crc, state, _, id_length, size, slot, _ = unpack(data, offset)
+            if length < head:
+                break
+            if state == _LIVE:
+                if crc32(data[offset + _CRC_FROM : offset + length]) != crc:
+                    raise StateError("a record's checksum is wrong")
+                object_id = data[offset + head : offset + head + id_length].decode()
+                if object_id in offsets:
+                    self._bury(offsets[object_id])
+                offsets[object_id] = offset
+                if slot != NO_SLOT:
+                    buffers[object_id] = (slot, size)
+            elif state == _GONE:
+                self._dead += length
+            else:
+                break  # begun and not finished; or the end
+            offset += length
+        self._offsets = offsets
+        if offset < end:
+            raise StateError("the records end too early")
+        self._end = offset
+        struct.pack_into("<Q", self._map, _END_OFFSET, offset)
+        if data.count(b"\0", offset) != len(data) - offset:
+            self._map[offset:] = bytes(len(data) - offset)
+        return list(buffers.values())
+
+
+def _latest(fds: Sequence[int]) -> tuple[_Header, int]:
+    """Return the header and descriptor of the file that counts, or raise StateError."""
+    found = []
+    for fd in fds:
+        data = os.pread(fd, _FILE.size, 0)
+        if data[: len(MAGIC)] == MAGIC:
+            known = struct.unpack_from("<I", data, len(MAGIC))[0]
+            if known != FORMAT:
+                raise StateError(f"the journal has format {known}, not {FORMAT}")
+            header = _Header(*_FILE.unpack(data))
+            found.append((header.generation, header, fd))
+    if not found:
+        raise StateError("there is no journal")
+    return max(found)[1:]
+
+
+def _memfd() -> int:
+    return os.memfd_create("secretd-journal", os.MFD_CLOEXEC)
 
 
 def _encode(properties: dict[str, object]) -> bytes:
@@ -224,15 +408,3 @@ def _decode(text: bytes) -> dict[str, object]:
     except msgspec.DecodeError:
         properties: dict[str, object] = json.loads(text)
         return properties
-
-
-def _new_file(size: int) -> tuple[int, mmap.mmap]:
-    fd = os.memfd_create("secretd-journal", os.MFD_CLOEXEC)
-    try:
-        os.ftruncate(fd, size)
-        mapping = mmap.mmap(fd, size)
-    except BaseException:
-        os.close(fd)
-        raise
-    mapping[: _FILE.size] = _FILE.pack(MAGIC, FORMAT, 0)
-    return fd, mapping

@@ -105,7 +105,8 @@ def in_terminal(words: list[str], typed: bytes, *, expect: bytes) -> tuple[int, 
     """Run secretctl in a terminal of its own; type when it has printed what is expected."""
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
-        ["setsid", "--ctty", "--wait", SECRETCTL, *words],
+        # What was started in the background ignores interrupts, and so do its children.
+        ["env", "--default-signal=INT", "setsid", "--ctty", "--wait", SECRETCTL, *words],
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,

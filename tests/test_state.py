@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The journal: the objects' properties, and their plaintext's slots."""
 
+import os
 import random
 import struct
 import zlib
@@ -8,7 +9,7 @@ import zlib
 import pytest
 
 from secretd import state
-from secretd.memory import Arena
+from secretd.memory import SECRET_WINDOW, Arena
 from secretd.state import Journal, Record
 
 
@@ -53,8 +54,14 @@ def test_the_journal_holds_no_plaintext_and_valid_checksums(arena: Arena) -> Non
     journal.remove("s3")
     data = journal._map[: journal.size]
     assert b"plaintext" not in data
-    assert struct.unpack_from("<8sI", data) == (b"secretd\0", 1)
-    offset, live = 16, []
+    magic, version, offset, generation, inode, window, level, windows, _, end = struct.unpack_from(
+        "<8sIIQQIIIIQ", data
+    )
+    assert (magic, version, generation, end) == (b"secretd\0", 1, 1, len(data))
+    assert inode == os.fstat(arena.fileno()).st_ino
+    assert (window, windows) == (SECRET_WINDOW, 1)
+    assert level == ["secretmem", "mlock", "none"].index(arena.level)
+    live = []
     while offset < len(data):
         length, crc, alive, kind, id_length, size, _slot, uid = struct.unpack_from(
             "<IIBBHIQI", data, offset
@@ -126,8 +133,9 @@ def test_an_id_is_stored_once(arena: Arena) -> None:
 
 
 def test_a_journal_that_cannot_be_mapped_leaves_no_descriptor(
-    monkeypatch: pytest.MonkeyPatch,
+    arena: Arena, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The failure is passed on; the leak check of the suite sees the rest."""
+    monkeypatch.setattr(state, "_INITIAL_BYTES", -1)
     with pytest.raises((OSError, ValueError)):
-        state._new_file(-1)
+        Journal(arena)
