@@ -6,12 +6,13 @@ refuses; nothing else makes one, and nothing else gives out plaintext. It goes b
 and authz objects in the tree, as they are at that moment. commands and server ask; who a peer is
 says peer.
 
-On the control door everything is allowed. On the client door reading needs a secret-grant whose
+On the control door everything is allowed. On the other doors reading needs a secret-grant whose
 pattern matches the id and whose authz object allows the peer. A refusal looks only at what that
 peer is granted: never at whether the secret exists, nor at what is granted to others.
 """
 
 import heapq
+import itertools
 import re
 from collections.abc import Iterable, Iterator
 from typing import Final, NamedTuple
@@ -26,6 +27,7 @@ from secretd.qom.authz import AuthZ, FileRules, Rules, Verdict
 from secretd.qom.grant import READS, SecretGrant, used_up
 from secretd.qom.object import ObjectTree
 from secretd.qom.secret import secret_plaintext
+from secretd.systemd import CREDENTIAL_BYTES, CredentialAddress
 
 PEERS_KEPT: Final = 1024
 """Sets of identities for which it is remembered what they are granted."""
@@ -66,12 +68,15 @@ class Considered(NamedTuple):
 
 
 class _Rule(NamedTuple):
-    """A secret-grant as the tree has it: which secrets, for whom; ``limited``: it counts reads."""
+    """A secret-grant as the tree has it: which secrets, for whom; ``limited``: it counts reads;
+    ``credential``: the name that units know the secret by, "" for its id only.
+    """
 
     id: str
     secret: str
     authz: str
     limited: bool
+    credential: str
 
 
 class _Granted:
@@ -134,7 +139,13 @@ class Access:
         if record is not None and record.type == SecretGrant.number:
             properties = record.properties
             secret, authz = str(properties["secret"]), str(properties["authz"])
-            self._rules[object_id] = _Rule(object_id, secret, authz, "max-reads" in properties)
+            self._rules[object_id] = _Rule(
+                object_id,
+                secret,
+                authz,
+                "max-reads" in properties,
+                str(properties.get("credential", "")),
+            )
             self._by_authz.setdefault(authz, set()).add(object_id)
             self._changes.append(object_id)
         if len(self._changes) > CHANGES_KEPT:
@@ -172,12 +183,100 @@ class Access:
             self._count(rule.id, 1)
         return Grant(_KEY, peer, object_id, None if rule is None else rule.id, plaintext)
 
+    def credential(self, peer: Peer, peer_info: Raw, claimed: CredentialAddress | None) -> Grant:
+        """Return leave to give a unit the secret that its LoadCredential= asks for.
+
+        ``claimed``: what the address says. Anybody can say that, so the peer must be a service manager
+        that is in that very unit, by what the kernel says. The secret is the one whose id is the
+        credential's name, or that a grant maps it to. Raises AccessDenied with the reason, which is for
+        the administrator.
+        """
+        name = claimed.credential if claimed else ""
+        try:
+            object_id, rule = self._mapped(peer, claimed)
+        except AccessDenied as error:
+            self._audit.refuse(
+                "credential",
+                peer.uid,
+                peer_info,
+                credential=name,
+                door=peer.door.value,
+                reason=error.desc,
+            )
+            raise
+        plaintext = secret_plaintext(self._tree, object_id)
+        self._audit.release(
+            "credential",
+            rule=f"grant {rule.id}",
+            id=object_id,
+            credential=name,
+            size=len(plaintext),
+            door=peer.door.value,
+            peer=peer_info,
+        )
+        return Grant(_KEY, peer, object_id, rule.id, plaintext)
+
+    def _mapped(self, peer: Peer, claimed: CredentialAddress | None) -> tuple[str, _Rule]:
+        """Return the id of the secret that a unit asks for, and the grant that permits it."""
+        if claimed is None:
+            raise AccessDenied("the address it came from is not one of LoadCredential=")
+        unit, name = claimed
+        # A user's own manager has that user's uid, and so has root's.
+        if peer.unit not in (f"unit:{unit}", f"user-unit:{peer.uid}/{unit}"):
+            raise AccessDenied(f"it says that it is {unit}, and is in {peer.unit or 'no unit'}")
+        if peer.uid != 0 and not (peer.trusted and peer.unit.startswith("user-unit:")):
+            raise AccessDenied(f"uid {peer.uid} is not that of the service manager")
+        found: dict[str, _Rule] = {}
+        missing = ""
+        for rule in self._living(peer.identities, counted=False):
+            if matcher(rule.secret)(name):
+                missing = missing or name
+                if self._tree.is_secret(name):
+                    found[name] = rule
+            if rule.credential == name:
+                missing = rule.secret
+                for object_id in itertools.islice(self._secrets(rule), 2):
+                    found[object_id] = rule
+        if len(found) > 1:
+            names = ", ".join(f"'{object_id}'" for object_id in sorted(found))
+            raise AccessDenied(f"it could be more than one secret: {names}")
+        if not found and missing:
+            raise AccessDenied(f"there is no secret '{missing}'")
+        if not found:
+            raise AccessDenied(f"no grant lets {peer.unit} have it")
+        ((object_id, rule),) = found.items()
+        size = self._tree.secret(object_id)[1]
+        if len(name.encode()) + size > CREDENTIAL_BYTES:
+            raise AccessDenied(
+                f"secret '{object_id}' has {size} bytes, which with the credential's name is more than "
+                f"the {CREDENTIAL_BYTES} that systemd takes"
+            )
+        return object_id, rule
+
+    def _secrets(self, rule: _Rule) -> Iterator[str]:
+        """Return the secrets that a grant is for."""
+        if not is_pattern(rule.secret):
+            return iter([rule.secret] if self._tree.is_secret(rule.secret) else [])
+        prefix = re.split("[*?]", rule.secret, maxsplit=1)[0]
+        return filter(matcher(rule.secret), self._tree.secrets_after("", [prefix]))
+
+    def _living(self, identities: frozenset[str], *, counted: bool = True) -> list[_Rule]:
+        """Return the grants that permit something now. ``counted``: not those without a read left."""
+        granted = self._granted_to(identities)
+        return [
+            rule
+            for rule in granted.placed.values()
+            if (rule.id not in granted.unsteady or self._allows(rule.authz, identities))
+            and not self._tree.lifetimes.ended(rule.id)
+            and not (counted and rule.limited and self._used_up(rule.id))
+        ]
+
     def take_back(self, grant: Grant, peer_info: Raw, reason: str) -> None:
         """Not a byte of what was permitted was taken: it is no read."""
         door = grant.peer.door.value
         self._audit.note("withheld", id=grant.object_id, door=door, peer=peer_info, reason=reason)
         rule = None if grant.rule is None else self._rules.get(grant.rule)
-        if rule is not None and rule.limited:
+        if rule is not None and rule.limited and grant.peer.door is Door.CLIENT:
             self._count(rule.id, -1)
 
     def may_read(self, peer: Peer, object_id: str) -> bool:
@@ -197,14 +296,7 @@ class Access:
         """
         if peer.door is Door.CONTROL:
             return self._tree.secrets_after(after)
-        granted = self._granted_to(peer.identities)
-        asked = [r for r in granted.unsteady.values() if self._allows(r.authz, peer.identities)]
-        rules = [r for r in granted.placed.values() if r.id not in granted.unsteady] + asked
-        living = [
-            r
-            for r in rules
-            if not self._tree.lifetimes.ended(r.id) and not (r.limited and self._used_up(r.id))
-        ]
+        living = self._living(peer.identities)
         globs = [r.secret for r in living if is_pattern(r.secret)]
         exact = {r.secret for r in living} - set(globs)
         found = [i for i in exact if i > after and self._tree.is_secret(i)]

@@ -63,6 +63,7 @@ class Record(Struct, omit_defaults=True, rename="kebab"):
     decision: str | UnsetType = UNSET
     rule: str | UnsetType = UNSET
     id: str | UnsetType = UNSET
+    credential: str | UnsetType = UNSET
     type: str | UnsetType = UNSET
     size: int | UnsetType = UNSET
     door: str | UnsetType = UNSET

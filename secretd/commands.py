@@ -147,9 +147,8 @@ def query_name(_monitor: Monitor) -> NameInfo:
 
 @COMMANDS()
 def quit(monitor: Monitor) -> None:  # noqa: A001 - QEMU's name
-    """Stop the daemon in order."""
-    monitor.daemon.owner.shut_down('{"guest": false, "reason": "host-qmp-quit"}')
-    monitor.daemon.owner.stop()
+    """Stop the daemon in order. Its secrets end, even where a service manager keeps them otherwise."""
+    monitor.daemon.owner.quit('{"guest": false, "reason": "host-qmp-quit"}')
 
 
 # --- objects

@@ -7,7 +7,6 @@ returns, commands carries them out. The only place where exceptions become repli
 """
 
 import asyncio
-import fcntl
 import logging
 import os
 import time
@@ -40,7 +39,7 @@ from secretd.peer import Door, Peer
 from secretd.qom.object import ObjectTree
 from secretd.qom.source import Source
 from secretd.schema import Command, FastDecoder, check
-from secretd.transport import Locked
+from secretd.transport import Locked, unread
 from secretd.wire import encode
 from secretd.wire import message as wire
 from secretd.wire.message import Malformed, Request
@@ -66,8 +65,6 @@ MAX_REPLY_BYTES: Final = 64 << 10
 WAITING_COMMANDS: Final = ("secret_read", "object_add", "human_monitor_command")
 """The functions of commands that may have to wait for something."""
 
-_SIOCINQ: Final = 0x541B
-
 INTERNAL_ERROR: Final = "Internal error; the log of secretd has the details"
 
 Reply: TypeAlias = "bytes | Locked | Coroutine[object, object, bytes]"
@@ -78,11 +75,8 @@ class Owner(Protocol):
 
     announcer: Announcer
 
-    def stop(self) -> None:
-        """End the daemon in order."""
-
-    def shut_down(self, data: str) -> None:
-        """Send SHUTDOWN, its data as JSON text, to all."""
+    def quit(self, data: str) -> None:
+        """Send SHUTDOWN, its data as JSON text, to all, and end the daemon with all secrets."""
 
 
 class Daemon:
@@ -184,11 +178,8 @@ class Monitor:
             self.fdsets, self.scratch, daemon.offload, peer.uid, trusted=peer.trusted
         )
         self.oob = False
-        info: dict[str, object] = {"uid": peer.uid, "gid": peer.gid, "pid": peer.pid}
-        if peer.unit is not None:
-            info["unit"] = peer.unit
-        self.peer_info = encode.value(info)
-        self.peer_json = Raw(msgspec.json.encode(info))
+        self.peer_info = encode.value(peer.info)
+        self.peer_json = Raw(msgspec.json.encode(peer.info))
 
     @property
     def scratch(self) -> Arena:
@@ -370,10 +361,10 @@ def close_connection(daemon: Daemon, peer: Peer, fd: int) -> None:
     """Close the descriptor of a connection that was shut down, so that nothing more comes on it. Only if
     something lies there unread may descriptors lie there, whose end can block.
     """
-    if fcntl.ioctl(fd, _SIOCINQ, b"\0" * 4) == b"\0" * 4:
-        os.close(fd)
-    else:
+    if unread(fd):
         close_for(daemon, peer, fd)
+    else:
+        os.close(fd)
 
 
 def log_internal(error: Exception) -> None:

@@ -57,6 +57,7 @@ class Door(Enum):
 
     CONTROL = "control"
     CLIENT = "client"
+    CREDENTIALS = "credentials"
 
 
 class Peer(NamedTuple):
@@ -74,6 +75,14 @@ class Peer(NamedTuple):
     identities: frozenset[str] = frozenset()
     unit: str | None = None
     authz: str | None = None
+
+    @property
+    def info(self) -> dict[str, object]:
+        """Who it is, for audit records and events."""
+        info: dict[str, object] = {"uid": self.uid, "gid": self.gid, "pid": self.pid}
+        if self.unit is not None:
+            info["unit"] = self.unit
+        return info
 
     @property
     def trusted(self) -> bool:
@@ -95,7 +104,7 @@ def identify(sock: socket.socket, door: Door, authz: str | None = None) -> Peer:
     peer = Peer(uid, gid, pid, door, frozenset((f"uid:{uid}", f"gid:{gid}")), None, authz)
     try:
         identities = [f"gid:{group}" for group in _groups(sock)]
-        units = units_of(_cgroup(sock))
+        units = units_of(_cgroup(sock, pid if door is Door.CREDENTIALS and uid == 0 else -1))
     except PeerUnknown:
         if door is Door.CONTROL and peer.trusted:
             return peer
@@ -124,10 +133,15 @@ def _groups(sock: socket.socket) -> "array.array[int]":
     return groups
 
 
-def _cgroup(sock: socket.socket) -> str | None:
-    """Return the path of the peer's cgroup, None if it has none that we can name."""
+def _cgroup(sock: socket.socket, pid: int) -> str | None:
+    """Return the path of the peer's cgroup, None if it has none that we can name.
+
+    ``pid``: where the kernel gives no pidfd of who connected, look at the process that has this number
+    now. It may be another one only if the peer has ended: that is good enough for root, who
+    connects as a service manager and waits for the answer. -1: for nobody else.
+    """
     try:
-        pidfd = int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD, 4), "little")
+        pidfd = _peer_pidfd(sock, pid)
     except OSError as error:
         if error.errno == errno.ENOPROTOOPT:
             raise PeerUnknown("this kernel has no SO_PEERPIDFD; Linux 6.5 has") from None
@@ -136,6 +150,15 @@ def _cgroup(sock: socket.socket) -> str | None:
         return cgroup_of(pidfd)
     finally:
         os.close(pidfd)
+
+
+def _peer_pidfd(sock: socket.socket, pid: int) -> int:
+    try:
+        return int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD, 4), "little")
+    except OSError as error:
+        if error.errno != errno.ENOPROTOOPT or pid <= 0:
+            raise
+        return os.pidfd_open(pid)
 
 
 def cgroup_of(pidfd: int) -> str | None:

@@ -18,6 +18,7 @@ from msgspec import UNSET, Raw
 
 from secretd.announce import Announcer
 from secretd.audit import Audit
+from secretd.credentials import Credentials
 from secretd.errors import AccessDenied, LimitReached, PeerUnknown, UsageError
 from secretd.monitor import Daemon, close_connection, wire_event
 from secretd.peer import Door, Peer, identify
@@ -25,6 +26,7 @@ from secretd.qom.object import ObjectTree
 from secretd.receive import ReceiveSpace
 from secretd.schema import Command
 from secretd.session import Session
+from secretd.systemd import Manager
 from secretd.wire import message as wire
 
 LISTEN_BACKLOG: Final = 128
@@ -36,27 +38,40 @@ ACCEPTS_PER_TURN: Final = 32
 RETRY_ACCEPT_SECONDS: Final = 0.5
 """Seconds until the next try when the process has no descriptor left for a connection."""
 
+STOP_SECONDS: Final = 12.0
+"""Seconds that requests which were sent before a stop have to be answered: more than a source or a delivery
+may take."""
+
 PATH_BYTES: Final = 107
 """Bytes of a socket's path (unix(7): sun_path with its NUL)."""
 
 
 class Listener:
-    """A listening socket; its file is removed at the end. ``authz``: the id of the object that says
-    who else may use a control door.
+    """A listening socket. ``authz``: the id of the object that says who else may use a control door.
+    ``owned``: its file is removed at the end; the service manager's is not.
     """
 
     def __init__(
-        self, sock: socket.socket, door: Door, path: str, authz: str | None = None
+        self,
+        sock: socket.socket,
+        door: Door,
+        path: str,
+        authz: str | None = None,
+        *,
+        owned: bool = True,
     ) -> None:
         self.sock = sock
         self.door = door
         self.authz = authz
         self.path = path
-        self._inode = os.stat(path).st_ino
+        self.owned = owned
+        self._inode = os.stat(path).st_ino if owned else -1
 
     def close(self) -> None:
         """Stop listening; remove the socket's file if it is still ours."""
         self.sock.close()
+        if not self.owned:
+            return
         with contextlib.suppress(FileNotFoundError):
             if os.stat(self.path).st_ino == self._inode:
                 os.unlink(self.path)
@@ -106,7 +121,7 @@ def _remove_stale(path: str) -> None:
 
 
 class Server:
-    """All doors and sessions of a process."""
+    """All doors and sessions of a process. ``manager``: the service manager, if it keeps descriptors."""
 
     def __init__(
         self,
@@ -114,13 +129,16 @@ class Server:
         commands: Iterable[Command],
         package: str,
         audit: Audit | None = None,
+        manager: Manager | None = None,
     ) -> None:
         self.daemon = Daemon(tree, commands, package, audit or Audit(), self)
         self.space = ReceiveSpace(tree.scratch)
         self.sessions: set[Session] = set()
         self.announcer = Announcer(self.daemon.access, lambda: self.sessions)
-        self.stopping = False
+        self.credentials = Credentials(self.daemon, self.start, self._check_idle, manager)
+        self.stopping = False  # requests that were not begun are not answered any more
         self._stopped = asyncio.Event()
+        self._idle = asyncio.Event()
         self._listeners: list[Listener] = []
         self._tasks = asyncio.TaskGroup()
 
@@ -130,7 +148,7 @@ class Server:
         self._watch(listener)
 
     def _watch(self, listener: Listener) -> None:
-        if not self.stopping:
+        if not self._stopped.is_set():
             loop = asyncio.get_running_loop()
             loop.add_reader(listener.sock.fileno(), self._accept, listener)
 
@@ -151,7 +169,11 @@ class Server:
                     raise
                 self._pause(listener)
                 return
-            self._greet(sock, listener)
+            sock.setblocking(False)
+            if listener.door is Door.CREDENTIALS:
+                self.credentials.accept(sock)
+            else:
+                self._greet(sock, listener)
 
     def _pause(self, listener: Listener) -> None:
         """Accept again a little later."""
@@ -160,7 +182,6 @@ class Server:
         loop.call_later(RETRY_ACCEPT_SECONDS, self._watch, listener)
 
     def _greet(self, sock: socket.socket, listener: Listener) -> None:
-        sock.setblocking(False)
         daemon, door = self.daemon, listener.door
         peer = Peer(-1, -1, -1, door)
         try:
@@ -201,32 +222,56 @@ class Server:
         """Run what a session waits for; it ends with the server at the latest."""
         return self._tasks.create_task(coroutine)
 
-    def shut_down(self, data: str) -> None:
-        """Send what happened so far, then SHUTDOWN, to all on the control door."""
+    def forget(self, session: Session) -> None:
+        """A session has ended."""
+        self.sessions.discard(session)
+        self._check_idle()
+
+    def quit(self, data: str) -> None:
+        """Send what happened so far, then SHUTDOWN, to all on the control door; end `run`."""
         self.announcer.send()
         event = wire_event("SHUTDOWN", data)
         for session in list(self.sessions):
             if session.listening and session.peer.door is Door.CONTROL:
                 session.send_events(event, 1)
-
-    def stop(self) -> None:
-        """End `run`. Requests not yet begun are not answered."""
         self.stopping = True
         self._stopped.set()
 
+    def stop(self) -> None:
+        """End `run` when everything is answered that clients have sent; the second time, at once."""
+        if self._stopped.is_set():
+            self._idle.set()
+        self._stopped.set()
+
     async def run(self, ready: Callable[[], None]) -> None:
-        """Serve until `stop`; then close everything. ``ready`` is called once all is open."""
+        """Serve until `stop` or `quit`; then close everything. ``ready`` is called once all is open."""
         lifetimes = self.daemon.tree.lifetimes
         async with self._tasks:
             lifetimes.start(self.daemon.expire)
             ready()
             await self._stopped.wait()
-            lifetimes.stop()
             self.announcer.send()
             loop = asyncio.get_running_loop()
             for listener in self._listeners:
                 loop.remove_reader(listener.sock.fileno())
                 listener.close()
+            await self._finish()
+            lifetimes.stop()
+            self.announcer.send()
             for session in list(self.sessions):
                 session.transport.close()
+            self.credentials.stop()
         self.space.close()
+
+    async def _finish(self) -> None:
+        """Wait until everything is answered; what waits for somebody else has its time limit."""
+        for session in list(self.sessions):
+            session.transport.finish(read=not self.stopping)
+        self._check_idle()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(STOP_SECONDS):
+                await self._idle.wait()
+
+    def _check_idle(self) -> None:
+        if self._stopped.is_set() and not self.sessions and not self.credentials.busy:
+            self._idle.set()

@@ -45,12 +45,14 @@ class Owner(Protocol):
 
     daemon: Daemon
     space: ReceiveSpace
-    sessions: "set[Session]"
     stopping: bool
     announcer: Announcer
 
     def start(self, coroutine: Coroutine[object, object, None]) -> asyncio.Task[None]:
         """Run what a session waits for."""
+
+    def forget(self, session: "Session") -> None:
+        """A session has ended."""
 
 
 class Session:
@@ -276,7 +278,7 @@ class Session:
             elif isinstance(kept, LockedBuffer):
                 self._give(kept)
                 kept.free()
-        self._server.sessions.discard(self)
+        self._server.forget(self)
         self._server.daemon.limits.connections.give(self.monitor.peer.uid)
         if self.throttle is not None:
             self.throttle.close()

@@ -98,6 +98,7 @@ class Journal:
 
     def __init__(self, arena: Arena, kept: "_Kept | None" = None) -> None:
         self.arena = arena
+        self.fixed = False  # True: stay with this file
         self._offsets: dict[str, int] = {}
         self._dead = 0
         self._end = _FILE.size
@@ -220,6 +221,12 @@ class Journal:
         fields = _RECORD.unpack_from(self._map, self._offsets[object_id])
         return fields[7], fields[5] + fields[0]
 
+    def has_property(self, object_id: str, name: str) -> bool:
+        """True if an object that there is may have a property of that name; False if it has none."""
+        offset = self._offsets[object_id]
+        length = struct.unpack_from("<I", self._map, offset)[0]
+        return self._map.find(b'"%s"' % name.encode(), offset, offset + length) >= 0
+
     def plaintext(self, object_id: str) -> memoryview:
         """Return the plaintext in locked memory, borrowed until the object is removed."""
         fields = _RECORD.unpack_from(self._map, self._offsets[object_id])
@@ -314,7 +321,7 @@ class Journal:
 
         Offsets noted before are void then.
         """
-        if self._dead <= max(_COMPACT_BYTES, self._end // 2):
+        if self._dead <= max(_COMPACT_BYTES, self._end // 2) or self.fixed:
             return
         fd = self.filenos()[1]
         header = _Header(*_FILE.unpack_from(self._map))

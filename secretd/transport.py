@@ -10,6 +10,7 @@ Costs of a request on the usual path: epoll_wait, recvmsg, send; no allocation b
 
 import asyncio
 import contextlib
+import fcntl
 import socket
 from collections import deque
 from collections.abc import Callable
@@ -38,8 +39,15 @@ RETRY_ROOM_SECONDS: Final = 1.0
 _CLIENTS_TURN: Final = frozenset({"starved", "backlog"})
 """Pauses during which a connection's time runs: what it holds, it holds at its own pace."""
 
+_SIOCINQ: Final = 0x541B
+
 _ANCILLARY_BYTES: Final = socket.CMSG_SPACE(4 * SCM_MAX_FD)
 """Room for all descriptors of a message, so that the kernel never discards (closes) one itself."""
+
+
+def unread(fd: int) -> bool:
+    """True if something lies unread in a socket (SIOCINQ)."""
+    return fcntl.ioctl(fd, _SIOCINQ, b"\0" * 4) != b"\0" * 4
 
 
 class Locked(NamedTuple):
@@ -111,6 +119,7 @@ class Transport:
         self._paused: set[str] = set()
         self._reading = False
         self._ended = False  # the client will send no more
+        self._finishing = False  # we take no more than the client has sent
         self._out: deque[tuple[memoryview, LockedBuffer | None]] = deque()
         self._backlog = 0
         self._locked_out = 0  # replies in locked memory that wait to be sent
@@ -192,10 +201,27 @@ class Transport:
             self._update_reading()
             return
         self._advance(view, start + count)
+        self._finish_if_ended()
+
+    def finish(self, *, read: bool) -> None:
+        """Close the connection as soon as everything is answered that was read, or, with ``read``, that the
+        client has sent.
+        """
+        if "starved" in self._paused:  # what there is no room for is half a message
+            self.close()
+            return
+        self._finishing = True
+        self._ended = self._ended or not read
+        self._update_reading()
+        self._finish_if_ended()
 
     def _finish_if_ended(self) -> None:
-        # What was sent before the client's end is answered (as in QEMU); half a message is dropped.
-        if self._ended and not self._paused and not self._out and not self._receiver.busy:
+        # What was sent before the end is answered (as in QEMU); half a message is dropped.
+        if not (self._ended or self._finishing) or self.is_closed:
+            return
+        if self._paused or self._out or self._receiver.busy:
+            return
+        if self._ended or not unread(self._sock.fileno()):
             self.close()
 
     def _advance(self, view: memoryview, end: int) -> None:
@@ -356,7 +382,7 @@ class Transport:
             self._loop.remove_writer(self._sock.fileno())
         if self.backlogged:
             self.pause("backlog")
-        elif "backlog" in self._paused or (self._ended and not self._out):
+        elif "backlog" in self._paused or ((self._ended or self._finishing) and not self._out):
             # Not from here: whoever sends may be in the middle of handling requests.
             self._loop.call_soon(self.resume, "backlog")
 

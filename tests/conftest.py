@@ -20,11 +20,15 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+from secretd import initial
 from secretd.audit import Audit
 from secretd.commands import COMMANDS
+from secretd.errors import CommandError, UsageError
 from secretd.memory import SCRATCH_RESERVE, SCRATCH_WINDOW, Arena, Level, choose_level
 from secretd.peer import Door
-from secretd.qom.object import ObjectTree
+from secretd.qom.object import ObjectTree, with_hint
+from secretd.qom.source import StartSources
+from secretd.qom.typeinfo import ObjectOptions
 from secretd.qom.types import TYPES
 from secretd.server import Server, listen
 from secretd.state import Journal
@@ -82,6 +86,17 @@ def _no_leaked_fds() -> Iterator[None]:
     leaked = open_fds() - before
     leaked = {name for name in leaked if "/.coverage" not in name and "/.hypothesis" not in name}
     assert not leaked
+
+
+def add_object(tree: ObjectTree, text: str) -> ObjectOptions | None:
+    """Make the object of ``--object TEXT``; UsageError has QEMU's words and nothing else."""
+    options = initial.parse(tree, text)
+    if options is not None:
+        try:
+            tree.add(options, StartSources(tree.scratch))
+        except CommandError as error:
+            raise UsageError(with_hint(error.desc)) from None
+    return options
 
 
 @pytest.fixture

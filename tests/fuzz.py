@@ -21,12 +21,12 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from secretd.daemon import add_object
 from secretd.errors import UsageError
 from secretd.memory import Arena, choose_level
 from secretd.qom.object import ObjectTree
 from secretd.qom.types import TYPES
 from secretd.state import Journal
+from tests.conftest import add_object
 from tests.real_qemu import Qemu, ask, storage_daemon
 from tests.transcript import FILES, SocketPeer, load
 

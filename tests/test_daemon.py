@@ -6,22 +6,24 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from secretd import __version__, chain, daemon, paths
+from secretd import __version__, chain, daemon, doors, paths
 from secretd.audit import Audit
 from secretd.errors import CommandError, UsageError
 from secretd.memory import Arena
 from secretd.peer import Door
 from secretd.qom.object import ObjectTree
 from secretd.qom.types import TYPES
+from secretd.server import Listener
 from secretd.state import Journal
 from secretd.wire import encode
-from tests.conftest import ARENA_LEVEL
+from tests.conftest import ARENA_LEVEL, add_object
 
 
 @pytest.fixture
@@ -38,18 +40,18 @@ def test_without_options_both_doors_open_in_the_default_directory(
     """Which is made, open to others where the client door is to be reached, else private."""
     monkeypatch.setattr(paths, "has_runtime_directory", lambda: True)
     for _again in range(2):
-        assert [(s.door, s.path, s.mode) for s in daemon._default_doors()] == [
+        assert [(s.door, s.path, s.mode) for s in doors.default_doors()] == [
             (Door.CONTROL, str(directory / "control.sock"), 0o600),
             (Door.CLIENT, str(directory / "client.sock"), 0o666),
         ]
     assert directory.stat().st_mode & 0o777 == 0o755
     directory.rmdir()
     monkeypatch.setattr(paths, "has_runtime_directory", lambda: False)
-    daemon._default_doors()
+    doors.default_doors()
     assert directory.stat().st_mode & 0o777 == 0o700
     directory.chmod(0o755)
     with pytest.raises(UsageError, match="others may enter it; run 'chmod 700"):
-        daemon._default_doors()
+        doors.default_doors()
 
 
 def test_a_default_directory_that_is_not_ours_is_refused(
@@ -58,29 +60,35 @@ def test_a_default_directory_that_is_not_ours_is_refused(
     """A link, a file, or in no directory at all."""
     directory.symlink_to("/tmp")
     with pytest.raises(UsageError, match="is not a directory of uid"):
-        daemon._default_doors()
+        doors.default_doors()
     monkeypatch.setattr(paths, "default_directory", lambda: str(directory / "no" / "no"))
     directory.unlink()
     with pytest.raises(UsageError, match="No such file or directory"):
-        daemon._default_doors()
+        doors.default_doors()
 
 
 def test_what_to_type_next_works_as_it_is_printed(
-    tmp_path: Path, arena: Arena, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    tmp_path: Path, arena: Arena, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """With secretctl's path where a shell would not find it, and the socket where it is not the default."""
     journal = Journal(arena)
     tree = ObjectTree(journal, arena, TYPES)
-    doors = [daemon.door_spec(Door.CONTROL, str(tmp_path / "c"))]
+    sock = socket.socket(socket.AF_UNIX)
+    path = str(tmp_path / "c")
+    sock.bind(path)
+    listeners = [Listener(sock, Door.CONTROL, path)]
     for found, shown in (
         ("/usr/bin/secretctl", "secretctl"),
         (None, f"{Path(sys.executable).parent}/secretctl"),
     ):
         monkeypatch.setattr(shutil, "which", lambda _name, found=found: found)
-        daemon._say_ready(tree, doors)
-        said = capsys.readouterr().err
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            daemon._say_ready(tree, listeners, 0)
+        said = caplog.text
         assert f"try: {shown} --socket {tmp_path}/c add disk0 --prompt   or: {shown} --help" in said
         assert f"version {__version__}, 0 objects" in said
+    listeners[0].close()
     journal.close()
 
 
@@ -97,7 +105,7 @@ def test_only_a_client_door_is_fine(tmp_path: Path) -> None:
     said += process.stderr.read()
     process.stderr.close()
     assert process.wait(10) == 0
-    assert "client socket   " in said
+    assert "client socket      " in said
     assert "try:" not in said
     assert said.endswith("secretd: stopped; all secrets are wiped\n")
     done = subprocess.run(
@@ -150,7 +158,7 @@ def test_names_that_are_not_utf8_are_kept(tmp_path: Path) -> None:
     journal = Journal(Arena(ARENA_LEVEL))
     scratch = Arena(ARENA_LEVEL)
     tree = ObjectTree(journal, scratch, TYPES)
-    daemon.add_object(tree, "secret,id=s,file=" + os.fsdecode(name))
+    add_object(tree, "secret,id=s,file=" + os.fsdecode(name))
     assert tree.get("s", "file") == os.fsdecode(name)
     assert bytes(journal.plaintext("s")) == b"letmein"
     assert encode.value(tree.get("s", "file")).endswith('/\\uFFFD"')
@@ -223,8 +231,8 @@ def test_the_audits_options_are_checked(tmp_path: Path, arena: Arena) -> None:
     journal = Journal(arena)
     tree = ObjectTree(journal, arena, TYPES)
     for text in ("secret,id=short,data=123456789012345", "secret,id=k,data=1234567890123456"):
-        daemon.add_object(tree, text)
-    daemon.add_object(tree, "authz-list,id=a")
+        add_object(tree, text)
+    add_object(tree, "authz-list,id=a")
 
     def audit(**options: str | None) -> Audit:
         given = {"audit": str(tmp_path / "audit"), "audit_policy": "best-effort", "audit_key": None}
@@ -260,9 +268,9 @@ def test_the_audits_options_are_checked(tmp_path: Path, arena: Arena) -> None:
 
 def test_a_control_door_for_others_has_a_mode_for_others() -> None:
     """Who may use it is decided at accept; a mode that is given counts."""
-    spec = daemon.door_spec(Door.CONTROL, "/x,authz=admins")
+    spec = doors.door_spec(Door.CONTROL, "/x,authz=admins")
     assert (spec.authz, spec.mode) == ("admins", 0o666)
-    spec = daemon.door_spec(Door.CONTROL, "/x,authz=admins,mode=0660")
+    spec = doors.door_spec(Door.CONTROL, "/x,authz=admins,mode=0660")
     assert (spec.authz, spec.mode) == ("admins", 0o660)
     with pytest.raises(UsageError, match="--client /x,authz=a: Parameter 'authz' is unexpected"):
-        daemon.door_spec(Door.CLIENT, "/x,authz=a")
+        doors.door_spec(Door.CLIENT, "/x,authz=a")

@@ -6,13 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from secretd import keyval
-from secretd.daemon import add_object
 from secretd.errors import UsageError
 from secretd.memory import Arena
 from secretd.qom.object import ObjectTree
 from secretd.qom.types import TYPES
 from secretd.state import Journal
-from tests.conftest import ARENA_LEVEL
+from tests.conftest import ARENA_LEVEL, add_object
 from tests.transcript import Option, load_options
 
 

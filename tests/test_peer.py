@@ -259,7 +259,7 @@ def test_what_is_no_socket_of_ours_is_not_known() -> None:
         with pytest.raises(PeerUnknown):
             identify(sock, Door.CLIENT)
         with pytest.raises(PeerUnknown):
-            module._cgroup(sock)
+            module._cgroup(sock, -1)
     with pytest.raises(PeerUnknown, match="Bad file descriptor"):
         identify(sock, Door.CONTROL)
     with pytest.raises(PeerUnknown, match="Bad file descriptor"):

@@ -48,13 +48,10 @@ class Codec:
         self._position = 0
         self._output = self.monitor.greeting()
 
-    def stop(self) -> None:
-        """See secretd.monitor.Owner."""
-        self._ended = True
-
-    def shut_down(self, data: str) -> None:
+    def quit(self, data: str) -> None:
         """See secretd.monitor.Owner."""
         self._output += wire.event("SHUTDOWN", data, 1, 2)
+        self._ended = True
 
     def _negotiated(self) -> None:
         self.codec.oob = self.monitor.oob

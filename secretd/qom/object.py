@@ -42,6 +42,9 @@ _IDENTIFIER: Final = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 DEADLINE: Final = "deadline"
 """What the journal calls an object's deadline, beside its properties: nanoseconds of CLOCK_BOOTTIME."""
 
+HAPPENED: Final = frozenset({DEADLINE, "reads"})
+"""What the journal keeps of an object that was not given but came of what happened to it."""
+
 ROOT: Final = "/"
 OBJECTS: Final = "/objects"
 
@@ -71,6 +74,21 @@ class ObjectTree:
         self.on_decision: Callable[[str], None] = lambda _object_id: None
         self._loading: set[str] = set()
         self._sorted: list[str] | None = None  # all ids, while none comes or goes
+        self.on_count: Callable[[], None] = lambda: None  # an object came or went
+        for object_id in journal:
+            self._take_over(object_id)
+
+    def _take_over(self, object_id: str) -> None:
+        """Know of an object that an earlier process has left."""
+        kind = self.type_of(object_id)
+        assert kind is not None
+        uid, size = self.journal.owner(object_id)
+        self.limits.objects.add(uid)
+        self.limits.object_bytes.add(uid, size)
+        if kind.decides or self.journal.has_property(object_id, DEADLINE):
+            record = self.journal.get(object_id)
+            assert record is not None
+            self._changed(object_id, kind, record.properties)
 
     # --- object-add, object-del
 
@@ -96,6 +114,45 @@ class ObjectTree:
         finally:
             self._loading.discard(options.id)
 
+    def renew(self, options: ObjectOptions, sources: Sources, changes: dict[str, object]) -> bool:
+        """Make an object at start, where an earlier process may have left it: it stays if nothing about
+        it is new, with its deadline and what it has counted, and is replaced otherwise. A failure leaves
+        it as it is. Returns True if it was made.
+
+        ``changes``: properties to store instead of those given. The sources must answer at once.
+        """
+        known = options.id in self.journal
+        if not known:
+            self.check_new(options.id)
+        kind = self.types.of(options)
+        plaintext = kind.create(self, options, sources)
+        assert plaintext is None or isinstance(plaintext, LockedBuffer)
+        properties = kind.stored(options) | changes
+        if known:
+            if self._is_same(options.id, kind, properties, plaintext):
+                if plaintext is not None:
+                    plaintext.free()
+                return False
+            self.delete(options.id)
+        self._store(options.id, kind, properties, plaintext, sources.uid)
+        return True
+
+    def _is_same(
+        self,
+        object_id: str,
+        kind: ObjectType,
+        properties: dict[str, object],
+        plaintext: LockedBuffer | None,
+    ) -> bool:
+        record = self.journal.get(object_id)
+        assert record is not None
+        names = (properties.keys() | record.properties.keys()) - HAPPENED
+        return (
+            record.type == kind.number
+            and all(properties.get(n) == record.properties.get(n) for n in names)
+            and (plaintext is None or plaintext.view == self.journal.plaintext(object_id))
+        )
+
     def check_new(self, object_id: str) -> None:
         """Raise CommandError unless an object of that id can be added."""
         if not _IDENTIFIER.fullmatch(object_id):
@@ -112,19 +169,29 @@ class ObjectTree:
         `check_new`.
         """
         kind = self.types.of(options)
+        self._store(options.id, kind, kind.stored(options), plaintext, uid)
+
+    def _store(
+        self,
+        object_id: str,
+        kind: ObjectType,
+        properties: dict[str, object],
+        plaintext: LockedBuffer | None,
+        uid: int,
+    ) -> None:
         self._sorted = None
-        properties = kind.stored(options)
         size = 0 if plaintext is None else len(plaintext)
         try:
             self._check_room(uid, size + _length(properties))
-            self.journal.add(options.id, kind.number, properties, plaintext, uid)
+            self.journal.add(object_id, kind.number, properties, plaintext, uid)
         except BaseException:
             if plaintext is not None:
                 plaintext.free()
             raise
         self.limits.objects.add(uid)
-        self.limits.object_bytes.add(*self.journal.owner(options.id))
-        self._changed(options.id, kind, properties)
+        self.limits.object_bytes.add(*self.journal.owner(object_id))
+        self._changed(object_id, kind, properties)
+        self.on_count()
 
     def _check_room(self, uid: int, size: int) -> None:
         """Raise LimitReached if there may not be another object."""
@@ -158,6 +225,7 @@ class ObjectTree:
         if object_id in self.deciding:
             self.deciding.discard(object_id)
             self.on_decision(object_id)
+        self.on_count()
 
     def expire_after(self, object_id: str, seconds: int) -> None:
         """Give an object that there is a lifetime from now."""
