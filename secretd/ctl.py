@@ -362,8 +362,10 @@ async def _via_pipe(client: Client, object_id: str) -> int:
 
 def shell(options: argparse.Namespace) -> int:
     """Become qmp-shell on the socket."""
-    beside = os.path.join(os.path.dirname(sys.executable), "qmp-shell")
-    program = beside if os.access(beside, os.X_OK) else shutil.which("qmp-shell")
+    # Of an environment, of what scripts/install has made, or of the system.
+    places = (sys.executable, os.path.join(os.path.dirname(__file__), "..", "bin", "here"))
+    beside = [os.path.join(os.path.dirname(place), "qmp-shell") for place in places]
+    program = next((p for p in beside if os.access(p, os.X_OK)), shutil.which("qmp-shell"))
     if program is None:
         return _fail("qmp-shell was not found; it comes with the Python package qemu.qmp")
     return os.execv(program, [program, *options.arguments, options.socket or default_socket()])

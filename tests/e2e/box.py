@@ -2,12 +2,14 @@
 """A real systemd as PID 1, to be thrown away: systemd-nspawn boots an overlay of this machine in a second.
 
 In it everything is as on this machine (the same Python, the same packages), but /run is empty, there is no
-network but loopback, cgroups are version 2 only, and what is written vanishes. This checkout's package and
-environment are in /secretd, where every user of the box may read them, wherever they are on the machine.
-Root only.
+network but loopback, cgroups are version 2 only, and what is written vanishes. secretd is installed in it as
+scripts/install does it, under /usr; this checkout is there too, as /secretd. Root only.
+
+With a root file system of another Debian (scripts/trixie) it is that one's systemd, Python and packages.
 """
 
 import contextlib
+import fcntl
 import os
 import signal
 import subprocess
@@ -15,13 +17,17 @@ import tempfile
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import need, need_program, need_root
 
 ROOT = Path(__file__).parent.parent.parent
 BOOT_SECONDS = 60
-PYTHON = ("env", "PYTHONPATH=/secretd", "/secretd/.venv/bin/python", "-m")
-SECRETD = (*PYTHON, "secretd.daemon")
-SECRETCTL = (*PYTHON, "secretd.ctl")
+SECRETD = ("secretd",)
+SECRETCTL = ("secretctl",)
+TRIXIE = ROOT / ".trixie"
+"""Where scripts/trixie puts Debian 13's root file system."""
+
 # Units of this machine that have no business in the box.
 MASKED = ("systemd-modules-load.service", "apt-daily.timer", "apt-daily-upgrade.timer",
           "e2scrub_all.timer", "fstrim.timer", "man-db.timer")  # fmt: skip
@@ -32,14 +38,15 @@ for d in $CGROUPS; do mkdir -p "$d"; echo $$ > "$d/cgroup.procs"; done
 mount --make-rprivate /
 mount -t tmpfs -o mode=0755 tmpfs "$STATE"
 mkdir "$STATE/upper" "$STATE/work" "$STATE/root"
-mount -t overlay overlay -o "lowerdir=/,upperdir=$STATE/upper,workdir=$STATE/work" "$STATE/root"
+mount -t overlay overlay -o "lowerdir=$LOWER,upperdir=$STATE/upper,workdir=$STATE/work" "$STATE/root"
+[ -z "$INSTALLED" ] || cp -R "$INSTALLED/." "$STATE/root"
 : > "$STATE/root/etc/machine-id"
 rm -rf "$STATE/root/var/log/journal" "$STATE/root/var/lib/systemd/credential.secret"
 for unit in $MASKED; do ln -sf /dev/null "$STATE/root/etc/systemd/system/$unit"; done
 exec systemd-nspawn --quiet --boot --register=no --keep-unit --private-network --link-journal=no \
     --machine="$NAME" --directory="$STATE/root" --console=pipe --kill-signal=SIGRTMIN+3 --capability=all \
     --system-call-filter="@keyring memfd_secret bpf" --resolv-conf=off --timezone=off \
-    --bind="$CHECKOUT/secretd:/secretd/secretd" --bind="$CHECKOUT/.venv:/secretd/.venv" \
+    --bind-ro="$CHECKOUT:/secretd" \
     -- systemd.unit=basic.target systemd.log_target=journal-or-kmsg
 """
 
@@ -50,10 +57,37 @@ def _hierarchies() -> list[str]:
     return [path for path in paths if os.access(f"{path}/cgroup.procs", os.W_OK)]
 
 
-class Box:
-    """A booted system. Close it, whatever happens."""
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where secretd was installed as for a package, under /usr; once for all workers."""
+    need_root()
+    shared = tmp_path_factory.getbasetemp()
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        shared = shared.parent
+    return install(shared / "installed")
 
-    def __init__(self, name: str) -> None:
+
+def install(directory: Path, python: str | None = None, *options: str) -> Path:
+    """Run scripts/install with a DESTDIR, unless that was done before."""
+    directory.parent.mkdir(exist_ok=True)
+    with open(f"{directory}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not directory.exists():
+            environment = os.environ | {"DESTDIR": f"{directory}.new"}
+            if python is not None:
+                environment["PYTHON"] = python
+            subprocess.run(
+                [str(ROOT / "scripts/install"), "--prefix=/usr", *options],
+                env=environment, check=True, capture_output=True, timeout=300,
+            )  # fmt: skip
+            os.rename(f"{directory}.new", directory)
+    return directory
+
+
+class Box:
+    """A booted system; ``installed``: what is copied over the root file system. Close it, whatever happens."""
+
+    def __init__(self, name: str, installed: Path | None, root: Path = Path("/")) -> None:
         need_root()
         need_program("systemd-nspawn", "unshare", "nsenter")
         self._cgroups = [f"{path}/{name}" for path in _hierarchies()]
@@ -67,6 +101,7 @@ class Box:
             env=os.environ | {
                 "CGROUPS": " ".join(self._cgroups), "STATE": self._state, "NAME": name,
                 "MASKED": " ".join(MASKED), "CHECKOUT": str(ROOT),
+                "LOWER": str(root), "INSTALLED": str(installed or ""),
                 "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1", "SYSTEMD_NSPAWN_LOCK": "0",
             },
         )  # fmt: skip
@@ -113,6 +148,27 @@ class Box:
         if check and done.returncode:
             raise AssertionError(f"{words}: {done.returncode}\n{done.stdout}{done.stderr}")
         return done
+
+    def wait(self, *words: str, seconds: float = 30) -> None:
+        """Wait until a command succeeds."""
+        deadline = time.monotonic() + seconds
+        while self.run(*words, check=False).returncode:
+            assert time.monotonic() < deadline, words
+
+    def write(self, path: str, text: str) -> None:
+        """Write a file, and the directories that it is in."""
+        self.run("mkdir", "-p", os.path.dirname(path))
+        self.run("tee", path, input=text)
+
+    def journal(self, unit: str, *options: str) -> list[str]:
+        """What a unit has logged, a line each."""
+        self.run("journalctl", "--sync")
+        words = ("journalctl", "--no-pager", "--quiet", "--output=cat", f"--unit={unit}", *options)
+        return self.run(*words).stdout.splitlines()
+
+    def show(self, unit: str, name: str) -> str:
+        """A property of a unit."""
+        return self.run("systemctl", "show", "--value", f"--property={name}", unit).stdout.strip()
 
     def unit(
         self, *words: str, name: str, properties: tuple[str, ...] = (), check: bool = True

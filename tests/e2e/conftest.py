@@ -12,6 +12,9 @@ from typing import Any
 import pytest
 
 from tests.conftest import Client
+from tests.e2e.box import installed
+
+__all__ = ["installed"]
 
 BIN = Path(sys.executable).parent
 SECRETD = str(BIN / "secretd")

@@ -4,6 +4,7 @@
 import json
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -16,9 +17,9 @@ DENIED = "secretctl: Reading secret 'web.key' is not permitted\n"
 
 
 @pytest.fixture(scope="module")
-def box() -> Iterator[Box]:
+def box(installed: Path) -> Iterator[Box]:
     """A box with a running daemon that holds web.key, granted to unit:nginx.service."""
-    made = Box(f"secretd-units-{os.getpid()}")
+    made = Box(f"secretd-units-{os.getpid()}", installed)
     try:
         made.run(
             "systemd-run", "--quiet", "--collect", "--unit=secretd", "--",
