@@ -29,6 +29,7 @@ from msgspec import UNSET, Raw, Struct, UnsetType
 
 from secretd import chain
 from secretd.errors import CommandError, UsageError
+from secretd.systemd import journal_on_stderr
 
 AUDIT_ID_CHARACTERS: Final = 128
 """Characters of an id in a record; the rest is cut."""
@@ -273,6 +274,8 @@ class Audit:
         self._started = False
         self._second = -1
         self._prefix = ""
+        # The journal takes a line's priority from its beginning, and the rest as it is.
+        self._priorities = (b"<6>", b"<5>") if target == "-" and journal_on_stderr() else (b"", b"")
         self._fault = ""
         self.records = 0
         self.dropped = 0
@@ -470,7 +473,7 @@ class Audit:
                 record.dropped = self.dropped - self._dropped_before
                 self._dropped_before = self.dropped
             line, self.head = chain.write(self.head, msgspec.json.encode(record), key)
-            lines.append(line)
+            lines.append(self._priorities[record.decision == "deny"] + line)
         self._rest = self._batch = b"".join(lines)
         return self._push()
 

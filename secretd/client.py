@@ -9,13 +9,19 @@ writes, into locked memory of this process. Errors are qemu.qmp's: `ConnectError
         await client.generate("disk0", 32)
         with await client.read("disk0") as plaintext:
             use(plaintext.view)
+
+When the daemon goes away, as it does for a restart or an upgrade, the client connects again by itself.
+What was not sent yet is sent then; what was sent without an answer is done again where doing it twice is
+as good as once (reading, listing, sealing, deleting, expire), and is an ExecInterruptedError otherwise:
+it may have been done.
 """
 
 import asyncio
 import contextlib
 import os
-from collections.abc import Callable, Mapping
-from typing import Any, Final, Literal, NamedTuple, Self, cast
+import re
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Final, Literal, NamedTuple, Self, TypeVar, cast
 
 from qemu.qmp import (
     ConnectError,
@@ -23,12 +29,22 @@ from qemu.qmp import (
     ExecuteError,
     QMPClient,
     QMPError,
+    Runstate,
     StateError,
 )
 
 from secretd import paths
 from secretd.fds import Fd
 from secretd.memory import SCRATCH_WINDOW, Arena, LockedBuffer, choose_level
+
+R = TypeVar("R")
+
+RETRY_SECONDS: Final = 30.0
+"""Seconds for which a connection that was lost is made anew before that is an error."""
+
+_RETRY_EACH: Final = 0.05
+_SAFE: Final = re.compile("query-.*|qom-(list|get).*|secret-(seal|explain|expire)")
+"""Commands that may be carried out twice."""
 
 Format = Literal["raw", "base64"]
 
@@ -70,23 +86,29 @@ PLAIN: Final = Encoding()
 class Client:
     """A connection to secretd. Use it as an async context manager, or call `connect` and `close`."""
 
-    def __init__(self, path: str | None = None) -> None:
-        """``path``: the socket; default $SECRETD_SOCKET, else the control or the client socket."""
+    def __init__(self, path: str | None = None, *, retry_seconds: float = RETRY_SECONDS) -> None:
+        """``path``: the socket; default $SECRETD_SOCKET, else the control or the client socket.
+        ``retry_seconds``: for how long a connection that was lost is made anew; 0 for not at all.
+        """
         self.path = path or default_socket()
+        self._retry_seconds = retry_seconds
         self._qmp = QMPClient("secretd")
+        self._connecting = asyncio.Lock()
+        self._closed = asyncio.Event()
         self._passing = asyncio.Lock()
         self._names = 0
         self._arena: Arena | None = None
 
     async def connect(self) -> None:
-        """Connect and negotiate. Raises qemu.qmp's ConnectError."""
+        """Connect and negotiate. Raises qemu.qmp's ConnectError; the first time nothing is tried again."""
+        self._closed.clear()
         await self._qmp.connect(self.path)
 
     async def close(self) -> None:
         """Disconnect, and wipe what `read` returned: it reads as zeros then."""
+        self._closed.set()
         try:
-            with contextlib.suppress(EOFError):  # how qemu.qmp tells that the server left first
-                await self._qmp.disconnect()
+            await self._disconnect()
         finally:
             if self._arena is not None:
                 arena, self._arena = self._arena, None
@@ -105,17 +127,22 @@ class Client:
         """Add a secret whose content the daemon reads from ``fd`` (borrowed): a file or memfd from its
         start, a pipe or socket to its end.
         """
-        async with self._passing:
-            self._qmp.send_fd_scm(fd)
-            added = await self._execute("add-fd")
-        set_id = cast(dict[str, int], added)["fdset-id"]
-        arguments = {"qom-type": "secret", "id": object_id, "file": f"/dev/fdset/{set_id}"}
-        options = encoding._asdict().items()
-        arguments |= {name: value for name, value in options if value is not None}
-        try:
-            await self._execute("object-add", arguments)
-        finally:
-            await self._execute("remove-fd", {"fdset-id": set_id})
+        options = {n: value for n, value in encoding._asdict().items() if value is not None}
+
+        async def once() -> None:
+            added = await self._again(lambda: self._pass(fd, "add-fd"))
+            # On another connection there is no such set.
+            set_id = cast(dict[str, int], added)["fdset-id"]
+            file = {"file": f"/dev/fdset/{set_id}"}
+            try:
+                await self._qmp.execute(
+                    "object-add", {"qom-type": "secret", "id": object_id, **file, **options}
+                )
+            finally:
+                with contextlib.suppress(StateError, ExecInterruptedError):
+                    await self._qmp.execute("remove-fd", {"fdset-id": set_id})
+
+        await self._again(once, twice=False)
 
     async def add_bytes(
         self, object_id: str, plaintext: memoryview, encoding: Encoding = PLAIN
@@ -138,7 +165,21 @@ class Client:
 
     async def delete(self, object_id: str) -> None:
         """Remove an object; its plaintext is wiped when this returns."""
-        await self._execute("object-del", {"id": object_id})
+        interrupted = False
+
+        async def once() -> None:
+            nonlocal interrupted
+            try:
+                await self._qmp.execute("object-del", {"id": object_id})
+            except ExecInterruptedError:
+                interrupted = True
+                raise
+            except ExecuteError as error:
+                # It was done, and the answer was lost.
+                if not (interrupted and str(error) == f"object '{object_id}' not found"):
+                    raise
+
+        await self._again(once)
 
     async def expire(self, object_id: str, seconds: int) -> None:
         """Have a secret wiped after so many seconds from now."""
@@ -181,11 +222,14 @@ class Client:
 
     async def read(self, object_id: str, *, format: Format = "raw") -> LockedBuffer:  # noqa: A002
         """Return a secret in locked memory; free it, or use it as a context manager, to wipe it."""
+        return await self._again(lambda: self._read(object_id, format))
+
+    async def _read(self, object_id: str, format: Format) -> LockedBuffer:  # noqa: A002
         source, sink = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         reading = asyncio.ensure_future(self._read_all(source))
         try:
             try:
-                size = await self.read_into(object_id, sink, format=format)
+                size = await self._read_into(object_id, sink, format)
             finally:
                 os.close(sink)
             buffer = await reading
@@ -206,15 +250,22 @@ class Client:
         """Have the daemon write a secret to ``fd`` (borrowed): the write end of a pipe, an end of a
         stream socket pair, or a memfd. Returns its size in bytes.
         """
-        async with self._passing:
-            self._qmp.send_fd_scm(fd)
-            self._names += 1
-            name = f"secretd-client-{self._names}"
-            await self._execute("getfd", {"fdname": name})
-        reply = await self._execute(
-            "secret-read", {"id": object_id, "fdname": name, "format": format}
-        )
-        return cast(dict[str, int], reply)["size"]
+        name = await self._again(lambda: self._named(fd))
+        return await self._deliver(object_id, name, format)
+
+    async def _read_into(self, object_id: str, fd: int, format: Format) -> int:  # noqa: A002
+        return await self._deliver(object_id, await self._named(fd), format)
+
+    async def _named(self, fd: int) -> str:
+        """Have a descriptor named; return the name."""
+        self._names += 1
+        name = f"secretd-client-{self._names}"
+        await self._pass(fd, "getfd", {"fdname": name})
+        return name
+
+    async def _deliver(self, object_id: str, name: str, format: Format) -> int:  # noqa: A002
+        arguments = {"id": object_id, "fdname": name, "format": format}
+        return cast(dict[str, int], await self._qmp.execute("secret-read", arguments))["size"]
 
     async def seal(self, object_id: str, keyid: str) -> Sealed:
         """Return a secret encrypted under another, for QEMU's object-add."""
@@ -225,7 +276,54 @@ class Client:
     # --- inside
 
     async def _execute(self, command: str, arguments: Mapping[str, object] | None = None) -> object:
-        return await self._qmp.execute(command, arguments)
+        return await self._again(
+            lambda: self._qmp.execute(command, arguments), twice=bool(_SAFE.fullmatch(command))
+        )
+
+    async def _pass(
+        self, fd: int, command: str, arguments: Mapping[str, object] | None = None
+    ) -> object:
+        """Pass a descriptor with a command."""
+        async with self._passing:
+            self._qmp.send_fd_scm(fd)
+            return await self._qmp.execute(command, arguments)
+
+    async def _again(self, once: Callable[[], Awaitable[R]], *, twice: bool = True) -> R:
+        """Return what ``once`` returns, after connecting again if need be. ``twice``: it may be done
+        twice.
+        """
+        loop = asyncio.get_running_loop()
+        deadline: float | None = None
+        while True:
+            try:
+                return await once()
+            except (StateError, ExecInterruptedError, ConnectionError) as error:
+                if deadline is None:
+                    deadline = loop.time() + self._retry_seconds
+                sent = isinstance(error, ExecInterruptedError)
+                if self._closed.is_set() or loop.time() >= deadline or (sent and not twice):
+                    raise
+                await self._reconnect(deadline)
+
+    async def _reconnect(self, deadline: float) -> None:
+        """Make the connection anew, if nobody has by then; raises ConnectError."""
+        async with self._connecting:
+            while self._qmp.runstate is not Runstate.RUNNING:
+                await self._disconnect()
+                try:
+                    await self._qmp.connect(self.path)
+                except ConnectError:
+                    if asyncio.get_running_loop().time() + _RETRY_EACH >= deadline:
+                        raise
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(_RETRY_EACH):
+                            await self._closed.wait()
+                            raise
+
+    async def _disconnect(self) -> None:
+        # What ended the connection comes out here; that it has ended is known.
+        with contextlib.suppress(EOFError, OSError, QMPError):
+            await self._qmp.disconnect()
 
     def buffer(self, size: int) -> LockedBuffer:
         """Return locked memory of this process, for plaintext on its way in or out."""

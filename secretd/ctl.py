@@ -35,6 +35,7 @@ from secretd.client import (
     default_socket,
     readable,
 )
+from secretd.ctl_access import client_of
 from secretd.errors import SecretdError, UsageError
 from secretd.memory import LockedBuffer, forbid_dumps
 from secretd.options import QuietParser
@@ -97,10 +98,6 @@ def _warn(message: str) -> None:
     print(f"secretctl: warning: {message}", file=sys.stderr)
 
 
-def _client(options: argparse.Namespace) -> Client:
-    return Client(options.socket)
-
-
 # --- add
 
 
@@ -108,7 +105,7 @@ async def add(options: argparse.Namespace) -> None:
     """Add a secret from a file, a descriptor, stdin or a prompt."""
     if options.iv is not None and options.keyid is None:
         raise UsageError("--iv goes with --keyid, the secret that it is encrypted under")
-    async with _client(options) as client:
+    async with client_of(options) as client:
         encoding = Encoding(options.format, options.keyid, options.iv)
         if options.file is not None:
             fd = os.open(options.file, os.O_RDONLY | os.O_CLOEXEC)
@@ -196,7 +193,7 @@ async def read(options: argparse.Namespace) -> None:
         raise UsageError(
             "stdout is a terminal; send the secret to a pipe or a file, or use --force"
         )
-    async with _client(options) as client:
+    async with client_of(options) as client:
         with await client.read(options.id, format=options.format) as secret:
             rest = secret.view
             while rest:
@@ -205,7 +202,7 @@ async def read(options: argparse.Namespace) -> None:
 
 async def list_secrets(options: argparse.Namespace) -> None:
     """List the secrets."""
-    async with _client(options) as client:
+    async with client_of(options) as client:
         secrets = await client.list()
     if options.json:
         print(json.dumps([_info(s) for s in secrets]))
@@ -248,7 +245,7 @@ def _duration(seconds: int | None) -> str:
 
 async def status(options: argparse.Namespace) -> None:
     """Tell who answers, how many secrets it holds and how they are protected."""
-    async with _client(options) as client:
+    async with client_of(options) as client:
         secrets = await client.list()
         facts = {
             "daemon": await client.version(),
@@ -265,26 +262,26 @@ async def status(options: argparse.Namespace) -> None:
 
 async def delete(options: argparse.Namespace) -> None:
     """Remove a secret."""
-    async with _client(options) as client:
+    async with client_of(options) as client:
         await client.delete(options.id)
 
 
 async def seal(options: argparse.Namespace) -> None:
     """Print a secret encrypted under another."""
-    async with _client(options) as client:
+    async with client_of(options) as client:
         sealed = await client.seal(options.id, options.keyid)
     print(json.dumps(sealed._asdict()))
 
 
 async def generate(options: argparse.Namespace) -> None:
     """Add a secret of random bytes."""
-    async with _client(options) as client:
+    async with client_of(options) as client:
         await client.generate(options.id, options.bytes)
 
 
 async def push(options: argparse.Namespace) -> None:
     """Seal a secret and add it to a running QEMU."""
-    async with _client(options) as client:
+    async with client_of(options) as client:
         sealed = await client.seal(options.id, options.keyid)
     options.connecting = options.qmp
     qemu = QMPClient("qemu")
@@ -313,7 +310,7 @@ async def push(options: argparse.Namespace) -> None:
 async def run(options: argparse.Namespace) -> int:
     """Run a command with {NAME} replaced by a /dev/fd/N that reads as the secret."""
     fds: dict[str, int] = {}
-    async with _client(options) as client:
+    async with client_of(options) as client:
         for wanted in options.secret:
             object_id, _, name = wanted.partition("=")
             via = _via_memfd if options.via == "memfd" else _via_pipe

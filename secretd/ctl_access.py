@@ -19,6 +19,7 @@ from secretd import chain
 from secretd.client import Client, ExecuteError
 from secretd.errors import UsageError
 from secretd.memory import SCRATCH_WINDOW, Arena, choose_level
+from secretd.systemd import CREDENTIAL_ADDRESS_BYTES
 
 AddVerb = Callable[[str, Callable[..., Awaitable[int | None]], str], argparse.ArgumentParser]
 
@@ -28,6 +29,15 @@ _UNIT_SUFFIX: Final = re.compile(
     r"\.(?:service|scope|socket|mount|automount|swap|timer|path|target|device|slice)$|[*?]$"
 )
 _KEY_BYTES: Final = 1 << 20
+
+
+RETRY_SECONDS: Final = 5.0
+"""Seconds for which a connection that was lost is made anew: a restart takes less."""
+
+
+def client_of(options: argparse.Namespace) -> Client:
+    """Return the client of all verbs."""
+    return Client(options.socket, retry_seconds=RETRY_SECONDS)
 
 
 def add_verbs(verb: AddVerb) -> None:
@@ -148,9 +158,10 @@ async def grant(options: argparse.Namespace) -> None:
     if options.max_reads is not None:
         arguments["max-reads"] = options.max_reads
     if options.credential is not None:
+        _check_credential(options.credential, named)
         arguments["credential"] = options.credential
     rules_object = {"qom-type": "authz-list", "id": authz_id(name), "rules": rules}
-    async with Client(options.socket) as client:
+    async with client_of(options) as client:
         if await _type_of(client, name) is not None:
             raise UsageError(
                 f"'{name}' exists already; take it back first, or choose another with --id"
@@ -166,6 +177,17 @@ async def grant(options: argparse.Namespace) -> None:
     print(name)
 
 
+def _check_credential(name: str, named: list[str]) -> None:
+    """Raise UsageError for a unit that systemd could not ask for it."""
+    for unit in (who.rpartition("/")[2].removeprefix("unit:") for who in named if "unit:" in who):
+        size = len((unit + name).encode())
+        if size > CREDENTIAL_ADDRESS_BYTES:
+            raise UsageError(
+                f"'{unit}' and '{name}' have {size} bytes together, and systemd can ask for "
+                f"{CREDENTIAL_ADDRESS_BYTES}: choose a shorter --credential"
+            )
+
+
 async def _type_of(client: Client, object_id: str) -> object:
     try:
         return await client.execute(
@@ -178,7 +200,7 @@ async def _type_of(client: Client, object_id: str) -> object:
 async def revoke(options: argparse.Namespace) -> None:
     """Delete a grant, and the authz-list that was made for it."""
     name, rules = options.grant, authz_id(options.grant)
-    async with Client(options.socket) as client:
+    async with client_of(options) as client:
         kind = await _type_of(client, name)
         if kind not in ("secret-grant", None):
             raise UsageError(f"'{name}' is no grant; 'secretctl del' removes secrets")
@@ -196,7 +218,7 @@ async def revoke(options: argparse.Namespace) -> None:
 async def explain(options: argparse.Namespace) -> int:
     """Say whether somebody may read a secret; the exit status is 0 if so, 1 if not."""
     named = [name for who in options.who for name in (*identities(who), *_groups(who))]
-    async with Client(options.socket) as client:
+    async with client_of(options) as client:
         found = await client.explain(options.id, named)
     if options.json:
         print(json.dumps(found))
@@ -221,7 +243,7 @@ def _explained(object_id: str, named: list[str], found: dict[str, object]) -> It
 
 async def expire(options: argparse.Namespace) -> None:
     """Give a secret a lifetime."""
-    async with Client(options.socket) as client:
+    async with client_of(options) as client:
         await client.expire(options.id, seconds(options.after))
 
 
@@ -230,7 +252,7 @@ async def audit(options: argparse.Namespace) -> int:
     if options.key is None and options.key_file is None:
         return await _verify(options, None)
     if options.key is not None:
-        async with Client(options.socket) as client:
+        async with client_of(options) as client:
             with await client.read(options.key) as key:
                 return await _verify(options, key.view)
     arena = Arena(choose_level(require=False), window=SCRATCH_WINDOW)
@@ -247,7 +269,7 @@ async def _verify(options: argparse.Namespace, key: memoryview | None) -> int:
     written = None
     if options.live:
         # Asked first, so that what is written meanwhile is not missing.
-        async with Client(options.socket) as client:
+        async with client_of(options) as client:
             written = await client.stat("audit-records")
     verification = chain.Verification(key, continues=options.continues)
     wrong = sum(_report(path, verification) for path in options.files)
@@ -269,7 +291,7 @@ async def _verify(options: argparse.Namespace, key: memoryview | None) -> int:
         print(f"secretd has written {written}: those after {last.number} are missing at the end")
         wrong += 1
     else:
-        async with Client(options.socket) as client:
+        async with client_of(options) as client:
             written = await client.stat("audit-records")
         if last.number > written:
             print(f"secretd has written {written}: those after that are made up")

@@ -1,27 +1,92 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""openat2(2) through ctypes, for its RESOLVE_NO_MAGICLINKS: Python has no wrapper for it."""
+"""openat2(2), which Python lacks. Only this one use; qom.source and qom.authz call it.
+
+Where it is not allowed the path is walked by hand: systemd's RestrictSUIDSGID= refuses the whole call,
+since a filter cannot see its flags, and kernels before 5.6 do not have it.
+"""
 
 import ctypes
+import errno
 import os
-import struct
-from typing import Final
+import stat
 
-_SYS_OPENAT2: Final = 437
-_AT_FDCWD: Final = -100
-_RESOLVE_NO_MAGICLINKS: Final = 0x02
-_HOW = struct.Struct("=QQQ")  # struct open_how: flags, mode, resolve
+_SYS_OPENAT2 = 437
+_AT_FDCWD = -100
+_RESOLVE_NO_MAGICLINKS = 0x02
+_O_PATH = 0o10000000
+_PROC_SUPER_MAGIC = 0x9FA0
+_PROC_ROOT_INO = 1
+_LINKS_MAX = 40
+"""Symbolic links in one path (path_resolution(7))."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def open_without_magic_links(path: bytes, flags: int) -> int:
-    """Open ``path``, refusing (ELOOP) links like /proc/self/fd/N that lead to open descriptors.
-
-    Raises OSError.
+    """Open a path that leads through no magic link (/proc/PID/fd/N and the like). Raises OSError; ELOOP if
+    it does.
     """
-    how = ctypes.create_string_buffer(_HOW.pack(flags, 0, _RESOLVE_NO_MAGICLINKS), _HOW.size)
-    fd: int = _libc.syscall(_SYS_OPENAT2, _AT_FDCWD, ctypes.c_char_p(path), how, _HOW.size)
+    how = (ctypes.c_uint64 * 3)(flags, 0, _RESOLVE_NO_MAGICLINKS)
+    fd: int = _libc.syscall(_SYS_OPENAT2, _AT_FDCWD, path, ctypes.byref(how), ctypes.sizeof(how))
     if fd < 0:
         error = ctypes.get_errno()
+        if error == errno.ENOSYS:
+            return walk(path, flags)
         raise OSError(error, os.strerror(error))
     return fd
+
+
+def walk(path: bytes, flags: int) -> int:
+    """The same by hand: component by component, reading links instead of following them."""
+    if not path:
+        raise _error(errno.ENOENT)
+    directory = _open_directory(path)
+    try:
+        rest = _parts(path)
+        links = 0
+        while rest:
+            name = rest.pop(0)
+            found = os.open(name, _O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+            if stat.S_ISLNK(os.fstat(found).st_mode):
+                try:
+                    links += 1
+                    if links > _LINKS_MAX or _is_magic(found, directory):
+                        raise _error(errno.ELOOP)
+                    target = os.readlink(b"", dir_fd=found)
+                finally:
+                    os.close(found)
+                if target.startswith(b"/"):
+                    os.close(directory)
+                    directory = _open_directory(target)
+                rest = _parts(target) + rest
+            elif rest:
+                os.close(directory)
+                directory = found
+            else:
+                os.close(found)
+                return os.open(name, flags | os.O_NOFOLLOW, dir_fd=directory)
+        return os.open(b".", flags, dir_fd=directory)
+    finally:
+        os.close(directory)
+
+
+def _open_directory(path: bytes) -> int:
+    start = b"/" if path.startswith(b"/") else b"."
+    return os.open(start, _O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+def _parts(path: bytes) -> list[bytes]:
+    """The components; a slash at the end asks for a directory."""
+    return [part for part in path.split(b"/") if part] + [b"."] * path.endswith(b"/")
+
+
+def _is_magic(link: int, directory: int) -> bool:
+    """True for links of /proc that lead elsewhere than they say: all but those at its top, such as self."""
+    buffer = (ctypes.c_long * 32)()
+    if _libc.fstatfs(link, buffer):
+        raise _error(ctypes.get_errno())
+    return buffer[0] == _PROC_SUPER_MAGIC and os.fstat(directory).st_ino != _PROC_ROOT_INO
+
+
+def _error(number: int) -> OSError:
+    return OSError(number, os.strerror(number))

@@ -311,6 +311,7 @@ def test_a_daemon_that_goes_away_is_said(
         lambda *_a, **_k: [s.transport.close() for s in daemon.server.sessions.copy()],
     )
     monkeypatch.setattr("secretd.client.Client.list", lambda self: self._execute("qom-list-types"))
+    monkeypatch.setattr("secretd.ctl_access.RETRY_SECONDS", 0)
     _, err = run("list", status=1)
     assert err.startswith("secretctl: the connection was lost")
 

@@ -19,6 +19,7 @@ from secretd.patterns import PATTERN_CHARACTERS
 from secretd.qom.object import DEADLINE, ObjectTree
 from secretd.qom.typeinfo import ObjectOptions, ObjectType, Sources, TypeInfo
 from secretd.state import Record
+from secretd.systemd import CREDENTIAL_ADDRESS_BYTES
 from secretd.wire.parser import JSON
 
 MAX_READS: Final = 1 << 31
@@ -100,6 +101,11 @@ def _check(name: str, value: object) -> None:
         raise CommandError("Parameter 'secret' expects an id, or a pattern of ids with '*' and '?'")
     elif name == "credential" and "/" in str(value):
         raise CommandError("Parameter 'credential' expects a credential's name, without '/'")
+    elif name == "credential" and len(str(value).encode()) > CREDENTIAL_ADDRESS_BYTES:
+        raise CommandError(
+            f"Parameter 'credential' is longer than the {CREDENTIAL_ADDRESS_BYTES} bytes that systemd has "
+            "for it and the unit's name"
+        )
 
 
 def check_seconds(name: str, value: object) -> int:

@@ -15,11 +15,12 @@ import signal
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import need, need_program, need_root
+from tests.conftest import Client, need, need_program, need_root
 
 ROOT = Path(__file__).parent.parent.parent
 BOOT_SECONDS = 60
@@ -46,7 +47,7 @@ for unit in $MASKED; do ln -sf /dev/null "$STATE/root/etc/systemd/system/$unit";
 exec systemd-nspawn --quiet --boot --register=no --keep-unit --private-network --link-journal=no \
     --machine="$NAME" --directory="$STATE/root" --console=pipe --kill-signal=SIGRTMIN+3 --capability=all \
     --system-call-filter="@keyring memfd_secret bpf" --resolv-conf=off --timezone=off \
-    --bind-ro="$CHECKOUT:/secretd" \
+    --bind-ro="$CHECKOUT:/secretd" ${WHEELS:+--bind-ro="$WHEELS:/wheels"} \
     -- systemd.unit=basic.target systemd.log_target=journal-or-kmsg
 """
 
@@ -61,33 +62,59 @@ def _hierarchies() -> list[str]:
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where secretd was installed as for a package, under /usr; once for all workers."""
     need_root()
-    shared = tmp_path_factory.getbasetemp()
+    with once(tmp_path_factory, "installed") as directory:
+        if not directory.exists():
+            subprocess.run(
+                [str(ROOT / "scripts/install"), "--prefix=/usr"],
+                env=os.environ | {"DESTDIR": f"{directory}.new"},
+                check=True, capture_output=True, timeout=300,
+            )  # fmt: skip
+            os.rename(f"{directory}.new", directory)
+    return directory
+
+
+@contextlib.contextmanager
+def once(factory: pytest.TempPathFactory, name: str) -> Iterator[Path]:
+    """A path that all workers share, and that one of them makes while the others wait."""
+    shared = factory.getbasetemp()
     if os.environ.get("PYTEST_XDIST_WORKER"):
         shared = shared.parent
-    return install(shared / "installed")
-
-
-def install(directory: Path, python: str | None = None, *options: str) -> Path:
-    """Run scripts/install with a DESTDIR, unless that was done before."""
-    directory.parent.mkdir(exist_ok=True)
-    with open(f"{directory}.lock", "w") as lock:
+    with open(shared / f"{name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        yield shared / name
+
+
+def wheels(factory: pytest.TempPathFactory, version: str) -> Path:
+    """Where the packages lie that secretd needs, for a Python of that version; none is built."""
+    with once(factory, f"wheels-{version}") as directory:
         if not directory.exists():
-            environment = os.environ | {"DESTDIR": f"{directory}.new"}
-            if python is not None:
-                environment["PYTHON"] = python
+            lock = (ROOT / "requirements.lock").read_text().partition("# development")[0]
+            wanted = Path(f"{directory}.txt")
+            wanted.write_text(lock)
             subprocess.run(
-                [str(ROOT / "scripts/install"), "--prefix=/usr", *options],
-                env=environment, check=True, capture_output=True, timeout=300,
+                [
+                    str(ROOT / ".venv/bin/python"), "-m", "pip", "download", "--quiet", "--no-deps",
+                    "--require-hashes", "--only-binary=:all:", f"--python-version={version}",
+                    f"--dest={directory}.new", f"--requirement={wanted}",
+                ],
+                check=True, capture_output=True, timeout=300,
             )  # fmt: skip
             os.rename(f"{directory}.new", directory)
     return directory
 
 
 class Box:
-    """A booted system; ``installed``: what is copied over the root file system. Close it, whatever happens."""
+    """A booted system; ``installed`` is copied over its root file system ``root``, and ``wheels`` lie in
+    /wheels. Close it, whatever happens.
+    """
 
-    def __init__(self, name: str, installed: Path | None, root: Path = Path("/")) -> None:
+    def __init__(
+        self,
+        name: str,
+        installed: Path | None = None,
+        root: Path = Path("/"),
+        wheels: Path | None = None,
+    ) -> None:
         need_root()
         need_program("systemd-nspawn", "unshare", "nsenter")
         self._cgroups = [f"{path}/{name}" for path in _hierarchies()]
@@ -101,7 +128,7 @@ class Box:
             env=os.environ | {
                 "CGROUPS": " ".join(self._cgroups), "STATE": self._state, "NAME": name,
                 "MASKED": " ".join(MASKED), "CHECKOUT": str(ROOT),
-                "LOWER": str(root), "INSTALLED": str(installed or ""),
+                "LOWER": str(root), "INSTALLED": str(installed or ""), "WHEELS": str(wheels or ""),
                 "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1", "SYSTEMD_NSPAWN_LOCK": "0",
             },
         )  # fmt: skip
@@ -148,6 +175,22 @@ class Box:
         if check and done.returncode:
             raise AssertionError(f"{words}: {done.returncode}\n{done.stdout}{done.stderr}")
         return done
+
+    def path(self, path: str) -> str:
+        """What a path of the box is called outside."""
+        return f"/proc/{self._init()}/root{path}"
+
+    def processes(self, unit: str) -> list[int]:
+        """The processes of a unit, by their numbers outside."""
+        for cgroup in self._cgroups:
+            with contextlib.suppress(OSError):
+                with open(f"{cgroup}/payload/system.slice/{unit}/cgroup.procs") as file:
+                    return [int(line) for line in file]
+        return []
+
+    def qmp(self, door: str = "control") -> Client:
+        """A client of the box's secretd from outside."""
+        return Client(self.path(f"/run/secretd/{door}.sock"))
 
     def wait(self, *words: str, seconds: float = 30) -> None:
         """Wait until a command succeeds."""
