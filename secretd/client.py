@@ -94,6 +94,7 @@ class Client:
         self._retry_seconds = retry_seconds
         self._qmp = QMPClient("secretd")
         self._connecting = asyncio.Lock()
+        self._connection = 0  # how often it was made anew
         self._closed = asyncio.Event()
         self._passing = asyncio.Lock()
         self._names = 0
@@ -295,6 +296,7 @@ class Client:
         loop = asyncio.get_running_loop()
         deadline: float | None = None
         while True:
+            connection = self._connection
             try:
                 return await once()
             except (StateError, ExecInterruptedError, ConnectionError) as error:
@@ -303,15 +305,16 @@ class Client:
                 sent = isinstance(error, ExecInterruptedError)
                 if self._closed.is_set() or loop.time() >= deadline or (sent and not twice):
                     raise
-                await self._reconnect(deadline)
+                await self._reconnect(connection, deadline)
 
-    async def _reconnect(self, deadline: float) -> None:
-        """Make the connection anew, if nobody has by then; raises ConnectError."""
+    async def _reconnect(self, connection: int, deadline: float) -> None:
+        """Make the connection anew, unless somebody has by then; raises ConnectError."""
         async with self._connecting:
-            while self._qmp.runstate is not Runstate.RUNNING:
+            while connection == self._connection:
                 await self._disconnect()
                 try:
                     await self._qmp.connect(self.path)
+                    self._connection += 1
                 except ConnectError:
                     if asyncio.get_running_loop().time() + _RETRY_EACH >= deadline:
                         raise

@@ -320,7 +320,7 @@ class Arena:
         start = offset & (self._window - 1)
         wipe(view[start : start + size])
         if slab.used == slab.count:
-            self._open[slab.size].append(slab)
+            self._open.setdefault(slab.size, []).append(slab)
         slab.freed.append(start // slab.size)
         slab.used -= 1
         if not slab.used:

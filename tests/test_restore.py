@@ -236,8 +236,10 @@ def test_descriptors_are_enough_to_go_on(level: Level) -> None:
     journal.remove("s7")
     fds = [os.dup(fd) for fd in (journal.arena.fileno(), *journal.filenos())]
     expected = content(journal)
+    needed = journal.arena.mapped - journal.arena.spare
     journal.leave()
     other = Journal.restore(fds[0], fds[1:])
+    assert other.arena.mapped == needed
     assert other.arena.level == level
     assert content(other) == expected
     assert other.get("s9").uid == 7
@@ -305,6 +307,23 @@ def test_what_cannot_be_gone_on_with_is_refused(small: Journal) -> None:
         Journal.restore(arena, [memfd(first)])
     other = restored(was)
     assert content(other) == content(small)
+    discard(other)
+    discard(small)
+
+
+def test_full_windows_are_gone_on_with(small: Journal) -> None:
+    """Slots are taken from others, and given back to these."""
+    slots = WINDOW // 64
+    for number in range(2 * slots):
+        put(small, f"s{number}", b"%d" % number)
+    other = restored(left(small))
+    other.remove("s0")
+    put(other, "more", b"more")
+    for number in range(1, 2 * slots):
+        assert bytes(other.plaintext(f"s{number}")) == b"%d" % number
+        other.remove(f"s{number}")
+    assert content(other) == {"more": (b"more", {})}
+    check_unused_is_wiped(other)
     discard(other)
     discard(small)
 

@@ -117,6 +117,7 @@ class Box:
     ) -> None:
         need_root()
         need_program("systemd-nspawn", "unshare", "nsenter")
+        self._clients: list[Client] = []
         self._cgroups = [f"{path}/{name}" for path in _hierarchies()]
         need(bool(self._cgroups), "no cgroup can be made for a box")
         self._state = tempfile.mkdtemp(prefix="secretd-box-", dir="/tmp")
@@ -189,8 +190,15 @@ class Box:
         return []
 
     def qmp(self, door: str = "control") -> Client:
-        """A client of the box's secretd from outside."""
-        return Client(self.path(f"/run/secretd/{door}.sock"))
+        """A client of the box's secretd from outside; `hang_up` closes it at the latest."""
+        client = Client(self.path(f"/run/secretd/{door}.sock"))
+        self._clients.append(client)
+        return client
+
+    def hang_up(self) -> None:
+        """Close all clients."""
+        while self._clients:
+            self._clients.pop().close()
 
     def wait(self, *words: str, seconds: float = 30) -> None:
         """Wait until a command succeeds."""
@@ -225,6 +233,7 @@ class Box:
 
     def close(self) -> None:
         """Halt it; nothing stays behind."""
+        self.hang_up()
         if self._nspawn.poll() is None:
             self._nspawn.send_signal(signal.SIGTERM)
             try:
