@@ -29,7 +29,6 @@ from qemu.qmp import (
     ExecuteError,
     QMPClient,
     QMPError,
-    Runstate,
     StateError,
 )
 
@@ -109,7 +108,8 @@ class Client:
         """Disconnect, and wipe what `read` returned: it reads as zeros then."""
         self._closed.set()
         try:
-            await self._disconnect()
+            async with self._connecting:  # which ends soon now
+                await self._disconnect()
         finally:
             if self._arena is not None:
                 arena, self._arena = self._arena, None
@@ -316,12 +316,11 @@ class Client:
                     await self._qmp.connect(self.path)
                     self._connection += 1
                 except ConnectError:
-                    if asyncio.get_running_loop().time() + _RETRY_EACH >= deadline:
-                        raise
                     with contextlib.suppress(TimeoutError):
                         async with asyncio.timeout(_RETRY_EACH):
                             await self._closed.wait()
-                            raise
+                    if self._closed.is_set() or asyncio.get_running_loop().time() >= deadline:
+                        raise
 
     async def _disconnect(self) -> None:
         # What ended the connection comes out here; that it has ended is known.

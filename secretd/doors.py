@@ -87,9 +87,11 @@ def default_doors() -> list[DoorSpec]:
 
 def is_listening(fd: int) -> bool:
     """True if a borrowed descriptor is a listening stream socket of AF_UNIX."""
+    copy = os.dup(fd)
     try:
-        borrowed = socket.socket(fileno=os.dup(fd))
+        borrowed = socket.socket(fileno=copy)
     except OSError:
+        os.close(copy)
         return False
     with borrowed:
         return (

@@ -112,19 +112,21 @@ def open_journal(found: Inherited, *, require_lock: bool) -> tuple[Journal, bool
 
 def keep(manager: Manager, journal: Journal, *, restored: bool) -> bool:
     """Have the service manager keep what the next process needs; True if it does."""
-    if not restored:
-        forget(manager)
-        manager.keep(ARENA, [journal.arena.fileno()])
+    if restored:
+        if not journal.paired:
+            manager.keep(JOURNAL, journal.filenos()[1:])
+            if not manager.kept():
+                # A file that is not kept must never become the one that counts.
+                journal.fixed = True
+                log.error(
+                    "the service manager has no room for another descriptor; raise FileDescriptorStoreMax= "
+                    "in the unit"
+                )
+        return True
+    forget(manager)
+    manager.keep(ARENA, [journal.arena.fileno()])
     manager.keep(JOURNAL, journal.filenos())
     if manager.kept():
-        return True
-    if restored:
-        # What was kept still is; but a file that is not must never become the one that counts.
-        journal.fixed = True
-        log.error(
-            "the service manager has no room for another descriptor; raise FileDescriptorStoreMax= "
-            "in the unit"
-        )
         return True
     forget(manager)
     log.error(

@@ -159,9 +159,14 @@ class Journal:
         """Bytes of the journal in use."""
         return self._end
 
+    @property
+    def paired(self) -> bool:
+        """True once there is a second file."""
+        return self._spare >= 0
+
     def filenos(self) -> tuple[int, int]:
         """The descriptors of both files, borrowed: with the arena's, all that another process needs."""
-        if self._spare < 0:
+        if not self.paired:
             self._spare = _memfd()
         return self._fd, self._spare
 

@@ -258,7 +258,7 @@ def connect_as(path: str, uid: int, gid: int, groups: tuple[int, ...] = ()) -> s
 
 
 class Daemon:
-    """A server in a thread of this process, with both doors, and a control door with authz=admins."""
+    """A server in a thread of this process, with all doors, and a control door with authz=admins."""
 
     def __init__(
         self, directory: Path, level: Level = ARENA_LEVEL, make_audit: Callable[[], Audit] = Audit
@@ -267,6 +267,7 @@ class Daemon:
         self.control = str(directory / "control.sock")
         self.client = str(directory / "client.sock")
         self.admins = str(directory / "admins.sock")
+        self.credentials = str(directory / "credentials.sock")
         self._level = level
         self._clients: list[Client] = []
         self._ready: Future[None] = Future()
@@ -297,6 +298,7 @@ class Daemon:
             self.server.add(listen(self.control, Door.CONTROL, 0o600))
             self.server.add(listen(self.client, Door.CLIENT, 0o666))
             self.server.add(listen(self.admins, Door.CONTROL, 0o666, authz="admins"))
+            self.server.add(listen(self.credentials, Door.CREDENTIALS, 0o666))
             await self.server.run(lambda: self._ready.set_result(None))
             self.held = self.scratch.held
         finally:

@@ -11,7 +11,16 @@ import pytest
 
 from secretd import client as module
 from secretd import paths
-from secretd.client import Client, ConnectError, Encoding, ExecuteError, SecretInfo, default_socket
+from secretd.client import (
+    Client,
+    ConnectError,
+    Encoding,
+    ExecInterruptedError,
+    ExecuteError,
+    SecretInfo,
+    StateError,
+    default_socket,
+)
 from tests.conftest import ARENA_LEVEL, Daemon
 
 
@@ -148,3 +157,113 @@ def test_what_was_read_is_wiped_with_the_client(daemon: Daemon) -> None:
         secret.free()
 
     asyncio.run(main())
+
+
+# --- the daemon goes away
+
+
+def restarted(daemon: Daemon, directory: Path) -> Daemon:
+    """Another server at the same place, with nothing of the first one."""
+    daemon.stop()
+    return Daemon(directory)
+
+
+def cut(daemon: Daemon) -> None:
+    """Have the next object that comes or goes end all connections before that is answered."""
+
+    def close() -> None:
+        daemon.tree.on_count = lambda: None
+        for session in list(daemon.server.sessions):
+            session.transport.close()
+
+    daemon.tree.on_count = close
+
+
+def test_the_client_connects_again(tmp_path: Path) -> None:
+    """Several at once too; whatever it was about to do, if nothing was sent."""
+    daemon = Daemon(tmp_path)
+
+    async def use() -> None:
+        nonlocal daemon
+        async with Client(daemon.control) as client:
+            await client.add_bytes("a", memoryview(b"letmein"))
+            daemon = await asyncio.to_thread(restarted, daemon, tmp_path)
+            assert await client.list() == []
+            daemon = await asyncio.to_thread(restarted, daemon, tmp_path)
+            await client.add_bytes("a", memoryview(b"letmein"))
+            daemon = await asyncio.to_thread(restarted, daemon, tmp_path)
+            await asyncio.gather(*(client.generate(f"s{n}", 32) for n in range(20)))
+            reads = [client.read(f"s{n}") for n in range(20)]
+            assert {len(secret) for secret in await asyncio.gather(*reads)} == {32}
+            daemon = await asyncio.to_thread(restarted, daemon, tmp_path)
+            with pytest.raises(ExecuteError, match="No secret with id 's1'"):
+                await client.read("s1")
+
+    try:
+        asyncio.run(use())
+    finally:
+        daemon.stop()
+
+
+def test_what_may_have_been_done_is_done_again_only_where_that_is_safe(daemon: Daemon) -> None:
+    """An add is not; a delete is, and that it is gone already is no error then."""
+
+    async def use(client: Client) -> None:
+        cut(daemon)
+        with pytest.raises(ExecInterruptedError):
+            await client.add_bytes("a", memoryview(b"letmein"))
+        with await client.read("a") as secret:
+            assert bytes(secret.view) == b"letmein"
+        cut(daemon)
+        with pytest.raises(ExecInterruptedError):
+            await client.generate("b", 32)
+        assert [s.id for s in await client.list()] == ["a", "b"]
+        cut(daemon)
+        await client.delete("a")
+        with pytest.raises(ExecuteError, match="object 'a' not found"):
+            await client.delete("a")
+        await client.expire("b", 100)
+
+    with_client(daemon, use)
+
+
+def test_a_socket_that_is_broken_already_is_made_anew(daemon: Daemon) -> None:
+    """Though the client has not been told yet that it is."""
+
+    async def use(client: Client) -> None:
+        await client.generate("a", 32)
+        client._qmp._writer.transport.get_extra_info("socket")._sock.shutdown(2)
+        with await client.read("a") as secret:
+            assert len(secret) == 32
+
+    with_client(daemon, use)
+
+
+def test_it_is_not_tried_for_ever(tmp_path: Path) -> None:
+    """Nor at all, if that is said; nor once the client is closed."""
+    daemon = Daemon(tmp_path)
+
+    async def use() -> None:
+        never = Client(daemon.control, retry_seconds=0)
+        short = Client(daemon.control, retry_seconds=0.12)
+        closed = Client(daemon.control)
+        for client in (never, short, closed):
+            await client.connect()
+        await asyncio.to_thread(daemon.stop)
+        with pytest.raises((StateError, ExecInterruptedError)):
+            await never.list()
+        with pytest.raises(ConnectError):
+            await short.list()
+        waiting = asyncio.ensure_future(closed.list())
+        while not closed._connecting.locked():  # noqa: ASYNC110 - nothing tells of it
+            await asyncio.sleep(0)
+        await closed.close()
+        with pytest.raises(ConnectError):
+            await waiting
+        with pytest.raises(StateError):
+            await closed.list()
+        for client in (never, short):
+            await client.close()
+
+    asyncio.run(use())
+    daemon.stop()

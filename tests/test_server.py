@@ -736,6 +736,121 @@ def test_a_listener_is_not_watched_again_once_the_server_stops(daemon: Daemon) -
     daemon.call(late)
 
 
+# --- the end
+
+
+def ended(client: Client) -> bool:
+    """True if the connection ends without another line."""
+    try:
+        return client.line() == b""
+    except ConnectionResetError:  # something that it sent was not read
+        return True
+
+
+def test_what_was_sent_before_a_stop_is_answered(
+    daemon: Daemon, qmp: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of it, though it takes many turns; who has nothing to wait for is closed at once."""
+    monkeypatch.setattr(session_module, "TURN_SECONDS", -1.0)
+    idle = daemon.connect()
+
+    def send_and_stop() -> None:
+        # From the loop itself, so that nothing of it was read before.
+        qmp.send(b"".join(b'{"execute":"query-name","id":%d}\n' % n for n in range(1000)))
+        daemon.server.stop()
+
+    daemon.call(send_and_stop)
+    assert ended(idle)
+    assert [qmp.reply()["id"] for _ in range(1000)] == list(range(1000))
+    assert ended(qmp)
+
+
+def test_what_waits_for_somebody_is_answered_after_a_stop(daemon: Daemon) -> None:
+    """And what is queued behind it, out of band or not; half a message is not."""
+    qmp = daemon.connect(negotiate=False)
+    qmp.reply()
+    qmp.cmd("qmp_capabilities", {"enable": ["oob"]})
+    source, sink = os.pipe()
+    added = qmp.ok("add-fd", None, (source,))
+    os.close(source)
+    slow = {"qom-type": "secret", "id": "s", "file": f"/dev/fdset/{added['fdset-id']}"}
+    qmp.send(json.dumps({"execute": "object-add", "arguments": slow, "id": 1}).encode())
+    qmp.send(b'{"execute":"query-name","id":2}{"execute":"que')
+    half = daemon.connect()
+    half.send(b'{"execute"')
+    assert "return" in qmp.ask(b'ry-name","id":3}{"exec-oob":"query-secrets"}{"execu')
+    daemon.call(daemon.server.stop)
+    assert ended(half)
+    os.write(sink, b"letmein")
+    os.close(sink)
+    assert [qmp.reply()["id"] for _ in range(3)] == [1, 2, 3]
+    assert ended(qmp)
+
+
+def test_a_client_that_reads_late_gets_its_answers_after_a_stop(
+    daemon: Daemon, qmp: Client
+) -> None:
+    """As long as there is time."""
+    session = only_session(daemon)
+
+    def fill_and_stop() -> None:
+        session.transport.send(b"x" * (4 << 20) + b"\r\n")
+        daemon.server.stop()
+
+    daemon.call(fill_and_stop)
+    assert len(qmp.line()) == (4 << 20) + 2
+    assert ended(qmp)
+
+
+@pytest.mark.parametrize("hurry", [False, True])
+def test_a_stop_does_not_wait_for_ever(
+    daemon: Daemon, qmp: Client, hurry: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For what never comes; and not at all when it is asked for again."""
+    if not hurry:
+        monkeypatch.setattr(server, "STOP_SECONDS", 0.01)
+    fd = os.memfd_create("x")
+    os.write(fd, bytes(200_000))
+    added = qmp.ok("add-fd", None, (fd,))
+    os.close(fd)
+    qmp.add("s", file=f"/dev/fd/{added['fd']}")
+    source, sink = os.pipe()  # it takes a part, and nobody reads
+    qmp.send(b'{"execute":"secret-read","arguments":{"id":"s"}}', (sink,))
+    os.close(sink)
+    while not daemon.call(lambda: only_session(daemon).busy):
+        pass
+    daemon.call(daemon.server.stop)
+    if hurry:
+        daemon.call(daemon.server.stop)
+    assert ended(qmp)
+    os.close(source)
+
+
+def test_quit_answers_what_was_begun_and_nothing_else(daemon: Daemon, qmp: Client) -> None:
+    """Of others, too."""
+    other = daemon.connect()
+    source, sink = os.pipe()
+    added = other.ok("add-fd", None, (source,))
+    os.close(source)
+    slow = {"qom-type": "secret", "id": "s", "file": f"/dev/fdset/{added['fdset-id']}"}
+    other.send(json.dumps({"execute": "object-add", "arguments": slow, "id": 1}).encode())
+    while not any(session.busy for session in daemon.server.sessions):
+        pass
+    other.send(b'{"execute":"query-name","id":2}')
+    qmp.send(b'{"execute":"quit"}{"execute":"query-name","id":3}')
+    assert qmp.reply()["event"] == "SHUTDOWN"
+    assert qmp.reply() == {"return": {}}
+    assert ended(qmp)
+    os.write(sink, b"letmein")
+    os.close(sink)
+    assert other.message()["event"] == "SHUTDOWN"
+    assert other.reply() == {"return": {}, "id": 1}
+    assert ended(other)
+
+
+# --- many
+
+
 def test_many_that_connect_at_once_are_all_greeted(daemon: Daemon) -> None:
     """More than are accepted in one turn."""
     crowd: list[socket.socket] = []
