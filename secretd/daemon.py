@@ -18,7 +18,7 @@ import sys
 from secretd import __version__, argv, paths, service
 from secretd.audit import Audit
 from secretd.commands import COMMANDS
-from secretd.doors import DoorSpec, default_doors, door_spec, open_doors
+from secretd.doors import DoorSpec, open_doors, wanted
 from secretd.errors import CommandError, SecretdError, UsageError
 from secretd.initial import Initial
 from secretd.memory import SCRATCH_RESERVE, SCRATCH_WINDOW, Arena, forbid_dumps, limit_text
@@ -131,9 +131,7 @@ def run(options: argparse.Namespace) -> int:
     found = service.inherited()
     forbid_dumps()
     _raise_descriptor_limit()
-    specs = [door_spec(door, text) for door in Door for text in getattr(options, door.value)]
-    if not specs and not found.doors:
-        specs = default_doors()
+    specs = wanted(((door, getattr(options, door.value)) for door in Door), found.doors)
     journal, restored = service.open_journal(found, require_lock=options.memory_lock == "require")
     process = _Process(journal, manager, found, restored=restored)
     try:

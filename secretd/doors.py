@@ -9,7 +9,7 @@ import grp
 import os
 import socket
 import stat
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Final, NamedTuple
 
 from secretd import keyval, paths
@@ -83,6 +83,14 @@ def default_doors() -> list[DoorSpec]:
         DoorSpec(Door.CONTROL, paths.control_path(), _MODES[Door.CONTROL], -1),
         DoorSpec(Door.CLIENT, paths.client_path(), _MODES[Door.CLIENT], -1),
     ]
+
+
+def wanted(
+    options: "Iterable[tuple[Door, list[str]]]", passed: "Collection[Passed]"
+) -> list[DoorSpec]:
+    """Return what the options of each door say; without any, and without passed sockets, the defaults."""
+    specs = [door_spec(door, text) for door, texts in options for text in texts]
+    return specs if specs or passed else default_doors()
 
 
 def is_listening(fd: int) -> bool:

@@ -44,7 +44,7 @@ def walk(path: bytes, flags: int) -> int:
     try:
         rest = _parts(path)
         links = 0
-        while rest:
+        while True:  # there is always another component
             name = rest.pop(0)
             found = os.open(name, _O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
             if stat.S_ISLNK(os.fstat(found).st_mode):
@@ -65,7 +65,6 @@ def walk(path: bytes, flags: int) -> int:
             else:
                 os.close(found)
                 return os.open(name, flags | os.O_NOFOLLOW, dir_fd=directory)
-        return os.open(b".", flags, dir_fd=directory)
     finally:
         os.close(directory)
 

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
@@ -104,9 +105,10 @@ class Manager:
         doors: "dict[str, socket.socket] | None" = None,
         extra: "list[tuple[str, int]] | None" = None,
         watchdog: float | None = None,
+        prefix: Sequence[str] = (),
         ready: bool = True,
     ) -> "Started":
-        """Start secretd with sockets, and what is kept of the one before."""
+        """Start secretd, by the command ``prefix``, with sockets and what is kept of the one before."""
         passed = [(name, sock.fileno()) for name, sock in (doors or {}).items()]
         with self._changed:
             passed += [*self.store, *(extra or [])]
@@ -119,7 +121,9 @@ class Manager:
             environment["WATCHDOG_USEC"] = str(int(watchdog * 1_000_000))
         fds = [fd for _, fd in passed]
         process = subprocess.Popen(
-            [sys.executable, "-S", "-c", START, str(len(fds)), *map(str, fds), SECRETD, *options],
+            [
+                *prefix, sys.executable, "-S", "-c", START, str(len(fds)), *map(str, fds), SECRETD, *options
+            ],
             pass_fds=fds, env=environment, stderr=subprocess.PIPE, text=True, cwd=self.directory,
         )  # fmt: skip
         started = Started(process)

@@ -500,6 +500,10 @@ def test_a_grants_properties_are_checked(daemon: Daemon, loaded: Client) -> None
         ({"max-reads": (1 << 31) + 1}, reads),
         ({"max-reads": "x"}, "Invalid parameter type for 'max-reads', expected: integer"),
         ({"secret": ""}, "Parameter 'secret' expects an id, or a pattern of ids with '*' and '?'"),
+        (
+            {"credential": "c" * 84},
+            "Parameter 'credential' is longer than the 83 bytes that systemd has for it and the unit's name",
+        ),
         ({"credential": "a/b"}, "Parameter 'credential' expects a credential's name, without '/'"),
         ({"nope": 1}, "Parameter 'nope' is unexpected"),
     ):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from secretd import deliver
+from secretd import deliver, server
 from secretd import peer as peer_module
 from secretd.audit import Audit
 from secretd.credentials import _REFUSAL, _REFUSAL_TIMES
@@ -36,23 +36,23 @@ place = os.open(path, os.O_PATH)  # others may not go through the directories
 os.setuid(int(uid))
 ctypes.CDLL(None).prctl(4, 1)
 sock.connect(f"/proc/self/fd/{place}")
-sock.shutdown(socket.SHUT_WR)
+sock.shutdown(socket.SHUT_RDWR if wait == "shut" else socket.SHUT_WR)
 if wait: print("connected", flush=True); sys.stdin.read(1)
 while data := sock.recv(1 << 16): sys.stdout.buffer.write(data)
 """
 
 
-def words(daemon: Daemon, unit: str, address: str, uid: int, *, wait: bool) -> list[str]:
+def words(daemon: Daemon, unit: str, address: str, uid: int, wait: str = "") -> list[str]:
     """A command that fetches a credential from within a cgroup."""
     return [
         "sh", "-c", 'echo $$ > "$1/cgroup.procs" && shift && exec "$@"', "sh", unit,
-        sys.executable, "-S", "-c", FETCH, daemon.credentials, address, str(uid), "wait" * wait,
+        sys.executable, "-S", "-c", FETCH, daemon.credentials, address, str(uid), wait,
     ]  # fmt: skip
 
 
 def fetch(daemon: Daemon, unit: str, address: bytes, uid: int = 0) -> bytes:
     """What a unit gets that asks from an address."""
-    command = words(daemon, unit, repr(address), uid, wait=False)
+    command = words(daemon, unit, repr(address), uid)
     return subprocess.run(command, capture_output=True, check=True, timeout=20).stdout
 
 
@@ -294,9 +294,11 @@ def test_names_that_systemd_has_no_room_for_are_logged(
 
 
 @contextlib.contextmanager
-def slow(daemon: Daemon, unit: str, name: str) -> "Iterator[subprocess.Popen[bytes]]":
-    """A unit that has asked for a credential and does not read it yet."""
-    command = words(daemon, unit, repr(address("app.service", name)), 0, wait=True)
+def slow(
+    daemon: Daemon, unit: str, name: str, wait: str = "wait"
+) -> "Iterator[subprocess.Popen[bytes]]":
+    """A unit that has asked for a credential and does not read it yet, or, with "shut", never will."""
+    command = words(daemon, unit, repr(address("app.service", name)), 0, wait)
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"connected\n"
         yield process
@@ -394,3 +396,54 @@ def test_one_that_goes_away_disturbs_nobody(daemon: Daemon, qmp: Client, app: st
     while daemon.call(lambda: daemon.server.credentials.busy):
         pass
     assert qmp.ok("query-name") == {}
+
+
+def test_one_of_which_nothing_was_taken_is_withheld(tmp_path: Path, app: str) -> None:
+    """The audit says so, behind the record that it was given."""
+    daemon = Daemon(tmp_path, make_audit=lambda: Audit(str(tmp_path / "audit")))
+    try:
+        qmp = daemon.connect()
+        qmp.add("a", data="letmein")
+        grant(qmp, "g", "a", more={"max-reads": 5})
+        # It must have shut before it is accepted.
+        door = daemon.server._listeners[3]
+        daemon.call(lambda: daemon.loop.remove_reader(door.sock))
+        with slow(daemon, app, "a", "shut") as process:
+            daemon.call(lambda: daemon.server._watch(door))
+            while daemon.call(lambda: daemon.server.credentials._number == 0):
+                pass
+            while daemon.call(lambda: daemon.server.credentials.busy):
+                pass
+            process.communicate(b"\n")
+        assert qmp.ok("qom-get", {"path": "g", "property": "reads"}) == 0
+    finally:
+        daemon.stop()
+        daemon.server.daemon.audit.stop()
+    lines = [json.loads(line) for line in (tmp_path / "audit").read_text().splitlines()]
+    assert [(r["event"], r.get("reason")) for r in lines if r.get("door") == "credentials"] == [
+        ("credential", None), ("withheld", "Unable to write the secret: Broken pipe"),
+    ]  # fmt: skip
+
+
+def test_one_that_is_on_its_way_at_the_end_is_left(
+    tmp_path: Path, app: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the service manager, which keeps it; here nobody does."""
+    monkeypatch.setattr(server, "STOP_SECONDS", 0.01)
+    daemon = Daemon(tmp_path)
+    try:
+        qmp = daemon.connect()
+        fd = os.memfd_create("x")
+        os.write(fd, b"x" * 1_000_000)
+        added = qmp.ok("add-fd", None, (fd,))
+        os.close(fd)
+        qmp.add("a", file=f"/dev/fd/{added['fd']}")
+        grant(qmp, "g", "a")
+        with slow(daemon, app, "a") as process:
+            while not daemon.call(lambda: daemon.server.daemon.deliveries._running):
+                pass
+            daemon.stop()
+            got, _ = process.communicate(b"\n")
+        assert got.strip(b"x") == b""
+    finally:
+        daemon.stop()

@@ -92,6 +92,18 @@ def test_a_grant_can_be_limited(daemon: Daemon, run: Ctl, qmp: Client) -> None:
     assert rule == {"match": "unit:web-*", "policy": "allow", "format": "glob"}
 
 
+def test_a_credential_that_systemd_could_not_ask_for_is_refused(run: Ctl) -> None:
+    """Its name and the unit's have to fit into an address together."""
+    unit, name = "u" * 40 + ".service", "c" * 36
+    for who in (f"unit:{unit}", f"user-unit:1000/{unit}"):
+        _, err = run("grant", "a", "--to", "uid:1", "--to", who, "--credential", name, status=1)
+        assert err == (
+            f"secretctl: '{unit}' and '{name}' have 84 bytes together, and systemd can ask for 83: "
+            "choose a shorter --credential\n"
+        )
+        run("grant", "a", "--to", who, "--credential", name[1:])
+
+
 def test_a_grant_that_has_expired_is_made_anew_or_cleaned_up(run: Ctl, qmp: Client) -> None:
     """The list that belonged to it is still there; nothing else of that name is touched."""
     run("grant", "s", "--to", "uid:1", "--id", "g")

@@ -22,6 +22,7 @@ from secretd.qom.object import ObjectTree
 from secretd.qom.types import TYPES
 from secretd.server import Listener
 from secretd.state import Journal
+from secretd.systemd import Passed
 from secretd.wire import encode
 from tests.conftest import ARENA_LEVEL, add_object
 
@@ -65,6 +66,21 @@ def test_a_default_directory_that_is_not_ours_is_refused(
     directory.unlink()
     with pytest.raises(UsageError, match="No such file or directory"):
         doors.default_doors()
+
+
+def test_the_defaults_open_where_nothing_else_is_said(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither an option nor a socket of the service manager."""
+    passed = [Passed("control", 9)]
+    nothing: list[tuple[Door, list[str]]] = [(door, []) for door in Door]
+    assert doors.wanted(nothing, passed) == []
+    assert [s.path for s in doors.wanted([(Door.CREDENTIALS, ["/x"])], [])] == ["/x"]
+    found = doors.wanted(nothing, [])
+    assert [s.path for s in found] == [
+        str(directory / "control.sock"),
+        str(directory / "client.sock"),
+    ]
 
 
 def test_what_to_type_next_works_as_it_is_printed(

@@ -235,3 +235,10 @@ def test_dumps_are_forbidden() -> None:
         "print(ctypes.CDLL(None).prctl(3), resource.getrlimit(resource.RLIMIT_CORE))"
     )
     assert done.stdout == f"0 (0, {resource.getrlimit(resource.RLIMIT_CORE)[1]})\n"
+
+
+def test_a_file_that_cannot_have_its_size_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The failure is passed on; the leak check of the suite sees the rest."""
+    monkeypatch.setattr(memory, "FILE_BYTES", -1)
+    with pytest.raises(OSError, match="Invalid argument"):
+        Arena("none")

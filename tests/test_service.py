@@ -16,6 +16,7 @@ from tests.conftest import ARENA_LEVEL, Client, need_root
 from tests.manager import Manager, Started, ask, listening
 from tests.test_restore import memfd
 
+WITHOUT_IPC_LOCK = ("setpriv", "--bounding-set=-ipc_lock", "--inh-caps=-ipc_lock")
 KEPT = ("arena", "journal", "journal")
 
 
@@ -138,6 +139,10 @@ def test_a_store_that_lost_its_room_still_has_what_it_had(
         in said
     )
     assert said.endswith("secretd: stopped; the service manager keeps 1 object\n")
+    manager.room = 4
+    started = manager.start(doors={"control": control})
+    manager.wait_for_store(*KEPT)
+    assert "has no room" not in started.end()
 
 
 def test_the_service_manager_is_told(
@@ -352,6 +357,26 @@ def test_memory_that_is_not_locked_is_refused_where_it_must_be(
     )
     started = manager.start(doors={"control": control})
     assert "MEMORY IS NOT LOCKED" in started.end()
+
+
+def test_memory_that_is_too_little_for_what_else_is_needed_loses_nothing(
+    manager: Manager, door: Callable[[str], socket.socket]
+) -> None:
+    """What was kept stays, whatever the start fails at."""
+    control = door("control")
+    started = manager.start(doors={"control": control})
+    client = qmp(control)
+    client.add("a", data="letmein")
+    client.close()
+    started.end()
+    limit = ["prlimit", "--memlock=262144:262144", *WITHOUT_IPC_LOCK]
+    said = refused(manager.start(doors={"control": control}, prefix=limit, ready=False))
+    assert said.startswith("secretd: No locked memory left for another 65536 bytes")
+    started = manager.start(doors={"control": control})
+    client = qmp(control)
+    assert client.read("a") == b"letmein"
+    client.close()
+    started.end()
 
 
 def test_a_start_that_fails_keeps_what_was_kept(

@@ -22,6 +22,15 @@ SECRETCTL = str(BIN / "secretctl")
 WITHOUT_IPC_LOCK = ["setpriv", "--bounding-set=-ipc_lock", "--inh-caps=-ipc_lock"]
 
 
+def pytest_collection_modifyitems(items: "list[pytest.Item]") -> None:
+    """Tests that share a box run in one worker, so that each box is booted once."""
+    for item in items:
+        callspec = getattr(item, "callspec", None)
+        shared = callspec.params.get("booted") if callspec is not None else None
+        if shared is not None or "test_units" in item.nodeid:
+            item.add_marker(pytest.mark.xdist_group(f"box-{shared}"))
+
+
 class Process:
     """secretd as a process of its own, ready to be connected to."""
 

@@ -75,7 +75,7 @@ def test_without_locked_memory_the_start_warns_or_is_refused(
         *(WITHOUT_IPC_LOCK if os.getuid() == 0 else []), str(Path(SECRETD).parent / "python"), "-c", code,
     ]  # fmt: skip
     process = start(command=command)
-    assert "memory          none: MEMORY IS NOT LOCKED" in process.said
+    assert "memory             none: MEMORY IS NOT LOCKED" in process.said
     assert "RLIMIT_MEMLOCK is 0 bytes" in process.said
     client = process.connect()
     client.add("s", data="x")

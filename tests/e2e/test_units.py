@@ -22,7 +22,7 @@ def box(installed: Path) -> Iterator[Box]:
     made = Box(f"secretd-units-{os.getpid()}", installed)
     try:
         made.run(
-            "systemd-run", "--quiet", "--collect", "--unit=secretd", "--",
+            "systemd-run", "--quiet", "--collect", "--unit=secretd-test", "--",
             *SECRETD, "--control", CONTROL, "--client", CLIENT, "--audit", AUDIT,
         )  # fmt: skip
         while made.run("test", "-S", CLIENT, check=False).returncode:
