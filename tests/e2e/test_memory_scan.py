@@ -8,6 +8,7 @@ ordinary memory and must hold exactly one copy of each secret, and none after de
 import base64
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +19,7 @@ import pytest
 from tests.conftest import Client, connect_as, need_level, need_program, need_root
 from tests.e2e.conftest import SECRETCTL, SECRETD, Process
 from tests.e2e.scan import SECRET_BYTES, scan, secret
+from tests.manager import Manager, listening
 from tests.transcript import add_key, keyctl
 
 KEY = secret(999_999).encode()
@@ -455,3 +457,52 @@ def test_deliveries_to_other_users(scene: Scene, tmp_path: Path) -> None:
     log = (tmp_path / "audit").read_bytes()
     assert AUDIT_KEY not in log
     assert b'"mac":"' in log
+
+
+@pytest.mark.parametrize("level", ["secretmem", "mlock"])
+def test_after_a_restart_there_is_one_copy_of_each_secret(level: str, tmp_path: Path) -> None:
+    """Killed with secrets on their way in and out; of what was deleted, or half there, there is none."""
+    need_root()
+    need_level(level)
+    python = str(Path(SECRETD).parent / "python")
+    code = f"import os, sys; sys.path.insert(0, {HERE!r}); from seccomp import refuse; "
+    code += "refuse(*map(int, sys.argv[1].split())); os.execv(sys.argv[2], sys.argv[2:])"
+    refused = "447" if level == "mlock" else ""
+    runner = [python, "-c", code, refused, "/usr/bin/env"]
+    control = listening(tmp_path / "control.sock")
+    held: dict[str, bytes] = {}
+    number = 20_000
+    with Manager(tmp_path) as manager:
+        for _ in range(4):
+            started = manager.start("--audit=none", doors={"control": control}, prefix=runner)
+            client = Client(control.getsockname())
+            assert {s["id"] for s in client.secrets()} == set(held)
+            for _ in range(100):
+                number += 1
+                text = secret(number)
+                client.ok("object-add", {"qom-type": "secret", "id": f"s{number}", "data": text})
+                held[f"s{number}"] = text.encode()
+            for object_id in list(held)[::3]:
+                client.ok("object-del", {"id": object_id})
+                del held[object_id]
+            found = scan(started.process.pid)
+            assert found.outside == []
+            assert sorted(found.inside) == ([] if level == "secretmem" else sorted(held.values()))
+            # Killed with a message half read, and others on their way.
+            client.send(message("half", secret(1))[:-20])
+            for each in range(40):
+                client.send(message(f"unanswered{each}", secret(each + 2)))
+            client.close()
+            started.end(signal.SIGKILL, -9)
+            started = manager.start("--audit=none", doors={"control": control}, prefix=runner)
+            client = Client(control.getsockname())
+            for object_id in {s["id"] for s in client.secrets()} - set(held):
+                client.ok("object-del", {"id": object_id})
+            for object_id, content in held.items():
+                assert client.read(object_id) == content
+            found = scan(started.process.pid)
+            assert found.outside == []
+            assert sorted(found.inside) == ([] if level == "secretmem" else sorted(held.values()))
+            client.close()
+            started.end()
+    control.close()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from secretd import chain
+from secretd import __version__, chain
 from tests.conftest import need
 from tests.e2e.box import TRIXIE, Box, wheels
 
@@ -211,6 +211,18 @@ def test_everything_works_inside_the_unit(box: Box) -> None:
     assert box.unit(*read, name="nginx").stdout == "from a file"
     assert box.unit(*read, name="apache", check=False).returncode == 1
     qmp.close()
+
+
+def test_what_is_installed_runs_from_where_it_was_put(installed: Path) -> None:
+    """Under a DESTDIR too, before it is where it belongs."""
+    for program in ("secretd", "secretctl"):
+        out = subprocess.run(
+            [str(installed / "usr/bin" / program), "--version"],
+            capture_output=True,
+            check=True,
+            text=True,
+        ).stdout
+        assert out == f"{program} {__version__}\n"
 
 
 # --- activation
@@ -635,6 +647,24 @@ def test_objects_grants_and_expiry_survive(box: Box) -> None:
     qmp = box.qmp()
     assert qmp.ok("query-secrets") == []
     qmp.close()
+
+
+def test_an_upgrade_loses_nothing(box: Box) -> None:
+    """Another version's files are put in place, and secretd is restarted."""
+    qmp = box.qmp()
+    qmp.add("a", data="letmein")
+    before = qmp.ok("query-version")["package"]
+    there = f"s/{__version__}/99.1/"
+    box.run("sed", "-i", there, "/usr/lib/secretd/secretd/__init__.py")
+    box.run("systemctl", "restart", "secretd")
+    qmp = box.qmp()
+    assert (before, qmp.ok("query-version")["package"]) == (
+        f"secretd {__version__}",
+        "secretd 99.1",
+    )
+    assert qmp.read("a") == b"letmein"
+    back = f"sed -i 's/99.1/{__version__}/' /usr/lib/secretd/secretd/__init__.py"
+    box.run("sh", "-c", back)
 
 
 def test_a_secret_whose_time_is_over_meanwhile_does_not_come_back(box: Box) -> None:
