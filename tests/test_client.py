@@ -227,6 +227,26 @@ def test_what_may_have_been_done_is_done_again_only_where_that_is_safe(daemon: D
     with_client(daemon, use)
 
 
+def test_it_is_tried_as_often_as_it_takes(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each time it is cut off."""
+    times = iter(range(3))
+    listed = daemon.tree.types.listed
+
+    def cutting(*given: object, **named: object) -> object:
+        if next(times, None) is not None:
+            for session in list(daemon.server.sessions):
+                session.transport.close()
+        return listed(*given, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(daemon.tree.types, "listed", cutting)
+
+    async def use(client: Client) -> None:
+        assert await client.execute("qom-list-types")
+        assert next(times, None) is None
+
+    with_client(daemon, use)
+
+
 def test_a_socket_that_is_broken_already_is_made_anew(daemon: Daemon) -> None:
     """Though the client has not been told yet that it is."""
 
