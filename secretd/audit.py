@@ -271,7 +271,9 @@ class Audit:
         self._pending: list[Record] = []
         self._windows: dict[int, _Window] = {}
         self._scheduled = False
+        self._in_turn = False
         self._started = False
+        self._stamp = ""  # the time of all records since the last were written
         self._second = -1
         self._prefix = ""
         # The journal takes a line's priority from its beginning, and the rest as it is.
@@ -331,8 +333,18 @@ class Audit:
 
     def note(self, event: str, **members: object) -> None:
         """Write a record as soon as possible. See Record for what members there are."""
-        if self._keep(event, members):
+        if self._keep(event, members) and not self._in_turn:
             self._schedule()
+
+    def begin_turn(self) -> None:
+        """What is noted from here to `end_turn` is written there, all at once."""
+        self._in_turn = True
+
+    def end_turn(self) -> None:
+        """Write what was noted since `begin_turn`."""
+        self._in_turn = False
+        if self._pending and not self._scheduled:
+            self._written()
 
     def _keep(self, event: str, members: dict[str, object]) -> bool:
         if self._sink is None:
@@ -347,7 +359,10 @@ class Audit:
         object_id = members.get("id")
         if isinstance(object_id, str) and len(object_id) > AUDIT_ID_CHARACTERS:
             members["id"] = object_id[:AUDIT_ID_CHARACTERS]
-        return Record(0, self._now(), event, **members)  # type: ignore[arg-type]  # its members
+        stamp = self._stamp
+        if not stamp:
+            stamp = self._stamp = self._now()
+        return Record(0, stamp, event, **members)  # type: ignore[arg-type]  # its members
 
     def release(self, event: str, **members: object) -> None:
         """Write the record of a release, which must not happen if this raises CommandError."""
@@ -462,6 +477,7 @@ class Audit:
         if not self._pending:
             return True
         pending, self._pending = self._pending, []
+        self._stamp = ""
         key = None if self._key is None else self._key()
         lines = []
         for record in pending:

@@ -214,12 +214,13 @@ class FastDecoder:
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             return None
         arguments, request_id = request.arguments, request.id
-        quotes = 0
+        quotes = aside = 0
         if request_id is not UNSET:
             id_text = memoryview(request_id)
             if not _FAST_ID.fullmatch(id_text):
                 return None
             quotes += 2 * (id_text[0] == 0x22)
+            aside += len(id_text)
             request.id = _EMPTY
         kept = []
         for name in _sensitive(type(arguments)):
@@ -228,9 +229,18 @@ class FastDecoder:
                 if not _FAST_SENSITIVE.fullmatch(memoryview(raw)):
                     return None
                 quotes += 2
+                aside += len(memoryview(raw))
                 kept.append((name, raw))
                 setattr(arguments, name, _EMPTY)
-        quotes += self._encode(request).count(b'"')
+        encoded = self._encode(request)
+        whole = len(encoded) + aside == len(line) - (line[-1] == 0x0A)
+        if whole and encoded.isascii() and b"\x7f" not in encoded:
+            # Nothing was left out, twice, escaped or spaced: each of these only makes a line longer than this.
+            request.id = request_id
+            for name, raw in kept:
+                setattr(arguments, name, raw)
+            return typing.cast(Struct, request)
+        quotes += encoded.count(b'"')
         shape = self._shapes.get(quotes)
         if shape is None:
             shape = re.compile(_ORDINARY + rb'(?:"' + _ORDINARY + b"){%d}" % quotes)

@@ -60,6 +60,7 @@ class Session:
 
     def __init__(self, server: Owner, sock: socket.socket, peer: Peer) -> None:
         self._server = server
+        self._audit = server.daemon.audit
         self.monitor = Monitor(server.daemon, peer, self._negotiated)
         table = self.monitor.table
         self.max_bytes = table.max_bytes
@@ -102,9 +103,18 @@ class Session:
         If the client has enabled oob, what comes meanwhile is read on: out-of-band commands are
         carried out at once, others queued.
         """
+        self._consuming = True
+        self._audit.begin_turn()
+        try:
+            return self._consume(view, position, end)
+        finally:
+            self._consuming = False
+            self._audit.end_turn()  # before the replies: what is told was recorded
+            self._flush()
+
+    def _consume(self, view: memoryview, position: int, end: int) -> int:
         codec_next, handle = self._codec.next, self.monitor.handle
         transport = self.transport
-        self._consuming = True
         turn_ends = time.monotonic() + TURN_SECONDS
         while not (transport.is_closed or transport.backlogged or self._server.stopping):
             if self._task is None:
@@ -124,6 +134,8 @@ class Session:
                     break
                 continue
             self._answer(handle(request))
+            if position == end and isinstance(request, Struct):
+                break  # nothing is left, and nothing is begun
             if self._task is not None and not self.monitor.oob:
                 transport.pause("busy")
                 break
@@ -131,8 +143,6 @@ class Session:
                 transport.pause("turn")
                 asyncio.get_running_loop().call_soon(transport.resume, "turn")
                 break
-        self._consuming = False
-        self._flush()
         return position
 
     def _answer(self, reply: Reply) -> None:

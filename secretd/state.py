@@ -26,9 +26,9 @@ import json
 import mmap
 import os
 import struct
-import zlib
 from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple, Self
+from zlib import crc32
 
 import msgspec
 
@@ -42,6 +42,11 @@ properties of object types, too."""
 
 _FILE = struct.Struct("<8sIIQQIIIIQ")
 _RECORD = struct.Struct("<IIBBHIQI")
+_UNCHECKED = struct.Struct("<IIB")  # of a record: what its checksum does not cover, ...
+_CHECKED = struct.Struct("<BHIQI")  # ... and what it covers, before the id
+_LENGTH = struct.Struct("<I")
+_END = struct.Struct("<Q")
+_PADDING: Final = bytes(8)
 _WINDOWS_OFFSET: Final = 40
 _END_OFFSET: Final = 48
 _STATE_OFFSET: Final = 8
@@ -177,8 +182,10 @@ class Journal:
         properties: dict[str, object],
         plaintext: LockedBuffer | None,
         uid: int,
-    ) -> None:
-        """Store an object under an id that is free; takes over the plaintext buffer."""
+    ) -> int:
+        """Store an object under an id that is free; takes over the plaintext buffer. Returns its size in
+        bytes: plaintext and record.
+        """
         if object_id in self._offsets:
             raise ValueError("the id is taken")
         size, slot = (0, NO_SLOT) if plaintext is None else (plaintext.size, plaintext.offset)
@@ -188,6 +195,7 @@ class Journal:
         )
         if plaintext is not None:
             plaintext.disown()
+        return size + self._end - self._offsets[object_id]
 
     def set_properties(self, object_id: str, properties: dict[str, object]) -> None:
         """Replace an object's properties; its plaintext stays."""
@@ -200,13 +208,17 @@ class Journal:
         )
         self._bury(old)
 
-    def remove(self, object_id: str) -> None:
-        """Forget an object and wipe its plaintext."""
+    def remove(self, object_id: str) -> tuple[int, int]:
+        """Forget an object and wipe its plaintext; return the uid that added it, and its size in bytes:
+        plaintext and record.
+        """
         offset = self._offsets.pop(object_id)
-        size, slot = _RECORD.unpack_from(self._map, offset)[5:7]
-        self._bury(offset)
+        length, _, _, _, _, size, slot, uid = _RECORD.unpack_from(self._map, offset)
+        self._map[offset + _STATE_OFFSET] = _GONE
+        self._dead += length
         if slot != NO_SLOT:
             self.arena.free(slot, size)
+        return uid, size + length
 
     def get(self, object_id: str) -> Record | None:
         """Return an object's record, or None."""
@@ -266,27 +278,28 @@ class Journal:
     ) -> int:
         encoded_id = object_id.encode()
         text = _encode(properties) if properties else b""
-        length = -(-(_RECORD.size + len(encoded_id) + len(text)) // 8) * 8
+        bare = _RECORD.size + len(encoded_id) + len(text)
+        length = (bare + 7) & ~7
         offset, end = self._end, self._end + length
-        if end > len(self._map):
-            self._map.resize(max(2 * len(self._map), end))
+        mapping = self._map
+        if end > len(mapping):
+            mapping.resize(max(2 * len(mapping), end))
         # Bytes behind the end are zeros, since the file only grows.
-        body = (
-            _RECORD.pack(length, 0, _WRITTEN, type_number, len(encoded_id), size, slot, uid)
+        checked = (
+            _CHECKED.pack(type_number, len(encoded_id), size, slot, uid)
             + encoded_id
             + text
+            + _PADDING[: length - bare]
         )
-        body += bytes(length - len(body))
-        crc = struct.pack("<I", zlib.crc32(body[_CRC_FROM:]))
-        self._map[offset:end] = body[:4] + crc + body[_STATE_OFFSET:]
-        self._map[offset + _STATE_OFFSET] = _LIVE
+        mapping[offset:end] = _UNCHECKED.pack(length, crc32(checked), _WRITTEN) + checked
+        mapping[offset + _STATE_OFFSET] = _LIVE
         self._end = end
-        struct.pack_into("<Q", self._map, _END_OFFSET, end)
+        _END.pack_into(mapping, _END_OFFSET, end)
         return offset
 
     def _bury(self, offset: int) -> None:
         self._map[offset + _STATE_OFFSET] = _GONE
-        self._dead += struct.unpack_from("<I", self._map, offset)[0]
+        self._dead += _LENGTH.unpack_from(self._map, offset)[0]
 
     def _read(self, offset: int) -> Record:
         length, _, _, kind, id_length, size, slot, uid = _RECORD.unpack_from(self._map, offset)
@@ -358,7 +371,7 @@ class Journal:
         offsets: dict[str, int] = {}
         buffers: dict[str, tuple[int, int]] = {}
         offset = _FILE.size
-        unpack, crc32, head = _RECORD.unpack_from, zlib.crc32, _RECORD.size
+        unpack, head = _RECORD.unpack_from, _RECORD.size
         while offset + head <= len(data):
             length, crc, state, _, id_length, size, slot, _ = unpack(data, offset)
             if length < head:

@@ -18,6 +18,7 @@ from secretd.fds import Kind, classify, is_sealed, is_writable
 from secretd.statx import type_and_links
 
 _RWF_NOWAIT: Final = 0x8
+_SEND: Final = int(socket.MSG_DONTWAIT) | int(socket.MSG_NOSIGNAL)
 _SPLICE_BYTES: Final = 64 << 10
 _TAKES = "secret-read takes the write end of a pipe, an end of a stream socket pair, or a memfd"
 
@@ -95,7 +96,7 @@ class SocketPair(Target):
     def _write_some(self, data: memoryview, _position: int) -> int:
         borrowed = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, self.fd)
         try:
-            return borrowed.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            return borrowed.send(data, _SEND)
         finally:
             borrowed.detach()
 

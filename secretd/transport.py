@@ -41,6 +41,10 @@ _CLIENTS_TURN: Final = frozenset({"starved", "backlog"})
 
 _SIOCINQ: Final = 0x541B
 
+# As plain numbers: joining two flags of an IntFlag takes longer than the bytes they send.
+_SEND: Final = int(socket.MSG_DONTWAIT) | int(socket.MSG_NOSIGNAL)
+_RECEIVE: Final = int(socket.MSG_CMSG_CLOEXEC)
+
 _ANCILLARY_BYTES: Final = socket.CMSG_SPACE(4 * SCM_MAX_FD)
 """Room for all descriptors of a message, so that the kernel never discards (closes) one itself."""
 
@@ -182,7 +186,7 @@ class Transport:
             view = self._space.shared.view
         try:
             count, ancillary, _, _ = self._sock.recvmsg_into(
-                [view[start:]], _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC
+                [view[start:] if start else view], _ANCILLARY_BYTES, _RECEIVE
             )
         except (BlockingIOError, InterruptedError):
             return
@@ -355,7 +359,7 @@ class Transport:
 
     def _try(self, data: bytes | memoryview) -> int:
         try:
-            return self._sock.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            return self._sock.send(data, _SEND)
         except (BlockingIOError, InterruptedError):
             return 0
         except OSError:

@@ -182,15 +182,16 @@ class ObjectTree:
         self._sorted = None
         size = 0 if plaintext is None else len(plaintext)
         try:
-            self._check_room(uid, size + _length(properties))
-            self.journal.add(object_id, kind.number, properties, plaintext, uid)
+            self._check_room(uid, size + _length(properties) if properties else size)
+            bytes_held = self.journal.add(object_id, kind.number, properties, plaintext, uid)
         except BaseException:
             if plaintext is not None:
                 plaintext.free()
             raise
         self.limits.objects.add(uid)
-        self.limits.object_bytes.add(*self.journal.owner(object_id))
-        self._changed(object_id, kind, properties)
+        self.limits.object_bytes.add(uid, bytes_held)
+        if kind.decides or properties:
+            self._changed(object_id, kind, properties)
         self.on_count()
 
     def _check_room(self, uid: int, size: int) -> None:
@@ -217,10 +218,9 @@ class ObjectTree:
         if object_id in self.pinned:
             raise CommandError(f"object '{object_id}' is in use, can not be deleted")
         self._sorted = None
-        uid, size = self.journal.owner(object_id)
+        uid, size = self.journal.remove(object_id)
         self.limits.objects.give(uid)
         self.limits.object_bytes.give(uid, size)
-        self.journal.remove(object_id)
         self.lifetimes.forget(object_id)
         if object_id in self.deciding:
             self.deciding.discard(object_id)

@@ -72,6 +72,8 @@ class Connection(Generic[T]):
             line_end = _LINE.match(view, position, end).end()  # type: ignore[union-attr]
             request = self._fast(view[position:line_end])
             if request is not None:
+                if line_end == end:
+                    self._declined = 0
                 return line_end, request
             self._declined = line_end
         return self._reference(view, position, end)
