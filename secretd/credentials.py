@@ -24,7 +24,7 @@ from msgspec import Raw
 from secretd.deliver import Content
 from secretd.errors import AccessDenied, CommandError, PeerUnknown
 from secretd.fds import Fd
-from secretd.monitor import Daemon, close_connection
+from secretd.monitor import Daemon, close_connection, log_internal
 from secretd.peer import Door, Peer, identify
 from secretd.systemd import (
     CREDENTIAL_ADDRESS_BYTES,
@@ -96,9 +96,9 @@ class Credentials:
         return bool(self._tasks)
 
     async def _serve(self, sock: socket.socket, name: str) -> None:
-        peer = Peer(-1, -1, -1, Door.CREDENTIALS)
-        claimed = credential_address(sock.getpeername())
+        peer, claimed = Peer(-1, -1, -1, Door.CREDENTIALS), None
         try:
+            claimed = credential_address(sock.getpeername())
             peer = identify(sock, Door.CREDENTIALS)
             await self._deliver(sock, peer, claimed)
         except (CommandError, PeerUnknown) as error:
@@ -107,6 +107,9 @@ class Credentials:
         except asyncio.CancelledError:
             sock.close()
             raise
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is no reason for an end
+            log_internal(error)
+            await self._refuse(sock, name, peer)
         else:
             self._end(sock, name, peer)
 

@@ -382,6 +382,27 @@ class _Full:
         """See secretd.audit.Sink."""
 
 
+def test_an_error_of_our_own_is_a_refusal_too(
+    daemon: Daemon,
+    qmp: Client,
+    app: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Such as having no descriptor left; others go on."""
+    qmp.add("a", data="letmein")
+    grant(qmp, "g", "a")
+
+    def none(_fd: int) -> int:
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("secretd.credentials.os.dup", none)
+        assert len(fetch(daemon, app, address("app.service", "a"))) == REFUSED
+    assert "internal error: OSError" in caplog.text
+    assert fetch(daemon, app, address("app.service", "a")) == b"letmein"
+
+
 def test_one_that_goes_away_disturbs_nobody(daemon: Daemon, qmp: Client, app: str) -> None:
     """In the middle of a refusal, or of its secret: that is no read."""
     fd = os.memfd_create("x")

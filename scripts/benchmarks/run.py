@@ -1,0 +1,658 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What scripts/bench measures, how, and the table it prints.
+
+Each server is pinned to one processor together with its load (load.c), since what a wake-up across
+processors costs says more of the machine than of the server. Servers take turns within a round, and the
+figures are medians of the rounds, so that what else goes on here hits all of them alike. The ratios count;
+absolute figures are this machine's.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import resource
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tests.conftest import Client  # noqa: E402
+from tests.manager import Manager, listening  # noqa: E402
+
+CPU = "1" if (os.cpu_count() or 1) > 1 else "0"
+BIN = Path(sys.executable).parent
+SECRETD = str(BIN / "secretd")
+KEY = bytes(range(32))
+IV = bytes(16)
+HERE = Path(__file__).parent
+
+
+class Result(NamedTuple):
+    """What one run of the load has measured: operations a second, percentiles in µs, the server's µs of
+    processor time for each operation.
+    """
+
+    rate: float
+    p50: float
+    p99: float
+    cpu: float
+
+
+class Row(NamedTuple):
+    """A line of the table. ``goal``: what the ratio is to be, and its direction; ``note``: what else
+    there is to say.
+    """
+
+    name: str
+    ours: float | None
+    theirs: float | None
+    ratio: float | None
+    goal: float
+    at_least: bool
+    unit: str
+    against: str
+    note: str = ""
+
+    @property
+    def met(self) -> bool | None:
+        """True if the goal is reached, None if it could not be measured."""
+        if self.ratio is None:
+            return None
+        return self.ratio >= self.goal if self.at_least else self.ratio <= self.goal
+
+
+# --- servers
+
+
+class Server:
+    """A process that is measured, on its socket."""
+
+    def __init__(self, name: str, command: list[str], path: str, **popen: Any) -> None:
+        self.name = name
+        self.path = path
+        self.process = subprocess.Popen(
+            ["taskset", "-c", CPU, *command], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL, **popen,
+        )  # fmt: skip
+        wait_for(path)
+
+    @property
+    def pid(self) -> int:
+        """The process itself, also where a wrapper was started."""
+        pid = self.process.pid
+        while True:
+            children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+            if not children:
+                return pid
+            pid = int(children[0])
+
+    def cpu(self) -> float:
+        """Seconds of processor time so far, of all threads."""
+        total = 0
+        for task in Path(f"/proc/{self.pid}/task").iterdir():
+            with contextlib.suppress(OSError):
+                total += int((task / "schedstat").read_text().split()[0])
+        return total / 1e9
+
+    def memory(self) -> int:
+        """Bytes that are resident."""
+        for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
+            if line.startswith("VmRSS"):
+                return int(line.split()[1]) * 1024
+        return 0
+
+    def stop(self) -> None:
+        """End it."""
+        pid = self.pid
+        os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def wait_for(path: str) -> None:
+    """Wait until somebody listens."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        with socket.socket(socket.AF_UNIX) as sock, contextlib.suppress(OSError):
+            sock.connect(path)
+            return
+    raise TimeoutError(path)
+
+
+class Machine:
+    """Where everything lies, and what servers there can be."""
+
+    def __init__(self, directory: Path, scale: float) -> None:
+        self.directory = directory
+        self.seconds = 0.6 * scale
+        self.rounds = 3 if scale >= 1 else 1
+        self.load = str(directory / "load")
+        subprocess.run(
+            ["gcc", "-O2", "-o", self.load, str(HERE / "load.c"), "-ldl"],
+            check=True,
+            capture_output=True,
+        )
+        self._numbers = iter(range(1_000_000))
+        self.sealed, self.iv = seal(b"x" * 32)
+        self.sealed_large, _ = seal(b"x" * 4096)
+
+    def path(self, suffix: str = "sock") -> str:
+        """A new name for a socket or a file."""
+        return str(self.directory / f"{next(self._numbers)}.{suffix}")
+
+    def secretd(self, *options: str, loop: str = "asyncio") -> Server:
+        """All that it does by default, and its audit in a file."""
+        path = self.path()
+        return Server(
+            f"secretd, {loop}",
+            [
+                SECRETD,
+                "--control",
+                path,
+                f"--audit={self.path('audit')}",
+                f"--loop={loop}",
+                *options,
+            ],
+            path,
+        )
+
+    def qemu(self, monitors: int = 1) -> Server | None:
+        """QEMU 10 if it is there, else what is installed."""
+        path = self.path()
+        words = ["qemu-system-x86_64", "-machine", "none", "-display", "none", "-S", "-nodefaults"]
+        for number in range(monitors):
+            words += ["-qmp", f"unix:{path}{number or ''},server=on,wait=off"]
+        if (ROOT / ".qemu10/done").exists() and os.getuid() == 0:
+            return Server("QEMU 10.0", [str(ROOT / "scripts/qemu10"), "run", *words], path)
+        if shutil.which(words[0]):
+            return Server("QEMU 7.2", words, path)
+        return None
+
+    def run(self, server: Server, *words: str, kind: str = "qmp") -> Result:
+        """Put a load on a server; ``words`` follow the socket on load's command line."""
+        before = server.cpu()
+        done = subprocess.run(
+            ["taskset", "-c", CPU, self.load, kind, server.path, *words],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise RuntimeError(f"{server.name}: {words}: {done.stderr}")
+        found = json.loads(done.stdout)
+        ops = max(1, found["ops"])
+        return Result(
+            ops / found["seconds"], found["p50"], found["p99"], (server.cpu() - before) / ops * 1e6
+        )
+
+    def compare(
+        self, servers: "list[Server]", *words: str, kinds: "dict[str, str] | None" = None
+    ) -> dict[str, Result]:
+        """Run the same load on each in turn; the medians of the rounds."""
+        found: dict[str, list[Result]] = {server.name: [] for server in servers}
+        for _ in range(self.rounds):
+            for server in servers:
+                kind = (kinds or {}).get(server.name, "qmp")
+                given = (str(self.seconds),) if kind == "gpg" else words
+                found[server.name].append(self.run(server, *given, kind=kind))
+        return {
+            name: Result(*(statistics.median(values) for values in zip(*results, strict=True)))
+            for name, results in found.items()
+        }
+
+
+def seal(content: bytes) -> tuple[str, str]:
+    """Encrypt under KEY, as object-add takes it."""
+    import base64
+
+    from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
+    size = 16 - len(content) % 16
+    encryptor = Cipher(algorithms.AES(KEY), modes.CBC(IV)).encryptor()
+    data = encryptor.update(content + bytes([size]) * size) + encryptor.finalize()
+    return base64.b64encode(data).decode(), base64.b64encode(IV).decode()
+
+
+def master(server: Server) -> None:
+    """Add the key that AES loads use."""
+    import base64
+
+    with contextlib.closing(Client(server.path)) as client:
+        data = base64.b64encode(KEY).decode()
+        assert client.add("master", data=data, format="base64") == {"return": {}}
+
+
+# --- rows
+
+
+def ratio_row(  # noqa: PLR0917 - a row has that many columns
+    name: str, ours: float | None, theirs: float | None, goal: float, unit: str, against: str,
+    *, at_least: bool = True, note: str = "",
+) -> Row:  # fmt: skip
+    """A row of a ratio, ours to theirs."""
+    ratio = ours / theirs if ours is not None and theirs else None
+    return Row(name, ours, theirs, ratio, goal, at_least, unit, against, note)
+
+
+def against_qemu(machine: Machine) -> Iterator[Row]:
+    """Requests, one by one and pipelined, of 32 bytes and of 4 KiB."""
+    qemu = machine.qemu()
+    ours = machine.secretd()
+    servers = [ours] if qemu is None else [ours, qemu]
+    name = "QEMU" if qemu is None else qemu.name
+    seconds = str(machine.seconds)
+    aes, large = (f"DATA={machine.sealed}", f"IV={machine.iv}"), f"DATA={machine.sealed_large}"
+    try:
+        for server in servers:
+            master(server)
+
+        def both(*words: str) -> tuple[Result, Result | None]:
+            found = machine.compare(servers, *words)
+            return found[ours.name], found.get(name)
+
+        for title, words, goal in (
+            ("object-add + object-del, 32 bytes", ("pair", seconds, "1", "1"), 14.0),
+            ("the same, AES-256-CBC by keyid", ("aes", seconds, "1", "1", *aes), 14.0),
+            ("query-version", ("version", seconds, "1", "1"), 6.0),
+            ("getfd + closefd", ("fd", seconds, "1", "1"), 8.0),
+            ("pipelined, window 64, pairs", ("pair", seconds, "64", "1"), 100.0),
+            ("4 KiB secret, inline", ("pair", seconds, "1", "1", "SIZE=4096"), 180.0),
+            ("4 KiB secret, AES", ("aes", seconds, "1", "1", large, aes[1]), 150.0),
+        ):
+            mine, its = both(*words)
+            note = f"{mine.cpu:.1f} µs of processor time each"
+            if its is not None:
+                note += f", QEMU {its.cpu:.0f}"
+            yield ratio_row(title, mine.rate, its and its.rate, goal, "/s", name, note=note)
+            if title.startswith("object-add"):
+                yield ratio_row(
+                    "p99 of object-add", mine.p99, its and its.p99, 1 / 12, "µs", name, at_least=False,
+                    note=f"p50 {mine.p50:.1f} µs",
+                )  # fmt: skip
+                yield ratio_row(
+                    "processor time of a pair",
+                    mine.cpu,
+                    its and its.cpu,
+                    1 / 20,
+                    "µs",
+                    name,
+                    at_least=False,
+                )
+    finally:
+        for server in servers:
+            server.stop()
+
+
+def crowd(machine: Machine) -> Iterator[Row]:
+    """A hundred clients at once; QEMU serves one on each of its monitors, so four monitors are compared."""
+    ours, qemu = machine.secretd(), machine.qemu(4)
+    seconds = str(machine.seconds * 2)
+    try:
+        mine = [machine.run(ours, "pair", seconds, "1", "100") for _ in range(machine.rounds)]
+        rate = statistics.median(r.rate for r in mine)
+        p99 = statistics.median(r.p99 for r in mine)
+        theirs = None
+        if qemu is not None:
+            for number in range(1, 4):
+                wait_for(f"{qemu.path}{number}")
+            words = ["taskset", "-c", CPU, machine.load, "qmp"]
+            totals = []
+            for _ in range(machine.rounds):
+                running = [
+                    subprocess.Popen(
+                        [
+                            *words,
+                            f"{qemu.path}{n or ''}",
+                            "pair",
+                            seconds,
+                            "1",
+                            "1",
+                            f"FROM={n * 10_000_000}",
+                        ],
+                        stdout=subprocess.PIPE,
+                    )
+                    for n in range(4)
+                ]
+                outs = [json.loads(r.communicate()[0]) for r in running]
+                totals.append(sum(o["ops"] / o["seconds"] for o in outs))
+            theirs = statistics.median(totals)
+        against = "QEMU" if qemu is None else f"{qemu.name}, 4 monitors"
+        yield ratio_row("100 clients at once, pairs", rate, theirs, 14.0, "/s", against)
+        yield Row("p99 with 100 clients", p99 / 1000, 1, p99 / 1000, 3.0, False, "ms", "3 ms")
+    finally:
+        ours.stop()
+        if qemu is not None:
+            qemu.stop()
+
+
+def fill(machine: Machine, server: Server, count: int, first: int = 0) -> None:
+    """Add so many secrets of 32 bytes."""
+    machine.run(server, "add", "600", "64", "1", f"COUNT={count}", f"FROM={first}")
+
+
+def resident(machine: Machine) -> Iterator[Row]:
+    """With 100,000 secrets: what a delete costs, what memory they take, how soon they are there again."""
+    many = 100_000 if machine.rounds > 1 else 20_000
+    name = "QEMU"
+    delete: dict[str, float] = {}
+    memory: dict[str, float] = {}
+    few = 0.0
+    for server in (machine.secretd(), machine.qemu()):
+        if server is None:
+            continue
+        empty = server.memory()
+        ours = server.name.startswith("secretd")
+        fill(machine, server, 1000)
+        if ours:
+            few = machine.run(server, "del", "60", "1", "1", "COUNT=500", "FROM=0").p50
+            fill(machine, server, 500)
+        else:
+            name = server.name
+        fill(machine, server, many - 1000, 1000)
+        memory[server.name] = (server.memory() - empty) / many
+        delete[server.name] = machine.run(
+            server, "del", "60", "1", "1", "COUNT=500", "FROM=1000"
+        ).p50
+        server.stop()
+    mine = "secretd, asyncio"
+    theirs = delete.get(name)
+    yield ratio_row(
+        f"object-del with {many:,} resident", theirs and 1 / delete[mine], theirs and 1 / theirs, 350.0,
+        "/s", name, note=f"{delete[mine]:.1f} µs",
+    )  # fmt: skip
+    yield ratio_row(
+        "the same against 1,000 resident", delete[mine], few, 1.3, "µs", "itself", at_least=False
+    )
+    yield ratio_row(
+        "resident memory of a secret",
+        memory[mine],
+        memory.get(name),
+        0.45,
+        "bytes",
+        name,
+        at_least=False,
+    )
+
+
+def delivery(machine: Machine) -> Iterator[Row]:
+    """A secret into a pipe: against the least a server can do, gpg-agent and libvirt."""
+    path = machine.path()
+    least = Server("C epoll", [machine.load, "serve", path], path)
+    servers = [machine.secretd(), least]
+    with contextlib.suppress(ImportError):
+        import uvloop  # type: ignore[import-not-found,unused-ignore] # noqa: F401
+
+        servers.append(machine.secretd(loop="uvloop"))
+    kinds = {}
+    agent = gpg_agent(machine)
+    if agent is not None:
+        servers.append(agent)
+        kinds[agent.name] = "gpg"
+    try:
+        for server in servers:
+            if server.name.startswith("secretd"):
+                with contextlib.closing(Client(server.path)) as client:
+                    client.add("held", data="x" * 32)
+        found = machine.compare(servers, "read", str(machine.seconds), "1", "1", kinds=kinds)
+        for loop, goal, gpg_goal in (("asyncio", 0.5, 0.5), ("uvloop", 0.6, 0.55)):
+            mine = found.get(f"secretd, {loop}")
+            rate = mine and mine.rate
+            note = (
+                "uvloop is not installed"
+                if mine is None
+                else f"{mine.cpu:.1f} µs of processor time"
+            )
+            yield ratio_row(
+                f"secret-read into a pipe, {loop}",
+                rate,
+                found["C epoll"].rate,
+                goal,
+                "/s",
+                "C epoll",
+                note=note,
+            )
+            theirs = found["gpg-agent"].rate if agent is not None else None
+            yield ratio_row(f"secret-read, {loop}", rate, theirs, gpg_goal, "/s", "gpg-agent")
+        libvirt = libvirt_rate(machine)
+        yield ratio_row(
+            "secret-read, asyncio", found["secretd, asyncio"].rate, libvirt, 1.3, "/s", "libvirt get-value",
+            note="" if libvirt else "libvirt is not installed",
+        )  # fmt: skip
+    finally:
+        for server in servers:
+            server.stop()
+
+
+def gpg_agent(machine: Machine) -> Server | None:
+    """A gpg-agent that holds a passphrase."""
+    if not shutil.which("gpg-agent"):
+        return None
+    home = machine.directory / "gnupg"
+    home.mkdir(mode=0o700)
+    environment = os.environ | {"GNUPGHOME": str(home)}
+    path = subprocess.run(
+        ["gpgconf", "--list-dirs", "agent-socket"],
+        env=environment,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.strip()
+    words = [
+        "gpg-agent",
+        "--allow-preset-passphrase",
+        "--max-cache-ttl",
+        "9999",
+        "--daemon",
+        "sleep",
+        "3600",
+    ]
+    server = Agent("gpg-agent", words, path, env=environment)
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(path)
+        sock.recv(1000)
+        sock.sendall(b"PRESET_PASSPHRASE secretd-bench -1 " + (b"78" * 32) + b"\n")
+        assert sock.recv(1000).startswith(b"OK")
+    return server
+
+
+class Agent(Server):
+    """gpg-agent puts itself into the background."""
+
+    @property
+    def pid(self) -> int:
+        """The one that listens on the socket."""
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(self.path)
+            data = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        return int.from_bytes(data[:4], sys.byteorder)
+
+    def stop(self) -> None:
+        """End both."""
+        os.kill(self.pid, signal.SIGKILL)
+        self.process.kill()
+        self.process.wait()
+
+
+def libvirt_rate(machine: Machine) -> float | None:
+    """Values that libvirt gives a second, of its session daemon; None where there is none."""
+    if not shutil.which("libvirtd") or not shutil.which("virsh"):
+        return None
+    home = machine.directory / "libvirt"
+    home.mkdir()
+    environment = os.environ | {
+        name: str(home) for name in ("HOME", "XDG_RUNTIME_DIR", "XDG_CONFIG_HOME", "XDG_CACHE_HOME")
+    }
+    uri = f"secret:///session?socket={home}/libvirt/libvirt-sock"
+    daemon = subprocess.Popen(
+        ["taskset", "-c", CPU, "libvirtd", "--timeout", "600"], env=environment,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    uuid = "11111111-2222-3333-4444-555555555555"
+    try:
+        wait_for(f"{home}/libvirt/libvirt-sock")
+        xml = home / "secret.xml"
+        xml.write_text(f"<secret ephemeral='yes' private='no'><uuid>{uuid}</uuid></secret>")
+        virsh = ["virsh", "-q", "-c", uri]
+        subprocess.run(
+            [*virsh, "secret-define", str(xml)], env=environment, check=True, capture_output=True
+        )
+        value = home / "value"
+        value.write_text("x" * 32)
+        subprocess.run(
+            [*virsh, "secret-set-value", uuid, "--file", str(value), "--plain"],
+            env=environment, check=True, capture_output=True,
+        )  # fmt: skip
+        rates = []
+        for _ in range(machine.rounds):
+            done = subprocess.run(
+                ["taskset", "-c", CPU, machine.load, "libvirt", uri, uuid, str(machine.seconds)],
+                env=environment, capture_output=True, check=True,
+            )  # fmt: skip
+            found = json.loads(done.stdout)
+            rates.append(found["ops"] / found["seconds"])
+        return statistics.median(rates)
+    finally:
+        daemon.kill()
+        daemon.wait()
+
+
+def starting(machine: Machine) -> Iterator[Row]:
+    """From the start to the first answer, and what it takes to be there and do nothing."""
+
+    def first(make: Callable[[], Server | None]) -> tuple[float, float] | None:
+        times, sizes = [], []
+        for _ in range(3 * machine.rounds):
+            began = time.monotonic()
+            server = make()
+            if server is None:
+                return None
+            with contextlib.closing(Client(server.path)) as client:
+                assert client.add("a", data="x" * 32) == {"return": {}}
+            times.append(time.monotonic() - began)
+            sizes.append(server.memory())
+            server.stop()
+        return statistics.median(times), statistics.median(sizes)
+
+    mine = first(machine.secretd)
+    theirs = first(machine.qemu)
+    assert mine is not None
+    yield ratio_row(
+        "start to the first answered object-add", mine[0] * 1000, theirs and theirs[0] * 1000, 3.0, "ms",
+        "QEMU", at_least=False,
+    )  # fmt: skip
+    yield ratio_row(
+        "idle memory", mine[1] / 1e6, theirs and theirs[1] / 1e6, 1.0, "MB", "QEMU", at_least=False
+    )
+
+
+def again(machine: Machine) -> Iterator[Row]:
+    """After kill -9, with what a service manager keeps, until a secret is read."""
+    many = 100_000 if machine.rounds > 1 else 20_000
+    directory = machine.directory / "kept"
+    directory.mkdir()
+    resource.setrlimit(
+        resource.RLIMIT_NOFILE, (4096, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+    )
+    times = []
+    with Manager(directory) as manager, listening(directory / "control.sock") as control:
+        doors = {"control": control}
+        started = manager.start("--audit=none", doors=doors, prefix=["taskset", "-c", CPU])
+        path = control.getsockname()
+        subprocess.run(
+            [machine.load, "qmp", path, "add", "600", "64", "1", f"COUNT={many}", "FROM=0"],
+            check=True, capture_output=True,
+        )  # fmt: skip
+        for _ in range(3):
+            started.end(signal.SIGKILL, -9)
+            began = time.monotonic()
+            started = manager.start(
+                "--audit=none", doors=doors, prefix=["taskset", "-c", CPU], ready=False
+            )
+            with contextlib.closing(Client(path)) as client:
+                assert client.read(f"b{many - 1}") == b"x" * 32
+            times.append(time.monotonic() - began)
+            manager.wait("READY=1")
+        started.end(signal.SIGKILL, -9)
+    value = statistics.median(times)
+    yield Row(f"{many:,} secrets again after kill -9", value, 1, value, 0.3, False, "s", "0.3 s")
+
+
+GROUPS = {
+    "requests": against_qemu, "crowd": crowd, "resident": resident, "delivery": delivery, "start": starting,
+    "again": again,
+}  # fmt: skip
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as Markdown."""
+    lines = [
+        "| measure | secretd | other | ratio | goal | |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        mark = {True: "reached", False: "**missed**", None: "not measured"}[row.met]
+        sign = "≥" if row.at_least else "≤"
+        theirs = "" if row.theirs is None else f"{row.theirs:,.4g} {row.unit}, {row.against}"
+        if row.theirs is None:
+            theirs = f"{row.against}: not installed"
+        lines.append(
+            f"| {row.name} | {number(row.ours)} {row.unit} | {theirs} | {number(row.ratio)} "
+            f"| {sign} {number(row.goal)} | {mark}{'; ' if row.note else ''}{row.note} |"
+        )
+    return "\n".join(lines)
+
+
+def number(value: float | None) -> str:
+    """Three digits, or so."""
+    return "" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def main() -> int:
+    """Run it; return 1 if a goal was missed."""
+    parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--json", action="store_true", help="for machines")
+    parser.add_argument(
+        "--quick", action="store_true", help="one short round: to see that it works"
+    )
+    parser.add_argument(
+        "groups", nargs="*", metavar="GROUP", help=f"of {', '.join(GROUPS)}; default: all"
+    )
+    options = parser.parse_args()
+    rows: list[Row] = []
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as directory:
+        machine = Machine(Path(directory), 0.3 if options.quick else 1)
+        for name in options.groups or GROUPS:
+            print(f"scripts/bench: {name} ...", file=sys.stderr, flush=True)
+            for row in GROUPS[name](machine):
+                rows.append(row)
+                print(f"  {table([row]).splitlines()[-1]}", file=sys.stderr, flush=True)
+    facts = {
+        "date": time.strftime("%Y-%m-%d"), "kernel": platform.release(), "python": platform.python_version(),
+        "processors": os.cpu_count(), "seconds": round(time.monotonic() - began),
+    }  # fmt: skip
+    if options.json:
+        print(
+            json.dumps(
+                {**facts, "rows": [row._asdict() | {"met": row.met} for row in rows]}, indent=1
+            )
+        )
+    else:
+        print(table(rows))
+        print("\n" + ", ".join(f"{name} {value}" for name, value in facts.items()))
+    return int(any(row.met is False for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
