@@ -16,7 +16,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Coroutine
-from typing import Final
+from typing import Final, Protocol
 
 import msgspec
 from msgspec import Raw
@@ -44,6 +44,14 @@ STORED: Final = "credential-"
 _REFUSAL: Final = bytes(64 << 10)
 _REFUSAL_TIMES: Final = CREDENTIAL_BYTES // len(_REFUSAL) + 1
 
+
+class Store(Protocol):
+    """What the service manager keeps, if it does."""
+
+    kept: bool
+    manager: Manager
+
+
 Start = Callable[[Coroutine[object, object, None]], "asyncio.Task[None]"]
 
 
@@ -53,12 +61,12 @@ class Credentials:
     """
 
     def __init__(
-        self, daemon: Daemon, start: Start, ended: Callable[[], None], manager: Manager | None
+        self, daemon: Daemon, start: Start, ended: Callable[[], None], store: Store | None
     ) -> None:
         self._daemon = daemon
         self._start = start
         self._ended = ended
-        self._manager = manager
+        self._store = store
         self._number = 0
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -66,8 +74,8 @@ class Credentials:
         """Take over a connection that was accepted."""
         self._number += 1
         name = f"{STORED}{self._number}"
-        if self._manager is not None:
-            self._manager.offer(name, sock.fileno())
+        if self._store is not None and self._store.kept:
+            self._store.manager.offer(name, sock.fileno())
         self._begin(self._serve(sock, name))
 
     def refuse(self, sock: socket.socket, name: str) -> None:
@@ -177,5 +185,5 @@ class Credentials:
         with contextlib.suppress(OSError):
             sock.shutdown(socket.SHUT_RDWR)
         close_connection(self._daemon, peer, sock.detach())
-        if self._manager is not None:
-            self._manager.drop(name, wait=False)
+        if self._store is not None and self._store.kept:
+            self._store.manager.drop(name, wait=False)

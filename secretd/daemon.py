@@ -29,7 +29,7 @@ from secretd.qom.object import ObjectTree
 from secretd.qom.secret import secret_plaintext
 from secretd.qom.types import TYPES
 from secretd.server import Listener, Server
-from secretd.service import Inherited, Reports
+from secretd.service import Inherited, Reports, Store
 from secretd.state import Journal
 from secretd.systemd import JournalFormatter, Manager, journal_on_stderr
 
@@ -161,7 +161,10 @@ class _Process:
         self._found = found
         self._restored = restored
         self._before = len(journal)
-        self._keep = restored  # the secrets stay with the service manager at the end
+        self._keep = (
+            restored  # the secrets stay with the service manager at the end, whatever happens
+        )
+        self._store: Store | None = None
         self._served = False
         self._scratch: Arena | None = None
 
@@ -176,7 +179,8 @@ class _Process:
             return
         argv.close(hidden)
         if self._manager is not None:
-            self._keep = service.keep(self._manager, journal, restored=self._restored)
+            self._store = Store(self._manager, journal, restored=self._restored)
+            self._keep = True
         audit = _audit(tree, options)
         try:
             with asyncio.Runner(loop_factory=_loop_factory(options.loop)) as runner:
@@ -184,20 +188,21 @@ class _Process:
         finally:
             audit.stop()
         self._served = True
-        if quitting and self._manager is not None:
-            service.forget(self._manager)
+        if quitting and self._store is not None:
+            self._store.forget()
             self._keep = False
 
     async def _serve(
         self, tree: ObjectTree, audit: Audit, specs: list[DoorSpec], made: list[str]
     ) -> bool:
         """Serve until the end; return True if that was asked for by `quit`."""
-        keeper = self._manager if self._keep else None
-        server = Server(tree, COMMANDS.by_name.values(), f"secretd {__version__}", audit, keeper)
+        server = Server(
+            tree, COMMANDS.by_name.values(), f"secretd {__version__}", audit, self._store
+        )
         listeners = open_doors(specs, self._found.doors)
         for listener in listeners:
             server.add(listener)
-        reports = None if self._manager is None else Reports(self._manager, tree, kept=self._keep)
+        reports = None if self._store is None else Reports(self._store, tree)
         loop = asyncio.get_running_loop()
 
         def stop() -> None:
@@ -234,6 +239,9 @@ class _Process:
     def end(self) -> None:
         """Wipe everything, or leave the secrets to the next process."""
         objects = len(self._journal)
+        if self._store is not None:
+            self._keep = self._keep and self._store.kept
+            self._store.close()
         if self._keep:
             self._journal.leave()
         else:

@@ -235,7 +235,7 @@ class FastDecoder:
         encoded = self._encode(request)
         whole = len(encoded) + aside == len(line) - (line[-1] == 0x0A)
         if whole and encoded.isascii() and b"\x7f" not in encoded:
-            # Nothing was left out, twice, escaped or spaced: each of these only makes a line longer than this.
+            # Nothing was left out, twice, escaped or spaced: each of these only makes a line longer.
             request.id = request_id
             for name, raw in kept:
                 setattr(arguments, name, raw)

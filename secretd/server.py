@@ -18,7 +18,7 @@ from msgspec import UNSET, Raw
 
 from secretd.announce import Announcer
 from secretd.audit import Audit
-from secretd.credentials import Credentials
+from secretd.credentials import Credentials, Store
 from secretd.errors import AccessDenied, LimitReached, PeerUnknown, UsageError
 from secretd.monitor import Daemon, close_connection, wire_event
 from secretd.peer import Door, Peer, identify
@@ -26,7 +26,6 @@ from secretd.qom.object import ObjectTree
 from secretd.receive import ReceiveSpace
 from secretd.schema import Command
 from secretd.session import Session
-from secretd.systemd import Manager
 from secretd.wire import message as wire
 
 LISTEN_BACKLOG: Final = 128
@@ -121,7 +120,7 @@ def _remove_stale(path: str) -> None:
 
 
 class Server:
-    """All doors and sessions of a process. ``manager``: the service manager, if it keeps descriptors."""
+    """All doors and sessions of a process. ``store``: what the service manager keeps, if there is one."""
 
     def __init__(
         self,
@@ -129,13 +128,13 @@ class Server:
         commands: Iterable[Command],
         package: str,
         audit: Audit | None = None,
-        manager: Manager | None = None,
+        store: Store | None = None,
     ) -> None:
         self.daemon = Daemon(tree, commands, package, audit or Audit(), self)
         self.space = ReceiveSpace(tree.scratch)
         self.sessions: set[Session] = set()
         self.announcer = Announcer(self.daemon.access, lambda: self.sessions)
-        self.credentials = Credentials(self.daemon, self.start, self._check_idle, manager)
+        self.credentials = Credentials(self.daemon, self.start, self._check_idle, store)
         self.stopping = False  # requests that were not begun are not answered any more
         self._stopped = asyncio.Event()
         self._idle = asyncio.Event()

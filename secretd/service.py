@@ -20,13 +20,18 @@ from secretd.memory import Arena, choose_level
 from secretd.peer import Door
 from secretd.qom.object import ObjectTree
 from secretd.state import Journal
-from secretd.systemd import Manager, Passed, passed
+from secretd.systemd import Manager, Passed, has_ended, passed
 
 log = logging.getLogger("secretd")
 
 ARENA: Final = "arena"
 JOURNAL: Final = "journal"
 """What the files are called in the descriptor store."""
+
+PROBE_SECONDS: Final = 2.0
+"""Seconds after which a descriptor counts as kept: systemd closes what it has no room for in the
+background.
+"""
 
 STATUS_SECONDS: Final = 1.0
 """Seconds after a change within which `systemctl status` shows it: not each is worth a message."""
@@ -110,51 +115,91 @@ def open_journal(found: Inherited, *, require_lock: bool) -> tuple[Journal, bool
     return journal, True
 
 
-def keep(manager: Manager, journal: Journal, *, restored: bool) -> bool:
-    """Have the service manager keep what the next process needs; True if it does."""
-    if restored:
-        if not journal.paired:
+class Store:
+    """What the service manager keeps for the next process. ``kept``: it does, as far as is known."""
+
+    def __init__(self, manager: Manager, journal: Journal, *, restored: bool) -> None:
+        self.manager = manager
+        self.kept = True
+        self._journal = journal
+        self._restored = restored
+        self._source = -1
+        if not restored:
+            self.forget()
+            manager.keep(ARENA, [journal.arena.fileno()])
+            manager.keep(JOURNAL, journal.filenos())
+        elif not journal.paired:
             manager.keep(JOURNAL, journal.filenos()[1:])
-            if not manager.kept():
-                # A file that is not kept must never become the one that counts.
-                journal.fixed = True
-                log.error(
-                    "the service manager has no room for another descriptor; raise FileDescriptorStoreMax= "
-                    "in the unit"
-                )
-        return True
-    forget(manager)
-    manager.keep(ARENA, [journal.arena.fileno()])
-    manager.keep(JOURNAL, journal.filenos())
-    if manager.kept():
-        return True
-    forget(manager)
-    log.error(
-        "the service manager keeps no descriptors, so secrets end with this process; "
-        "FileDescriptorStoreMax=512 and NotifyAccess=main in the unit change that"
-    )
-    return False
+            # A file that may not be kept must not become the one that counts.
+            journal.fixed = True
+        else:
+            return
+        self._source = manager.probe()
+        if not manager.barrier() or has_ended(self._source):
+            self._lost()
 
+    def watch(self, lost: Callable[[], None]) -> None:
+        """Find out, from the running loop, whether there was room; call ``lost`` if there was none."""
+        if self._source < 0:
+            return
+        loop = asyncio.get_running_loop()
+        sure = loop.call_later(PROBE_SECONDS, self._sure)
 
-def forget(manager: Manager) -> None:
-    """Have the service manager close what it keeps."""
-    manager.drop(ARENA)
-    manager.drop(JOURNAL)
+        def ended() -> None:
+            sure.cancel()
+            loop.remove_reader(self._source)
+            self._lost()
+            lost()
+
+        loop.add_reader(self._source, ended)
+
+    def _sure(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._source)
+        self._journal.fixed = False
+        self.close()
+
+    def _lost(self) -> None:
+        self.close()
+        if self._restored:
+            log.error(
+                "the service manager has no room for another descriptor; raise FileDescriptorStoreMax= "
+                "in the unit"
+            )
+            return
+        self.kept = False
+        self.forget()
+        log.error(
+            "the service manager keeps no descriptors, so secrets end with this process; "
+            "FileDescriptorStoreMax=512 and NotifyAccess=main in the unit change that"
+        )
+
+    def forget(self) -> None:
+        """Have the service manager close what it keeps."""
+        self.manager.drop(ARENA)
+        self.manager.drop(JOURNAL)
+
+    def close(self) -> None:
+        """Watch no longer."""
+        if self._source >= 0:
+            os.close(self._source)
+            self._source = -1
+            self.manager.drop("probe", wait=False)
 
 
 class Reports:
     """What the service manager is told while the daemon runs: that the loop turns, and a line of status."""
 
-    def __init__(self, manager: Manager, tree: ObjectTree, *, kept: bool) -> None:
-        self._manager = manager
+    def __init__(self, store: Store, tree: ObjectTree) -> None:
+        self._store = store
+        self._manager = store.manager
         self._tree = tree
-        self._kept = kept
         self._due: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
         """Tell that all is ready; go on telling."""
         self._tree.on_count = self._changed
         self._manager.ready(self.status())
+        self._store.watch(self._changed)
         if self._manager.watchdog is not None:
             self._beat(self._manager.watchdog / 2)
 
@@ -162,7 +207,7 @@ class Reports:
         """Return the line that `systemctl status` shows."""
         secrets = len(self._tree.journal) - len(self._tree.deciding)
         level = self._tree.journal.arena.level
-        kept = "kept over restarts" if self._kept else "not kept over restarts"
+        kept = "kept over restarts" if self._store.kept else "not kept over restarts"
         return f"{secrets} secret{'' if secrets == 1 else 's'}, memory: {level}, {kept}"
 
     def reload(self, function: Callable[[], None]) -> None:

@@ -128,7 +128,7 @@ class Manager:
     # --- the descriptor store
 
     def keep(self, name: str, fds: Sequence[int]) -> bool:
-        """Have descriptors kept for the next process, as ``name``. Whether they were only `kept` tells."""
+        """Have descriptors kept for the next process, as ``name``. Whether they are only `probe` tells."""
         return self.notify("FDSTORE=1", f"FDNAME={name}", fds=fds, wait=True)
 
     def offer(self, name: str, fd: int) -> bool:
@@ -139,25 +139,17 @@ class Manager:
         """Have what is kept as ``name`` closed."""
         self.notify("FDSTOREREMOVE=1", f"FDNAME={name}", wait=wait)
 
-    def kept(self) -> bool:
-        """True if all that was to be kept so far is kept. Waits for the service manager.
+    def probe(self) -> int:
+        """Have an end of a pipe kept, too; return the other end, which the caller owns.
 
-        systemd says nothing when its store is full, or when there is none. So it is given an end of a
-        pipe, too, and if that was closed when it has worked through its messages, there was no room.
+        systemd says nothing when its store is full, or when there is none: it closes what it was given. So
+        the pipe ends if there was no room for it, soon after systemd has worked through its messages (it
+        closes in the background), and what was to be kept before has its place if the pipe stays.
         """
         source, sink = os.pipe2(os.O_CLOEXEC)
-        try:
-            self.keep("probe", [sink])
-        finally:
-            os.close(sink)
-        try:
-            done = self.barrier()
-            poll = select.poll()
-            poll.register(source, 0)
-            return done and not poll.poll(0)
-        finally:
-            os.close(source)
-            self.drop("probe")
+        self.keep("probe", [sink])
+        os.close(sink)
+        return source
 
     def barrier(self) -> bool:
         """Wait until the service manager has worked through all messages (sd_notify_barrier(3)); False if
@@ -178,6 +170,13 @@ class Manager:
     def close(self) -> None:
         """Forget it."""
         self._sock.close()
+
+
+def has_ended(source: int) -> bool:
+    """True if nobody has the other end of a pipe any more."""
+    poll = select.poll()
+    poll.register(source, 0)
+    return bool(poll.poll(0))
 
 
 def _status(text: str) -> str:

@@ -34,10 +34,14 @@ os.execv(sys.argv[2 + count], sys.argv[2 + count:])
 
 class Manager:
     """Listens on a socket as $NOTIFY_SOCKET; ``room``: descriptors that it keeps. ``deaf``: it works through
-    nothing.
+    nothing. ``late``: what it has no room for it closes only when it has heard that secretd is ready, as
+    systemd does in the background.
     """
 
-    def __init__(self, directory: Path, *, room: int = 16, deaf: bool = False) -> None:
+    def __init__(
+        self, directory: Path, *, room: int = 16, deaf: bool = False, late: bool = False
+    ) -> None:
+        self._late: list[int] | None = [] if late else None
         self.directory = directory
         self.room = room
         self.deaf = deaf
@@ -72,6 +76,8 @@ class Manager:
             for fd in fds:
                 if len(self.store) < self.room:
                     self.store.append((name, fd))
+                elif self._late is not None:
+                    self._late.append(fd)
                 else:
                     os.close(fd)
         elif "FDSTOREREMOVE" in fields:
@@ -79,6 +85,9 @@ class Manager:
         else:
             for fd in fds:  # BARRIER=1
                 os.close(fd)
+        if "READY" in fields:
+            while self._late:
+                os.close(self._late.pop())
         self.said += [line for line in lines if not line.startswith(("FD", "BARRIER"))]
 
     def _remove(self, name: str) -> None:

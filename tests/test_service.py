@@ -98,12 +98,13 @@ def test_quit_leaves_nothing(manager: Manager, door: Callable[[str], socket.sock
     assert os.path.exists(control.getsockname())  # it is not ours to remove
 
 
+@pytest.mark.parametrize("late", [False, True])
 def test_a_store_without_room_is_an_error_that_is_logged(
-    tmp_path: Path, door: Callable[[str], socket.socket]
+    tmp_path: Path, door: Callable[[str], socket.socket], late: bool
 ) -> None:
-    """And secrets end with the process then."""
+    """And secrets end with the process then; also where it turns out a little later."""
     control = door("control")
-    with Manager(tmp_path, room=3) as manager:
+    with Manager(tmp_path, room=3, late=late) as manager:
         started = manager.start(doors={"control": control})
         manager.wait(f"STATUS=0 secrets, memory: {ARENA_LEVEL}, not kept over restarts")
         said = started.end()
@@ -141,7 +142,7 @@ def test_a_store_that_lost_its_room_still_has_what_it_had(
     assert said.endswith("secretd: stopped; the service manager keeps 1 object\n")
     manager.room = 4
     started = manager.start(doors={"control": control})
-    manager.wait_for_store(*KEPT)
+    manager.wait_for_store(*KEPT)  # the probe has gone: it is sure
     assert "has no room" not in started.end()
 
 
@@ -187,7 +188,7 @@ def test_a_status_that_could_not_be_told_is_told_later(
         journal = Journal(Arena(ARENA_LEVEL))
         tree = ObjectTree(journal, journal.arena, TYPES)
         ours = Ours(manager.path)
-        reports = service.Reports(ours, tree, kept=True)
+        reports = service.Reports(service.Store(ours, journal, restored=False), tree)
         reports.start()
         reports._tell()
         assert reports._due is None
@@ -196,6 +197,7 @@ def test_a_status_that_could_not_be_told_is_told_later(
         assert reports._due is not None
         reports.stopping()
         await asyncio.sleep(0)
+        reports._store.close()
         ours.close()
         journal.close()
         journal.arena.close()
