@@ -12,15 +12,15 @@ writes, into locked memory of this process. Errors are qemu.qmp's: `ConnectError
 
 When the daemon goes away, as it does for a restart or an upgrade, the client connects again by itself.
 What was not sent yet is sent then; what was sent without an answer is done again where doing it twice is
-as good as once (reading, listing, sealing, deleting, expire), and is an ExecInterruptedError otherwise:
-it may have been done.
+as good as once (reading, listing, sealing, expire), and is an ExecInterruptedError otherwise: it may have
+been done. (Of a grant with max-reads a read that is done again uses up two.)
 """
 
 import asyncio
 import contextlib
 import os
 import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, Final, Literal, NamedTuple, Self, TypeVar, cast
 
 from qemu.qmp import (
@@ -166,21 +166,7 @@ class Client:
 
     async def delete(self, object_id: str) -> None:
         """Remove an object; its plaintext is wiped when this returns."""
-        interrupted = False
-
-        async def once() -> None:
-            nonlocal interrupted
-            try:
-                await self._qmp.execute("object-del", {"id": object_id})
-            except ExecInterruptedError:
-                interrupted = True
-                raise
-            except ExecuteError as error:
-                # It was done, and the answer was lost.
-                if not (interrupted and str(error) == f"object '{object_id}' not found"):
-                    raise
-
-        await self._again(once)
+        await self._execute("object-del", {"id": object_id})
 
     async def expire(self, object_id: str, seconds: int) -> None:
         """Have a secret wiped after so many seconds from now."""
@@ -313,14 +299,34 @@ class Client:
             while connection == self._connection:
                 await self._disconnect()
                 try:
-                    await self._qmp.connect(self.path)
+                    # A socket of systemd's takes connections that nobody answers yet.
+                    await self._unless_closed(self._qmp.connect(self.path), deadline)
                     self._connection += 1
                 except ConnectError:
-                    with contextlib.suppress(TimeoutError):
-                        async with asyncio.timeout(_RETRY_EACH):
-                            await self._closed.wait()
-                    if self._closed.is_set() or asyncio.get_running_loop().time() >= deadline:
+                    closed = self._closed.wait()
+                    with contextlib.suppress(ConnectError):
+                        await self._unless_closed(closed, self._loop_time() + _RETRY_EACH)
+                    if self._closed.is_set() or self._loop_time() >= deadline:
                         raise
+
+    async def _unless_closed(self, waited: Coroutine[Any, Any, object], deadline: float) -> None:
+        """Wait for something until the deadline, or until the client is closed; raises ConnectError then."""
+        task = asyncio.ensure_future(waited)
+        closed = asyncio.ensure_future(self._closed.wait())
+        try:
+            seconds = max(0.0, deadline - self._loop_time())
+            await asyncio.wait({task, closed}, timeout=seconds, return_when="FIRST_COMPLETED")
+            if not task.done():
+                raise ConnectError("no answer", TimeoutError())
+            task.result()
+        finally:
+            for each in (task, closed):
+                each.cancel()
+            await asyncio.gather(task, closed, return_exceptions=True)
+
+    @staticmethod
+    def _loop_time() -> float:
+        return asyncio.get_running_loop().time()
 
     async def _disconnect(self) -> None:
         # What ended the connection comes out here; that it has ended is known.

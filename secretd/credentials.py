@@ -51,6 +51,9 @@ class Store(Protocol):
     kept: bool
     manager: Manager
 
+    def give_up(self) -> None:
+        """Have it kept no longer, for good."""
+
 
 Start = Callable[[Coroutine[object, object, None]], "asyncio.Task[None]"]
 
@@ -75,7 +78,7 @@ class Credentials:
         self._number += 1
         name = f"{STORED}{self._number}"
         if self._store is not None and self._store.kept:
-            self._store.manager.offer(name, sock.fileno())
+            self._store.manager.keep(name, [sock.fileno()])
         self._begin(self._serve(sock, name))
 
     def refuse(self, sock: socket.socket, name: str) -> None:

@@ -173,6 +173,7 @@ class _Process:
         journal = self._journal
         self._scratch = Arena(journal.arena.level, window=SCRATCH_WINDOW, reserve=SCRATCH_RESERVE)
         tree = ObjectTree(journal, self._scratch, TYPES)
+        expired = tree.end_due()
         hidden = argv.hidden_fds()
         initial = Initial(tree, hidden, required=options.object_policy == "require")
         if not all(map(initial.make, options.object)):
@@ -184,18 +185,20 @@ class _Process:
         audit = _audit(tree, options)
         try:
             with asyncio.Runner(loop_factory=_loop_factory(options.loop)) as runner:
-                quitting = runner.run(self._serve(tree, audit, specs, initial.made))
+                runner.run(self._serve(tree, audit, specs, initial.made, expired))
         finally:
             audit.stop()
         self._served = True
-        if quitting and self._store is not None:
-            self._store.forget()
-            self._keep = False
 
     async def _serve(
-        self, tree: ObjectTree, audit: Audit, specs: list[DoorSpec], made: list[str]
-    ) -> bool:
-        """Serve until the end; return True if that was asked for by `quit`."""
+        self,
+        tree: ObjectTree,
+        audit: Audit,
+        specs: list[DoorSpec],
+        made: list[str],
+        expired: list[str],
+    ) -> None:
+        """Serve until the end. ``made``: by the command line; ``expired``: while nothing ran."""
         server = Server(
             tree, COMMANDS.by_name.values(), f"secretd {__version__}", audit, self._store
         )
@@ -220,6 +223,8 @@ class _Process:
             audit.start(__version__, len(tree.journal))
             if self._before:
                 audit.note("restore", count=self._before)
+            for object_id in expired:
+                audit.note("expire", id=object_id)
             for object_id in made:
                 kind = tree.type_of(object_id)
                 assert kind is not None
@@ -234,13 +239,12 @@ class _Process:
             loop.add_signal_handler(number, stop)
         loop.add_signal_handler(signal.SIGHUP, reload)
         await server.run(ready)
-        return server.stopping
 
     def end(self) -> None:
         """Wipe everything, or leave the secrets to the next process."""
         objects = len(self._journal)
         if self._store is not None:
-            self._keep = self._keep and self._store.kept
+            self._keep = self._store.holds
             self._store.close()
         if self._keep:
             self._journal.leave()
@@ -292,7 +296,7 @@ def _audit(tree: ObjectTree, options: argparse.Namespace) -> Audit:
             raise UsageError(
                 f"--audit-key={key_id}: the secret has {size} bytes; {AUDIT_KEY_BYTES} at least are needed"
             )
-        tree.pinned.add(key_id)
+        tree.pin(key_id)
 
         def key() -> memoryview:
             return tree.journal.plaintext(key_id)
@@ -317,7 +321,7 @@ def _reopen(audit: Audit) -> None:
 
 _MEMORY = {
     "secretmem": "secretmem (memfd_secret(2), unseen even by root's /proc/PID/mem)",
-    "mlock": "mlock (never in swap or a core dump; root can read one copy of each secret)",
+    "mlock": "mlock (not in swap or a core dump while secretd runs; root can read one copy of each secret)",
     "none": "none: MEMORY IS NOT LOCKED, secrets may reach swap (--memory-lock=require refuses this)",
 }
 

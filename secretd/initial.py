@@ -10,7 +10,7 @@ import re
 
 from secretd import argv, keyval
 from secretd.commands import COMMANDS
-from secretd.errors import CommandError, UsageError
+from secretd.errors import CommandError, LockedMemoryExhausted, UsageError
 from secretd.qom.object import ObjectTree, with_hint
 from secretd.qom.secret import SecretOptions
 from secretd.qom.source import StartSources
@@ -64,8 +64,14 @@ class Initial:
             changes["file"] = ""
         if options.id in self._named:
             self._tree.check_new(options.id)
-        if self._tree.renew(options, StartSources(self._tree.scratch), changes):
-            self.made.append(options.id)
+        try:
+            if self._tree.renew(options, StartSources(self._tree.scratch), changes):
+                self.made.append(options.id)
+        except LockedMemoryExhausted as error:
+            if options.id not in self._tree.journal:
+                raise
+            # There is no room to look whether it has changed.
+            log.warning("object '%s' stays as it was: %s", options.id, error.desc)
         self._named.add(options.id)
 
     def _words(self, text: str, words: str) -> str:

@@ -70,6 +70,10 @@ class Lifetimes:
         deadline = self._deadlines.get(object_id)
         return deadline is not None and now() >= deadline
 
+    def due(self) -> list[str]:
+        """Return the ids of all objects whose time is over."""
+        return [object_id for object_id in self._deadlines if self.ended(object_id)]
+
     def remaining(self, object_id: str) -> int | None:
         """Return the seconds left, rounded up; None if the object has no deadline."""
         deadline = self._deadlines.get(object_id)

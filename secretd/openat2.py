@@ -16,6 +16,7 @@ _RESOLVE_NO_MAGICLINKS = 0x02
 _O_PATH = 0o10000000
 _PROC_SUPER_MAGIC = 0x9FA0
 _PROC_ROOT_INO = 1
+_ST_NOSYMFOLLOW = 0x2000
 _LINKS_MAX = 40
 """Symbolic links in one path (path_resolution(7))."""
 
@@ -47,24 +48,24 @@ def walk(path: bytes, flags: int) -> int:
         while True:  # there is always another component
             name = rest.pop(0)
             found = os.open(name, _O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
-            if stat.S_ISLNK(os.fstat(found).st_mode):
-                try:
-                    links += 1
-                    if links > _LINKS_MAX or _is_magic(found, directory):
-                        raise _error(errno.ELOOP)
-                    target = os.readlink(b"", dir_fd=found)
-                finally:
-                    os.close(found)
-                if target.startswith(b"/"):
-                    os.close(directory)
-                    directory = _open_directory(target)
-                rest = _parts(target) + rest
-            elif rest:
-                os.close(directory)
-                directory = found
-            else:
+            try:
+                if not stat.S_ISLNK(os.fstat(found).st_mode):
+                    if not rest:
+                        return os.open(name, flags | os.O_NOFOLLOW, dir_fd=directory)
+                    directory, found = found, directory
+                    continue
+                links += 1
+                if links > _LINKS_MAX:
+                    raise _error(errno.ELOOP)
+                _check_link(found, directory)
+                target = os.readlink(b"", dir_fd=found)
+            finally:
                 os.close(found)
-                return os.open(name, flags | os.O_NOFOLLOW, dir_fd=directory)
+            if target.startswith(b"/"):
+                root = _open_directory(target)
+                os.close(directory)
+                directory = root
+            rest = _parts(target) + rest
     finally:
         os.close(directory)
 
@@ -79,12 +80,22 @@ def _parts(path: bytes) -> list[bytes]:
     return [part for part in path.split(b"/") if part] + [b"."] * path.endswith(b"/")
 
 
-def _is_magic(link: int, directory: int) -> bool:
-    """True for links of /proc that lead elsewhere than they say: all but those at its top, such as self."""
+def _check_link(link: int, directory: int) -> None:
+    """Raise OSError for a link that the kernel would not follow either: a magic one (all of /proc but those
+    at its top, such as self), one on a mount without links, or one that somebody else has put into a
+    directory such as /tmp (proc_sys_fs(5), protected_symlinks).
+    """
     buffer = (ctypes.c_long * 32)()
     if _libc.fstatfs(link, buffer):
         raise _error(ctypes.get_errno())
-    return buffer[0] == _PROC_SUPER_MAGIC and os.fstat(directory).st_ino != _PROC_ROOT_INO
+    status, place = os.fstat(link), os.fstat(directory)
+    if buffer[0] == _PROC_SUPER_MAGIC and place.st_ino != _PROC_ROOT_INO:
+        raise _error(errno.ELOOP)
+    if os.fstatvfs(link).f_flag & _ST_NOSYMFOLLOW:
+        raise _error(errno.ELOOP)
+    shared = stat.S_ISVTX | stat.S_IWOTH
+    if place.st_mode & shared == shared and status.st_uid not in (os.geteuid(), place.st_uid):
+        raise _error(errno.EACCES)
 
 
 def _error(number: int) -> OSError:

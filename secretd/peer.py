@@ -105,9 +105,11 @@ def identify(sock: socket.socket, door: Door, authz: str | None = None) -> Peer:
     try:
         identities = [f"gid:{group}" for group in _groups(sock)]
         units = units_of(_cgroup(sock, pid if door is Door.CREDENTIALS and uid == 0 else -1))
-    except PeerUnknown:
+    except (PeerUnknown, OSError) as error:
         if door is Door.CONTROL and peer.trusted:
             return peer
+        if isinstance(error, OSError):
+            raise PeerUnknown(_why(error)) from None
         raise
     identities += units
     return peer._replace(

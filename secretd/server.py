@@ -134,6 +134,7 @@ class Server:
         self.space = ReceiveSpace(tree.scratch)
         self.sessions: set[Session] = set()
         self.announcer = Announcer(self.daemon.access, lambda: self.sessions)
+        self._store = store
         self.credentials = Credentials(self.daemon, self.start, self._check_idle, store)
         self.stopping = False  # requests that were not begun are not answered any more
         self._stopped = asyncio.Event()
@@ -233,6 +234,8 @@ class Server:
         for session in list(self.sessions):
             if session.listening and session.peer.door is Door.CONTROL:
                 session.send_events(event, 1)
+        if self._store is not None:
+            self._store.give_up()  # before the reply, after which they must not come back
         self.stopping = True
         self._stopped.set()
 

@@ -7,6 +7,7 @@ QEMU's do. daemon calls it; systemd has the protocols.
 """
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
@@ -116,74 +117,116 @@ def open_journal(found: Inherited, *, require_lock: bool) -> tuple[Journal, bool
 
 
 class Store:
-    """What the service manager keeps for the next process. ``kept``: it does, as far as is known."""
+    """What the service manager keeps for the next process.
+
+    ``kept``: all that is needed, as far as is known. ``holds``: it may have a part of it, so nothing is wiped
+    when this process ends.
+    """
 
     def __init__(self, manager: Manager, journal: Journal, *, restored: bool) -> None:
         self.manager = manager
-        self.kept = True
+        self.kept = self.holds = restored
         self._journal = journal
-        self._restored = restored
-        self._source = -1
+        self._was_kept = restored
+        self._source = -1  # of the probe that is out
+        self._said = False
+        self._given_up = False
         if not restored:
-            self.forget()
-            manager.keep(ARENA, [journal.arena.fileno()])
-            manager.keep(JOURNAL, journal.filenos())
-        elif not journal.paired:
-            manager.keep(JOURNAL, journal.filenos()[1:])
-            # A file that may not be kept must not become the one that counts.
-            journal.fixed = True
-        else:
-            return
-        self._source = manager.probe()
-        if not manager.barrier() or has_ended(self._source):
-            self._lost()
+            self._forget()
+        if not (restored and journal.paired):
+            if self._offer(wait=True) and manager.barrier() and not has_ended(self._source):
+                self.kept = True
+            else:
+                self._lost()
 
-    def watch(self, lost: Callable[[], None]) -> None:
-        """Find out, from the running loop, whether there was room; call ``lost`` if there was none."""
+    def _offer(self, *, wait: bool) -> bool:
+        """Have everything kept (what is kept already is no second time) and a probe; False if that could not
+        even be said.
+        """
+        self.holds = True
+        # A file that may not be kept must not become the one that counts.
+        self._journal.fixed = True
+        told = self.manager.keep(ARENA, [self._journal.arena.fileno()], wait=wait)
+        told = self.manager.keep(JOURNAL, self._journal.filenos(), wait=wait) and told
+        self._source = self.manager.probe(wait=wait)
+        return told
+
+    def watch(self, changed: Callable[[], None]) -> None:
+        """Find out, from the running loop, whether there was room; call ``changed`` when it is known."""
         if self._source < 0:
             return
         loop = asyncio.get_running_loop()
-        sure = loop.call_later(PROBE_SECONDS, self._sure)
 
         def ended() -> None:
             sure.cancel()
-            loop.remove_reader(self._source)
             self._lost()
-            lost()
+            changed()
 
+        def stays() -> None:
+            if self._given_up:
+                return
+            self._close_probe()
+            self.kept = self._was_kept = True
+            self._journal.fixed = self._said = False
+            changed()
+
+        sure = loop.call_later(PROBE_SECONDS, stays)
         loop.add_reader(self._source, ended)
 
-    def _sure(self) -> None:
-        asyncio.get_running_loop().remove_reader(self._source)
-        self._journal.fixed = False
-        self.close()
+    def again(self, changed: Callable[[], None]) -> None:
+        """Offer everything once more: a daemon-reload may have made the store smaller for a moment."""
+        if self._source < 0 and not self._given_up:
+            if self._offer(wait=False):
+                self.watch(changed)
+            else:
+                self._lost()
 
     def _lost(self) -> None:
-        self.close()
-        if self._restored:
+        self._close_probe()
+        self.kept = False
+        if not self._was_kept:
+            # Nothing, rather than a part that the next process could not use.
+            self._forget()
+            self.holds = self._journal.fixed = False
+        if self._said:
+            return
+        self._said = True
+        if self._was_kept:
             log.error(
                 "the service manager has no room for another descriptor; raise FileDescriptorStoreMax= "
-                "in the unit"
+                "in the unit, or secrets may end with this process"
             )
-            return
-        self.kept = False
-        self.forget()
-        log.error(
-            "the service manager keeps no descriptors, so secrets end with this process; "
-            "FileDescriptorStoreMax=512 and NotifyAccess=main in the unit change that"
-        )
+        else:
+            log.error(
+                "the service manager keeps no descriptors, so secrets end with this process; "
+                "FileDescriptorStoreMax=512 and NotifyAccess=main in the unit change that"
+            )
 
-    def forget(self) -> None:
-        """Have the service manager close what it keeps."""
+    def give_up(self) -> None:
+        """Have nothing kept any more; that is certain when this returns, if the service manager answers."""
+        self._given_up = True
+        self.kept = self.holds = False
+        self._close_probe()
+        self._forget()
+        self.manager.barrier()
+
+    def _forget(self) -> None:
         self.manager.drop(ARENA)
         self.manager.drop(JOURNAL)
 
-    def close(self) -> None:
-        """Watch no longer."""
+    def _close_probe(self) -> None:
         if self._source >= 0:
+            with contextlib.suppress(
+                RuntimeError
+            ):  # there is no loop before the start is over, nor after the end
+                asyncio.get_running_loop().remove_reader(self._source)
             os.close(self._source)
             self._source = -1
             self.manager.drop("probe", wait=False)
+
+    def close(self) -> None:
+        """Watch no longer."""
+        self._close_probe()
 
 
 class Reports:
@@ -225,6 +268,7 @@ class Reports:
 
     def _beat(self, seconds: float) -> None:
         self._manager.alive()
+        self._store.again(self._changed)
         asyncio.get_running_loop().call_later(seconds, self._beat, seconds)
 
     def _changed(self) -> None:

@@ -134,11 +134,11 @@ class Session:
                     break
                 continue
             self._answer(handle(request))
-            if position == end and isinstance(request, Struct):
-                break  # nothing is left, and nothing is begun
             if self._task is not None and not self.monitor.oob:
                 transport.pause("busy")
                 break
+            if position == end and isinstance(request, Struct):
+                break  # nothing is left, and nothing is begun
             if time.monotonic() > turn_ends:
                 transport.pause("turn")
                 asyncio.get_running_loop().call_soon(transport.resume, "turn")

@@ -141,6 +141,8 @@ class Journal:
             os.close(other)
         arena = Arena(_LEVELS[header.level], window=header.window, fd=arena_fd)
         journal = cls(arena, _Kept(fd, spare, mapping))
+        # Compaction would go on in a file that nobody else keeps.
+        journal.fixed = spare < 0
         try:
             arena.adopt(header.windows, journal._load(header.end))
             if spare >= 0:
@@ -207,6 +209,30 @@ class Journal:
             object_id, record.type, properties, record.size, record.slot, uid=record.uid
         )
         self._bury(old)
+
+    def replace(
+        self,
+        object_id: str,
+        type_number: int,
+        properties: dict[str, object],
+        plaintext: LockedBuffer | None,
+        uid: int,
+    ) -> tuple[int, int, int]:
+        """Put another object in the place of one that there is, and wipe that; takes over the plaintext
+        buffer. Returns the uid that added the old one, its size and the new one's.
+        """
+        size, slot = (0, NO_SLOT) if plaintext is None else (plaintext.size, plaintext.offset)
+        self._compact_if_due()
+        old = self._offsets[object_id]
+        length, _, _, _, _, old_size, old_slot, old_uid = _RECORD.unpack_from(self._map, old)
+        new = self._append(object_id, type_number, properties, size, slot, uid=uid)
+        self._offsets[object_id] = new
+        if plaintext is not None:
+            plaintext.disown()
+        self._bury(old)
+        if old_slot != NO_SLOT:
+            self.arena.free(old_slot, old_size)
+        return old_uid, old_size + length, size + self._end - new
 
     def remove(self, object_id: str) -> tuple[int, int]:
         """Forget an object and wipe its plaintext; return the uid that added it, and its size in bytes:

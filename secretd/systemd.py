@@ -127,19 +127,15 @@ class Manager:
 
     # --- the descriptor store
 
-    def keep(self, name: str, fds: Sequence[int]) -> bool:
+    def keep(self, name: str, fds: Sequence[int], *, wait: bool = True) -> bool:
         """Have descriptors kept for the next process, as ``name``. Whether they are only `probe` tells."""
-        return self.notify("FDSTORE=1", f"FDNAME={name}", fds=fds, wait=True)
-
-    def offer(self, name: str, fd: int) -> bool:
-        """The same, if that can be done without waiting."""
-        return self.notify("FDSTORE=1", f"FDNAME={name}", fds=[fd])
+        return self.notify("FDSTORE=1", f"FDNAME={name}", fds=fds, wait=wait)
 
     def drop(self, name: str, *, wait: bool = True) -> None:
         """Have what is kept as ``name`` closed."""
         self.notify("FDSTOREREMOVE=1", f"FDNAME={name}", wait=wait)
 
-    def probe(self) -> int:
+    def probe(self, *, wait: bool = True) -> int:
         """Have an end of a pipe kept, too; return the other end, which the caller owns.
 
         systemd says nothing when its store is full, or when there is none: it closes what it was given. So
@@ -147,7 +143,7 @@ class Manager:
         closes in the background), and what was to be kept before has its place if the pipe stays.
         """
         source, sink = os.pipe2(os.O_CLOEXEC)
-        self.keep("probe", [sink])
+        self.keep("probe", [sink], wait=wait)
         os.close(sink)
         return source
 

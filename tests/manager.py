@@ -74,7 +74,9 @@ class Manager:
             return
         if "FDSTORE" in fields:
             for fd in fds:
-                if len(self.store) < self.room:
+                if any(os.path.sameopenfile(fd, kept) for _, kept in self.store):
+                    os.close(fd)  # as systemd does with what it has
+                elif len(self.store) < self.room:
                     self.store.append((name, fd))
                 elif self._late is not None:
                     self._late.append(fd)
@@ -94,6 +96,12 @@ class Manager:
         for stored in [each for each in self.store if each[0] == name]:
             self.store.remove(stored)
             os.close(stored[1])
+
+    def empty(self) -> None:
+        """Drop everything that is kept."""
+        with self._changed:
+            while self.store:
+                os.close(self.store.pop()[1])
 
     def wait(self, line: str) -> None:
         """Wait until it was said; forget what was said up to there."""

@@ -4,6 +4,7 @@
 import asyncio
 import base64
 import os
+import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -206,7 +207,7 @@ def test_the_client_connects_again(tmp_path: Path) -> None:
 
 
 def test_what_may_have_been_done_is_done_again_only_where_that_is_safe(daemon: Daemon) -> None:
-    """An add is not; a delete is, and that it is gone already is no error then."""
+    """An add is not; nor is a delete, since somebody may have added another of that id meanwhile."""
 
     async def use(client: Client) -> None:
         cut(daemon)
@@ -219,7 +220,8 @@ def test_what_may_have_been_done_is_done_again_only_where_that_is_safe(daemon: D
             await client.generate("b", 32)
         assert [s.id for s in await client.list()] == ["a", "b"]
         cut(daemon)
-        await client.delete("a")
+        with pytest.raises(ExecInterruptedError):
+            await client.delete("a")
         with pytest.raises(ExecuteError, match="object 'a' not found"):
             await client.delete("a")
         await client.expire("b", 100)
@@ -257,6 +259,34 @@ def test_a_socket_that_is_broken_already_is_made_anew(daemon: Daemon) -> None:
             assert len(secret) == 32
 
     with_client(daemon, use)
+
+
+def test_a_socket_that_nobody_answers_on_is_not_waited_for_without_end(tmp_path: Path) -> None:
+    """As systemd's, while secretd cannot start: neither until the time is over, nor once it is closed."""
+    daemon = Daemon(tmp_path)
+
+    async def use() -> None:
+        short = Client(daemon.control, retry_seconds=0.2)
+        closed = Client(daemon.control)
+        for client in (short, closed):
+            await client.connect()
+        await asyncio.to_thread(daemon.stop)
+        with socket.socket(socket.AF_UNIX) as silent:
+            silent.bind(daemon.control)
+            silent.listen()
+            with pytest.raises(ConnectError):
+                await short.list()
+            waiting = asyncio.ensure_future(closed.list())
+            while not closed._connecting.locked():  # noqa: ASYNC110 - nothing tells of it
+                await asyncio.sleep(0)
+            await closed.close()
+            with pytest.raises(ConnectError):
+                await waiting
+            await short.close()
+
+    asyncio.run(use())
+    os.unlink(daemon.control)
+    daemon.stop()
 
 
 def test_it_is_not_tried_for_ever(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from secretd import openat2
+from tests.conftest import need_root
 
 READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
 
@@ -82,4 +83,49 @@ def test_where_the_call_is_refused_the_path_is_walked(
 def test_a_look_at_the_file_system_that_fails_is_an_error() -> None:
     """Rather than a guess."""
     with pytest.raises(OSError, match="Bad file descriptor"):
-        openat2._is_magic(-1, -1)
+        openat2._check_link(-1, -1)
+
+
+def test_links_of_others_in_a_directory_for_all_are_not_followed(tree: Path) -> None:
+    """As the kernel has it with protected_symlinks; ours are, and those of whose directory it is."""
+    need_root()
+    shared = tree / "shared"
+    shared.mkdir()
+    (shared / "link").symlink_to(tree / "d" / "file")
+    os.close(openat2.walk(bytes(shared / "link"), READ))
+    os.chown(shared / "link", 1001, -1, follow_symlinks=False)
+    os.close(openat2.walk(bytes(shared / "link"), READ))
+    shared.chmod(0o1777)
+    with pytest.raises(PermissionError):
+        openat2.walk(bytes(shared / "link"), READ)
+    os.chown(shared, 1001, -1)
+    os.close(openat2.walk(bytes(shared / "link"), READ))
+
+
+def test_a_mount_without_links_has_none(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """nosymfollow; here every mount is one."""
+    monkeypatch.setattr(openat2, "_ST_NOSYMFOLLOW", -1)
+    with pytest.raises(OSError, match="Too many levels"):
+        openat2.walk(bytes(tree / "to-file"), READ)
+    os.close(openat2.walk(bytes(tree / "d" / "file"), READ))
+
+
+def test_without_descriptors_none_is_closed_twice(
+    tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread may have the number by then."""
+    (tree / "absolute").symlink_to(tree / "d" / "file")
+    before = set(os.listdir("/proc/self/fd"))
+    opened = openat2._open_directory
+    calls = iter((opened, None))
+
+    def none(path: bytes) -> int:
+        function = next(calls)
+        if function is None:
+            raise OSError(24, "Too many open files")
+        return function(path)
+
+    monkeypatch.setattr(openat2, "_open_directory", none)
+    with pytest.raises(OSError, match="Too many open files"):
+        openat2.walk(bytes(tree / "absolute"), READ)
+    assert set(os.listdir("/proc/self/fd")) == before

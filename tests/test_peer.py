@@ -253,6 +253,21 @@ def test_without_pidfds_the_client_door_is_closed(tmp_path: Path) -> None:
             identify(sock, Door.CLIENT)
 
 
+def test_what_cannot_be_looked_up_is_not_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as with no descriptor left."""
+
+    def none(_pidfd: int) -> str | None:
+        raise OSError(24, "x")
+
+    monkeypatch.setattr(module, "cgroup_of", none)
+    with accepted(tmp_path) as sock:
+        with pytest.raises(PeerUnknown, match="Too many open files"):
+            identify(sock, Door.CLIENT)
+        assert identify(sock, Door.CONTROL).uid == os.getuid()
+
+
 def test_what_is_no_socket_of_ours_is_not_known() -> None:
     """No uid, no peer."""
     with socket.socket(socket.AF_UNIX) as sock:

@@ -723,6 +723,28 @@ def test_a_long_series_of_requests_lets_others_go_on(
     assert [qmp.reply()["id"] for _ in range(2000)] == list(range(2000))
 
 
+def test_a_connection_is_not_read_on_while_a_command_waits(daemon: Daemon, qmp: Client) -> None:
+    """Without oob: what it passes later must not take the place of what it has passed before."""
+    qmp.add("A", data="letmein")
+    slow, go_on = os.pipe()
+    added = qmp.ok("add-fd", None, (slow,))
+    os.close(slow)
+    words = {"qom-type": "secret", "id": "s", "file": f"/dev/fdset/{added['fdset-id']}"}
+    qmp.send(json.dumps({"execute": "object-add", "arguments": words}).encode())
+    pipes = [os.pipe() for _ in range(2)]
+    for number, (_, sink) in enumerate(pipes):
+        qmp.send(b'{"execute":"getfd","arguments":{"fdname":"p%d"}}' % number, (sink,))
+        os.close(sink)
+    qmp.send(b'{"execute":"secret-read","arguments":{"id":"A","fdname":"p0"}}')
+    os.write(go_on, b"x")
+    os.close(go_on)
+    assert [qmp.reply() for _ in range(4)] == [{"return": {}}] * 3 + [{"return": {"size": 7}}]
+    qmp.ok("closefd", {"fdname": "p1"})
+    assert [os.read(source, 100) for source, _ in pipes] == [b"letmein", b""]
+    for source, _ in pipes:
+        os.close(source)
+
+
 def test_a_listener_is_not_watched_again_once_the_server_stops(daemon: Daemon) -> None:
     """The retry after EMFILE may come late."""
 

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -90,9 +91,18 @@ def test_quit_leaves_nothing(manager: Manager, door: Callable[[str], socket.sock
     started = manager.start(doors={"control": control})
     client = qmp(control)
     client.add("a", data="letmein")
+    waiting = qmp(control)  # the end itself has to wait for it
+    source, sink = os.pipe()
+    added = waiting.ok("add-fd", None, (source,))
+    os.close(source)
+    words = {"qom-type": "secret", "id": "s", "file": f"/dev/fdset/{added['fdset-id']}"}
+    waiting.send(json.dumps({"execute": "object-add", "arguments": words}).encode())
     assert client.cmd("quit")["event"] == "SHUTDOWN"
     assert client.reply() == {"return": {}}
+    assert manager.store == []  # before it was answered
     client.close()
+    os.close(sink)
+    waiting.close()
     assert started.end().endswith("secretd: stopped; all secrets are wiped\n")
     manager.wait_for_store()
     assert os.path.exists(control.getsockname())  # it is not ours to remove
@@ -144,6 +154,154 @@ def test_a_store_that_lost_its_room_still_has_what_it_had(
     started = manager.start(doors={"control": control})
     manager.wait_for_store(*KEPT)  # the probe has gone: it is sure
     assert "has no room" not in started.end()
+
+
+def test_a_store_that_was_emptied_gets_everything_again(
+    manager: Manager, door: Callable[[str], socket.socket]
+) -> None:
+    """As by a daemon-reload while the unit's file was missing for a moment."""
+    control = door("control")
+    started = manager.start(doors={"control": control}, watchdog=0.1)
+    client = qmp(control)
+    client.add("a", data="letmein")
+    client.close()
+    manager.wait_for_store(*KEPT)  # and the probe has gone
+    manager.empty()
+    manager.wait_for_store("probe", *KEPT)
+    # And where there is no room, it is said; and when there is again.
+    manager.room = 0
+    manager.empty()
+    manager.wait(f"STATUS=1 secret, memory: {ARENA_LEVEL}, not kept over restarts")
+    manager.room = 16
+    manager.wait(f"STATUS=1 secret, memory: {ARENA_LEVEL}, kept over restarts")
+    manager.wait_for_store(*KEPT)
+    said = started.end()
+    assert said.count("the service manager has no room for another descriptor") == 1
+    started = manager.start(doors={"control": control})
+    client = qmp(control)
+    assert client.read("a") == b"letmein"
+    client.close()
+    started.end()
+
+
+def test_a_service_manager_that_is_slow_at_start_is_asked_again(
+    manager: Manager, door: Callable[[str], socket.socket]
+) -> None:
+    """What was not kept then is kept later."""
+    control = door("control")
+    manager.room = 0
+    started = manager.start(doors={"control": control}, watchdog=0.1)
+    manager.wait(f"STATUS=0 secrets, memory: {ARENA_LEVEL}, not kept over restarts")
+    manager.room = 16
+    manager.wait(f"STATUS=0 secrets, memory: {ARENA_LEVEL}, kept over restarts")
+    assert started.end().endswith("secretd: stopped; the service manager keeps 0 objects\n")
+
+
+def test_a_journal_that_lost_its_second_file_is_not_moved_to_another(
+    manager: Manager, door: Callable[[str], socket.socket], tmp_path: Path
+) -> None:
+    """Before that one is kept, whatever the start makes it do."""
+    control = door("control")
+    started = manager.start(doors={"control": control})
+    client = qmp(control)
+    for _ in range(80):
+        client.add("big", data="x")
+        client.ok("qom-set", {"path": "big", "property": "file", "value": "f" * 6000})
+        client.ok("object-del", {"id": "big"})
+    client.add("a", data="letmein")
+    client.close()
+    started.end(signal.SIGKILL, -9)
+    manager.room = 2
+    spare = next(e for e in manager.store if e[0] == "journal" and not os.fstat(e[1]).st_size)
+    manager.store.remove(spare)
+    os.close(spare[1])
+    (tmp_path / "f").write_text("f")
+    started = manager.start("--object", "secret,id=b,file=f", doors={"control": control})
+    started.end(signal.SIGKILL, -9)
+    started = manager.start(doors={"control": control})
+    client = qmp(control)
+    assert (client.read("a"), client.read("b")) == (b"letmein", b"f")
+    client.close()
+    started.end()
+
+
+def test_what_is_over_at_a_start_is_gone_before_the_command_line_is_looked_at(
+    manager: Manager, door: Callable[[str], socket.socket], tmp_path: Path
+) -> None:
+    """A key whose time has passed meanwhile is made anew, and what needs it has it."""
+    control = door("control")
+    (tmp_path / "key").write_bytes(bytes(32))
+    (tmp_path / "data").write_bytes(b"x" * 16)
+    options = ["--object", "secret,id=m,file=key"]
+    started = manager.start(*options, doors={"control": control})
+    client = qmp(control)
+    client.add("other", data="x")
+    for name in ("m", "other"):
+        client.ok("secret-expire", {"id": name, "after": 1})
+    sealed = client.ok("secret-seal", {"id": "m", "keyid": "m"})
+    client.close()
+    started.end(signal.SIGKILL, -9)
+    (tmp_path / "data").write_text(sealed["data"])
+    time.sleep(1.1)  # nothing runs that could tell
+    options += ["--object", f"secret,id=s,keyid=m,format=base64,iv={sealed['iv']},file=data"]
+    started = manager.start(*options, doors={"control": control})
+    client = qmp(control)
+    assert [s["id"] for s in client.secrets()] == ["m", "s"]
+    client.close()
+    said = started.end()
+    assert sorted(r["id"] for r in records(said) if r["event"] == "expire") == ["m", "other"]
+
+
+def test_an_object_that_there_is_no_room_to_compare_stays(
+    manager: Manager, door: Callable[[str], socket.socket], tmp_path: Path
+) -> None:
+    """It is said, and the start goes on."""
+    control = door("control")
+    (tmp_path / "f").write_bytes(b"x" * 200_000)
+    options = ["--object", "secret,id=s,file=f"]
+    limit = ["prlimit", "--memlock=2500000:2500000", *WITHOUT_IPC_LOCK]
+    started = manager.start(*options, doors={"control": control}, prefix=limit)
+    client = qmp(control)
+    number = 0
+    while client.cmd("secret-generate", {"id": f"s{number}", "size": 200_000}) == {"return": {}}:
+        number += 1
+    client.close()
+    started.end()
+    started = manager.start(*options, doors={"control": control}, prefix=limit)
+    said = started.end()
+    assert "secretd: object 's' stays as it was: No locked memory left for another " in said
+    said = refused(
+        manager.start(
+            "--object",
+            "secret,id=new,file=f",
+            doors={"control": control},
+            prefix=limit,
+            ready=False,
+        )
+    )
+    assert "No locked memory left" in said
+
+
+def test_the_audits_key_does_not_end_by_itself(
+    manager: Manager, door: Callable[[str], socket.socket]
+) -> None:
+    """Nor does its deadline of an earlier run stop others from ending."""
+    control = door("control")
+    started = manager.start(doors={"control": control})
+    client = qmp(control)
+    client.add("k", data="x" * 16)
+    client.add("other", data="x")
+    client.ok("secret-expire", {"id": "k", "after": 2})
+    client.ok("secret-expire", {"id": "other", "after": 3})
+    client.close()
+    started.end()
+    started = manager.start("--audit-key=k", doors={"control": control})
+    client = qmp(control)
+    while [s["id"] for s in client.secrets()] != ["k"]:
+        pass
+    assert "expires-in" not in client.secrets()[0]
+    client.close()
+    started.end()
 
 
 def test_the_service_manager_is_told(

@@ -123,7 +123,7 @@ def test_what_is_kept_is_known(tmp_path: Path) -> None:
         manager.keep("a", [fd, fd])
         assert kept(manager)
         other.wait_for_store("a", "a")
-        assert manager.offer("b", fd)
+        assert manager.keep("b", [fd], wait=False)
         assert not kept(manager)
         other.wait_for_store("a", "a", "b")
         manager.drop("a")

@@ -133,9 +133,51 @@ class ObjectTree:
                 if plaintext is not None:
                     plaintext.free()
                 return False
-            self.delete(options.id)
-        self._store(options.id, kind, properties, plaintext, sources.uid)
+            self._replace(options.id, kind, properties, plaintext, sources.uid)
+        else:
+            self._store(options.id, kind, properties, plaintext, sources.uid)
         return True
+
+    def _replace(
+        self,
+        object_id: str,
+        kind: ObjectType,
+        properties: dict[str, object],
+        plaintext: LockedBuffer | None,
+        uid: int,
+    ) -> None:
+        """Put another object in the place of one that there is, in one step."""
+        try:
+            before = self.journal.replace(object_id, kind.number, properties, plaintext, uid)
+        except BaseException:
+            if plaintext is not None:
+                plaintext.free()
+            raise
+        old_uid, old_size, size = before
+        self.limits.objects.give(old_uid)
+        self.limits.object_bytes.give(old_uid, old_size)
+        self.limits.objects.add(uid)
+        self.limits.object_bytes.add(uid, size)
+        self.lifetimes.forget(object_id)
+        self.deciding.discard(object_id)
+        self._changed(object_id, kind, properties)
+
+    def pin(self, object_id: str) -> None:
+        """Keep an object from being deleted, and from ending by itself."""
+        self.pinned.add(object_id)
+        record = self.journal.get(object_id)
+        assert record is not None
+        if DEADLINE in record.properties:
+            left = {n: value for n, value in record.properties.items() if n != DEADLINE}
+            self.replace_properties(object_id, left)
+            self.lifetimes.forget(object_id)
+
+    def end_due(self) -> list[str]:
+        """Delete those objects that an earlier process has left and whose time is over; return their ids."""
+        due = self.lifetimes.due()
+        for object_id in due:
+            self.delete(object_id)
+        return due
 
     def _is_same(
         self,
