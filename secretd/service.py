@@ -129,6 +129,7 @@ class Store:
         self._journal = journal
         self._was_kept = restored
         self._source = -1  # of the probe that is out
+        self._sure: asyncio.TimerHandle | None = None  # when it has stayed long enough
         self._said = False
         self._given_up = False
         if not restored:
@@ -158,19 +159,16 @@ class Store:
         loop = asyncio.get_running_loop()
 
         def ended() -> None:
-            sure.cancel()
             self._lost()
             changed()
 
         def stays() -> None:
-            if self._given_up:
-                return
             self._close_probe()
             self.kept = self._was_kept = True
             self._journal.fixed = self._said = False
             changed()
 
-        sure = loop.call_later(PROBE_SECONDS, stays)
+        self._sure = loop.call_later(PROBE_SECONDS, stays)
         loop.add_reader(self._source, ended)
 
     def again(self, changed: Callable[[], None]) -> None:
@@ -215,6 +213,8 @@ class Store:
         self.manager.drop(JOURNAL)
 
     def _close_probe(self) -> None:
+        if self._sure is not None:
+            self._sure.cancel()
         if self._source >= 0:
             with contextlib.suppress(
                 RuntimeError

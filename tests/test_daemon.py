@@ -16,6 +16,7 @@ import pytest
 from secretd import __version__, chain, daemon, doors, paths
 from secretd.audit import Audit
 from secretd.errors import CommandError, UsageError
+from secretd.initial import Initial
 from secretd.memory import Arena
 from secretd.peer import Door
 from secretd.qom.object import ObjectTree
@@ -24,7 +25,7 @@ from secretd.server import Listener
 from secretd.state import Journal
 from secretd.systemd import Passed
 from secretd.wire import encode
-from tests.conftest import ARENA_LEVEL, add_object
+from tests.conftest import ARENA_LEVEL, Client, add_object
 
 
 @pytest.fixture
@@ -290,3 +291,51 @@ def test_a_control_door_for_others_has_a_mode_for_others() -> None:
     assert (spec.authz, spec.mode) == ("admins", 0o660)
     with pytest.raises(UsageError, match="--client /x,authz=a: Parameter 'authz' is unexpected"):
         doors.door_spec(Door.CLIENT, "/x,authz=a")
+
+
+def test_another_event_loop_may_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If it is installed; else the option says how to."""
+    process = started(tmp_path, "--loop=uvloop", "--audit=none")
+    client = Client(str(tmp_path / "c"))
+    client.add("a", data="letmein")
+    assert client.read("a") == b"letmein"
+    client.close()
+    assert "stopped" in ended(process)
+    assert daemon._loop_factory("asyncio") is None
+    monkeypatch.setitem(sys.modules, "uvloop", None)
+    with pytest.raises(UsageError, match="--loop=uvloop: it is not installed; pip install"):
+        daemon._loop_factory("uvloop")
+
+
+def test_an_object_that_cannot_be_replaced_stays(
+    tmp_path: Path, arena: Arena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an earlier process has left is there until the new one is."""
+    (tmp_path / "f").write_text("one")
+    journal = Journal(Arena(ARENA_LEVEL))
+    tree = ObjectTree(journal, arena, TYPES)
+    option = f"secret,id=s,file={tmp_path}/f"
+    assert Initial(tree, []).make(option)
+    (tmp_path / "f").write_text("two")
+
+    def none(*_given: object, **_named: object) -> int:
+        raise OSError(12, "Cannot allocate memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Journal, "_append", none)
+        with pytest.raises(OSError, match="Cannot allocate"):
+            Initial(tree, []).make(option)
+    assert bytes(journal.plaintext("s")) == b"one"
+    assert Initial(tree, []).make(option)
+    assert bytes(journal.plaintext("s")) == b"two"
+    # One without plaintext.
+    assert Initial(tree, []).make("authz-list,id=a")
+    with monkeypatch.context() as patched:
+        patched.setattr(Journal, "_append", none)
+        with pytest.raises(OSError, match="Cannot allocate"):
+            Initial(tree, []).make("authz-list,id=a,policy=allow")
+    assert tree.get("a", "policy") == "deny"
+    held = journal.arena.held
+    journal.close()
+    assert (held, journal.arena.held) == (3, 0)
+    journal.arena.close()

@@ -350,9 +350,13 @@ def test_a_status_that_could_not_be_told_is_told_later(
         reports.start()
         reports._tell()
         assert reports._due is None
+        assert reports._store.kept
         ours._address = "/nowhere"
         reports._tell()
         assert reports._due is not None
+        reports._store._close_probe()
+        reports._store.again(reports._changed)
+        assert not reports._store.kept
         reports.stopping()
         await asyncio.sleep(0)
         reports._store.close()

@@ -117,20 +117,21 @@ def kept(manager: Manager) -> bool:
 
 def test_what_is_kept_is_known(tmp_path: Path) -> None:
     """Though nobody says that there is no room."""
-    fd = os.memfd_create("x")
+    one, two, three = (os.memfd_create("x") for _ in range(3))
     with Other(tmp_path, room=3) as other:
         manager = Manager(other.path)
-        manager.keep("a", [fd, fd])
+        manager.keep("a", [one, two])
         assert kept(manager)
         other.wait_for_store("a", "a")
-        assert manager.keep("b", [fd], wait=False)
+        assert manager.keep("b", [three], wait=False)
         assert not kept(manager)
         other.wait_for_store("a", "a", "b")
         manager.drop("a")
         other.wait_for_store("b")
         assert kept(manager)
         manager.close()
-    os.close(fd)
+    for fd in (one, two, three):
+        os.close(fd)
 
 
 def test_a_service_manager_that_does_nothing_is_not_waited_for_without_end(
