@@ -52,6 +52,10 @@ _UNIT: Final = re.compile(
 _USER_MANAGER: Final = re.compile(r"user@([0-9]{1,10})\.service")
 
 
+_TRUSTED: Final = (0, os.getuid())
+"""uid 0 and the daemon's own uid, which never changes."""
+
+
 class Door(Enum):
     """A listening socket's dialect and rights."""
 
@@ -87,7 +91,7 @@ class Peer(NamedTuple):
     @property
     def trusted(self) -> bool:
         """True for uid 0 and the daemon's own uid, who could kill the daemon anyway."""
-        return self.uid in (0, os.getuid())
+        return self.uid in _TRUSTED
 
 
 def identify(sock: socket.socket, door: Door, authz: str | None = None) -> Peer:
