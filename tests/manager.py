@@ -47,6 +47,7 @@ class Manager:
         self.deaf = deaf
         self.said: list[str] = []
         self.store: list[tuple[str, int]] = []
+        self._started: list[subprocess.Popen[str]] = []
         self._changed = threading.Condition()
         self.path = str(directory / "notify.sock")
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -144,12 +145,17 @@ class Manager:
             pass_fds=fds, env=environment, stderr=subprocess.PIPE, text=True, cwd=self.directory,
         )  # fmt: skip
         started = Started(process)
+        self._started.append(process)
         if ready:
             self.wait("READY=1")
         return started
 
     def close(self) -> None:
-        """Forget everything."""
+        """Forget everything; end what a test that failed has left."""
+        for process in self._started:
+            if process.poll() is None:
+                process.kill()
+                process.communicate()
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
             sock.sendto(b"END", self.path)
         self._thread.join()
