@@ -136,11 +136,14 @@ class Credentials:
                 "cannot ask for it most of the time (Protocol error)",
                 claimed.credential, claimed.unit, CREDENTIAL_ADDRESS_BYTES,
             )  # fmt: skip
-        grant = daemon.access.credential(peer, info, claimed)
-        assert claimed is not None
-        content = Content(grant)
         # A descriptor of its own: the connection goes on if the delivery is broken off.
         copy = Fd(os.dup(sock.fileno()))
+        try:
+            grant = daemon.access.credential(peer, info, claimed)
+        except BaseException:
+            copy.close()
+            raise
+        content = Content(grant)
         try:
             rest = daemon.deliveries.deliver(content, SocketPair(copy.fileno()), copy)
             if rest is not None:

@@ -163,7 +163,7 @@ class Store:
             changed()
 
         def stays() -> None:
-            self._close_probe()
+            self.close()
             self.kept = self._was_kept = True
             self._journal.fixed = self._said = False
             changed()
@@ -180,7 +180,7 @@ class Store:
                 self._lost()
 
     def _lost(self) -> None:
-        self._close_probe()
+        self.close()
         self.kept = False
         if not self._was_kept:
             # Nothing, rather than a part that the next process could not use.
@@ -204,7 +204,7 @@ class Store:
         """Have nothing kept any more; that is certain when this returns, if the service manager answers."""
         self._given_up = True
         self.kept = self.holds = False
-        self._close_probe()
+        self.close()
         self._forget()
         self.manager.barrier()
 
@@ -212,7 +212,8 @@ class Store:
         self.manager.drop(ARENA)
         self.manager.drop(JOURNAL)
 
-    def _close_probe(self) -> None:
+    def close(self) -> None:
+        """Watch no longer."""
         if self._sure is not None:
             self._sure.cancel()
         if self._source >= 0:
@@ -223,10 +224,6 @@ class Store:
             os.close(self._source)
             self._source = -1
             self.manager.drop("probe", wait=False)
-
-    def close(self) -> None:
-        """Watch no longer."""
-        self._close_probe()
 
 
 class Reports:

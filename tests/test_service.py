@@ -354,7 +354,7 @@ def test_a_status_that_could_not_be_told_is_told_later(
         ours._address = "/nowhere"
         reports._tell()
         assert reports._due is not None
-        reports._store._close_probe()
+        reports._store.close()
         reports._store.again(reports._changed)
         assert not reports._store.kept
         reports.stopping()
