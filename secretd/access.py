@@ -17,9 +17,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Final, NamedTuple
 
-from msgspec import Raw
-
-from secretd.audit import Audit
+from secretd.audit import Audit, Who
 from secretd.errors import AccessDenied, CommandError
 from secretd.patterns import is_pattern, matcher
 from secretd.peer import Door, Peer
@@ -154,8 +152,8 @@ class Access:
 
     # --- decisions
 
-    def check(self, peer: Peer, peer_info: Raw, object_id: str, action: str = "read") -> Grant:
-        """Return leave to release a secret. ``peer_info``: who that is, as JSON, for the audit.
+    def check(self, peer: Peer, who: Who, object_id: str, action: str = "read") -> Grant:
+        """Return leave to release a secret. ``who``: the peer, as the audit tells of it.
 
         Raises AccessDenied, which tells nothing of whether the secret exists; CommandError if there
         is none of that id, to who might have read it, or if the audit demands it. ``action``: read
@@ -165,25 +163,19 @@ class Access:
         if peer.door is not Door.CONTROL:
             rule = self._permitting(peer.identities, object_id)
             if rule is None:
-                self._audit.refuse(action, peer.uid, peer_info, id=object_id, door=peer.door.value)
+                self._audit.refuse(action, peer.uid, who, id=object_id)
                 raise AccessDenied(f"Reading secret '{object_id}' is not permitted")
         if rule is not None and not self._tree.is_secret(object_id):
             # What there is beside secrets is no client's affair.
             raise CommandError(f"No secret with id '{object_id}'")
         plaintext = secret_plaintext(self._tree, object_id)
-        self._audit.release(
-            action,
-            rule=f"{peer.door.value} socket" if rule is None else f"grant {rule.id}",
-            id=object_id,
-            size=len(plaintext),
-            door=peer.door.value,
-            peer=peer_info,
-        )
+        by = "control socket" if rule is None else f"grant {rule.id}"
+        self._audit.release(action, who, by, object_id, len(plaintext))
         if rule is not None and rule.limited:
             self._count(rule.id, 1)
         return Grant(_KEY, peer, object_id, None if rule is None else rule.id, plaintext)
 
-    def credential(self, peer: Peer, peer_info: Raw, claimed: CredentialAddress | None) -> Grant:
+    def credential(self, peer: Peer, who: Who, claimed: CredentialAddress | None) -> Grant:
         """Return leave to give a unit the secret that its LoadCredential= asks for.
 
         ``claimed``: what the address says. Anybody can say that, so the peer must be a service manager
@@ -195,25 +187,11 @@ class Access:
         try:
             object_id, rule = self._mapped(peer, claimed)
         except AccessDenied as error:
-            self._audit.refuse(
-                "credential",
-                peer.uid,
-                peer_info,
-                credential=name,
-                door=peer.door.value,
-                reason=error.desc,
-            )
+            self._audit.refuse("credential", peer.uid, who, credential=name, reason=error.desc)
             raise
         plaintext = secret_plaintext(self._tree, object_id)
-        self._audit.release(
-            "credential",
-            rule=f"grant {rule.id}",
-            id=object_id,
-            credential=name,
-            size=len(plaintext),
-            door=peer.door.value,
-            peer=peer_info,
-        )
+        by = f"grant {rule.id}"
+        self._audit.release("credential", who, by, object_id, len(plaintext), name)
         return Grant(_KEY, peer, object_id, rule.id, plaintext)
 
     def _mapped(self, peer: Peer, claimed: CredentialAddress | None) -> tuple[str, _Rule]:
@@ -271,10 +249,9 @@ class Access:
             and not (counted and rule.limited and self._used_up(rule.id))
         ]
 
-    def take_back(self, grant: Grant, peer_info: Raw, reason: str) -> None:
+    def take_back(self, grant: Grant, who: Who, reason: str) -> None:
         """Not a byte of what was permitted was taken: it is no read."""
-        door = grant.peer.door.value
-        self._audit.note("withheld", id=grant.object_id, door=door, peer=peer_info, reason=reason)
+        self._audit.note("withheld", who, id=grant.object_id, reason=reason)
         rule = None if grant.rule is None else self._rules.get(grant.rule)
         if rule is not None and rule.limited and grant.peer.door is Door.CLIENT:
             self._count(rule.id, -1)

@@ -11,7 +11,7 @@ nothing (access does) and sends through its listeners.
 import asyncio
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Final, NamedTuple, Protocol
 
 from secretd.access import Access
@@ -125,20 +125,35 @@ class Throttle:
 
 
 class Announcer:
-    """Collects events and sends them to the listeners that may know."""
+    """Collects events and sends them to the listeners that may know.
 
-    def __init__(self, access: Access, listeners: Callable[[], Collection[Listener]]) -> None:
+    ``only``: who does what the only listener does, so that nobody needs to be told of it; else None.
+    """
+
+    def __init__(self, access: Access) -> None:
         self._access = access
-        self._listeners = listeners
+        self.listeners: set[Listener] = set()
+        self.only: object = None
         self._collected: deque[tuple[int, Happened]] = deque()
         self._scheduled = False
         self._uncollected = 0
         self.number = 0  # of the last event
 
-    def concerns(self, by: object) -> bool:
-        """True if anybody else is connected: usually one client works alone."""
-        listeners = self._listeners()
-        return len(listeners) > 1 or any(listener.actor is not by for listener in listeners)
+    def add(self, listener: Listener) -> None:
+        """Somebody has connected."""
+        self.listeners.add(listener)
+        self._count()
+
+    def remove(self, listener: Listener) -> None:
+        """A connection has ended."""
+        self.listeners.discard(listener)
+        self._count()
+
+    def _count(self) -> None:
+        self.only = None
+        if len(self.listeners) == 1:
+            (only,) = self.listeners
+            self.only = only.actor
 
     def announce(self, happened: Happened) -> None:
         """Send an event at the next tick."""
@@ -168,7 +183,7 @@ class Announcer:
         actors = {happened.by for _, happened in collected}
         first = collected[0][0]
         visible: dict[frozenset[str], list[tuple[int, Happened]]] = {}
-        for listener in list(self._listeners()):
+        for listener in list(self.listeners):
             if not listener.listening:
                 continue
             peer = listener.peer

@@ -21,7 +21,7 @@ import socket
 import stat
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final, Protocol
 
 import msgspec
@@ -51,15 +51,16 @@ _OTHERS: Final = -2
 _TAIL_BYTES: Final = 64 << 10
 _THREAD_BATCHES: Final = 64
 _RWF_NOWAIT: Final = 0x8
+_FIRST: Final = tuple(f'"event":"{event}"' for event in chain.FIRST_EVENTS)
 _ID: Final = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 _REMOTE: Final = re.compile(r"fuse.*|nfs.*|cifs|smb.*|9p|ceph|afs|virtiofs|lustre|ocfs2|gfs2|coda")
 
 
 class Record(Struct, omit_defaults=True, rename="kebab"):
-    """A line. ``time``: UTC; ``size``: bytes; ``peer``: JSON of who did it; ``rule``: what decided."""
+    """A line, behind ``seq``, its number, and ``time``, in UTC. ``size``: bytes; ``peer``: JSON of who did
+    it; ``rule``: what decided.
+    """
 
-    seq: int
-    time: str
     event: str
     decision: str | UnsetType = UNSET
     rule: str | UnsetType = UNSET
@@ -74,8 +75,8 @@ class Record(Struct, omit_defaults=True, rename="kebab"):
     of: int | UnsetType = UNSET
     version: str | UnsetType = UNSET
     objects: int | UnsetType = UNSET
-    prev: str | UnsetType = UNSET
-    dropped: int | UnsetType = UNSET
+    prev: str | UnsetType = UNSET  # only of the first record of a file or a run
+    dropped: int | UnsetType = UNSET  # records that were lost before this one
 
 
 # --- where to
@@ -236,12 +237,36 @@ def _is_remote(device: int) -> bool:
 # --- the records
 
 
+class Who:
+    """Who did it: by which door, and the peer as JSON, if it is known. ``text``: as members of a record."""
+
+    __slots__ = ("door", "peer", "text")
+
+    def __init__(self, door: str, peer: Mapping[str, object] | None) -> None:
+        self.door = door
+        self.peer = UNSET if peer is None else Raw(msgspec.json.encode(peer))
+        self.text = _json({"door": door} if peer is None else {"door": door, "peer": peer})[1:-1]
+
+
 class _Window:
     """The refusals of one uid since the last record of them."""
 
     def __init__(self, peer: Raw | UnsetType) -> None:
         self.peer = peer
         self.count = 0
+
+
+def _made(event: str, members: dict[str, object]) -> tuple[str, bool]:
+    """Return a record's text, and whether it tells of a refusal."""
+    object_id = members.get("id")
+    if isinstance(object_id, str) and len(object_id) > AUDIT_ID_CHARACTERS:
+        members["id"] = object_id[:AUDIT_ID_CHARACTERS]
+    record = Record(event, **members)  # type: ignore[arg-type]  # its members
+    return _json(record)[1:-1], record.decision == "deny"
+
+
+def _json(value: object) -> str:
+    return msgspec.json.encode(value).decode()
 
 
 def _told(window: _Window) -> tuple[str, dict[str, object]]:
@@ -252,7 +277,8 @@ def _told(window: _Window) -> tuple[str, dict[str, object]]:
 class Audit:
     """The records of this process, and how they follow those of the one before in the same file.
 
-    ``key``: returns what the chain's HMAC is made with, borrowed; None for a chain without.
+    ``in_turn``: what is noted is written by `end_turn`, all at once. ``key``: returns what the chain's HMAC
+    is made with, borrowed; None for a chain without.
     """
 
     def __init__(
@@ -268,16 +294,16 @@ class Audit:
         self._sink: Sink | None = None
         self._rest = b""  # whole lines or the rest of one that come before all others
         self._batch = b""  # what the rest is the rest of
-        self._pending: list[Record] = []
+        self._pending: list[tuple[str, bool]] = []  # the text of each record; True for a refusal
         self._windows: dict[int, _Window] = {}
         self._scheduled = False
-        self._in_turn = False
+        self.in_turn = False
         self._started = False
         self._stamp = ""  # the time of all records since the last were written
         self._second = -1
         self._prefix = ""
         # The journal takes a line's priority from its beginning, and the rest as it is.
-        self._priorities = (b"<6>", b"<5>") if target == "-" and journal_on_stderr() else (b"", b"")
+        self._priorities = ("<6>", "<5>") if target == "-" and journal_on_stderr() else ("", "")
         self._fault = ""
         self.records = 0
         self.dropped = 0
@@ -331,46 +357,64 @@ class Audit:
         self.note("start", version=version, objects=objects)
         self._written()
 
-    def note(self, event: str, **members: object) -> None:
+    def note(self, event: str, who: Who | None = None, **members: object) -> None:
         """Write a record as soon as possible. See Record for what members there are."""
-        if self._keep(event, members) and not self._in_turn:
+        if who is not None:
+            members |= {"door": who.door, "peer": who.peer}
+        if self._keep(*_made(event, members)) and not self.in_turn:
             self._schedule()
 
-    def begin_turn(self) -> None:
-        """What is noted from here to `end_turn` is written there, all at once."""
-        self._in_turn = True
+    def done(self, event: str, who: Who, object_id: str, kind: str, size: int | None) -> None:
+        """Write the record of what was done to an object that there is, of a type, with so many bytes: the
+        same as `note` would, in less time.
+        """
+        if self._sink is None:
+            return
+        if len(object_id) > AUDIT_ID_CHARACTERS:
+            object_id = object_id[:AUDIT_ID_CHARACTERS]
+        of = "" if size is None else f'"size":{size},'
+        text = f'"event":"{event}","id":"{object_id}","type":"{kind}",{of}{who.text}'
+        if self._keep(text) and not self.in_turn:
+            self._schedule()
 
     def end_turn(self) -> None:
-        """Write what was noted since `begin_turn`."""
-        self._in_turn = False
-        if self._pending and not self._scheduled:
-            self._written()
+        """Write what was noted since ``in_turn`` was set."""
+        self.in_turn = False
+        if self._pending and not self._scheduled and not self._flush():
+            self._retry()
 
-    def _keep(self, event: str, members: dict[str, object]) -> bool:
+    def _keep(self, text: str, denied: bool = False) -> bool:
         if self._sink is None:
             return False
         if len(self._pending) >= AUDIT_BACKLOG:
             self.dropped += 1
             return False
-        self._pending.append(self._made(event, members))
+        if not self._stamp:
+            self._stamp = self._now()
+        self._pending.append((text, denied))
         return True
 
-    def _made(self, event: str, members: dict[str, object]) -> Record:
-        object_id = members.get("id")
-        if isinstance(object_id, str) and len(object_id) > AUDIT_ID_CHARACTERS:
-            members["id"] = object_id[:AUDIT_ID_CHARACTERS]
-        stamp = self._stamp
-        if not stamp:
-            stamp = self._stamp = self._now()
-        return Record(0, stamp, event, **members)  # type: ignore[arg-type]  # its members
-
-    def release(self, event: str, **members: object) -> None:
-        """Write the record of a release, which must not happen if this raises CommandError."""
+    def release(  # noqa: PLR0917 - the members that each of these records has
+        self, event: str, who: Who, rule: str, object_id: str, size: int, credential: str = ""
+    ) -> None:
+        """Write the record of a release of a secret that there is, by a rule, which must not happen if this
+        raises CommandError. ``credential``: the name it was asked for by, if that is another.
+        """
+        if self._sink is None:
+            return
+        if len(object_id) > AUDIT_ID_CHARACTERS:
+            object_id = object_id[:AUDIT_ID_CHARACTERS]
+        by = "" if not credential else f'"credential":{_json(credential)},'
+        text = (
+            f'"event":"{event}","decision":"allow","rule":"{rule}","id":"{object_id}",'
+            f'{by}"size":{size},{who.text}'
+        )
         if not self._require:
-            self.note(event, decision="allow", **members)
+            if self._keep(text) and not self.in_turn:
+                self._schedule()
             return
         if self._flush():
-            self._pending.append(self._made(event, {"decision": "allow", **members}))
+            self._keep(text)
             if self._flush():
                 return
             # It is on its way, in part or whole, and may yet be written: say that it is not true.
@@ -382,7 +426,7 @@ class Audit:
             "then releases no secret"
         )
 
-    def refuse(self, event: str, uid: int, peer: Raw | UnsetType, **members: object) -> None:
+    def refuse(self, event: str, uid: int, who: Who | None, **members: object) -> None:
         """Write the record of a refusal; of many from one uid, the first and how many more there were."""
         if self._sink is None:
             return
@@ -397,7 +441,7 @@ class Audit:
         asked = members.get("id")
         if isinstance(asked, str) and not _ID.fullmatch(asked):
             members["id"] = "?"  # it may be anything that somebody typed by mistake
-        self.note(event, decision="deny", peer=peer, **members)
+        self.note(event, who, decision="deny", **members)
 
     def _end_window(self, uid: int) -> None:
         window = self._windows.get(uid)
@@ -407,7 +451,7 @@ class Audit:
             del self._windows[uid]
             return
         event, members = _told(window)
-        self.note(event, **members)
+        self.note(event, None, **members)
         asyncio.get_running_loop().call_later(REFUSALS_SECONDS, self._end_window, uid)
 
     def reopen(self) -> None:
@@ -438,10 +482,11 @@ class Audit:
         """The daemon ends; there may be no loop any more."""
         for window in self._windows.values():
             if window.count:
-                self._keep(*_told(window))
+                event, members = _told(window)
+                self._keep(*_made(event, members))
         self._windows.clear()
         if self._started:
-            self._keep("stop", {})
+            self._keep(*_made("stop", {}))
         self._flush()
         if self._sink is not None:
             self._sink.close()
@@ -464,8 +509,11 @@ class Audit:
     def _written(self) -> None:
         self._scheduled = False
         if not self._flush() and not self._scheduled:
-            self._scheduled = True
-            asyncio.get_running_loop().call_later(AUDIT_RETRY_SECONDS, self._written)
+            self._retry()
+
+    def _retry(self) -> None:
+        self._scheduled = True
+        asyncio.get_running_loop().call_later(AUDIT_RETRY_SECONDS, self._written)
 
     def _flush(self) -> bool:
         """Write all that waits; False if something is left."""
@@ -477,20 +525,20 @@ class Audit:
         if not self._pending:
             return True
         pending, self._pending = self._pending, []
-        self._stamp = ""
+        stamp, self._stamp = self._stamp, ""
         key = None if self._key is None else self._key()
         lines = []
-        for record in pending:
+        for text, denied in pending:
             self.records += 1
-            record.seq = self.records
-            if record.event in chain.FIRST_EVENTS:
-                record.prev = self.head
+            members = f'"seq":{self.records},"time":"{stamp}",{text}'
+            if text.startswith(_FIRST):
+                members += f',"prev":"{self.head}"'
             if self.dropped > self._dropped_before:
-                record.dropped = self.dropped - self._dropped_before
+                members += f',"dropped":{self.dropped - self._dropped_before}'
                 self._dropped_before = self.dropped
-            line, self.head = chain.write(self.head, msgspec.json.encode(record), key)
-            lines.append(self._priorities[record.decision == "deny"] + line)
-        self._rest = self._batch = b"".join(lines)
+            line, self.head = chain.write(self.head, members, key)
+            lines.append(self._priorities[denied] + line)
+        self._rest = self._batch = "".join(lines).encode()
         return self._push()
 
     def _push(self) -> bool:

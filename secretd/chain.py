@@ -33,11 +33,15 @@ def link(previous: str, body: bytes, key: memoryview | None) -> str:
     return hmac.digest(key, text, "sha256").hex()
 
 
-def write(previous: str, body: bytes, key: memoryview | None) -> tuple[bytes, str]:
-    """Return a whole line, and what the next one is linked to."""
-    head = link(previous, body, key)
-    name = b"hash" if key is None else b"mac"
-    return b'%s,"%s":"%s"}\n' % (body[:-1], name, head.encode()), head
+def write(previous: str, members: str, key: memoryview | None) -> tuple[str, str]:
+    """Return a whole line, and what the next one is linked to. ``members``: what stands between the braces
+    of a record's JSON.
+    """
+    if key is None:
+        head = hashlib.sha256(f"{previous}{{{members}}}".encode()).hexdigest()
+        return f'{{{members},"hash":"{head}"}}\n', head
+    head = link(previous, f"{{{members}}}".encode(), key)
+    return f'{{{members},"mac":"{head}"}}\n', head
 
 
 class Record(NamedTuple):

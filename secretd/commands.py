@@ -21,7 +21,7 @@ from secretd.limits import Stat
 from secretd.monitor import Monitor
 from secretd.qom.grant import check_seconds
 from secretd.qom.secret import generate, secret_plaintext
-from secretd.qom.typeinfo import ObjectPropertyInfo, ObjectTypeInfo
+from secretd.qom.typeinfo import ObjectOptions, ObjectPropertyInfo, ObjectTypeInfo
 from secretd.qom.types import AnyOptions
 from secretd.schema import Commands
 from secretd.target import open_target
@@ -157,40 +157,33 @@ def quit(monitor: Monitor) -> None:  # noqa: A001 - QEMU's name
 @COMMANDS()
 def object_add(monitor: Monitor, arguments: AnyOptions) -> Awaitable[None] | None:
     """Make an object."""
-    waiting = monitor.tree.add(arguments, monitor.source)
-    if waiting is not None:
-        return _added_later(monitor, arguments.id, waiting)
-    _added(monitor, arguments.id)
-    return None
+    size = monitor.tree.add(arguments, monitor.source)
+    if isinstance(size, int):
+        _added(monitor, arguments, size)
+        return None
+    return _added_later(monitor, arguments, size)
 
 
-def _added(monitor: Monitor, object_id: str) -> None:
-    kind = monitor.tree.type_of(object_id)
-    assert kind is not None
-    size = monitor.tree.secret(object_id)[1]
+def _added(monitor: Monitor, options: ObjectOptions, size: int) -> None:
+    kind = monitor.tree.types.of[type(options)]
+    name = kind.info.name
     if kind.decides:
-        event = "grant" if kind.info.name == "secret-grant" else "add"
-        monitor.note(event, object_id, type=kind.info.name)
+        monitor.note("grant" if name == "secret-grant" else "add", options.id, name)
     else:
-        monitor.note("add", object_id, type=kind.info.name, size=size)
-        monitor.announce("SECRET_ADDED", object_id)
+        monitor.note("add", options.id, name, size)
+        monitor.announce("SECRET_ADDED", options.id)
 
 
-async def _added_later(monitor: Monitor, object_id: str, waiting: Awaitable[None]) -> None:
-    await waiting
-    _added(monitor, object_id)
+async def _added_later(monitor: Monitor, options: ObjectOptions, waiting: Awaitable[int]) -> None:
+    _added(monitor, options, await waiting)
 
 
 @COMMANDS()
 def object_del(monitor: Monitor, id: str) -> None:  # noqa: A002 - the wire's name
     """Remove an object; a secret's plaintext is wiped before the reply."""
-    kind = monitor.tree.type_of(id)
-    if kind is not None and id not in monitor.tree.pinned:
-        monitor.daemon.deliveries.withdraw(id)
-    monitor.tree.delete(id)
-    assert kind is not None
-    event = "revoke" if kind.info.name == "secret-grant" else "delete"
-    monitor.note(event, id, type=kind.info.name)
+    kind = monitor.tree.delete(id)
+    name = kind.info.name
+    monitor.note("revoke" if name == "secret-grant" else "delete", id, name)
     if not kind.decides:
         monitor.announce("SECRET_DELETED", id)
 
@@ -220,7 +213,7 @@ def qom_set(
     assert node is not None
     kind = monitor.tree.type_of(node)
     assert kind is not None
-    monitor.note("set", node, type=kind.info.name)
+    monitor.note("set", node, kind.info.name)
 
 
 @COMMANDS()
@@ -327,7 +320,7 @@ async def _deliver_rest(
 
 def _not_delivered(monitor: Monitor, content: Content, error: CommandError) -> None:
     if not content.written:
-        monitor.daemon.access.take_back(content.grant, monitor.peer_json, error.desc)
+        monitor.daemon.access.take_back(content.grant, monitor.who, error.desc)
 
 
 @COMMANDS()
@@ -344,8 +337,7 @@ def secret_seal(monitor: Monitor, id: str, keyid: str) -> Sealed:  # noqa: A002
 @COMMANDS()
 def secret_generate(monitor: Monitor, id: str, size: int) -> None:  # noqa: A002
     """Make a secret of ``size`` random bytes, which nobody has seen."""
-    generate(monitor.tree, id, size, monitor.peer.uid)
-    _added(monitor, id)
+    _added(monitor, *generate(monitor.tree, id, size, monitor.peer.uid))
 
 
 @COMMANDS(client=True, oob=True)
@@ -381,7 +373,7 @@ def secret_expire(monitor: Monitor, id: str, after: int) -> None:  # noqa: A002
     if id in monitor.tree.pinned:
         raise CommandError(f"object '{id}' is in use, can not be deleted")
     monitor.tree.expire_after(id, after)
-    monitor.note("lifetime", id, count=after)
+    monitor.daemon.audit.note("lifetime", monitor.who, id=id, count=after)
 
 
 @COMMANDS()

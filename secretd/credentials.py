@@ -18,9 +18,7 @@ import socket
 from collections.abc import Callable, Coroutine
 from typing import Final, Protocol
 
-import msgspec
-from msgspec import Raw
-
+from secretd.audit import Who
 from secretd.deliver import Content
 from secretd.errors import AccessDenied, CommandError, PeerUnknown
 from secretd.fds import Fd
@@ -129,7 +127,7 @@ class Credentials:
     ) -> None:
         """Send the secret, or raise CommandError."""
         daemon = self._daemon
-        info = Raw(msgspec.json.encode(peer.info))
+        who = Who(peer.door.value, peer.info)
         if claimed is not None and len("".join(claimed).encode()) > CREDENTIAL_ADDRESS_BYTES:
             log.warning(
                 "credential '%s' of %s: their names have more than %d bytes together, so that systemd "
@@ -139,7 +137,7 @@ class Credentials:
         # A descriptor of its own: the connection goes on if the delivery is broken off.
         copy = Fd(os.dup(sock.fileno()))
         try:
-            grant = daemon.access.credential(peer, info, claimed)
+            grant = daemon.access.credential(peer, who, claimed)
         except BaseException:
             copy.close()
             raise
@@ -150,7 +148,7 @@ class Credentials:
                 await rest
         except CommandError as error:
             if not content.written:
-                daemon.access.take_back(grant, info, error.desc)
+                daemon.access.take_back(grant, who, error.desc)
             raise
         daemon.announce("SECRET_READ", grant.object_id, encode.value(peer.info), self)
 
@@ -158,9 +156,8 @@ class Credentials:
         """Log why a unit does not get a credential: it is told nothing but that it failed."""
         if isinstance(error, PeerUnknown):
             words = f"It cannot be told in full who has connected: {error}"
-            self._daemon.audit.refuse(
-                "credential", peer.uid, msgspec.UNSET, door=peer.door.value, reason=words
-            )
+            who = Who(peer.door.value, None)
+            self._daemon.audit.refuse("credential", peer.uid, who, reason=words)
         else:
             words = str(error)
         if claimed is None:

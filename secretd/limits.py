@@ -72,7 +72,7 @@ class Share:
         limit = self._trusted_limit if uid in self._trusted_uids else self.limit
         if limit is None:
             return
-        held = self.held(uid) + besides
+        held = self._held.get(uid, 0) + besides
         if held + amount > limit:
             raise LimitReached(
                 self.name,
@@ -86,17 +86,19 @@ class Share:
 
     def add(self, uid: int, amount: int = 1) -> None:
         """Count what a uid has already, whatever the limit."""
-        self._held[uid] = self._held.get(uid, 0) + amount
+        held = self._held
+        held[uid] = held.get(uid, 0) + amount
         if uid not in self._trusted_uids:
             self.others += amount
 
     def give(self, uid: int, amount: int = 1) -> None:
         """Count what it no longer has."""
-        left = self._held.get(uid, 0) - amount
+        held = self._held
+        left = held.get(uid, 0) - amount
         if left:
-            self._held[uid] = left
+            held[uid] = left
         else:
-            self._held.pop(uid, None)
+            held.pop(uid, None)
         if uid not in self._trusted_uids:
             self.others -= amount
 

@@ -74,6 +74,9 @@ _ZEROS = bytes(4096)
 def wipe(view: memoryview) -> None:
     """Overwrite a writable memoryview of bytes with zeros."""
     size = len(view)
+    if size <= 4096:
+        view[:] = _ZEROS[:size]
+        return
     for start in range(0, size - 4095, 4096):
         view[start : start + 4096] = _ZEROS
     rest = size & 4095
@@ -110,14 +113,6 @@ class _Slab:
         self.fresh = 0  # slots from here on were never used
         self.freed: list[int] = []
 
-    def take(self) -> int:
-        """Return the number of a free slot; there must be one."""
-        self.used += 1
-        if self.freed:
-            return self.freed.pop()
-        self.fresh += 1
-        return self.fresh - 1
-
     def adopt(self, numbers: set[int]) -> None:
         """Have just these slots in use, and wipe all others."""
         self.used = len(numbers)
@@ -137,11 +132,11 @@ class LockedBuffer:
 
     __slots__ = ("_arena", "offset", "size", "view")
 
-    def __init__(self, arena: "Arena", offset: int, size: int) -> None:
+    def __init__(self, arena: "Arena", offset: int, view: memoryview) -> None:
         self._arena: Arena | None = arena
         self.offset = offset
-        self.size = size
-        self.view = arena.view(offset, size)
+        self.size = len(view)
+        self.view = view
 
     def free(self) -> None:
         """Wipe the bytes and give them back. Does nothing the second time."""
@@ -173,7 +168,8 @@ class LockedBuffer:
 class Arena:
     """Slots of power-of-two size classes in windows of one memory file.
 
-    ``level`` is how well the file's pages are protected. Buffers of a window or more get windows of
+    ``level`` is how well the file's pages are protected; ``held`` what is given out, ``spare`` what is mapped
+    and not used, in bytes. Buffers of a window or more get windows of
     their own. All sizes are bytes. ``fd``: the file of an earlier process's arena, taken over; `adopt`
     says then what of it is in use. ``on_window`` is told how many windows of the file are needed before
     one is used for the first time.
@@ -189,6 +185,7 @@ class Arena:
     ) -> None:
         self.level = level
         self.held = 0
+        self.spare = 0
         self.on_window: Callable[[int], None] = lambda _count: None
         self._lock = threading.Lock()  # sources are read in threads
         self._window = window
@@ -204,6 +201,7 @@ class Arena:
         try:
             for index in range(self._reserve):
                 self._spare[index] = self._map(index, 1)
+                self.spare += window
         except BaseException:
             self.close()
             raise
@@ -267,35 +265,37 @@ class Arena:
         """Bytes now mapped, and thus locked."""
         return sum(map(len, self._views.values())) + sum(map(len, self._spare.values()))
 
-    @property
-    def spare(self) -> int:
-        """Bytes that are mapped and that nothing uses."""
-        return len(self._spare) << self._shift
-
     def allocate(self, size: int) -> LockedBuffer:
         """Return a zeroed buffer of ``size`` bytes, or raise LockedMemoryExhausted."""
+        slot = SMALLEST_SLOT if size <= SMALLEST_SLOT else 1 << (size - 1).bit_length()
         with self._lock:
-            offset = self._allocate(size)
-        return LockedBuffer(self, offset, size)
-
-    def _allocate(self, size: int) -> int:
-        slot = _slot_size(size)
-        if slot >= self._window:
-            offset = self._allocate_windows(-(-size // self._window)) << self._shift
-        else:
-            open_slabs = self._open.get(slot)
-            if not open_slabs:
-                index = self._allocate_windows(1)
-                slab = _Slab(index, slot, self._views[index])
-                self._slabs[index] = slab
-                open_slabs = self._open.setdefault(slot, [])
-                open_slabs.append(slab)
-            slab = open_slabs[-1]
-            offset = (slab.index << self._shift) + slab.take() * slot
+            slabs = self._open.get(slot)
+            if slabs:
+                slab = slabs[-1]
+            elif slot < self._window:
+                slab = self._new_slab(slot)
+                slabs = self._open[slot]
+            else:
+                index = self._allocate_windows(-(-size // self._window))
+                self.held += size
+                return LockedBuffer(self, index << self._shift, self._views[index][:size])
+            if slab.freed:
+                start = slab.freed.pop() * slot
+            else:
+                start = slab.fresh * slot
+                slab.fresh += 1
+            slab.used += 1
             if slab.used == slab.count:
-                open_slabs.pop()
-        self.held += size
-        return offset
+                slabs.pop()
+            self.held += size
+            offset = (slab.index << self._shift) + start
+            return LockedBuffer(self, offset, slab.view[start : start + size])
+
+    def _new_slab(self, slot: int) -> _Slab:
+        index = self._allocate_windows(1)
+        slab = self._slabs[index] = _Slab(index, slot, self._views[index])
+        self._open.setdefault(slot, []).append(slab)
+        return slab
 
     def view(self, offset: int, size: int) -> memoryview:
         """Return a writable view of bytes that an earlier `allocate` gave out."""
@@ -305,28 +305,26 @@ class Arena:
     def free(self, offset: int, size: int) -> None:
         """Wipe and give back what `allocate` returned at ``offset`` for ``size``."""
         with self._lock:
-            if self._fd >= 0:
-                self._free(offset, size)
-
-    def _free(self, offset: int, size: int) -> None:
-        index = offset >> self._shift
-        view = self._views[index]
-        self.held -= size
-        slab = self._slabs.get(index)
-        if slab is None:
-            wipe(view[:size])
-            self._release_windows(index, len(view) >> self._shift)
-            return
-        start = offset & (self._window - 1)
-        wipe(view[start : start + size])
-        if slab.used == slab.count:
-            self._open.setdefault(slab.size, []).append(slab)
-        slab.freed.append(start // slab.size)
-        slab.used -= 1
-        if not slab.used:
-            self._open[slab.size].remove(slab)
-            del self._slabs[index]
-            self._release_windows(index, 1)
+            if self._fd < 0:
+                return
+            index = offset >> self._shift
+            slab = self._slabs.get(index)
+            self.held -= size
+            if slab is None:
+                view = self._views[index]
+                wipe(view[:size])
+                self._release_windows(index, len(view) >> self._shift)
+                return
+            start = offset & (self._window - 1)
+            wipe(slab.view[start : start + size])
+            if slab.used == slab.count:
+                self._open.setdefault(slab.size, []).append(slab)
+            slab.freed.append(start // slab.size)
+            slab.used -= 1
+            if not slab.used:
+                self._open[slab.size].remove(slab)
+                del self._slabs[index]
+                self._release_windows(index, 1)
 
     def wipe(self) -> None:
         """Wipe all there is, at the end of a process whose threads may still hold views.
@@ -360,6 +358,7 @@ class Arena:
     def _allocate_windows(self, count: int) -> int:
         if count == 1 and self._spare:
             index, view = self._spare.popitem()
+            self.spare -= self._window
         else:
             free = bytes(count)
             index = self._taken.find(free)
@@ -382,6 +381,7 @@ class Arena:
         # and unmap every time.
         if count == 1 and len(self._spare) <= self._reserve:
             self._spare[index] = view
+            self.spare += self._window
         else:
             self._unmap(index, view)
 

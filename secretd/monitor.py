@@ -6,22 +6,21 @@ which table a command is looked up in. It sees no socket; server feeds it reques
 returns, commands carries them out. The only place where exceptions become replies.
 """
 
-import asyncio
 import logging
 import os
 import time
 import traceback
 from collections.abc import Callable, Coroutine, Iterable
 from functools import cached_property
+from types import CoroutineType
 from typing import Final, Literal, Protocol, TypeAlias
 
-import msgspec
-from msgspec import UNSET, Raw, Struct
+from msgspec import UNSET, Struct
 from msgspec.structs import astuple
 
 from secretd.access import Access, Grant
 from secretd.announce import Announcer, Happened
-from secretd.audit import Audit
+from secretd.audit import Audit, Who
 from secretd.deliver import Deliveries
 from secretd.errors import AccessDenied, CommandError, CommandNotFound, LimitReached
 from secretd.events import EVENTS
@@ -101,6 +100,7 @@ class Daemon:
         self.deliveries = Deliveries(tree.scratch, self.offload)
         self._decided = tree.on_decision
         tree.on_decision = self._on_decision
+        tree.withdraw = self.deliveries.withdraw
         every = list(commands)
         self.tables = {
             Door.CONTROL: Table(every, MAX_MESSAGE_BYTES),
@@ -118,8 +118,6 @@ class Daemon:
 
     def announce(self, name: str, object_id: str, peer_info: str | None, by: object) -> None:
         """Send an event about a secret to all who may know, but to who did it."""
-        if not self.owner.announcer.concerns(by):
-            return
         # An identifier is plain ASCII; what clients ask for may be anything.
         quoted = encode.value(object_id)
         bare = wire_event(name, f'{{"id": {quoted}}}')
@@ -130,10 +128,7 @@ class Daemon:
 
     def expire(self, object_id: str) -> None:
         """The time of an object is over: end deliveries, wipe it, say so."""
-        kind = self.tree.type_of(object_id)
-        assert kind is not None
-        self.deliveries.withdraw(object_id)
-        self.tree.delete(object_id)
+        kind = self.tree.delete(object_id)
         self.audit.note("expire", id=object_id, type=kind.info.name)
         if not kind.decides:
             self.announce("SECRET_EXPIRED", object_id, None, None)
@@ -169,17 +164,18 @@ class Monitor:
         self._on_negotiated = on_negotiated
         self.tree = daemon.tree
         self.peer = peer
+        self.trusted = peer.trusted
         self.table = daemon.tables[peer.door]
         self.negotiated = False
         self.pending = PendingFd()
         self.named = NamedFds()
         self.fdsets = FdSets()
         self.source = Source(
-            self.fdsets, self.scratch, daemon.offload, peer.uid, trusted=peer.trusted
+            self.fdsets, self.scratch, daemon.offload, peer.uid, trusted=self.trusted
         )
         self.oob = False
         self.peer_info = encode.value(peer.info)
-        self.peer_json = Raw(msgspec.json.encode(peer.info))
+        self.who = Who(peer.door.value, peer.info)
 
     @property
     def scratch(self) -> Arena:
@@ -198,22 +194,22 @@ class Monitor:
 
     def announce(self, event: str, object_id: str) -> None:
         """Tell the other sessions what this one did to a secret; its own has the reply."""
-        self.daemon.announce(event, object_id, self.peer_info, self)
+        daemon = self.daemon
+        if daemon.owner.announcer.only is not self:  # usually one client works alone
+            daemon.announce(event, object_id, self.peer_info, self)
 
-    def note(self, event: str, object_id: str, **members: object) -> None:
-        """Write an audit record of what this session did."""
-        self.daemon.audit.note(
-            event, id=object_id, door=self.peer.door.value, peer=self.peer_json, **members
-        )
+    def note(self, event: str, object_id: str, kind: str, size: int | None = None) -> None:
+        """Write an audit record of what this session did to an object of a type, ``kind``."""
+        self.daemon.audit.done(event, self.who, object_id, kind, size)
 
     def note_connection(self) -> None:
         """Write an audit record of who has connected."""
-        self.daemon.audit.note("connect", door=self.peer.door.value, peer=self.peer_json)
+        self.daemon.audit.note("connect", self.who)
 
     def check(self, object_id: str, action: str) -> Grant:
         """Return leave to release a secret; see access.Access.check."""
         try:
-            return self.daemon.access.check(self.peer, self.peer_json, object_id, action)
+            return self.daemon.access.check(self.peer, self.who, object_id, action)
         except AccessDenied:
             self.announce("SECRET_DENIED", object_id)
             raise
@@ -222,7 +218,7 @@ class Monitor:
         """Return the descriptor that was passed, unless all threads of its uid are stuck with such."""
         fd = self.pending.take()
         uid = self.peer.uid
-        if not self.peer.trusted and self.daemon.offload.stuck(uid):
+        if not self.trusted and self.daemon.offload.stuck(uid):
             fd.close()
             raise LimitReached(
                 "threads-per-uid",
@@ -250,7 +246,7 @@ class Monitor:
         fault = None
         try:
             limits.descriptors.check(uid, len(numbers), self.daemon.offload.waiting(uid))
-            if not self.peer.trusted:
+            if not self.trusted:
                 limits.check_descriptors(self.daemon.offload.waiting(), len(numbers))
         except LimitReached as error:
             fault = error
@@ -282,12 +278,14 @@ class Monitor:
                 raw_id, arguments = request.id, request.arguments  # type: ignore[attr-defined]
                 if raw_id is not UNSET:
                     id_text = str(memoryview(raw_id), "ascii")
-                self._check_negotiated(command.name)
+                if not self.negotiated:
+                    _check_negotiation(command.name)
             elif isinstance(request, Malformed):
                 return self._malformed(request)
             else:
                 id_text = request.id
-                self._check_negotiated(request.command)
+                if not self.negotiated:
+                    _check_negotiation(request.command)
                 found = self.table.by_name.get(request.command)
                 if found is None:
                     raise CommandNotFound(f"The command {request.command} has not been found")
@@ -295,7 +293,7 @@ class Monitor:
                 if request.oob and not command.oob:
                     raise CommandError(f"The command {command.name} does not support OOB")
                 arguments = check(command, request.arguments)
-            if not self.peer.trusted:
+            if not self.trusted:
                 self._check_peer(command)
             if arguments is UNSET:
                 result = command.function(self)
@@ -305,7 +303,7 @@ class Monitor:
                 result = command.function(self, *astuple(arguments))
             if result is None:
                 return wire.EMPTY_RETURN if id_text is None else wire.success(None, id_text)
-            if asyncio.iscoroutine(result):
+            if isinstance(result, CoroutineType):
                 self.daemon.limits.requests.add(self.peer.uid)
                 return self._later(result, id_text)
             return _success(result, id_text)
@@ -318,10 +316,6 @@ class Monitor:
             raise AccessDenied(f"uid {self.peer.uid} may not use the control socket any more")
         if command.function.__name__ in WAITING_COMMANDS:
             self.daemon.limits.requests.check(self.peer.uid)
-
-    def _check_negotiated(self, name: str) -> None:
-        if not self.negotiated and name != "qmp_capabilities":
-            raise CommandNotFound("Expecting capabilities negotiation with 'qmp_capabilities'")
 
     async def _later(self, result: Coroutine[object, object, object], id_text: str | None) -> bytes:
         try:
@@ -347,6 +341,11 @@ class Monitor:
             fault = Fault(fault.before, fault.quote[:QUOTED_BYTES], fault.after)
         buffer = self.scratch.allocate(wire.quoted_failure_size(fault))
         return Locked(buffer, wire.write_quoted_failure(fault, buffer.view))
+
+
+def _check_negotiation(name: str) -> None:
+    if name != "qmp_capabilities":
+        raise CommandNotFound("Expecting capabilities negotiation with 'qmp_capabilities'")
 
 
 def close_for(daemon: Daemon, peer: Peer, fd: int) -> None:

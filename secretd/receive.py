@@ -55,6 +55,7 @@ class ReceiveSpace:
     def __init__(self, arena: Arena) -> None:
         self.arena = arena
         self.shared = arena.allocate(RECEIVE_BYTES)
+        self._small = self.shared.view[: SMALL_TAIL_BYTES - 1]
         self.held = 0  # bytes of connections' own buffers
         self.starved: set[Holder] = set()
         self._beyond: Holder | None = None  # who may go beyond LARGE_TAILS_BYTES
@@ -86,9 +87,13 @@ class ReceiveSpace:
             self._beyond = None
         self.free(buffer, owner)
 
-    def roomy(self) -> bool:
-        """True while there is plenty of room for what connections leave unread or unfinished."""
-        return self.held <= LARGE_TAILS_BYTES // 2 and self.arena.spare >= ROOMY_BYTES
+    def window(self, *, small: bool) -> memoryview:
+        """Return the shared buffer; less of it for a connection that takes no ``small`` message only, and
+        while there is little room for what connections leave unread or unfinished.
+        """
+        if small or self.held > LARGE_TAILS_BYTES // 2 or self.arena.spare < ROOMY_BYTES:
+            return self._small
+        return self.shared.view
 
     def free(self, buffer: LockedBuffer, owner: Holder) -> None:
         """Give back a connection's buffer, and let those that wait for room try again."""

@@ -223,7 +223,10 @@ class FastDecoder:
             aside += len(id_text)
             request.id = _EMPTY
         kept = []
-        for name in _sensitive(type(arguments)):
+        names = _SENSITIVE.get(type(arguments))
+        if names is None:
+            names = _sensitive(type(arguments))
+        for name in names:
             raw = getattr(arguments, name)
             if raw is not UNSET:
                 if not _FAST_SENSITIVE.fullmatch(memoryview(raw)):
@@ -239,7 +242,7 @@ class FastDecoder:
             request.id = request_id
             for name, raw in kept:
                 setattr(arguments, name, raw)
-            return typing.cast(Struct, request)
+            return request  # type: ignore[no-any-return]
         quotes += encoded.count(b'"')
         shape = self._shapes.get(quotes)
         if shape is None:
@@ -250,14 +253,12 @@ class FastDecoder:
         request.id = request_id
         for name, raw in kept:
             setattr(arguments, name, raw)
-        return typing.cast(Struct, request)
+        return request  # type: ignore[no-any-return]
 
 
 def _sensitive(struct: type[Struct] | type[UnsetType]) -> tuple[str, ...]:
-    """The names of the members that carry a secret."""
-    names = _SENSITIVE.get(struct)
-    if names is None:
-        hints = typing.get_type_hints(struct) if struct is not UnsetType else {}
-        names = tuple(name for name, hint in hints.items() if Raw in alternatives(hint))
-        _SENSITIVE[struct] = names
+    """The names of the members that carry a secret; they are kept in _SENSITIVE."""
+    hints = typing.get_type_hints(struct) if struct is not UnsetType else {}
+    names = tuple(name for name, hint in hints.items() if Raw in alternatives(hint))
+    _SENSITIVE[struct] = names
     return names

@@ -14,10 +14,8 @@ import stat
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Final
 
-from msgspec import UNSET, Raw
-
 from secretd.announce import Announcer
-from secretd.audit import Audit
+from secretd.audit import Audit, Who
 from secretd.credentials import Credentials, Store
 from secretd.errors import AccessDenied, LimitReached, PeerUnknown, UsageError
 from secretd.monitor import Daemon, close_connection, wire_event
@@ -133,7 +131,7 @@ class Server:
         self.daemon = Daemon(tree, commands, package, audit or Audit(), self)
         self.space = ReceiveSpace(tree.scratch)
         self.sessions: set[Session] = set()
-        self.announcer = Announcer(self.daemon.access, lambda: self.sessions)
+        self.announcer = Announcer(self.daemon.access)
         self._store = store
         self.credentials = Credentials(self.daemon, self.start, self._check_idle, store)
         self.stopping = False  # requests that were not begun are not answered any more
@@ -200,6 +198,7 @@ class Server:
         session = Session(self, sock, peer)
         if not session.transport.is_closed:
             self.sessions.add(session)
+            self.announcer.add(session)
             if door is Door.CONTROL:
                 session.monitor.note_connection()
 
@@ -214,8 +213,8 @@ class Server:
             sock.send(wire.failure("GenericError", words, None))
         with contextlib.suppress(OSError):
             sock.shutdown(socket.SHUT_RDWR)
-        info = Raw(b'{"uid":%d,"gid":%d,"pid":%d}' % peer[:3]) if peer.uid >= 0 else UNSET
-        self.daemon.audit.refuse("connect", peer.uid, info, door=peer.door.value, reason=words)
+        who = Who(peer.door.value, peer.info if peer.uid >= 0 else None)
+        self.daemon.audit.refuse("connect", peer.uid, who, reason=words)
         close_connection(self.daemon, peer, sock.detach())
 
     def start(self, coroutine: Coroutine[object, object, None]) -> asyncio.Task[None]:
@@ -225,6 +224,7 @@ class Server:
     def forget(self, session: Session) -> None:
         """A session has ended."""
         self.sessions.discard(session)
+        self.announcer.remove(session)
         self._check_idle()
 
     def quit(self, data: str) -> None:

@@ -258,7 +258,7 @@ class Reports:
 
     def stopping(self) -> None:
         """Tell that the end has begun."""
-        self._tree.on_count = lambda: None
+        self._tree.on_count = None
         if self._due is not None:
             self._due.cancel()
         self._manager.stopping(self.status())

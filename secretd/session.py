@@ -93,6 +93,11 @@ class Session:
         return self.monitor.negotiated
 
     @property
+    def idle(self) -> bool:
+        """True if no message is unfinished."""
+        return self._codec.idle
+
+    @property
     def busy(self) -> bool:
         """True while requests that were read are not answered yet."""
         return self._task is not None
@@ -103,19 +108,19 @@ class Session:
         If the client has enabled oob, what comes meanwhile is read on: out-of-band commands are
         carried out at once, others queued.
         """
-        self._consuming = True
-        self._audit.begin_turn()
+        audit = self._audit
+        audit.in_turn = self._consuming = True
         try:
             return self._consume(view, position, end)
         finally:
+            audit.end_turn()  # before the replies: what is told was recorded
             self._consuming = False
-            self._audit.end_turn()  # before the replies: what is told was recorded
             self._flush()
 
     def _consume(self, view: memoryview, position: int, end: int) -> int:
         codec_next, handle = self._codec.next, self.monitor.handle
         transport = self.transport
-        turn_ends = time.monotonic() + TURN_SECONDS
+        turn_ends = 0.0
         while not (transport.is_closed or transport.backlogged or self._server.stopping):
             if self._task is None:
                 start = position
@@ -133,13 +138,22 @@ class Session:
                     transport.pause("busy")
                     break
                 continue
-            self._answer(handle(request))
+            reply = handle(request)
+            if isinstance(reply, bytes):
+                self._out.append(reply)
+                self._out_size += len(reply)
+                if self._out_size >= BATCH_BYTES:
+                    self._flush()
+            else:
+                self._answer(reply)
             if self._task is not None and not self.monitor.oob:
                 transport.pause("busy")
                 break
             if position == end and isinstance(request, Struct):
                 break  # nothing is left, and nothing is begun
-            if time.monotonic() > turn_ends:
+            if not turn_ends:
+                turn_ends = time.monotonic() + TURN_SECONDS
+            elif time.monotonic() > turn_ends:
                 transport.pause("turn")
                 asyncio.get_running_loop().call_soon(transport.resume, "turn")
                 break
@@ -218,9 +232,10 @@ class Session:
             share[0].give(share[1], len(kept))
 
     def _flush(self) -> None:
-        if self._out:
-            data = self._out[0] if len(self._out) == 1 else b"".join(self._out)
-            self._out.clear()
+        out = self._out
+        if out:
+            data = out.pop() if len(out) == 1 else b"".join(out)
+            out.clear()
             self._out_size = 0
             self.transport.send(data)
 

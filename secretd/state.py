@@ -105,6 +105,7 @@ class Journal:
         self.arena = arena
         self.fixed = False  # True: stay with this file
         self._offsets: dict[str, int] = {}
+        self.ids = self._offsets.keys()
         self._dead = 0
         self._end = _FILE.size
         if kept is None:
@@ -191,13 +192,13 @@ class Journal:
         if object_id in self._offsets:
             raise ValueError("the id is taken")
         size, slot = (0, NO_SLOT) if plaintext is None else (plaintext.size, plaintext.offset)
-        self._compact_if_due()
-        self._offsets[object_id] = self._append(
-            object_id, type_number, properties, size, slot, uid=uid
-        )
+        if self._dead > _COMPACT_BYTES:
+            self._compact_if_due()
+        offset = self._append(object_id, type_number, properties, size, slot, uid=uid)
+        self._offsets[object_id] = offset
         if plaintext is not None:
             plaintext.disown()
-        return size + self._end - self._offsets[object_id]
+        return size + self._end - offset
 
     def set_properties(self, object_id: str, properties: dict[str, object]) -> None:
         """Replace an object's properties; its plaintext stays."""
@@ -234,17 +235,17 @@ class Journal:
             self.arena.free(old_slot, old_size)
         return old_uid, old_size + length, size + self._end - new
 
-    def remove(self, object_id: str) -> tuple[int, int]:
-        """Forget an object and wipe its plaintext; return the uid that added it, and its size in bytes:
-        plaintext and record.
+    def remove(self, object_id: str) -> tuple[int, int, int]:
+        """Forget an object and wipe its plaintext; return its type's number, the uid that added it, and
+        its size in bytes: plaintext and record.
         """
         offset = self._offsets.pop(object_id)
-        length, _, _, _, _, size, slot, uid = _RECORD.unpack_from(self._map, offset)
+        length, _, _, kind, _, size, slot, uid = _RECORD.unpack_from(self._map, offset)
         self._map[offset + _STATE_OFFSET] = _GONE
         self._dead += length
         if slot != NO_SLOT:
             self.arena.free(slot, size)
-        return uid, size + length
+        return kind, uid, size + length
 
     def get(self, object_id: str) -> Record | None:
         """Return an object's record, or None."""
@@ -386,7 +387,8 @@ class Journal:
         fresh[: len(MAGIC)] = MAGIC
         self._map.close()
         self._fd, self._spare, self._map = fd, self._fd, fresh
-        self._offsets, self._end, self._dead = offsets, end, 0
+        self._offsets.update(offsets)
+        self._end, self._dead = end, 0
         os.ftruncate(self._spare, 0)
 
     def _load(self, end: int) -> list[tuple[int, int]]:
@@ -394,7 +396,7 @@ class Journal:
         each plaintext. Raises StateError.
         """
         data = self._map[:]
-        offsets: dict[str, int] = {}
+        offsets = self._offsets
         buffers: dict[str, tuple[int, int]] = {}
         offset = _FILE.size
         unpack, head = _RECORD.unpack_from, _RECORD.size
@@ -416,7 +418,6 @@ class Journal:
             else:
                 break  # begun and not finished; or the end
             offset += length
-        self._offsets = offsets
         if offset < end:
             raise StateError("the records end too early")
         self._end = offset

@@ -70,6 +70,10 @@ class Receiver(Protocol):
     max_bytes: int
 
     @property
+    def idle(self) -> bool:
+        """True if no message is unfinished."""
+
+    @property
     def busy(self) -> bool:
         """True while something that was read is not answered yet."""
 
@@ -127,6 +131,8 @@ class Transport:
         self._out: deque[tuple[memoryview, LockedBuffer | None]] = deque()
         self._backlog = 0
         self._locked_out = 0  # replies in locked memory that wait to be sent
+        self.backlogged = False
+        """True while the client has too many replies to read, or one that holds locked memory."""
         self._small = receiver.max_bytes < SMALL_TAIL_BYTES
         self._timer: asyncio.TimerHandle | None = None
         self._retry: asyncio.TimerHandle | None = None
@@ -178,16 +184,13 @@ class Transport:
 
     def _readable(self) -> None:
         start = self._fill
-        if self._tail is not None:
-            view = self._tail.view
-        elif self._small or not self._space.roomy():
-            view = self._space.shared.view[: SMALL_TAIL_BYTES - 1]
+        if self._tail is None:
+            view = free = self._space.window(small=self._small)
         else:
-            view = self._space.shared.view
+            view = self._tail.view
+            free = view[start:]
         try:
-            count, ancillary, _, _ = self._sock.recvmsg_into(
-                [view[start:] if start else view], _ANCILLARY_BYTES, _RECEIVE
-            )
+            count, ancillary, _, _ = self._sock.recvmsg_into((free,), _ANCILLARY_BYTES, _RECEIVE)
         except (BlockingIOError, InterruptedError):
             return
         except OSError:
@@ -205,7 +208,8 @@ class Transport:
             self._update_reading()
             return
         self._advance(view, start + count)
-        self._finish_if_ended()
+        if self._finishing:
+            self._finish_if_ended()
 
     def finish(self, *, read: bool) -> None:
         """Close the connection as soon as everything is answered that was read, or, with ``read``, that the
@@ -241,6 +245,9 @@ class Transport:
         if self.is_closed:
             if shared:
                 wipe(view[:end])
+            return
+        if shared and position == end and self._receiver.idle:
+            wipe(view[:end])  # as nearly always
             return
         kept = self._receiver.kept_from(position)
         rest = end - kept
@@ -345,17 +352,18 @@ class Transport:
             self._out.append((memoryview(data), None))
             self._backlog += len(data)
         else:
-            sent = self._try(data)
-            if sent == len(data) or self.is_closed:
+            try:
+                sent = self._sock.send(data, _SEND)
+            except (BlockingIOError, InterruptedError):
+                sent = 0
+            except OSError:
+                self.close()
+                return
+            if sent == len(data):
                 return
             self._out.append((memoryview(data)[sent:], None))
             self._backlog += len(data) - sent
         self._flush()
-
-    @property
-    def backlogged(self) -> bool:
-        """True while the client has too many replies to read, or one that holds locked memory."""
-        return self._backlog > BACKLOG_BYTES or self._locked_out > 0
 
     def _try(self, data: bytes | memoryview) -> int:
         try:
@@ -380,6 +388,7 @@ class Transport:
             if owner is not None:
                 self._locked_out -= 1
                 owner.free()
+        self.backlogged = self._backlog > BACKLOG_BYTES or self._locked_out > 0
         if self._out:
             self._loop.add_writer(self._sock.fileno(), self._flush)
         else:

@@ -14,16 +14,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from msgspec import UNSET, Raw
 
 from secretd import audit as module
 from secretd import chain
-from secretd.audit import Audit, FileSink, PipeSink, SocketSink, ThreadSink, open_sink
+from secretd.audit import Audit, FileSink, PipeSink, SocketSink, ThreadSink, Who, open_sink
 from secretd.errors import CommandError, UsageError
 from tests.conftest import Daemon, need_root
 
 KEY = memoryview(bytearray(b"k" * 32))
-PEER = Raw(b'{"uid":1000}')
+PEER = Who("client", {"uid": 1000})
 
 
 def records(path: Path) -> list[dict]:
@@ -141,7 +140,7 @@ def test_refusals_of_one_uid_are_one_record_and_a_count(
     async def act() -> None:
         for _ in range(1000):
             for uid in (1000, 1001, 1002, 1003):
-                audit.refuse("read", uid, PEER, id="s", door="client")
+                audit.refuse("read", uid, PEER, id="s")
         while audit._windows:  # noqa: ASYNC110 - timers tell no event
             await asyncio.sleep(0)
         audit.refuse("read", 1000, PEER, id="s")
@@ -170,7 +169,7 @@ def test_without_an_audit_nothing_is_kept() -> None:
     """And nothing is refused."""
     audit = Audit("none")
     inside(lambda: audit.note("add", id="s"))
-    audit.release("read", id="s")
+    audit.release("read", PEER, "grant g", "s", 7)
     audit.refuse("read", 1, PEER)
     audit.reopen()
     audit.stop()
@@ -326,7 +325,7 @@ def test_a_new_file_must_serve_as_the_old_one_did(
         patch.setattr(module, "_is_remote", lambda _device: True)
         with pytest.raises(UsageError, match="it may block, so nothing can be required of it"):
             audit.reopen()
-    audit.release("read", id="s")
+    audit.release("read", PEER, "grant g", "s", 7)
     audit.stop()
     assert [r["event"] for r in records(tmp_path / "a.1")] == ["read"]
 
@@ -379,7 +378,7 @@ def test_two_daemons_do_not_share_a_file(tmp_path: Path) -> None:
 def test_a_release_waits_for_its_record_to_be_written(tmp_path: Path) -> None:
     """It is there before the caller goes on."""
     audit = Audit(str(tmp_path / "a"), require=True)
-    audit.release("read", id="s", size=7)
+    audit.release("read", PEER, "grant g", "s", 7)
     (record,) = records(tmp_path / "a")
     assert (record["event"], record["decision"], record["id"]) == ("read", "allow", "s")
     audit.stop()
@@ -452,17 +451,17 @@ def test_with_a_closed_pipe_nothing_is_released_where_that_is_required(tmp_path:
     audit = Audit(str(tmp_path / "fifo"), require=True)
 
     def act() -> None:
-        audit.release("read", id="s")
+        audit.release("read", PEER, "grant g", "s", 7)
         with pytest.raises(CommandError, match="Resource temporarily unavailable"):
             while True:
-                audit.release("read", id="s" * 100)
+                audit.release("read", PEER, "grant g", "s" * 100, 7)
         while audit._rest:
             os.read(source, 1 << 16)
             audit._flush()
-        audit.release("read", id="s")
+        audit.release("read", PEER, "grant g", "s", 7)
         os.close(source)
         with pytest.raises(CommandError, match="Broken pipe"):
-            audit.release("read", id="s")
+            audit.release("read", PEER, "grant g", "s", 7)
 
     inside(act)
     audit.stop()
@@ -668,6 +667,6 @@ def test_a_file_of_something_else_is_left_alone(tmp_path: Path) -> None:
 def test_nothing_is_recorded_twice_or_lost_when_there_is_no_peer(tmp_path: Path) -> None:
     """Somebody who cannot be told who they are is refused too."""
     audit = Audit(str(tmp_path / "a"))
-    inside(lambda: audit.refuse("connect", -1, UNSET, door="client", reason="x"))
+    inside(lambda: audit.refuse("connect", -1, Who("client", None), reason="x"))
     audit.stop()
     assert [r["event"] for r in records(tmp_path / "a")] == ["connect"]

@@ -276,16 +276,15 @@ def test_a_key_comes_from_the_daemon_or_a_file(tmp_path: Path, audited: tuple[Da
     assert "missing" not in out
     last = chain.read(path.read_bytes().splitlines()[-1])
     assert last is not None
-    body = b'{"seq":%d,"time":"\\u001b]0;x","event":"add"}' % (last.number + 1000)
-    with open(copy, "wb") as file:
-        file.write(chain.write(last.link, body, memoryview(bytearray(b"k" * 32)))[0])
+    made_up = f'"seq":{last.number + 1000},"time":"\\u001b]0;x","event":"add"'
+    copy.write_text(chain.write(last.link, made_up, memoryview(bytearray(b"k" * 32)))[0])
     out, _ = verify("audit", "verify", str(copy), "--live", "--key", "k", status=1)
     assert "those after that are made up" in out
     assert "\x1b" not in out
     write = Audit(str(tmp_path / "plain"))
     write.stop()
-    plain = chain.write(chain.GENESIS, b'{"seq":1,"event":"start","prev":"%s"}' % (b"0" * 64), None)
-    copy.write_bytes(plain[0])
+    first = f'"seq":1,"event":"start","prev":"{"0" * 64}"'
+    copy.write_text(chain.write(chain.GENESIS, first, None)[0])
     out, _ = verify("audit", "verify", str(copy), "--key", "k", status=1)
     assert "no record is under the key" in out
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from secretd import __version__, chain, daemon, doors, paths
-from secretd.audit import Audit
+from secretd.audit import Audit, Who
 from secretd.errors import CommandError, UsageError
 from secretd.initial import Initial
 from secretd.memory import Arena
@@ -270,7 +270,7 @@ def test_the_audits_options_are_checked(tmp_path: Path, arena: Arena) -> None:
             audit(**options)
         assert str(caught.value) == words
     made = audit(audit_key="k", audit_policy="require")
-    made.release("read", id="k")
+    made.release("read", Who("control", None), "control socket", "k", 16)
     (line,) = (tmp_path / "audit").read_bytes().splitlines(keepends=True)
     key = memoryview(bytearray(b"1234567890123456"))
     assert next(iter(chain.Verification(key).findings([line]))).words.startswith("the chain begins")

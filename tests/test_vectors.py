@@ -40,7 +40,7 @@ class Codec:
         self.runner = asyncio.Runner()
         self._ended = False
         shared = Shared(tree, COMMANDS.by_name.values(), "secretd test", Audit(), self)
-        self.announcer = Announcer(shared.access, list)
+        self.announcer = Announcer(shared.access)
         peer = Peer(os.getuid(), os.getgid(), os.getpid(), Door.CONTROL)
         self.monitor = Monitor(shared, peer, self._negotiated)
         self.codec = Connection(self.monitor.table.decode)

@@ -54,7 +54,8 @@ class ObjectTree:
 
     Secrets are in the journal's arena; ``scratch`` is locked memory for intermediate results.
     ``deciding``: the ids of the objects by which access decides; ``on_decision`` is told of each
-    that comes, goes or changes. ``pinned``: the ids of objects that cannot be deleted, since the
+    that comes, goes or changes. ``withdraw`` ends whatever still touches the plaintext of an object that
+    is about to be deleted. ``pinned``: the ids of objects that cannot be deleted, since the
     daemon itself needs them.
     """
 
@@ -72,9 +73,11 @@ class ObjectTree:
         self.pinned: set[str] = set()
         self.deciding: set[str] = set()
         self.on_decision: Callable[[str], None] = lambda _object_id: None
+        self.withdraw: Callable[[str], None] = lambda _object_id: None
+        self._ids = journal.ids
         self._loading: set[str] = set()
         self._sorted: list[str] | None = None  # all ids, while none comes or goes
-        self.on_count: Callable[[], None] = lambda: None  # an object came or went
+        self.on_count: Callable[[], None] | None = None  # an object came or went
         for object_id in journal:
             self._take_over(object_id)
 
@@ -92,25 +95,25 @@ class ObjectTree:
 
     # --- object-add, object-del
 
-    def add(self, options: ObjectOptions, sources: Sources) -> Awaitable[None] | None:
+    def add(self, options: ObjectOptions, sources: Sources) -> Awaitable[int] | int:
         """Make an object; user_creatable_add_type()'s order of checks. A failed add leaves nothing.
 
-        Returns an awaitable if its source must be waited for.
+        Returns the plaintext's size in bytes, an awaitable of it if the source must be waited for.
         """
         self.check_new(options.id)
-        plaintext = self.types.of(options).create(self, options, sources)
+        kind = self.types.of[type(options)]
+        plaintext = kind.create(self, options, sources)
         if plaintext is None or isinstance(plaintext, LockedBuffer):
-            self.store(options, plaintext, sources.uid)
-            return None
+            return self._store(options.id, kind, kind.stored(options), plaintext, sources.uid)
         # Taken from now on, not only when the coroutine first runs.
         self._loading.add(options.id)
         return self._add_later(options, plaintext, sources.uid)
 
     async def _add_later(
         self, options: ObjectOptions, plaintext: Awaitable[LockedBuffer | None], uid: int
-    ) -> None:
+    ) -> int:
         try:
-            self.store(options, await plaintext, uid)
+            return self.store(options, await plaintext, uid)
         finally:
             self._loading.discard(options.id)
 
@@ -121,10 +124,10 @@ class ObjectTree:
 
         ``changes``: properties to store instead of those given. The sources must answer at once.
         """
-        known = options.id in self.journal
+        known = options.id in self._ids
         if not known:
             self.check_new(options.id)
-        kind = self.types.of(options)
+        kind = self.types.of[type(options)]
         plaintext = kind.create(self, options, sources)
         assert plaintext is None or isinstance(plaintext, LockedBuffer)
         properties = kind.stored(options) | changes
@@ -201,17 +204,17 @@ class ObjectTree:
             raise CommandError(_BAD_ID)
         if len(object_id) > ID_BYTES:
             raise CommandError(f"Parameter 'id' is longer than the limit of {ID_BYTES} bytes")
-        if object_id in self.journal or object_id in self._loading or object_id == "type":
+        if object_id in self._ids or object_id in self._loading or object_id == "type":
             raise CommandError(
                 f"attempt to add duplicate property '{object_id}' to object (type 'container')"
             )
 
-    def store(self, options: ObjectOptions, plaintext: LockedBuffer | None, uid: int) -> None:
+    def store(self, options: ObjectOptions, plaintext: LockedBuffer | None, uid: int) -> int:
         """Take over the plaintext (in the journal's arena) of an object of ``uid`` that passed
-        `check_new`.
+        `check_new`; return its size in bytes.
         """
-        kind = self.types.of(options)
-        self._store(options.id, kind, kind.stored(options), plaintext, uid)
+        kind = self.types.of[type(options)]
+        return self._store(options.id, kind, kind.stored(options), plaintext, uid)
 
     def _store(
         self,
@@ -220,30 +223,30 @@ class ObjectTree:
         properties: dict[str, object],
         plaintext: LockedBuffer | None,
         uid: int,
-    ) -> None:
-        self._sorted = None
-        size = 0 if plaintext is None else len(plaintext)
+    ) -> int:
+        size = 0 if plaintext is None else plaintext.size
+        limits = self.limits
         try:
-            self._check_room(uid, size + _length(properties) if properties else size)
+            if len(self._ids) >= OBJECTS_IN_ALL:
+                raise LimitReached(
+                    "objects",
+                    f"There are {OBJECTS_IN_ALL} objects, and that is the limit (objects)",
+                )
+            limits.objects.check(uid)
+            limits.object_bytes.check(uid, size + _length(properties) if properties else size)
             bytes_held = self.journal.add(object_id, kind.number, properties, plaintext, uid)
         except BaseException:
             if plaintext is not None:
                 plaintext.free()
             raise
-        self.limits.objects.add(uid)
-        self.limits.object_bytes.add(uid, bytes_held)
+        self._sorted = None
+        limits.objects.add(uid)
+        limits.object_bytes.add(uid, bytes_held)
         if kind.decides or properties:
             self._changed(object_id, kind, properties)
-        self.on_count()
-
-    def _check_room(self, uid: int, size: int) -> None:
-        """Raise LimitReached if there may not be another object."""
-        if len(self.journal) >= OBJECTS_IN_ALL:
-            raise LimitReached(
-                "objects", f"There are {OBJECTS_IN_ALL} objects, and that is the limit (objects)"
-            )
-        self.limits.objects.check(uid)
-        self.limits.object_bytes.check(uid, size)
+        if self.on_count is not None:
+            self.on_count()
+        return size
 
     def _changed(self, object_id: str, kind: ObjectType, changes: dict[str, object]) -> None:
         deadline = changes.get(DEADLINE)
@@ -253,21 +256,24 @@ class ObjectTree:
             self.deciding.add(object_id)
             self.on_decision(object_id)
 
-    def delete(self, object_id: str) -> None:
-        """Remove an object and wipe its plaintext, or raise CommandError."""
-        if object_id not in self.journal:
+    def delete(self, object_id: str) -> ObjectType:
+        """Remove an object and wipe its plaintext, or raise CommandError; return its type."""
+        if object_id not in self._ids:
             raise CommandError(f"object '{object_id}' not found")
         if object_id in self.pinned:
             raise CommandError(f"object '{object_id}' is in use, can not be deleted")
+        self.withdraw(object_id)
         self._sorted = None
-        uid, size = self.journal.remove(object_id)
+        number, uid, size = self.journal.remove(object_id)
         self.limits.objects.give(uid)
         self.limits.object_bytes.give(uid, size)
         self.lifetimes.forget(object_id)
         if object_id in self.deciding:
             self.deciding.discard(object_id)
             self.on_decision(object_id)
-        self.on_count()
+        if self.on_count is not None:
+            self.on_count()
+        return self.types.numbered[number]
 
     def expire_after(self, object_id: str, seconds: int) -> None:
         """Give an object that there is a lifetime from now."""
@@ -297,7 +303,7 @@ class ObjectTree:
         """Return the type's name and the size in bytes of a secret that there is."""
         summary = self.journal.summary(object_id)
         assert summary is not None
-        return self.types.numbered(summary[0]).info.name, summary[1]
+        return self.types.numbered[summary[0]].info.name, summary[1]
 
     def secrets_after(self, object_id: str, prefixes: Collection[str] = ("",)) -> Iterator[str]:
         """Return the ids of the secrets that come after ``object_id``, in order; those that begin with one of
@@ -320,7 +326,7 @@ class ObjectTree:
     def type_of(self, object_id: str) -> ObjectType | None:
         """Return the type of an object, None if there is none of that id."""
         summary = self.journal.summary(object_id)
-        return None if summary is None else self.types.numbered(summary[0])
+        return None if summary is None else self.types.numbered[summary[0]]
 
     # --- paths
 
@@ -341,7 +347,7 @@ class ObjectTree:
         for part in parts:
             if node == ROOT and part == "objects":
                 node = OBJECTS
-            elif node == OBJECTS and part in self.journal:
+            elif node == OBJECTS and part in self._ids:
                 node = part
             else:
                 return None
@@ -393,7 +399,7 @@ class ObjectTree:
             raise CommandError(f"Property 'container.{name}' not found")
         record = self.journal.get(node)
         assert record is not None
-        kind = self.types.numbered(record.type)
+        kind = self.types.numbered[record.type]
         self._check_property(kind.info, name)
         return kind.info.name if name == "type" else kind.get(record, name)
 
@@ -406,7 +412,7 @@ class ObjectTree:
             raise CommandError(f"Property 'container.{name}' not found")
         record = self.journal.get(node)
         assert record is not None
-        kind = self.types.numbered(record.type)
+        kind = self.types.numbered[record.type]
         self._check_property(kind.info, name)
         if name == "type":
             raise CommandError(f"Property '{kind.info.name}.type' is not writable")
@@ -419,7 +425,7 @@ class ObjectTree:
             self._changed(node, kind, changes)
 
     def _is_child(self, node: str, name: str) -> bool:
-        return name == "objects" if node == ROOT else name in self.journal
+        return name == "objects" if node == ROOT else name in self._ids
 
     def _check_property(self, info: TypeInfo, name: str) -> None:
         if all(name != known for known, _ in info.properties):

@@ -94,6 +94,8 @@ class Secret(ObjectType):
     def stored(self, options: ObjectOptions) -> dict[str, object]:
         """All that was given but ``data``: the journal is not locked memory."""
         assert isinstance(options, SecretOptions)
+        if options.format is options.keyid is options.iv is options.file is UNSET:
+            return {}  # in most cases
         return {
             name: value
             for name in ("format", "keyid", "iv", "file")
@@ -164,8 +166,8 @@ def secret_plaintext(tree: ObjectTree, object_id: str, loading: str | None = Non
     return tree.journal.plaintext(object_id)
 
 
-def generate(tree: ObjectTree, object_id: str, size: int, uid: int) -> None:
-    """Add a secret of ``size`` random bytes for ``uid``; raises CommandError."""
+def generate(tree: ObjectTree, object_id: str, size: int, uid: int) -> tuple[ObjectOptions, int]:
+    """Add a secret of ``size`` random bytes for ``uid``; return its options and size. Raises CommandError."""
     if not 1 <= size <= SECRET_BYTES:
         raise CommandError(f"Parameter 'size' expects a value between 1 and {SECRET_BYTES}")
     tree.check_new(object_id)
@@ -181,7 +183,8 @@ def generate(tree: ObjectTree, object_id: str, size: int, uid: int) -> None:
         raise
     finally:
         os.close(fd)
-    tree.store(SecretOptions(id=object_id), plaintext, uid)
+    options = SecretOptions(id=object_id)
+    return options, tree.store(options, plaintext, uid)
 
 
 def _decode(tree: ObjectTree, options: SecretCommonOptions, quoted: memoryview) -> LockedBuffer:
@@ -200,24 +203,23 @@ def _decode(tree: ObjectTree, options: SecretCommonOptions, quoted: memoryview) 
             )
     if options.format == "base64":
         return _limited(crypto.decode_base64(quoted, tree.scratch, tree.journal.arena))
-    plaintext = tree.journal.arena.allocate(_within_limit(len(quoted) - 2))
+    size = len(quoted) - 2
+    if size > SECRET_BYTES:
+        raise _too_large(size)
+    plaintext = tree.journal.arena.allocate(size)
     plaintext.view[:] = quoted[1:-1]
     return plaintext
 
 
-def _within_limit(size: int) -> int:
-    if size > SECRET_BYTES:
-        raise LimitReached(
-            "secret-bytes",
-            f"The secret has {size} bytes, more than the limit of {SECRET_BYTES} bytes",
-        )
-    return size
+def _too_large(size: int) -> LimitReached:
+    return LimitReached(
+        "secret-bytes",
+        f"The secret has {size} bytes, more than the limit of {SECRET_BYTES} bytes",
+    )
 
 
 def _limited(plaintext: LockedBuffer) -> LockedBuffer:
-    try:
-        _within_limit(len(plaintext))
-    except CommandError:
+    if plaintext.size > SECRET_BYTES:
         plaintext.free()
-        raise
+        raise _too_large(plaintext.size)
     return plaintext

@@ -112,26 +112,21 @@ SECRET_COMMON: Final = "secret_common"  # noqa: S105 - a type's name
 
 
 class Types:
-    """All types: those that objects can be made of, and what is told of these and others."""
+    """All types: those that objects can be made of, and what is told of these and others.
+
+    ``of``: the type by its options; ``numbered``: by the number that the journal knows it by.
+    """
 
     def __init__(self, creatable: tuple[ObjectType, ...], infos: tuple[TypeInfo, ...]) -> None:
-        self._by_options = {kind.options: kind for kind in creatable}
-        self._by_number = {kind.number: kind for kind in creatable}
+        self.of: Mapping[type[ObjectOptions], ObjectType] = {k.options: k for k in creatable}
+        self.numbered: Mapping[int, ObjectType] = {kind.number: kind for kind in creatable}
         self._infos = {info.name: info for info in infos}
-
-    def of(self, options: ObjectOptions) -> ObjectType:
-        """Return the type that an object with these options is of."""
-        return self._by_options[type(options)]
-
-    def numbered(self, number: int) -> ObjectType:
-        """Return the type that the journal knows by this number."""
-        return self._by_number[number]
 
     def help(self, type_name: JSON) -> str:
         """Return what ``--object TYPE,help`` prints (user_creatable_print_help())."""
         name = type_name.to_str() if isinstance(type_name, Text) else ""
         # People type the names of object-add, of which one differs from the type's own.
-        kinds = {kind.options.__struct_config__.tag: kind.info for kind in self._by_number.values()}
+        kinds = {kind.options.__struct_config__.tag: kind.info for kind in self.numbered.values()}
         info = kinds.get(name) or self._infos.get(name)
         if info is None:
             head = "List of user creatable objects:"

@@ -67,7 +67,10 @@ def version(qemu: tuple[int, int, int], package: str) -> VersionInfo:
 
 def success(data: object, id_text: str | None) -> bytes:
     """Return a success response; ``data`` None stands for an empty object."""
-    body = "{}" if data is None else encode.value(data)
+    if isinstance(data, encode.Verbatim):
+        body: str = data
+    else:
+        body = "{}" if data is None else encode.value(data)
     suffix = "" if id_text is None else f', "id": {id_text}'
     return f'{{"return": {body}{suffix}}}\r\n'.encode("ascii")
 

@@ -39,15 +39,12 @@ class Connection(Generic[T]):
     ) -> None:
         self._fast = fast
         self._streamer = Streamer(max_bytes)
+        self.idle = True
+        """True if no message is unfinished."""
         self._declined = 0  # up to here the fast path has said no
         self.oob = False
         """Whether the client has enabled out-of-band execution."""
         self.kept_from = self._streamer.kept_from
-
-    @property
-    def idle(self) -> bool:
-        """True if no message is unfinished."""
-        return self._streamer.idle
 
     def moved(self, distance: int) -> None:
         """The bytes not yet consumed now lie ``distance`` lower in the view."""
@@ -61,7 +58,7 @@ class Connection(Generic[T]):
 
         The views inside a request are good until the caller moves or wipes the bytes.
         """
-        if self._streamer.idle:
+        if self.idle:
             if position < end and view[position] <= 0x20:
                 position = _BLANK.match(view, position, end).end()  # type: ignore[union-attr]
             if position == end:
@@ -82,6 +79,7 @@ class Connection(Generic[T]):
         self, view: memoryview, position: int, end: int
     ) -> tuple[int, Request | Malformed | NeedData]:
         position, message = self._streamer.next(view, position, end)
+        self.idle = self._streamer.idle
         if message is NEED_DATA:
             self._declined = 0
             return position, NEED_DATA
