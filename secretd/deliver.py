@@ -37,6 +37,9 @@ PIECE_BYTES: Final = 16 << 10
 """Bytes of a secret that a thread holds at a time."""
 
 
+_NOTHING: Final = memoryview(b"")
+
+
 class Content:
     """What is to be written: the plaintext that a grant carries, or its base64. ``size``: bytes of that."""
 
@@ -50,14 +53,13 @@ class Content:
         self._encoded: LockedBuffer | None = None
 
     def encode(self, scratch: Arena) -> None:
-        """Have ``view`` be all that is to be written."""
-        if self.base64:
-            self._encoded = encode_base64(self.plaintext, scratch)
-            self.view = self._encoded.view
+        """Have ``view`` be the base64."""
+        self._encoded = encode_base64(self.plaintext, scratch)
+        self.view = self._encoded.view
 
     def drop(self) -> None:
         """Forget it; wipe what is only here."""
-        self.view = self.plaintext = memoryview(b"")
+        self.view = self.plaintext = _NOTHING
         encoded, self._encoded = self._encoded, None
         if encoded is not None:
             encoded.free()
@@ -103,7 +105,8 @@ class Deliveries:
         if not content.grant.peer.trusted:
             return self._submit(content, target, fd)
         try:
-            content.encode(self._scratch)
+            if content.base64:
+                content.encode(self._scratch)
             target.begin(content.size)
             position = content.written = target.write(content.view, 0)
         except OSError as error:

@@ -57,7 +57,7 @@ class Fd:
 
     def close(self) -> None:
         """Close it. Does nothing the second time."""
-        fd = self.take()
+        fd, self._fd = self._fd, -1
         if fd >= 0:
             self._closer(fd)
 
@@ -81,7 +81,8 @@ class PendingFd:
 
     def receive(self, fds: list[Fd]) -> None:
         """Keep the first of a message's descriptors instead of the one that waited; close the rest."""
-        self.close()
+        if self._waiting is not None:
+            self.close()
         self._waiting = fds[0]
         for fd in fds[1:]:
             fd.close()

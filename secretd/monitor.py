@@ -169,6 +169,7 @@ class Monitor:
         self.negotiated = False
         self.pending = PendingFd()
         self.named = NamedFds()
+        self._descriptors = daemon.limits.descriptors
         self.fdsets = FdSets()
         self.source = Source(
             self.fdsets, self.scratch, daemon.offload, peer.uid, trusted=self.trusted
@@ -241,23 +242,28 @@ class Monitor:
 
     def receive(self, numbers: list[int]) -> None:
         """Take over descriptors that came with a message; raises LimitReached if the peer brings too many."""
-        uid = self.peer.uid
-        limits = self.daemon.limits
         fault = None
-        try:
-            limits.descriptors.check(uid, len(numbers), self.daemon.offload.waiting(uid))
-            if not self.trusted:
-                limits.check_descriptors(self.daemon.offload.waiting(), len(numbers))
-        except LimitReached as error:
-            fault = error
-        limits.descriptors.add(uid, len(numbers))
+        if not self.trusted:
+            try:
+                self._check_descriptors(len(numbers))
+            except LimitReached as error:
+                fault = error
+        self._descriptors.add(self.peer.uid, len(numbers))
         self.pending.receive([Fd(number, self._close_received) for number in numbers])
         if fault is not None:
             raise fault
 
+    def _check_descriptors(self, more: int) -> None:
+        offload = self.daemon.offload
+        self._descriptors.check(self.peer.uid, more, offload.waiting(self.peer.uid))
+        self.daemon.limits.check_descriptors(offload.waiting(), more)
+
     def _close_received(self, fd: int) -> None:
-        self.daemon.limits.descriptors.give(self.peer.uid)
-        close_for(self.daemon, self.peer, fd)
+        self._descriptors.give(self.peer.uid)
+        if self.trusted:
+            os.close(fd)
+        else:
+            self.daemon.offload.close(self.peer.uid, fd)
 
     def close_connection(self, fd: int) -> None:
         """Close the connection's own descriptor."""

@@ -271,6 +271,16 @@ class Journal:
         length = struct.unpack_from("<I", self._map, offset)[0]
         return self._map.find(b'"%s"' % name.encode(), offset, offset + length) >= 0
 
+    def content(self, object_id: str) -> tuple[int, int, int] | None:
+        """Return an object's type number, plaintext size in bytes and the offset that `Arena.view` takes, or
+        None.
+        """
+        offset = self._offsets.get(object_id)
+        if offset is None:
+            return None
+        _, _, _, kind, _, size, slot, _ = _RECORD.unpack_from(self._map, offset)
+        return kind, size, slot
+
     def plaintext(self, object_id: str) -> memoryview:
         """Return the plaintext in locked memory, borrowed until the object is removed."""
         fields = _RECORD.unpack_from(self._map, self._offsets[object_id])

@@ -8,6 +8,7 @@ kernel answers from what it knows. fds calls it.
 import ctypes
 import os
 import struct
+import threading
 from typing import Final
 
 _AT_EMPTY_PATH: Final = 0x1000
@@ -15,19 +16,30 @@ _AT_STATX_DONT_SYNC: Final = 0x4000
 _STATX_TYPE: Final = 0x1
 _STATX_NLINK: Final = 0x4
 _STATX_BYTES: Final = 256
+_FLAGS: Final = _AT_EMPTY_PATH | _AT_STATX_DONT_SYNC
+_MASK: Final = _STATX_TYPE | _STATX_NLINK
 _HEAD: Final = struct.Struct("=IIQIIIHH")  # mask, blksize, attributes, nlink, uid, gid, mode, spare
 
-_libc = ctypes.CDLL(None, use_errno=True)
+_statx = ctypes.CDLL(None, use_errno=True).statx
+_statx.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_void_p]
+
+
+class _Answer(threading.local):
+    """What the kernel writes to: one for each thread."""
+
+    def __init__(self) -> None:
+        self.buffer = ctypes.create_string_buffer(_STATX_BYTES)
+
+
+_answer: Final = _Answer()
 
 
 def type_and_links(fd: int) -> tuple[int, int]:
     """Return the mode (of which only the type counts) and the number of links; raises OSError.
     Never waits.
     """
-    answer = ctypes.create_string_buffer(_STATX_BYTES)
-    if _libc.statx(
-        fd, b"", _AT_EMPTY_PATH | _AT_STATX_DONT_SYNC, _STATX_TYPE | _STATX_NLINK, answer
-    ):
+    answer = _answer.buffer
+    if _statx(fd, b"", _FLAGS, _MASK, answer):
         error = ctypes.get_errno()
         raise OSError(error, os.strerror(error))
     _, _, _, links, _, _, mode, _ = _HEAD.unpack_from(answer)

@@ -41,10 +41,10 @@ class Target:
         """Write ``data``, which goes ``position`` bytes behind the start of all; return how much of
         it was taken without waiting, which may be nothing. Raises OSError.
         """
-        taken = 0
-        while taken < len(data):
+        taken, size = 0, len(data)
+        while taken < size:
             try:
-                taken += self._write_some(data[taken:], position + taken)
+                taken += self._write_some(data[taken:] if taken else data, position + taken)
             except BlockingIOError:
                 break
         return taken
@@ -115,6 +115,8 @@ class Memfd(Target):
 def open_target(fd: int) -> Target:
     """Return the target that a descriptor is, or raise CommandError. Never waits."""
     kind = classify(fd)
+    if kind is Kind.PIPE and is_writable(fd):
+        return Target(fd)
     if kind in (Kind.OTHER, Kind.FILE):
         raise CommandError(f"The descriptor is {_name(fd)}; {_TAKES}")
     if not is_writable(fd):
@@ -123,9 +125,7 @@ def open_target(fd: int) -> Target:
         if is_sealed(fd):
             raise CommandError(f"The descriptor is a sealed memfd; {_TAKES}")
         return Memfd(fd)
-    if kind is Kind.SOCKET:
-        return SocketPair(fd)
-    return Target(fd)
+    return SocketPair(fd)
 
 
 def _name(fd: int) -> str:

@@ -19,6 +19,7 @@ from typing import Final, NamedTuple, Protocol
 from secretd.errors import LimitReached, LockedMemoryExhausted
 from secretd.fds import SCM_MAX_FD, received
 from secretd.limits import Share
+from secretd.loop import readers
 from secretd.memory import LockedBuffer, wipe
 from secretd.receive import (
     FIRST_TAIL_BYTES,
@@ -115,7 +116,8 @@ class Transport:
         closer: Callable[[int], object],
         share: tuple[Share, int] | None = None,
     ) -> None:
-        self._loop = asyncio.get_running_loop()
+        loop = self._loop = asyncio.get_running_loop()
+        self._watch, self._unwatch = readers(loop)
         self._sock = sock
         self._space = space
         self._receiver = receiver
@@ -177,9 +179,9 @@ class Transport:
             return
         wanted = not (self._paused or self._ended)
         if wanted and not self._reading:
-            self._loop.add_reader(self._sock.fileno(), self._readable)
+            self._watch(self._sock.fileno(), self._readable)
         elif self._reading and not wanted:
-            self._loop.remove_reader(self._sock.fileno())
+            self._unwatch(self._sock.fileno())
         self._reading = wanted
 
     def _readable(self) -> None:
@@ -410,7 +412,7 @@ class Transport:
         for timer in (self._timer, self._retry):
             if timer is not None:
                 timer.cancel()
-        self._loop.remove_reader(self._sock.fileno())
+        self._unwatch(self._sock.fileno())
         self._loop.remove_writer(self._sock.fileno())
         for _, owner in self._out:
             if owner is not None:

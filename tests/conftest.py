@@ -24,6 +24,7 @@ from secretd import initial
 from secretd.audit import Audit
 from secretd.commands import COMMANDS
 from secretd.errors import CommandError, UsageError
+from secretd.loop import Loop
 from secretd.memory import SCRATCH_RESERVE, SCRATCH_WINDOW, Arena, Level, choose_level
 from secretd.peer import Door
 from secretd.qom.object import ObjectTree, with_hint
@@ -277,7 +278,8 @@ class Daemon:
 
     def _main(self) -> None:
         try:
-            asyncio.run(self._serve())
+            with asyncio.Runner(loop_factory=Loop) as runner:
+                runner.run(self._serve())
         except BaseException as error:
             if not self._ready.done():
                 self._ready.set_exception(error)

@@ -796,7 +796,7 @@ class Watched:
         self._name = name
         self._thread = threading.get_ident()
         for owner, methods in (
-            (Journal, ("get", "summary", "owner", "plaintext", "__contains__")),
+            (Journal, ("get", "summary", "owner", "content", "plaintext", "__contains__")),
             (ObjectTree, ("type_of", "is_secret", "secret", "resolve")),
         ):
             for method in methods:

@@ -428,7 +428,7 @@ def test_one_of_which_nothing_was_taken_is_withheld(tmp_path: Path, app: str) ->
         grant(qmp, "g", "a", more={"max-reads": 5})
         # It must have shut before it is accepted.
         door = daemon.server._listeners[3]
-        daemon.call(lambda: daemon.loop.remove_reader(door.sock))
+        daemon.call(lambda: daemon.loop.remove_reader(door.sock.fileno()))
         with slow(daemon, app, "a", "shut") as process:
             daemon.call(lambda: daemon.server._watch(door))
             while daemon.call(lambda: daemon.server.credentials._number == 0):

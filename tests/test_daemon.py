@@ -17,6 +17,7 @@ from secretd import __version__, chain, daemon, doors, paths
 from secretd.audit import Audit, Who
 from secretd.errors import CommandError, UsageError
 from secretd.initial import Initial
+from secretd.loop import Loop
 from secretd.memory import Arena
 from secretd.peer import Door
 from secretd.qom.object import ObjectTree
@@ -301,7 +302,7 @@ def test_another_event_loop_may_be_used(tmp_path: Path, monkeypatch: pytest.Monk
     assert client.read("a") == b"letmein"
     client.close()
     assert "stopped" in ended(process)
-    assert daemon._loop_factory("asyncio") is None
+    assert daemon._loop_factory("asyncio") is Loop
     monkeypatch.setitem(sys.modules, "uvloop", None)
     with pytest.raises(UsageError, match="--loop=uvloop: it is not installed; pip install"):
         daemon._loop_factory("uvloop")

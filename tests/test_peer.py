@@ -216,7 +216,9 @@ def test_a_peer_that_has_ended_is_refused_in_words(daemon: Daemon, tmp_path: Pat
     )
     ours, theirs = socket.socketpair()
     # The daemon must not accept before the process has ended.
-    blocked = daemon.call(lambda: daemon.loop.remove_reader(daemon.server._listeners[1].sock))
+    blocked = daemon.call(
+        lambda: daemon.loop.remove_reader(daemon.server._listeners[1].sock.fileno())
+    )
     assert blocked is True
     subprocess.run(
         [sys.executable, "-S", "-c", code, daemon.client, str(theirs.fileno())],

@@ -141,6 +141,9 @@ class SecretKeyring(ObjectType):
         return _load(tree, options, partial(sources.key, options.serial), name)
 
 
+_SECRETS: Final = (Secret.number, SecretKeyring.number)
+
+
 def _load(
     tree: ObjectTree,
     options: SecretCommonOptions,
@@ -156,14 +159,15 @@ def secret_plaintext(tree: ObjectTree, object_id: str, loading: str | None = Non
 
     ``loading`` is the id of an object that exists but has no content yet.
     """
-    kind = tree.type_of(object_id)
-    if kind is None or tree.lifetimes.ended(object_id):
+    content = tree.journal.content(object_id)
+    if content is None or tree.lifetimes.ended(object_id):
         if object_id == loading:
             raise CommandError(f"Secret with id '{object_id}' has no data")
         raise CommandError(f"No secret with id '{object_id}'")
-    if "secret_common" not in kind.info.ancestors:
+    number, size, slot = content
+    if number not in _SECRETS:
         raise CommandError(f"Object with id '{object_id}' is not a secret")
-    return tree.journal.plaintext(object_id)
+    return tree.journal.arena.view(slot, size)
 
 
 def generate(tree: ObjectTree, object_id: str, size: int, uid: int) -> tuple[ObjectOptions, int]:

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The event loop: who watches is called at once, and all else is as on asyncio's own."""
+
+import asyncio
+import os
+import socket
+from collections.abc import Coroutine, Iterator
+from typing import Any
+
+import pytest
+
+from secretd.loop import Loop, readers
+
+
+def run(main: Coroutine[Any, Any, None]) -> None:
+    """On the daemon's loop, with a limit."""
+    with asyncio.Runner(loop_factory=Loop) as runner:
+        runner.run(asyncio.wait_for(main, 20))
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """Two connected sockets that do not block."""
+    a, b = socket.socketpair()
+    a.setblocking(False)
+    b.setblocking(False)
+    with a, b:
+        yield a, b
+
+
+def test_who_watches_is_called_for_each_thing_to_read(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    """Until it ends that; the end of the other side is something to read too."""
+    a, b = pair
+
+    async def main() -> None:
+        watch, unwatch = readers(asyncio.get_running_loop())
+        came: asyncio.Queue[bytes] = asyncio.Queue()
+        watch(a.fileno(), lambda: came.put_nowait(a.recv(10)))
+        b.send(b"one")
+        assert await came.get() == b"one"
+        b.send(b"two")
+        assert await came.get() == b"two"
+        b.close()
+        assert await came.get() == b""
+        unwatch(a.fileno())
+        unwatch(a.fileno())
+        while not came.empty():
+            assert came.get_nowait() == b""
+        await asyncio.sleep(0.01)
+        assert came.empty()
+
+    run(main())
+
+
+def test_one_descriptor_can_be_watched_and_written_to(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    """Asyncio waits for writing, in any order with watching, and each ends without the other."""
+    a, b = pair
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        watch, unwatch = readers(loop)
+        came: asyncio.Queue[bytes] = asyncio.Queue()
+        writable: asyncio.Queue[str] = asyncio.Queue()
+        watch(a.fileno(), lambda: came.put_nowait(a.recv(10)))
+        loop.add_writer(a.fileno(), writable.put_nowait, "yes")
+        assert await writable.get() == "yes"
+        b.send(b"both")
+        assert await came.get() == b"both"
+        loop.remove_writer(a.fileno())
+        b.send(b"read")
+        assert await came.get() == b"read"
+        loop.add_writer(a.fileno(), writable.put_nowait, "again")
+        unwatch(a.fileno())
+        b.send(b"unread")
+        while await writable.get() != "again":
+            pass
+        assert came.empty()
+        loop.add_reader(a.fileno(), lambda: came.put_nowait(a.recv(10)))
+        assert await came.get() == b"unread"
+        loop.remove_reader(a.fileno())
+        loop.remove_writer(a.fileno())
+
+    run(main())
+
+
+def test_who_watches_can_end_it_for_another(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    """Both are ready in the same turn, and the one that comes first closes the other."""
+    a, b = pair
+
+    async def main() -> None:
+        watch, unwatch = readers(asyncio.get_running_loop())
+        called = []
+
+        def first(mine: int, other: int) -> None:
+            called.append(mine)
+            unwatch(other)
+            unwatch(mine)
+
+        watch(a.fileno(), lambda: first(a.fileno(), b.fileno()))
+        watch(b.fileno(), lambda: first(b.fileno(), a.fileno()))
+        a.send(b"x")
+        b.send(b"x")
+        await asyncio.sleep(0.01)
+        assert len(called) == 1
+
+    run(main())
+
+
+def test_an_error_in_who_watches_is_told_and_the_loop_goes_on(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    """As asyncio does with callbacks."""
+    a, b = pair
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        told: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        loop.set_exception_handler(lambda _loop, context: told.put_nowait(context))
+        watch, unwatch = readers(loop)
+
+        def fail() -> None:
+            unwatch(a.fileno())
+            raise ValueError("no")
+
+        watch(a.fileno(), fail)
+        b.send(b"x")
+        assert isinstance((await told.get())["exception"], ValueError)
+
+    run(main())
+
+
+def test_what_cannot_be_watched_is_refused(tmp_path: os.PathLike[str]) -> None:
+    """A directory; nothing of it is left behind. What was closed can be forgotten all the same."""
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        fd = os.open(tmp_path, os.O_RDONLY)
+        with pytest.raises(PermissionError):
+            loop.add_reader(fd, print)
+        assert not loop.remove_reader(fd)
+        os.close(fd)
+        with socket.socket() as sock, pytest.raises(TypeError, match="by its number"):
+            loop.add_reader(sock, print)
+        read, write = os.pipe()
+        loop.add_reader(read, print)
+        os.close(read)
+        os.close(write)
+        assert loop.remove_reader(read)
+
+    run(main())
+
+
+def test_asyncios_own_means_work_on_it(pair: tuple[socket.socket, socket.socket]) -> None:
+    """Timers, threads, sockets, and what wakes the loop."""
+    a, b = pair
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        assert await asyncio.to_thread(lambda: 7) == 7
+        sending = asyncio.create_task(loop.sock_sendall(a, b"x" * 1_000_000))
+        received = 0
+        while received < 1_000_000:
+            received += len(await loop.sock_recv(b, 65536))
+        await sending
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(loop.sock_recv(b, 1), 0.01)
+
+    run(main())
+
+
+def test_on_any_other_loop_it_is_that_ones_readers() -> None:
+    """uvloop, for one."""
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        assert readers(loop) == (loop.add_reader, loop.remove_reader)
+
+    asyncio.run(main())
