@@ -64,6 +64,8 @@ def main() -> int:
         JournalFormatter() if journal_on_stderr() else logging.Formatter("secretd: %(message)s")
     )
     logging.basicConfig(level=logging.INFO, handlers=[handler])
+    # What is restored is many objects, none of them in a cycle.
+    gc.set_threshold(GARBAGE_OBJECTS, *gc.get_threshold()[1:])
     try:
         argv.hide_data()
         options = _parser().parse_args(argv.words())
@@ -234,9 +236,7 @@ class _Process:
             for sock, name in service.adopt(self._found.connections):
                 server.credentials.refuse(sock, name)
             _say_ready(tree, listeners, self._before)
-            # Hardly anything here is in a cycle, and what was made by now stays.
-            gc.freeze()
-            gc.set_threshold(GARBAGE_OBJECTS, *gc.get_threshold()[1:])
+            gc.freeze()  # what was made by now stays
             if reports is not None:
                 reports.start()
 

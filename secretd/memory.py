@@ -216,24 +216,32 @@ class Arena:
 
         Raises StateError if they cannot be this arena's, LockedMemoryExhausted where they cannot be mapped.
         """
-        slots: dict[int, tuple[int, set[int]]] = {}  # by window: the slots' size, which are used
+        used_at: dict[
+            int, tuple[int, list[int]]
+        ] = {}  # by window: the slots' size, where they begin
         large: dict[int, int] = {}  # by first window: how many
-        mask = self._window - 1
+        window, shift = self._window, self._shift
         for offset, size in buffers:
-            slot, index = _slot_size(size), offset >> self._shift
+            slot = SMALLEST_SLOT if size <= SMALLEST_SLOT else 1 << (size - 1).bit_length()
+            index = offset >> shift
             self.held += size
-            if slot >= self._window:
-                if offset & mask or index in large:
+            if slot >= window:
+                if offset & (window - 1) or index in large:
                     raise StateError("two secrets lie in one place")
-                large[index] = -(-size // self._window)
+                large[index] = -(-size // window)
                 continue
-            known = slots.get(index)
+            known = used_at.get(index)
             if known is None:
-                known = slots[index] = (slot, set())
-            number, rest = divmod(offset & mask, slot)
-            if known[0] != slot or rest or number in known[1]:
+                known = used_at[index] = (slot, [])
+            if known[0] != slot or offset & (slot - 1):
                 raise StateError("two secrets lie in one place")
-            known[1].add(number)
+            known[1].append(offset)
+        slots: dict[int, tuple[int, set[int]]] = {}  # by window: the slots' size, which are used
+        for index, (slot, offsets) in used_at.items():
+            numbers = {(offset & (window - 1)) // slot for offset in offsets}
+            if len(numbers) != len(offsets):
+                raise StateError("two secrets lie in one place")
+            slots[index] = (slot, numbers)
         self._taken = bytearray(windows)
         used = large | dict.fromkeys(slots, 1)
         for index, count in (*large.items(), *((index, 1) for index in slots)):
@@ -409,11 +417,6 @@ class Arena:
 
     def _unmap(self, index: int, view: memoryview) -> None:
         _libc.munmap(self._addresses.pop(index), len(view))
-
-
-def _slot_size(size: int) -> int:
-    """Return the size class for ``size`` bytes: the next power of two, at least SMALLEST_SLOT."""
-    return SMALLEST_SLOT if size <= SMALLEST_SLOT else 1 << (size - 1).bit_length()
 
 
 def _open_file(level: Level) -> int:

@@ -26,6 +26,7 @@ import json
 import mmap
 import os
 import struct
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple, Self
 from zlib import crc32
@@ -75,6 +76,17 @@ class Record(NamedTuple):
     uid: int
 
 
+class Survey:
+    """What there is when a journal is opened: ids by their type's number, those that have properties, and
+    how many objects and bytes (plaintext and record) each uid has.
+    """
+
+    def __init__(self) -> None:
+        self.by_type: dict[int, list[str]] = defaultdict(list)
+        self.described: set[str] = set()
+        self.held: dict[int, list[int]] = defaultdict(lambda: [0, 0])
+
+
 class _Header(NamedTuple):
     """The beginning of a file."""
 
@@ -99,13 +111,17 @@ class _Kept(NamedTuple):
 
 
 class Journal:
-    """The objects' records, and through them their plaintext in ``arena``."""
+    """The objects' records, and through them their plaintext in ``arena``.
+
+    ``ids``: of all objects, at any time. ``survey``: what there was at first.
+    """
 
     def __init__(self, arena: Arena, kept: "_Kept | None" = None) -> None:
         self.arena = arena
         self.fixed = False  # True: stay with this file
         self._offsets: dict[str, int] = {}
         self.ids = self._offsets.keys()
+        self.survey = Survey()
         self._dead = 0
         self._end = _FILE.size
         if kept is None:
@@ -265,12 +281,6 @@ class Journal:
         fields = _RECORD.unpack_from(self._map, self._offsets[object_id])
         return fields[7], fields[5] + fields[0]
 
-    def has_property(self, object_id: str, name: str) -> bool:
-        """True if an object that there is may have a property of that name; False if it has none."""
-        offset = self._offsets[object_id]
-        length = struct.unpack_from("<I", self._map, offset)[0]
-        return self._map.find(b'"%s"' % name.encode(), offset, offset + length) >= 0
-
     def content(self, object_id: str) -> tuple[int, int, int] | None:
         """Return an object's type number, plaintext size in bytes and the offset that `Arena.view` takes, or
         None.
@@ -406,35 +416,60 @@ class Journal:
         each plaintext. Raises StateError.
         """
         data = self._map[:]
-        offsets = self._offsets
-        buffers: dict[str, tuple[int, int]] = {}
-        offset = _FILE.size
-        unpack, head = _RECORD.unpack_from, _RECORD.size
-        while offset + head <= len(data):
-            length, crc, state, _, id_length, size, slot, _ = unpack(data, offset)
+        offsets, survey = self._offsets, self.survey
+        described, held = survey.described, survey.held
+        buffers: list[tuple[int, int]] = []
+        offset, unpack, head, size_of_all = _FILE.size, _RECORD.unpack_from, _RECORD.size, len(data)
+        last_kind = last_uid = -1
+        while offset + head <= size_of_all:
+            length, crc, state, kind, id_length, size, slot, uid = unpack(data, offset)
             if length < head:
                 break
+            behind = offset + length
             if state == _LIVE:
-                if crc32(data[offset + _CRC_FROM : offset + length]) != crc:
+                if crc32(data[offset + _CRC_FROM : behind]) != crc:
                     raise StateError("a record's checksum is wrong")
-                object_id = data[offset + head : offset + head + id_length].decode()
+                id_end = offset + head + id_length
+                object_id = data[offset + head : id_end].decode()
                 if object_id in offsets:
-                    self._bury(offsets[object_id])
+                    self._supersede(object_id, buffers)
                 offsets[object_id] = offset
                 if slot != NO_SLOT:
-                    buffers[object_id] = (slot, size)
+                    buffers.append((slot, size))
+                if kind != last_kind:
+                    last_kind, ids = kind, survey.by_type[kind]
+                ids.append(object_id)
+                if id_end < behind and data[id_end]:
+                    described.add(object_id)
+                if uid != last_uid:
+                    last_uid, sizes = uid, held[uid]
+                sizes[0] += 1
+                sizes[1] += size + length
             elif state == _GONE:
                 self._dead += length
             else:
                 break  # begun and not finished; or the end
-            offset += length
+            offset = behind
         if offset < end:
             raise StateError("the records end too early")
         self._end = offset
         struct.pack_into("<Q", self._map, _END_OFFSET, offset)
         if data.count(b"\0", offset) != len(data) - offset:
             self._map[offset:] = bytes(len(data) - offset)
-        return list(buffers.values())
+        return buffers
+
+    def _supersede(self, object_id: str, buffers: list[tuple[int, int]]) -> None:
+        """The process ended while it put a record in the place of another, which is no longer valid."""
+        old = self._offsets[object_id]
+        length, _, _, kind, _, size, slot, uid = _RECORD.unpack_from(self._map, old)
+        self._bury(old)
+        if slot != NO_SLOT:
+            buffers.remove((slot, size))
+        self.survey.by_type[kind].remove(object_id)
+        self.survey.described.discard(object_id)
+        sizes = self.survey.held[uid]
+        sizes[0] -= 1
+        sizes[1] -= size + length
 
 
 def _latest(fds: Sequence[int]) -> tuple[_Header, int]:

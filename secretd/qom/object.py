@@ -24,7 +24,7 @@ from secretd.qom.typeinfo import (
     Types,
     as_listed,
 )
-from secretd.state import Journal
+from secretd.state import Journal, Survey
 from secretd.wire.order import GHashTable
 from secretd.wire.parser import JSON
 
@@ -78,20 +78,23 @@ class ObjectTree:
         self._loading: set[str] = set()
         self._sorted: list[str] | None = None  # all ids, while none comes or goes
         self.on_count: Callable[[], None] | None = None  # an object came or went
-        for object_id in journal:
-            self._take_over(object_id)
+        self._take_over()
 
-    def _take_over(self, object_id: str) -> None:
-        """Know of an object that an earlier process has left."""
-        kind = self.type_of(object_id)
-        assert kind is not None
-        uid, size = self.journal.owner(object_id)
-        self.limits.objects.add(uid)
-        self.limits.object_bytes.add(uid, size)
-        if kind.decides or self.journal.has_property(object_id, DEADLINE):
-            record = self.journal.get(object_id)
-            assert record is not None
-            self._changed(object_id, kind, record.properties)
+    def _take_over(self) -> None:
+        """Know of the objects that an earlier process has left."""
+        survey = self.journal.survey
+        for uid, (count, size) in survey.held.items():
+            self.limits.objects.add(uid, count)
+            self.limits.object_bytes.add(uid, size)
+        for number, object_ids in survey.by_type.items():
+            kind = self.types.numbered[number]
+            for object_id in (
+                object_ids if kind.decides else survey.described.intersection(object_ids)
+            ):
+                record = self.journal.get(object_id)
+                assert record is not None
+                self._changed(object_id, kind, record.properties)
+        self.journal.survey = Survey()
 
     # --- object-add, object-del
 
