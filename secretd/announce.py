@@ -30,8 +30,19 @@ the last is sent.
 THROTTLED_IDS: Final = 256
 """Ids that are throttled at a time on one connection; events of further ones are lost."""
 
+TICK_BYTES: Final = 512 << 10
+"""Bytes of events that are sent at one tick to all connections together; the rest waits for the next ones, so
+that with many connections requests still get their turn. One event is sent in any case.
+"""
+
+TURN_EVENTS: Final = 32
+"""Events that are sent before requests get their turn."""
+
 COLLECTED_EVENTS: Final = 10_000
-"""Events that wait for the tick; of further ones the count is all that is kept."""
+"""Events that wait for a tick; of further ones the count is all that is kept."""
+
+LOST_SECONDS: Final = 1.0
+"""Seconds between two tellings of how many of these were lost, while they go on."""
 
 THROTTLED: Final = ("SECRET_READ", "SECRET_DENIED")
 
@@ -137,6 +148,8 @@ class Announcer:
         self._collected: deque[tuple[int, Happened]] = deque()
         self._scheduled = False
         self._uncollected = 0
+        self._told = 0.0
+        self._room = 0  # bytes that may still be sent at this tick
         self.number = 0  # of the last event
 
     def add(self, listener: Listener) -> None:
@@ -155,29 +168,67 @@ class Announcer:
             (only,) = self.listeners
             self.only = only.actor
 
-    def announce(self, happened: Happened) -> None:
-        """Send an event at the next tick."""
+    def crowded(self) -> bool:
+        """True if there is no room for another event, which then counts as lost."""
+        if len(self._collected) < COLLECTED_EVENTS:
+            return False
         self.number += 1
-        if len(self._collected) >= COLLECTED_EVENTS:
-            self._uncollected += 1
+        self._uncollected += 1
+        return True
+
+    def announce(self, happened: Happened) -> None:
+        """Send an event at the next tick, if there is room."""
+        if self.crowded():
             return
+        self.number += 1
         self._collected.append((self.number, happened))
         if not self._scheduled:
-            self._scheduled = True
-            loop = asyncio.get_running_loop()
-            tick = math.floor(loop.time() / EVENTS_SECONDS + 1) * EVENTS_SECONDS
-            loop.call_at(tick, self._tick)
+            self._schedule()
+
+    def _schedule(self) -> None:
+        self._scheduled = True
+        loop = asyncio.get_running_loop()
+        tick = math.floor(loop.time() / EVENTS_SECONDS + 1) * EVENTS_SECONDS
+        loop.call_at(tick, self._tick)
 
     def _tick(self) -> None:
+        self._room = TICK_BYTES
+        self._some()
+
+    def _some(self) -> None:
+        """Send a few; then requests get their turn."""
         self._scheduled = False
-        self.send()
+        taken: list[tuple[int, Happened]] = []
+        while self._collected and len(taken) < TURN_EVENTS and (self._room > 0 or not taken):
+            taken.append(self._collected.popleft())
+            self._room -= len(taken[-1][1].full) * len(self.listeners)
+        self._send(taken)
+        if self._collected and self._room > 0:
+            self._scheduled = True
+            asyncio.get_running_loop().call_soon(self._some)
+        elif self._collected:
+            self._schedule()
 
     def send(self) -> None:
-        """Send what was collected."""
-        collected, self._collected = self._latest(), deque()
+        """Send all that was collected."""
+        taken = list(self._collected)
+        self._collected.clear()
+        self._send(taken)
+
+    def _lost(self) -> int:
+        """Return how many events to tell of as lost now: all, once it is over or has gone on for a while."""
+        now = asyncio.get_running_loop().time()
+        if not self._uncollected or (self._collected and now < self._told + LOST_SECONDS):
+            return 0
+        self._told = now
+        lost, self._uncollected = self._uncollected, 0
+        return lost
+
+    def _send(self, taken: list[tuple[int, Happened]]) -> None:
+        collected = self._latest(taken)
         if not collected:
             return
-        uncollected, self._uncollected = self._uncollected, 0
+        lost = self._lost()
         together = b"".join(happened.full for _, happened in collected)
         special = any(happened.name in THROTTLED for _, happened in collected)
         actors = {happened.by for _, happened in collected}
@@ -193,10 +244,14 @@ class Announcer:
                     visible[peer.identities] = self._visible(peer, collected)
                 self._send_some(listener, visible[peer.identities])
             elif peer.trusted or self._access.admits(peer):
-                if uncollected:
-                    listener.lose(uncollected)
-                if special or listener.actor in actors or listener.since >= first:
+                if lost:
+                    listener.lose(lost)
+                if special or listener.since >= first:
                     self._send_some(listener, collected)
+                elif listener.actor in actors:
+                    others = [h.full for _, h in collected if h.by is not listener.actor]
+                    if others:
+                        listener.send_events(b"".join(others), len(others))
                 else:
                     listener.send_events(together, len(collected))
 
@@ -210,11 +265,12 @@ class Announcer:
         readable = set(self._access.readable(peer, {h.object_id for _, h in collected}))
         return [(number, h) for number, h in collected if h.object_id in readable]
 
-    def _latest(self) -> list[tuple[int, Happened]]:
+    @staticmethod
+    def _latest(taken: list[tuple[int, Happened]]) -> list[tuple[int, Happened]]:
         """Of what is throttled, only the last two by different clients can matter to anybody."""
         kept: list[tuple[int, Happened]] = []
         seen: dict[tuple[str, str], list[object]] = {}
-        for number, happened in reversed(self._collected):
+        for number, happened in reversed(taken):
             if happened.name in THROTTLED:
                 by = seen.setdefault((happened.name, happened.object_id), [])
                 if len(by) == 2 or happened.by in by:

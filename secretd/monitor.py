@@ -118,6 +118,8 @@ class Daemon:
 
     def announce(self, name: str, object_id: str, peer_info: str | None, by: object) -> None:
         """Send an event about a secret to all who may know, but to who did it."""
+        if self.owner.announcer.crowded():
+            return
         # An identifier is plain ASCII; what clients ask for may be anything.
         quoted = encode.value(object_id)
         bare = wire_event(name, f'{{"id": {quoted}}}')

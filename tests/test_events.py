@@ -307,3 +307,50 @@ def test_a_connection_that_ends_takes_its_throttle_along(
     watching.close()
     while daemon.call(lambda: len(daemon.server.sessions)) > 2:
         pass
+
+
+def test_many_events_are_spread_over_ticks_and_none_is_lost(
+    daemon: Daemon, granted: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few at a time, so that requests get their turn; in order, and all of them."""
+    monkeypatch.setattr(announce, "TICK_BYTES", 2000)
+    monkeypatch.setattr(announce, "TURN_EVENTS", 2)
+    watching = daemon.connect()
+    sent: list[int] = []
+    send = daemon.server.announcer._send
+
+    def watched(taken: list[tuple[int, announce.Happened]]) -> None:
+        sent.append(len(taken))
+        send(taken)
+
+    def burst() -> None:
+        daemon.server.announcer._send = watched  # type: ignore[method-assign]
+        for number in range(50):
+            daemon.server.daemon.announce("SECRET_ADDED", f"web.{number}", None, None)
+
+    daemon.call(burst)
+    assert told(watching, 50) == [("SECRET_ADDED", f"web.{n}") for n in range(50)]
+    assert max(sent) == 2
+    assert sum(sent) == 50
+
+
+def test_what_is_lost_is_told_while_it_goes_on(
+    daemon: Daemon, granted: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once at first, and then not with each tick."""
+    monkeypatch.setattr(announce, "COLLECTED_EVENTS", 3)
+    monkeypatch.setattr(announce, "TICK_BYTES", 1)
+    watching = daemon.connect()
+
+    def burst() -> None:
+        for number in range(10):
+            daemon.server.daemon.announce("SECRET_ADDED", f"web.{number}", None, None)
+
+    daemon.call(burst)
+    first = [watching.event() for _ in range(3)]
+    assert "SECRET_EVENTS_LOST" in [e["event"] for e in first]
+    daemon.call(burst)
+    count = sum(e["data"].get("count", 1) for e in first)
+    while count < 20:
+        count += watching.event()["data"].get("count", 1)
+    assert count == 20

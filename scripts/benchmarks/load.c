@@ -3,9 +3,10 @@
  * The load that scripts/bench puts on a server, and the least that a server can do. Built at run time.
  *
  *   load qmp SOCKET OP SECONDS WINDOW CONNECTIONS [KEY=VALUE...]
- *       OP: version | pair | aes | fd | read | add | del
+ *       OP: version | pair | aes | fd | read | add | del | cycle
  *       pair and aes are an object-add and an object-del; add and del the one and the other alone, of COUNT objects
- *       from number FROM on; fd a getfd and a closefd; read a secret-read into a pipe that is made for it
+ *       from number FROM on; cycle adds one, reads it and deletes the one of KEEP cycles ago, sizes from 1 byte to
+ *       1 MiB; fd a getfd and a closefd; read a secret-read into a pipe that is made for it
  *       SIZE=bytes of a secret, COUNT=requests at most, FROM=first number
  *   load gpg SOCKET SECONDS            GET_PASSPHRASE of a cached one
  *   load libvirt URI UUID SECONDS      virSecretGetValue, by libvirt.so.0
@@ -25,6 +26,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/un.h>
 #include <time.h>
@@ -303,6 +305,45 @@ static void crowd(const char *path, const char *op, double seconds, int connecti
     report(ops, now() - start);
 }
 
+/* Sizes of all kinds, the small ones most often. */
+static long mixed(long number)
+{
+    if (number % 5000 == 2500)
+        return 1 << 20;
+    if (number % 500 == 250)
+        return 60000 + number % 7000;
+    if (number % 20 == 10)
+        return 3000 + number % 2000;
+    return 1 + number * 7 % 256;
+}
+
+static void cycle(int fd, long from, long count, long keep)
+{
+    static char words[(1 << 20) + 4096], content[(1 << 20) + 1];
+    int memfd = memfd_create("cycle", MFD_CLOEXEC);
+    double began = now();
+    memset(content, 'x', 1 << 20);
+    for (long number = from; number < from + count; number++) {
+        int wanted = 2;
+        size_t size = sprintf(words, "{\"execute\":\"object-add\",\"arguments\":{\"qom-type\":\"secret\",\"id\":\"c%ld\","
+                                     "\"data\":\"%.*s\"}}\n", number, (int)mixed(number), content);
+        size += sprintf(words + size, "{\"execute\":\"secret-read\",\"arguments\":{\"id\":\"c%ld\"}}\n", number);
+        if (number >= keep) {
+            size += sprintf(words + size, "{\"execute\":\"object-del\",\"arguments\":{\"id\":\"c%ld\"}}\n", number - keep);
+            wanted++;
+        }
+        if (size > 100000) { /* the descriptor must come with what the read is in */
+            size_t first = size - 200;
+            send_all(fd, words, first);
+            send_fd(fd, words + first, size - first, memfd);
+        } else {
+            send_fd(fd, words, size, memfd);
+        }
+        lines(fd, wanted);
+    }
+    report(count, now() - began);
+}
+
 static void qmp(char **argv)
 {
     const char *path = argv[0], *op = argv[1];
@@ -319,6 +360,10 @@ static void qmp(char **argv)
         return;
     }
     fd = session(path);
+    if (strcmp(op, "cycle") == 0) {
+        cycle(fd, from, count, option(argv + 5, "KEEP", 1000));
+        return;
+    }
     start = now();
     end = start + seconds;
     while (ops < count && now() < end) {

@@ -179,11 +179,11 @@ class Machine:
             return Server("QEMU 7.2", words, path)
         return None
 
-    def run(self, server: Server, *words: str, kind: str = "qmp") -> Result:
+    def run(self, server: Server, *words: str, kind: str = "qmp", cpu: str = CPU) -> Result:
         """Put a load on a server; ``words`` follow the socket on load's command line."""
         before = server.cpu()
         done = subprocess.run(
-            ["taskset", "-c", CPU, self.load, kind, server.path, *words],
+            ["taskset", "-c", cpu, self.load, kind, server.path, *words],
             capture_output=True,
             text=True,
             check=False,
@@ -599,9 +599,136 @@ def again(machine: Machine) -> Iterator[Row]:
     yield Row(f"{many:,} secrets again after kill -9", value, 1, value, 0.3, False, "s", "0.3 s")
 
 
+def steady(machine: Machine) -> Iterator[Row]:
+    """A million secrets come, are read and go, of sizes from 1 byte to 1 MiB, a thousand at a time: what is
+    left of them.
+    """
+    total = 1_000_000 if machine.rounds > 1 else 20_000
+    first = total // 5
+    server = machine.secretd()
+    try:
+        machine.run(server, "cycle", "3600", "1", "1", f"COUNT={first}", "FROM=0")
+        before = server.memory()
+        result = machine.run(
+            server, "cycle", "3600", "1", "1", f"COUNT={total - first}", f"FROM={first}"
+        )
+        after = server.memory()
+    finally:
+        server.stop()
+    name = f"memory after {total:,} cycles of add, read, delete, against after {first:,}"
+    note = f"{result.rate:,.0f} cycles/s"
+    yield Row(name, after / 1e6, before / 1e6, after / before, 1.05, False, "MB", "itself", note)
+
+
+def fair(machine: Machine) -> Iterator[Row]:
+    """One client asks one thing at a time, while another sends as much as it can; both are on another processor
+    than the server, which has no time to let somebody else run on its own.
+    """
+    server = machine.secretd()
+    seconds = str(2 * machine.seconds)
+    alone, beside = [], []
+    try:
+        for _ in range(machine.rounds):
+            alone.append(machine.run(server, "version", seconds, "1", "1", cpu="0").p99)
+            words = [
+                "taskset",
+                "-c",
+                "0",
+                machine.load,
+                "qmp",
+                server.path,
+                "pair",
+                "60",
+                "64",
+                "1",
+            ]
+            with subprocess.Popen(
+                words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            ) as flood:
+                beside.append(machine.run(server, "version", seconds, "1", "1", cpu="0").p99)
+                flood.kill()
+            with contextlib.closing(Client(server.path)) as client:
+                for each in client.ok("query-secrets"):
+                    client.ok("object-del", {"id": each["id"]})
+    finally:
+        server.stop()
+    name, mine = "p99 of query-version while another client floods", statistics.median(beside)
+    yield ratio_row(name, mine, statistics.median(alone), 5.0, "µs", "alone", at_least=False)
+
+
+def idle(machine: Machine) -> Iterator[Row]:
+    """How often a daemon wakes up that has a connection and a secret, and nothing to do."""
+
+    def switches(server: Server) -> int:
+        status = Path(f"/proc/{server.pid}/status").read_text()
+        return int(status.split("\nvoluntary_ctxt_switches:")[1].split()[0])
+
+    server = machine.secretd()
+    try:
+        with contextlib.closing(Client(server.path)) as client:
+            client.add("held", data="x" * 32)
+            time.sleep(1)
+            before = switches(server)
+            time.sleep(10 * machine.seconds)
+            count = switches(server) - before
+    finally:
+        server.stop()
+    yield Row(
+        "wake-ups of an idle daemon", count, None, count, 0, False, "", "none but the watchdog's"
+    )
+
+
+def unit(machine: Machine) -> Iterator[Row]:
+    """A unit that loads a credential, and secretd not running yet, in a box with a systemd of its own."""
+    name = "LoadCredential=, cold start included"
+    if os.getuid() or not shutil.which("systemd-nspawn"):
+        yield Row(
+            name, None, None, None, 0.35, False, "s", "0.35 s", "it needs root and systemd-nspawn"
+        )
+        return
+    from tests.e2e.box import Box
+
+    directory = machine.directory / "installed"
+    subprocess.run(
+        [str(ROOT / "scripts/install"), "--prefix=/usr"], env=os.environ | {"DESTDIR": str(directory)},
+        check=True, capture_output=True,
+    )  # fmt: skip
+    box = Box("secretd-bench", directory)
+    try:
+        box.run("systemd-sysusers")
+        box.write("/etc/key", "letmein")
+        box.write(
+            "/etc/systemd/system/secretd.service.d/bench.conf",
+            '[Service]\nEnvironment="SECRETD_ARGS=--object secret,id=k,file=/etc/key '
+            "--object authz-simple,id=a,identity=unit:app.service "
+            '--object secret-grant,id=g,secret=k,authz=a"\n',
+        )
+        box.write(
+            "/etc/systemd/system/app.service",
+            "[Service]\nType=oneshot\nLoadCredential=k:/run/secretd/credentials.sock\n"
+            "ExecStart=test -s ${CREDENTIALS_DIRECTORY}/k\n",
+        )
+        box.run("systemctl", "daemon-reload")
+        box.run("systemctl", "start", "secretd-credentials.socket")
+        times = []
+        for _ in range(2 + machine.rounds):
+            box.run("systemctl", "stop", "secretd.service")
+            done = box.run(
+                "bash",
+                "-c",
+                "a=${EPOCHREALTIME/./}; systemctl start app.service; echo $((${EPOCHREALTIME/./} - a))",
+            )
+            times.append(int(done.stdout) / 1e6)
+        value = statistics.median(times)
+        version = box.run("systemctl", "--version").stdout.split()[1]
+        yield Row(name, value, 1, value, 0.35, False, "s", "0.35 s", f"systemd {version}")
+    finally:
+        box.close()
+
+
 GROUPS = {
     "requests": against_qemu, "crowd": crowd, "resident": resident, "delivery": delivery, "start": starting,
-    "again": again,
+    "again": again, "unit": unit, "idle": idle, "fair": fair, "steady": steady,
 }  # fmt: skip
 
 
