@@ -621,8 +621,8 @@ def steady(machine: Machine) -> Iterator[Row]:
 
 
 def fair(machine: Machine) -> Iterator[Row]:
-    """One client asks one thing at a time, while another sends as much as it can; both are on another processor
-    than the server, which has no time to let somebody else run on its own.
+    """One client asks one thing at a time while another sends as much as it can. Both are on another processor
+    than the server, which then has no time to let somebody else run on its own.
     """
     server = machine.secretd()
     seconds = str(2 * machine.seconds)
