@@ -621,7 +621,7 @@ def steady(machine: Machine) -> Iterator[Row]:
 
 
 def fair(machine: Machine) -> Iterator[Row]:
-    """One client asks one thing at a time while another sends as much as it can. Both are on another processor
+    """One client asks one thing at a time while another sends all it can. Both are on another processor
     than the server, which then has no time to let somebody else run on its own.
     """
     server = machine.secretd()
