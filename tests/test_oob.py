@@ -197,6 +197,13 @@ PIECES = [
 ]
 
 
+def answer(client: Client) -> bytes:
+    """The next line that is no event: those come when their time is."""
+    while (line := client.line()).startswith(b'{"timestamp"'):
+        pass
+    return line
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_whatever_comes_meanwhile_is_answered_as_if_nothing_were_stuck(
     oob: Client, stuck: Stuck, qmp: Client, seed: int
@@ -211,7 +218,7 @@ def test_whatever_comes_meanwhile_is_answered_as_if_nothing_were_stuck(
         qmp.send(piece)
     stuck.release()
     assert oob.reply()["id"] == "stuck"
-    while (wanted := qmp.line()) != b"":
-        assert oob.line() == wanted
-        if b'"id": "end"' in wanted:
-            break
+    wanted = b""
+    while b'"id": "end"' not in wanted:
+        wanted = answer(qmp)
+        assert answer(oob) == wanted
