@@ -4,14 +4,12 @@
 Opens files and passes their descriptors, so that plaintext goes past this process where it can. What
 it must hold for a moment (a prompt, a pipe it looks into) lies in locked memory.
 
-Exit status: 0 done; 1 secretd or the system refused, the reason is on stderr (or `explain` said no, or
-`audit verify` found something); 2 wrong usage; for `run` the status of the command that was run (126 or
-127 if it could not be started).
+The command line, errors and what is printed are in ctl_frame, with what the exit statuses mean; other
+verbs in ctl_access, ctl_bulk and ctl_doctor.
 """
 
-import argparse
-import asyncio
 import errno
+import fcntl
 import json
 import os
 import resource
@@ -20,14 +18,13 @@ import signal
 import stat
 import sys
 import termios
-from collections.abc import Awaitable, Callable
 
-from qemu.qmp import QMPClient, QMPError
+import click
+from qemu.qmp import QMPClient
 
-from secretd import __version__, ctl_access
+from secretd import ctl_access, ctl_bulk, ctl_doctor
 from secretd.client import (
     Client,
-    ConnectError,
     Encoding,
     ExecuteError,
     Format,
@@ -35,74 +32,66 @@ from secretd.client import (
     default_socket,
     readable,
 )
-from secretd.ctl_access import client_of
-from secretd.errors import SecretdError, UsageError
-from secretd.memory import LockedBuffer, forbid_dumps
-from secretd.options import QuietParser
+from secretd.ctl_frame import (
+    NOT_EXECUTABLE,
+    NOT_FOUND,
+    Options,
+    argument,
+    client_of,
+    complete_ids,
+    done,
+    fail,
+    flag,
+    main,
+    option,
+    table,
+    verb,
+    warn,
+)
+from secretd.errors import UsageError
+from secretd.memory import LockedBuffer
 
 _STDIN_BYTES = 2 << 20
 _PROMPT_BYTES = 4096
 _PIPE_BYTES = 64 << 10
 """What a pipe holds at first (pipe(7))."""
 
-
-def main() -> int:
-    """Run `secretctl`; return the exit status."""
-    options = _parser().parse_args()
-    options.core_limit = resource.getrlimit(resource.RLIMIT_CORE)
-    forbid_dumps()
-    try:
-        verb: Callable[[argparse.Namespace], Awaitable[int | None]] | None = options.verb
-        if verb is None:
-            return shell(options)
-        return asyncio.run(_with_errors(verb, options)) or 0
-    except KeyboardInterrupt:
-        return 130
-    except SecretdError as error:
-        return _fail(str(error))
-    except OSError as error:
-        return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
-
-
-async def _with_errors(
-    verb: Callable[[argparse.Namespace], Awaitable[int | None]], options: argparse.Namespace
-) -> int | None:
-    try:
-        return await verb(options)
-    except ConnectError as error:
-        return _cannot_connect(error, options)
-    except ExecuteError as error:
-        return _fail(str(error))
-    except QMPError as error:
-        return _fail(f"the connection was lost: {error}")
-
-
-def _cannot_connect(error: ConnectError, options: argparse.Namespace) -> int:
-    qemu: str | None = getattr(options, "connecting", None)
-    cause = error.exc
-    reason = os.strerror(cause.errno) if isinstance(cause, OSError) and cause.errno else cause
-    absent = isinstance(cause, (FileNotFoundError, ConnectionRefusedError))
-    path = qemu or options.socket or default_socket()
-    _fail(f"cannot connect to {path}: {reason}{'; is it running?' if absent else ''}")
-    if absent and qemu is None:
-        _fail("start it with 'secretd', or name its socket with --socket")
-    return 1
-
-
-def _fail(message: str) -> int:
-    print(f"secretctl: {message}", file=sys.stderr)
-    return 1
-
-
-def _warn(message: str) -> None:
-    print(f"secretctl: warning: {message}", file=sys.stderr)
-
+_ENCODINGS = click.Choice(("raw", "base64"))
 
 # --- add
 
 
-async def add(options: argparse.Namespace) -> None:
-    """Add a secret from a file, a descriptor, stdin or a prompt."""
+@verb(
+    "add",
+    argument("id"),
+    option("--file", metavar="PATH", help="read it from a file or <(command)"),
+    option("--fd", metavar="N", type=int, help="read it from an inherited descriptor"),
+    flag("--stdin", help="read it from standard input"),
+    flag("--prompt", help="ask for it on the terminal"),
+    option("--format", type=_ENCODINGS, default="raw", help="how it is encoded"),
+    option(
+        "--keyid",
+        metavar="K",
+        help="the secret it is encrypted under (AES-256-CBC)",
+        shell_complete=complete_ids,
+    ),
+    option("--iv", metavar="B64", help="its initialisation vector in base64"),
+    examples=(
+        "secretctl add disk0 --prompt",
+        "openssl rand -hex 32 | tr -d '\\n' | secretctl add disk0 --stdin",
+        "secretctl add ceph --file /etc/ceph/client.key --format base64",
+    ),
+)
+async def add(options: Options) -> None:
+    """Add a secret.
+
+    It is asked for on the terminal if no source is given. Its content comes from a file, a descriptor,
+    standard input or a prompt, raw or in base64, in clear or encrypted under another secret. It never
+    stands in an argument, where everybody could read it.
+    """
+    given = (options.file is not None, options.fd is not None, options.stdin, options.prompt)
+    if sum(given) > 1:
+        raise click.UsageError("--file, --fd, --stdin and --prompt exclude each other")
     if options.iv is not None and options.keyid is None:
         raise UsageError("--iv goes with --keyid, the secret that it is encrypted under")
     async with client_of(options) as client:
@@ -121,9 +110,10 @@ async def add(options: argparse.Namespace) -> None:
                 await client.add_bytes(options.id, typed.view[:end], encoding)
         else:
             await _add_fd(client, options, 0 if options.fd is None else options.fd, encoding)
+    done(options, id=options.id)
 
 
-async def _add_fd(client: Client, options: argparse.Namespace, fd: int, encoding: Encoding) -> None:
+async def _add_fd(client: Client, options: Options, fd: int, encoding: Encoding) -> None:
     try:
         status = os.fstat(fd)
     except OSError as error:
@@ -153,9 +143,9 @@ async def _add_fd(client: Client, options: argparse.Namespace, fd: int, encoding
 def _check_end(last: int | None, format: Format) -> None:  # noqa: A002
     """Warn of what is probably not meant; ``last`` is the last byte, None if there is none."""
     if last is None:
-        _warn("the secret is empty")
+        warn("the secret is empty")
     elif last == 0x0A and format == "raw":
-        _warn("the secret ends in a newline, which is kept; 'printf %s' writes none")
+        warn("the secret ends in a newline, which is kept; 'printf %s' writes none")
 
 
 async def _prompt(client: Client, text: str) -> LockedBuffer:
@@ -187,27 +177,52 @@ def _find_newline(view: memoryview) -> int:
 # --- read, list, status, del, seal, generate
 
 
-async def read(options: argparse.Namespace) -> None:
-    """Write a secret to stdout."""
+@verb(
+    "read",
+    argument("id", shell_complete=complete_ids),
+    option("--format", type=_ENCODINGS, default="raw", help="how to write it"),
+    flag("--force", help="even if that is a terminal"),
+    examples=("secretctl read disk0 | cryptsetup open --key-file=- /dev/vdb data",),
+)
+async def read(options: Options) -> None:
+    """Write a secret to standard output.
+
+    With --json it is a line of JSON that holds it in base64.
+    """
     if os.isatty(1) and not options.force:
         raise UsageError(
             "stdout is a terminal; send the secret to a pipe or a file, or use --force"
         )
     async with client_of(options) as client:
-        with await client.read(options.id, format=options.format) as secret:
+        form: Format = "base64" if options.json else options.format
+        with await client.read(options.id, format=form) as secret:
+            if options.json:
+                os.write(
+                    1, f'{{"id": {json.dumps(options.id)}, "format": "base64", "data": "'.encode()
+                )
             rest = secret.view
             while rest:
                 rest = rest[os.write(1, rest) :]
+            if options.json:
+                os.write(1, b'"}\n')
 
 
-async def list_secrets(options: argparse.Namespace) -> None:
-    """List the secrets."""
+@verb("list", examples=("secretctl list --json | jq -r '.[].id'",))
+async def list_secrets(options: Options) -> None:
+    """List the secrets.
+
+    Their ids, types, sizes, how well their memory is protected, and the time they have left; on the
+    client socket those that the caller may read.
+    """
     async with client_of(options) as client:
         secrets = await client.list()
     if options.json:
         print(json.dumps([_info(s) for s in secrets]))
     else:
-        print(_table(secrets))
+        limited = any(s.expires_in is not None for s in secrets)
+        head = ("ID", "TYPE", "BYTES", "MEMORY", "EXPIRES IN")[: 5 if limited else 4]
+        rows = ((s.id, s.qom_type, str(s.size), s.memory, _duration(s.expires_in)) for s in secrets)
+        table(head, (row[: len(head)] for row in rows), right=(2,))
 
 
 def _info(secret: SecretInfo) -> dict[str, object]:
@@ -217,18 +232,6 @@ def _info(secret: SecretInfo) -> dict[str, object]:
         for name, value in secret._asdict().items()
         if value is not None
     }
-
-
-def _table(secrets: list[SecretInfo]) -> str:
-    rows = [("ID", "TYPE", "BYTES", "MEMORY", "EXPIRES IN")]
-    rows += [(s.id, s.qom_type, str(s.size), s.memory, _duration(s.expires_in)) for s in secrets]
-    if not any(s.expires_in is not None for s in secrets):
-        rows = [(*row[:4], "") for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        f"{i:<{widths[0]}}  {t:<{widths[1]}}  {n:>{widths[2]}}  {m:<{widths[3]}}  {e}".rstrip()
-        for i, t, n, m, e in rows
-    )
 
 
 def _duration(seconds: int | None) -> str:
@@ -243,8 +246,9 @@ def _duration(seconds: int | None) -> str:
     return " ".join(parts[:2]) or "0s"
 
 
-async def status(options: argparse.Namespace) -> None:
-    """Tell who answers, how many secrets it holds and how they are protected."""
+@verb("status")
+async def status(options: Options) -> None:
+    """Tell who answers and how secrets are protected."""
     async with client_of(options) as client:
         secrets = await client.list()
         facts = {
@@ -260,27 +264,67 @@ async def status(options: argparse.Namespace) -> None:
         print("\n".join(f"{name:<8} {value}" for name, value in facts.items()))
 
 
-async def delete(options: argparse.Namespace) -> None:
-    """Remove a secret."""
+@verb("del", argument("id", shell_complete=complete_ids))
+async def delete(options: Options) -> None:
+    """Remove a secret or another object; a secret is wiped."""
     async with client_of(options) as client:
         await client.delete(options.id)
+    done(options, id=options.id)
 
 
-async def seal(options: argparse.Namespace) -> None:
-    """Print a secret encrypted under another."""
+_KEYID = {"metavar": "K", "required": True, "shell_complete": complete_ids}
+
+
+@verb(
+    "seal",
+    argument("id", shell_complete=complete_ids),
+    option("--keyid", help="the secret to encrypt it under", **_KEYID),
+)
+async def seal(options: Options) -> None:
+    """Print a secret sealed under another, as QEMU takes it.
+
+    A JSON object with data and iv, both in base64, for an object-add with keyid and format=base64.
+    """
     async with client_of(options) as client:
         sealed = await client.seal(options.id, options.keyid)
     print(json.dumps(sealed._asdict()))
 
 
-async def generate(options: argparse.Namespace) -> None:
-    """Add a secret of random bytes."""
+@verb(
+    "generate",
+    argument("id"),
+    option("--bytes", type=int, default=32, show_default=True, metavar="N", help="its size"),
+)
+async def generate(options: Options) -> None:
+    """Add a secret of random bytes nobody has seen.
+
+    For keys: a LUKS passphrase must be UTF-8 text, which random bytes are not.
+    """
     async with client_of(options) as client:
         await client.generate(options.id, options.bytes)
+    done(options, id=options.id, size=options.bytes)
 
 
-async def push(options: argparse.Namespace) -> None:
-    """Seal a secret and add it to a running QEMU."""
+@verb(
+    "push",
+    argument("id", shell_complete=complete_ids),
+    option("--keyid", help="the master key that both hold", **_KEYID),
+    option(
+        "--qmp",
+        metavar="SOCKET",
+        required=True,
+        help="QEMU's QMP socket",
+        type=click.Path(readable=False),
+    ),
+    option("--as", "as_name", metavar="NAME", help="its id in QEMU (default: ID)"),
+    option("--qemu-keyid", metavar="NAME", help="the key's id in QEMU (default: K)"),
+    examples=("secretctl push disk0 --keyid master0 --qmp qemu.sock",),
+)
+async def push(options: Options) -> None:
+    """Seal a secret and add it to a running QEMU.
+
+    Nobody between sees it in clear.
+    """
     async with client_of(options) as client:
         sealed = await client.seal(options.id, options.keyid)
     options.connecting = options.qmp
@@ -302,13 +346,40 @@ async def push(options: argparse.Namespace) -> None:
         raise UsageError(f"QEMU says: {error}") from None
     finally:
         await qemu.disconnect()
+    done(options, id=options.as_name or options.id)
 
 
 # --- run, shell
 
 
-async def run(options: argparse.Namespace) -> int:
-    """Run a command with {NAME} replaced by a /dev/fd/N that reads as the secret."""
+@verb(
+    "run",
+    option(
+        "--secret",
+        multiple=True,
+        metavar="ID[=NAME]",
+        required=True,
+        help="for {NAME}, or {ID}",
+        shell_complete=complete_ids,
+    ),
+    option(
+        "--via",
+        type=click.Choice(("memfd", "pipe")),
+        default="memfd",
+        help="a pipe can be read only once",
+    ),
+    argument("command", nargs=-1, required=True, type=click.UNPROCESSED),
+    examples=(
+        "secretctl run --secret disk0 -- qemu-img info --object secret,id=s,file={disk0} ...",
+    ),
+    context_settings={"ignore_unknown_options": False, "allow_interspersed_args": False},
+)
+async def run(options: Options) -> int:
+    """Run a command that gets secrets as descriptors.
+
+    {NAME} in its words becomes a /dev/fd/N that reads as the secret. The command takes the place of
+    secretctl, and its exit status is the command's.
+    """
     fds: dict[str, int] = {}
     async with client_of(options) as client:
         for wanted in options.secret:
@@ -332,8 +403,8 @@ async def run(options: argparse.Namespace) -> int:
     try:
         os.execvp(command[0], command)
     except OSError as error:
-        _fail(f"{command[0]}: {error.strerror}")
-        return 127 if error.errno == errno.ENOENT else 126
+        fail(f"{command[0]}: {error.strerror}")
+        return NOT_FOUND if error.errno == errno.ENOENT else NOT_EXECUTABLE
 
 
 async def _via_memfd(client: Client, object_id: str) -> int:
@@ -344,8 +415,6 @@ async def _via_memfd(client: Client, object_id: str) -> int:
 
 async def _via_pipe(client: Client, object_id: str) -> int:
     """The whole secret waits in the pipe, so that the command can simply replace this process."""
-    import fcntl
-
     source, sink = os.pipe2(os.O_CLOEXEC)
     try:
         size = next((s.size for s in await client.list() if s.id == object_id), 0)
@@ -357,101 +426,27 @@ async def _via_pipe(client: Client, object_id: str) -> int:
     return source
 
 
-def shell(options: argparse.Namespace) -> int:
-    """Become qmp-shell on the socket."""
+@verb(
+    "shell",
+    argument("arguments", nargs=-1, type=click.UNPROCESSED),
+    context_settings={"ignore_unknown_options": True},
+)
+def shell(options: Options) -> int:
+    """Become qmp-shell on secretd's socket.
+
+    ARGUMENTS are its options, such as -H. It keeps what is typed in ~/.qmp-shell_history: type no
+    secrets there.
+    """
     # Of an environment, of what scripts/install has made, or of the system.
     places = (sys.executable, os.path.join(os.path.dirname(__file__), "..", "bin", "here"))
     beside = [os.path.join(os.path.dirname(place), "qmp-shell") for place in places]
     program = next((p for p in beside if os.access(p, os.X_OK)), shutil.which("qmp-shell"))
     if program is None:
-        return _fail("qmp-shell was not found; it comes with the Python package qemu.qmp")
+        return fail("qmp-shell was not found; it comes with the Python package qemu.qmp")
     return os.execv(program, [program, *options.arguments, options.socket or default_socket()])
 
 
-# --- the command line
-
-
-def _parser() -> QuietParser:
-    parser = QuietParser(
-        prog="secretctl",
-        description="Add secrets to a running secretd, and hand them on without showing them.",
-        epilog="'secretctl VERB --help' tells more of each.",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--socket",
-        metavar="PATH",
-        help="secretd's socket (default: $SECRETD_SOCKET, else the control or client socket)",
-    )
-    parser.add_argument("--version", action="version", version=f"secretctl {__version__}")
-    verbs = parser.add_subparsers(metavar="VERB", required=True)
-
-    def verb(
-        name: str, function: Callable[..., Awaitable[int | None]] | None, text: str
-    ) -> argparse.ArgumentParser:
-        sub = verbs.add_parser(name, help=text, description=text, allow_abbrev=False)
-        sub.set_defaults(verb=function)
-        sub.add_argument(
-            "--socket", metavar="PATH", default=argparse.SUPPRESS, help="as before the verb"
-        )
-        return sub
-
-    sub = verb("add", add, "add a secret; asks for it on the terminal if no source is given")
-    sub.add_argument("id", metavar="ID")
-    source = sub.add_mutually_exclusive_group()
-    source.add_argument("--file", metavar="PATH", help="read it from a file or <(command)")
-    source.add_argument("--fd", metavar="N", type=int, help="read it from an inherited descriptor")
-    source.add_argument("--stdin", action="store_true", help="read it from standard input")
-    source.add_argument("--prompt", action="store_true", help="ask for it on the terminal")
-    sub.add_argument("--format", choices=("raw", "base64"), default="raw", help="how it is encoded")
-    sub.add_argument("--keyid", metavar="K", help="the secret it is encrypted under (AES-256-CBC)")
-    sub.add_argument("--iv", metavar="B64", help="its initialisation vector in base64")
-
-    sub = verb("read", read, "write a secret to standard output")
-    sub.add_argument("id", metavar="ID")
-    sub.add_argument("--format", choices=("raw", "base64"), default="raw", help="how to write it")
-    sub.add_argument("--force", action="store_true", help="even if that is a terminal")
-
-    for name, function, text in (
-        ("list", list_secrets, "list the secrets"),
-        ("status", status, "tell who answers and how secrets are protected"),
-    ):
-        sub = verb(name, function, text)
-        sub.add_argument("--json", action="store_true", help="for programs")
-
-    sub = verb("del", delete, "remove a secret")
-    sub.add_argument("id", metavar="ID")
-
-    sub = verb("seal", seal, "print a secret encrypted under another, as QEMU takes it")
-    sub.add_argument("id", metavar="ID")
-    sub.add_argument("--keyid", metavar="K", required=True, help="the secret to encrypt it under")
-
-    sub = verb("push", push, "seal a secret and object-add it into a running QEMU")
-    sub.add_argument("id", metavar="ID")
-    sub.add_argument("--keyid", metavar="K", required=True, help="the master key both hold")
-    sub.add_argument("--qmp", metavar="SOCKET", required=True, help="QEMU's QMP socket")
-    sub.add_argument("--as", dest="as_name", metavar="NAME", help="its id in QEMU (default: ID)")
-    sub.add_argument("--qemu-keyid", metavar="NAME", help="the key's id in QEMU (default: K)")
-
-    sub = verb("run", run, "run a command with {NAME} replaced by a /dev/fd/N that is the secret")
-    sub.add_argument(
-        "--via", choices=("memfd", "pipe"), default="memfd", help="a pipe can be read only once"
-    )
-    sub.add_argument(
-        "--secret", action="append", metavar="ID[=NAME]", required=True, help="for {NAME}, or {ID}"
-    )
-    sub.add_argument("command", nargs="+", metavar="CMD", help="after --, with its arguments")
-
-    sub = verb("generate", generate, "add a secret of random bytes that nobody has seen")
-    sub.add_argument("id", metavar="ID")
-    sub.add_argument("--bytes", type=int, default=32, metavar="N", help="its size (default: 32)")
-
-    ctl_access.add_verbs(verb)
-
-    sub = verb("shell", None, "qmp-shell on secretd's socket")
-    sub.add_argument("arguments", nargs=argparse.REMAINDER, help="options of qmp-shell, such as -H")
-    return parser
-
+__all__ = ["ctl_access", "ctl_bulk", "ctl_doctor", "main"]
 
 if __name__ == "__main__":
     sys.exit(main())

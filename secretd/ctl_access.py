@@ -5,23 +5,25 @@ Names of users and groups become numbers here, not in the daemon: looking them u
 ctl calls it.
 """
 
-import argparse
 import grp
 import json
 import os
 import pwd
 import re
 import sys
-from collections.abc import Awaitable, Callable, Iterator
-from typing import Final
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Final
 
-from secretd import chain
+import click
+
+if TYPE_CHECKING:
+    from secretd import chain
+
 from secretd.client import Client, ExecuteError
+from secretd.ctl_frame import Options, argument, client_of, complete_ids, done, flag, option, verb
 from secretd.errors import UsageError
 from secretd.memory import SCRATCH_WINDOW, Arena, choose_level
 from secretd.systemd import CREDENTIAL_ADDRESS_BYTES
-
-AddVerb = Callable[[str, Callable[..., Awaitable[int | None]], str], argparse.ArgumentParser]
 
 _SECONDS: Final = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 _DURATION: Final = re.compile(r"([0-9]{1,10})([smhd]?)")
@@ -31,48 +33,8 @@ _UNIT_SUFFIX: Final = re.compile(
 _KEY_BYTES: Final = 1 << 20
 
 
-RETRY_SECONDS: Final = 5.0
-"""Seconds for which a connection that was lost is made anew: a restart takes less."""
-
-
-def client_of(options: argparse.Namespace) -> Client:
-    """Return the client of all verbs."""
-    return Client(options.socket, retry_seconds=RETRY_SECONDS)
-
-
-def add_verbs(verb: AddVerb) -> None:
-    """Define the verbs' options."""
-    who = "unit:NAME, user:NAME, group:NAME, uid:N, gid:N or user-unit:USER/NAME"
-    sub = verb("grant", grant, "let somebody read secrets on the client socket")
-    sub.add_argument("secret", metavar="SECRET", help="its id, or a pattern with * and ?")
-    sub.add_argument("--to", action="append", required=True, metavar="WHO", help=who)
-    sub.add_argument("--id", metavar="GRANT", help="the grant's id (default: made of the rest)")
-    sub.add_argument("--for", dest="duration", metavar="TIME", help="such as 90s, 15m, 8h or 30d")
-    sub.add_argument("--max-reads", type=int, metavar="N", help="allow so many reads")
-    sub.add_argument("--credential", metavar="NAME", help="the name that systemd units know it by")
-
-    sub = verb("revoke", revoke, "take a grant back, at once")
-    sub.add_argument("grant", metavar="GRANT")
-
-    sub = verb("explain", explain, "say whether somebody may read a secret, and which rule says so")
-    sub.add_argument("id", metavar="ID")
-    sub.add_argument("--as", dest="who", action="append", required=True, metavar="WHO", help=who)
-    sub.add_argument("--json", action="store_true", help="for programs")
-
-    sub = verb("expire", expire, "wipe a secret after some time")
-    sub.add_argument("id", metavar="ID")
-    sub.add_argument("--after", required=True, metavar="TIME", help="such as 90s, 15m, 8h or 30d")
-
-    sub = verb("audit", audit, "verify that an audit file is whole")
-    sub.add_argument("action", choices=("verify",))
-    sub.add_argument("files", nargs="+", metavar="FILE", help="of one chain, the oldest first")
-    key = sub.add_mutually_exclusive_group()
-    key.add_argument("--key", metavar="ID", help="the secret that --audit-key named")
-    key.add_argument("--key-file", metavar="PATH", help="a file that holds it")
-    sub.add_argument(
-        "--continues", action="store_true", help="what came before the first FILE is elsewhere"
-    )
-    sub.add_argument("--live", action="store_true", help="ask secretd whether the end is missing")
+_WHO: Final = "unit:NAME, user:NAME, group:NAME, uid:N, gid:N or user-unit:USER/NAME"
+_TIME: Final = "such as 90s, 15m, 8h or 30d"
 
 
 def identities(who: str) -> list[str]:
@@ -142,8 +104,23 @@ def authz_id(grant_name: str) -> str:
     return f"{grant_name}.authz"
 
 
-async def grant(options: argparse.Namespace) -> None:
-    """Make the authz-list and the secret-grant; print the grant's id."""
+@verb(
+    "grant", argument("secret", shell_complete=complete_ids),
+    option("--to", multiple=True, required=True, metavar="WHO", help=_WHO),
+    option("--id", metavar="GRANT", help="the grant's id (default: made of the rest)"),
+    option("--for", "duration", metavar="TIME", help=_TIME),
+    option("--max-reads", type=int, metavar="N", help="allow so many reads"),
+    option("--credential", metavar="NAME", help="the name that systemd units know it by"),
+    examples=(
+        "secretctl grant disk0 --to unit:backup.service",
+        "secretctl grant 'web.*' --to user:www-data --for 8h",
+    ),
+)  # fmt: skip
+async def grant(options: Options) -> None:
+    """Let somebody read secrets on the client socket.
+
+    Prints the grant's id. SECRET is an id, or a pattern with * and ?.
+    """
     named = [name for who in options.to for name in identities(who)]
     name = options.id or grant_id(options.secret, named)
     rules = [
@@ -174,7 +151,7 @@ async def grant(options: argparse.Namespace) -> None:
         except BaseException:
             await client.delete(authz_id(name))
             raise
-    print(name)
+    print(json.dumps({"id": name}) if options.json else name)
 
 
 def _check_credential(name: str, named: list[str]) -> None:
@@ -197,8 +174,9 @@ async def _type_of(client: Client, object_id: str) -> object:
         return None
 
 
-async def revoke(options: argparse.Namespace) -> None:
-    """Delete a grant, and the authz-list that was made for it."""
+@verb("revoke", argument("grant"))
+async def revoke(options: Options) -> None:
+    """Take a grant back; what is being read ends, too."""
     name, rules = options.grant, authz_id(options.grant)
     async with client_of(options) as client:
         kind = await _type_of(client, name)
@@ -213,10 +191,20 @@ async def revoke(options: argparse.Namespace) -> None:
             await client.delete(name)
         if own:
             await client.delete(rules)
+    done(options, id=name)
 
 
-async def explain(options: argparse.Namespace) -> int:
-    """Say whether somebody may read a secret; the exit status is 0 if so, 1 if not."""
+@verb(
+    "explain", argument("id", shell_complete=complete_ids),
+    option("--as", "who", multiple=True, required=True, metavar="WHO", help=_WHO),
+    examples=("secretctl explain disk0 --as unit:backup.service",),
+)  # fmt: skip
+async def explain(options: Options) -> int:
+    """Say whether somebody may read a secret, and why.
+
+    The exit status is 0 if so, 1 if
+    not.
+    """
     named = [name for who in options.who for name in (*identities(who), *_groups(who))]
     async with client_of(options) as client:
         found = await client.explain(options.id, named)
@@ -241,14 +229,36 @@ def _explained(object_id: str, named: list[str], found: dict[str, object]) -> It
         yield f"  no grant names it; 'secretctl grant {object_id} --to {named[0]}' would"
 
 
-async def expire(options: argparse.Namespace) -> None:
-    """Give a secret a lifetime."""
+@verb(
+    "expire", argument("id", shell_complete=complete_ids),
+    option("--after", required=True, metavar="TIME", help=_TIME),
+    examples=("secretctl expire disk0 --after 8h",),
+)  # fmt: skip
+async def expire(options: Options) -> None:
+    """Have a secret wiped after some time from now."""
+    after = seconds(options.after)
     async with client_of(options) as client:
-        await client.expire(options.id, seconds(options.after))
+        await client.expire(options.id, after)
+    done(options, id=options.id, after=after)
 
 
-async def audit(options: argparse.Namespace) -> int:
-    """Verify audit files; the exit status is 1 if anything is wrong with them."""
+@verb(
+    "audit", argument("action", type=click.Choice(("verify",))),
+    argument("files", nargs=-1, required=True),
+    option("--key", metavar="ID", help="the secret that --audit-key named", shell_complete=complete_ids),
+    option("--key-file", metavar="PATH", help="a file that holds it"),
+    flag("--continues", help="what came before the first FILE is elsewhere"),
+    flag("--live", help="ask secretd whether the end is missing"),
+    examples=("secretctl audit verify /var/log/secretd/audit.log --live",),
+)  # fmt: skip
+async def audit(options: Options) -> int:
+    """Verify that an audit file is whole.
+
+    FILES are those of one chain, the oldest first.
+    The exit status is 1 if anything is wrong with them.
+    """
+    if options.key is not None and options.key_file is not None:
+        raise click.UsageError("--key and --key-file exclude each other")
     if options.key is None and options.key_file is None:
         return await _verify(options, None)
     if options.key is not None:
@@ -265,43 +275,55 @@ async def audit(options: argparse.Namespace) -> int:
         arena.close()
 
 
-async def _verify(options: argparse.Namespace, key: memoryview | None) -> int:
+async def _verify(options: Options, key: memoryview | None) -> int:
     written = None
     if options.live:
         # Asked first, so that what is written meanwhile is not missing.
         async with client_of(options) as client:
             written = await client.stat("audit-records")
+    from secretd import chain  # which is much to import for one verb
+
     verification = chain.Verification(key, continues=options.continues)
-    wrong = sum(_report(path, verification) for path in options.files)
+    found = [finding for path in options.files for finding in _findings(path, verification)]
     last = verification.last
-    if last is None:
+    if last is None and not found:
         print("no audit record was found", file=sys.stderr)
         return 1
     if verification.unkeyed():
-        print("no record is under the key")
-        wrong += 1
-    time, event = (ascii(last.members.get(name)).strip("'") for name in ("time", "event"))
-    print(f"{verification.records} records; the last is record {last.number} of {time}: {event}")
-    if written is None:
-        if event not in chain.LAST_EVENTS:
-            print(
-                "it has no end: secretd is running (--live asks it), or what came after is cut off"
+        found.append("no record is under the key")
+    notes = []
+    if last is not None:
+        time, event = (ascii(last.members.get(name)).strip("'") for name in ("time", "event"))
+        notes.append(
+            f"{verification.records} records; the last is record {last.number} of {time}: {event}"
+        )
+        if written is None:
+            if event not in chain.LAST_EVENTS:
+                notes.append(
+                    "it has no end: secretd is running (--live asks it), or what came after is cut off"
+                )
+        elif written > last.number:
+            found.append(
+                f"secretd has written {written}: those after {last.number} are missing at the end"
             )
-    elif written > last.number:
-        print(f"secretd has written {written}: those after {last.number} are missing at the end")
-        wrong += 1
+        else:
+            async with client_of(options) as client:
+                written = await client.stat("audit-records")
+            if last.number > written:
+                found.append(f"secretd has written {written}: those after that are made up")
+    if options.json:
+        number = None if last is None else last.number
+        print(
+            json.dumps(
+                {"records": verification.records, "last": number, "findings": found, "notes": notes}
+            )
+        )
     else:
-        async with client_of(options) as client:
-            written = await client.stat("audit-records")
-        if last.number > written:
-            print(f"secretd has written {written}: those after that are made up")
-            wrong += 1
-    return 1 if wrong else 0
+        print("\n".join([*found, *notes]))
+    return 1 if found else 0
 
 
-def _report(path: str, verification: chain.Verification) -> int:
-    """Print what is wrong with a file; return how much it is."""
+def _findings(path: str, verification: "chain.Verification") -> list[str]:
+    """Return what is wrong with a file."""
     with open(path, "rb") as file:
-        found = [f"{path}:{f.number}: {f.words}" for f in verification.findings(file)]
-    print("".join(f"{line}\n" for line in found), end="")
-    return len(found)
+        return [f"{path}:{f.number}: {f.words}" for f in verification.findings(file)]

@@ -5,12 +5,12 @@ import asyncio
 import base64
 import os
 import socket
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
 
-from secretd import client as module
 from secretd import paths
 from secretd.client import (
     Client,
@@ -20,9 +20,12 @@ from secretd.client import (
     ExecuteError,
     SecretInfo,
     StateError,
+    SyncClient,
     default_socket,
 )
+from secretd.client import aio as module
 from tests.conftest import ARENA_LEVEL, Daemon
+from tests.conftest import Client as Qmp
 
 
 def with_client(daemon: Daemon, use: Callable[[Client], Awaitable[None]]) -> None:
@@ -317,3 +320,89 @@ def test_it_is_not_tried_for_ever(tmp_path: Path) -> None:
 
     asyncio.run(use())
     daemon.stop()
+
+
+def test_events_come_as_an_iterator_also_after_a_lost_connection(daemon: Daemon, qmp: Qmp) -> None:
+    """Until the client is closed."""
+
+    async def main() -> list[tuple[str, str]]:
+        seen: list[tuple[str, str]] = []
+        async with Client(daemon.control, retry_seconds=10) as client:
+            events = client.events()
+            waiting = asyncio.ensure_future(anext(events))
+            await asyncio.sleep(0)
+            await asyncio.to_thread(lambda: qmp.add("a", data="letmein"))
+            event = await waiting
+            seen.append((event.name, event.id))
+            assert event.peer is not None
+            assert event.peer["uid"] == os.getuid()
+            assert abs(event.time - time.time()) < 60
+            assert event.data["id"] == "a"
+            waiting = asyncio.ensure_future(anext(events))
+            await asyncio.sleep(0)
+            mine = [s for s in daemon.server.sessions if s.peer.pid == os.getpid()]
+            assert len(mine) == 2
+            await asyncio.to_thread(daemon.call, lambda: drop_other(daemon))
+            while not await asyncio.to_thread(daemon.call, lambda: listening(daemon)):
+                pass
+            await asyncio.to_thread(qmp.ok, "object-del", {"id": "a"})
+            event = await waiting
+            seen.append((event.name, event.id))
+            waiting = asyncio.ensure_future(anext(events))
+            await asyncio.sleep(0)
+        with pytest.raises(StopAsyncIteration):
+            await waiting
+        return seen
+
+    assert asyncio.run(main()) == [("SECRET_ADDED", "a"), ("SECRET_DELETED", "a")]
+
+
+def drop_other(daemon: Daemon) -> None:
+    """Close the connection that was made last."""
+    newest = max(daemon.server.sessions, key=lambda s: s.transport._sock.fileno())
+    newest.transport.close()
+
+
+def listening(daemon: Daemon) -> bool:
+    """True once both are connected again."""
+    return sum(s.listening for s in daemon.server.sessions) == 2
+
+
+def test_the_client_without_asyncio_does_the_same(daemon: Daemon, tmp_path: Path) -> None:
+    """Each method, one after the other."""
+    (tmp_path / "f").write_text("letmein")
+    with SyncClient(daemon.control) as client:
+        assert client.path == daemon.control
+        assert client.version() == "secretd test"
+        with open(tmp_path / "f", "rb") as file:
+            client.add("a", file.fileno())
+        with client.buffer(3) as plaintext:
+            plaintext.view[:] = b"abc"
+            client.add_bytes("b", plaintext.view)
+        client.generate("k", 32)
+        client.expire("b", 1000)
+        assert [s.id for s in client.list()] == ["a", "b", "k"]
+        with client.read("a") as secret:
+            assert bytes(secret.view) == b"letmein"
+        fd = os.memfd_create("x")
+        assert client.read_into("a", fd, format="base64") == 12
+        os.close(fd)
+        assert set(client.seal("a", "k")._asdict()) == {"data", "iv"}
+        assert client.explain("a", ["uid:1"])["allowed"] is False
+        assert client.execute("query-name") == {}
+        events = client.events()
+        daemon.call(lambda: daemon.loop.call_later(0.2, announce, daemon))
+        assert next(events).id == "told"
+        client.delete("b")
+        with pytest.raises(ExecuteError):
+            client.delete("b")
+        client.close()
+        assert list(events) == []
+    client = SyncClient(str(tmp_path / "no"))
+    with pytest.raises(ConnectError), client:
+        pass
+
+
+def announce(daemon: Daemon) -> None:
+    """Tell of something."""
+    daemon.server.daemon.announce("SECRET_ADDED", "told", None, None)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from secretd import chain, ctl, ctl_access
+from secretd import chain, ctl, ctl_access, ctl_frame
 from secretd.audit import Audit
 from secretd.errors import UsageError
 from tests.conftest import Client, Daemon, need_root
@@ -210,7 +210,7 @@ def audited(
     """A server with an audit under the key "k", and secretctl for it."""
     key = memoryview(bytearray(b"k" * 32))
     made = Daemon(tmp_path, make_audit=lambda: Audit(str(tmp_path / "audit"), key=lambda: key))
-    monkeypatch.setattr(ctl, "forbid_dumps", lambda: None)
+    monkeypatch.setattr(ctl_frame, "forbid_dumps", lambda: None)
     made.call(lambda: made.server.daemon.audit.start("1", 0))
     made.connect().add("k", data="k" * 32)
     yield made, Ctl(made, monkeypatch, capfd)
@@ -294,4 +294,4 @@ def test_the_help_names_all_verbs() -> None:
     secretctl = os.path.join(os.path.dirname(sys.executable), "secretctl")
     text = subprocess.run([secretctl, "--help"], capture_output=True, text=True, check=True).stdout
     for verb in ("grant", "revoke", "explain", "expire", "audit"):
-        assert f"    {verb} " in text
+        assert f"\n  {verb} " in text

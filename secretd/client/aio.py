@@ -20,13 +20,12 @@ import asyncio
 import contextlib
 import os
 import re
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from typing import Any, Final, Literal, NamedTuple, Self, TypeVar, cast
 
 from qemu.qmp import (
     ConnectError,
     ExecInterruptedError,
-    ExecuteError,
     QMPClient,
     QMPError,
     StateError,
@@ -69,6 +68,19 @@ class Sealed(NamedTuple):
     iv: str
 
 
+class Event(NamedTuple):
+    """Something that happened (docs/protocol.md, "Events"). ``id``: of the secret, "" where it is about
+    none; ``peer``: who did it, as uid, gid, pid and unit, None if nobody did or it is not told;
+    ``time``: seconds since the epoch.
+    """
+
+    name: str
+    id: str
+    peer: dict[str, object] | None
+    time: float
+    data: dict[str, object]
+
+
 class Encoding(NamedTuple):
     """How the content of a secret to be added is encoded: base64 or not, encrypted under ``keyid`` or
     not. ``iv`` is base64.
@@ -92,6 +104,8 @@ class Client:
         self.path = path or default_socket()
         self._retry_seconds = retry_seconds
         self._qmp = QMPClient("secretd")
+        # Of all events it keeps a list that nobody reads.
+        self._qmp.events.event_filter = lambda _event: False
         self._connecting = asyncio.Lock()
         self._connection = 0  # how often it was made anew
         self._closed = asyncio.Event()
@@ -260,6 +274,27 @@ class Client:
         reply = cast(dict[str, str], await self._execute("secret-seal", arguments))
         return Sealed(reply["data"], reply["iv"])
 
+    # --- events
+
+    async def events(self) -> AsyncIterator[Event]:
+        """Return the events as they come, from now on, until the client is closed. What happened while
+        the connection was made anew is missing; SECRET_EVENTS_LOST tells of what secretd has dropped.
+        """
+        with self._qmp.listener() as listener:
+            while not self._closed.is_set():
+                coming = asyncio.ensure_future(listener.get())
+                ending = asyncio.ensure_future(self._qmp.runstate_changed())
+                try:
+                    await asyncio.wait({coming, ending}, return_when="FIRST_COMPLETED")
+                    if coming.done():
+                        yield _event(coming.result())
+                        continue
+                finally:
+                    coming.cancel()
+                    ending.cancel()
+                if not self._closed.is_set():
+                    await self._execute("query-version")  # which connects again, or says why not
+
     # --- inside
 
     async def _execute(self, command: str, arguments: Mapping[str, object] | None = None) -> object:
@@ -310,7 +345,9 @@ class Client:
                         raise
 
     async def _unless_closed(self, waited: Coroutine[Any, Any, object], deadline: float) -> None:
-        """Wait for something until the deadline, or until the client is closed; raises ConnectError then."""
+        """Wait for something until the deadline, or until the client is closed; raises ConnectError
+        then.
+        """
         task = asyncio.ensure_future(waited)
         closed = asyncio.ensure_future(self._closed.wait())
         try:
@@ -363,6 +400,13 @@ class Client:
             buffer.free()
 
 
+def _event(message: Mapping[str, object]) -> Event:
+    data = cast("dict[str, Any]", message.get("data", {}))
+    stamp = cast("dict[str, int]", message["timestamp"])
+    seconds = stamp["seconds"] + stamp["microseconds"] / 1e6
+    return Event(str(message["event"]), str(data.get("id", "")), data.get("peer"), seconds, data)
+
+
 async def _write_all(sink: Fd, data: memoryview) -> None:
     loop = asyncio.get_running_loop()
     while data:
@@ -409,19 +453,3 @@ def default_socket() -> str:
         if os.access(path, os.W_OK) and paths.is_trusted(os.path.dirname(path)):
             return path
     return control
-
-
-__all__ = [
-    "Client",
-    "ConnectError",
-    "Encoding",
-    "ExecInterruptedError",
-    "ExecuteError",
-    "Format",
-    "QMPError",
-    "Sealed",
-    "SecretInfo",
-    "StateError",
-    "default_socket",
-    "readable",
-]
