@@ -13,7 +13,10 @@ from tests.e2e.box import SECRETCTL, SECRETD, Box
 CONTROL, CLIENT, AUDIT = "/run/control.sock", "/run/client.sock", "/run/audit.log"
 READ = (*SECRETCTL, "--socket", CLIENT, "read", "web.key")
 CTL = (*SECRETCTL, "--socket", CONTROL)
-DENIED = "secretctl: Reading secret 'web.key' is not permitted\n"
+DENIED = (
+    "secretctl: Reading secret 'web.key' is not permitted\n"
+    "secretctl: root can let you: secretctl grant web.key --to user:NAME\n"
+)
 
 
 @pytest.fixture(scope="module")

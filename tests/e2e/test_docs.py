@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The tutorial and the how-to pages: their commands are typed as they stand there, on a machine with systemd.
+
+A block ``sh`` is executed; a block ``text`` behind it shows what it prints: each of its lines must be part
+of a line of that. Blocks ``python`` are checked by mypy.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tests.conftest import need_program
+from tests.e2e.box import ROOT, Box, installed
+
+__all__ = ["installed"]
+
+pytestmark = pytest.mark.xdist_group("docs")
+
+PAGES = [
+    path.relative_to(ROOT / "docs")
+    for path in [ROOT / "docs/tutorial.md", *sorted((ROOT / "docs/howto").glob("*.md"))]
+]
+
+
+class Block(NamedTuple):
+    """A block of code, and the lines that it prints."""
+
+    code: str
+    prints: list[str]
+
+
+def blocks(page: Path) -> list[Block]:
+    """What is to be typed on a page."""
+    found: list[Block] = []
+    for kind, code in re.findall(
+        r"^```(\w+)\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE
+    ):
+        if kind == "sh":
+            found.append(Block(code, []))
+        elif kind == "text":
+            found[-1].prints.extend(code.splitlines())
+    return found
+
+
+@pytest.fixture(scope="module")
+def booted(installed: Path) -> Iterator[Box]:
+    """One machine for all pages."""
+    need_program("qemu-system-x86_64", "qemu-img", "qemu-io", "socat", "jq", "openssl")
+    box = Box(f"secretd-pages-{os.getpid()}", installed)
+    try:
+        box.run("systemd-sysusers")
+        box.run("systemctl", "daemon-reload")
+        yield box
+    finally:
+        box.close()
+
+
+@pytest.fixture
+def box(booted: Box) -> Iterator[Box]:
+    """As a new user finds it: nothing is started and nothing held."""
+    booted.run("systemctl", "start", "secretd-control.socket", "secretd-client.socket")
+    yield booted
+    booted.run("sh", "-c", "rm -f /etc/systemd/system/app.service; systemctl daemon-reload")
+    booted.run("sh", "-c", "systemctl stop 'secretd-*.socket' secretd.service", check=False)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_what_a_page_says_works_as_it_stands_there(box: Box, page: Path) -> None:
+    """All blocks, one after the other, in one directory; each prints what the page shows."""
+    found = blocks(ROOT / "docs" / page)
+    assert found
+    directory = f"/root/{page.stem}"
+    box.run("mkdir", "-p", directory)
+    for block in found:
+        done = box.run(
+            "env", "HOME=/root", f"PATH={os.defpath}:/usr/sbin:/sbin", "bash", "-o", "pipefail", "-euc",
+            f"cd {directory}\n{block.code}", check=False,
+        )  # fmt: skip
+        printed = done.stdout + done.stderr
+        assert done.returncode == 0, f"{block.code}\n{printed}"
+        lines = printed.splitlines()
+        for wanted in block.prints:
+            assert any(wanted in line for line in lines), (
+                f"{block.code}\n{wanted!r} is not in\n{printed}"
+            )
+
+
+def test_the_python_on_the_pages_is_right(tmp_path: Path) -> None:
+    """By mypy: names, arguments and types."""
+    code = ""
+    for page in [*PAGES, Path("reference/client.md")]:
+        text = (ROOT / "docs" / page).read_text()
+        code += "\n".join(re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE))
+    assert "Client" in code
+    (tmp_path / "pages.py").write_text(code)
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--no-incremental", "--config-file=", "pages.py"],
+        env=os.environ | {"MYPYPATH": str(ROOT)}, cwd=tmp_path,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
