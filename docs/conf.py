@@ -26,7 +26,7 @@ suppress_warnings = ["myst.xref_missing"] if "man" in sys.argv else []
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
-autodoc_default_options = {"show-inheritance": False}
+smartquotes = False
 python_use_unqualified_type_names = True
 
 html_theme = "furo"

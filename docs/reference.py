@@ -101,6 +101,8 @@ def kind(hint: Any) -> str:
 
 def shape(hint: Any) -> str:
     """Return a TypedDict's members in short, or what else is returned."""
+    if get_origin(hint) is typing.NotRequired:
+        return shape(get_args(hint)[0])
     if get_origin(hint) is list:
         return f"array of {shape(get_args(hint)[0])}"
     fields = getattr(hint, "__annotations__", None)
@@ -108,11 +110,8 @@ def shape(hint: Any) -> str:
         return kind(hint)
     hints = typing.get_type_hints(hint)
     optional = hint.__optional_keys__
-    return (
-        "{"
-        + ", ".join(f"{n}{'?' if n in optional else ''}: {kind(h)}" for n, h in hints.items())
-        + "}"
-    )
+    parts = (f"{n}{'?' if n in optional else ''}: {shape(h)}" for n, h in hints.items())
+    return "{" + ", ".join(parts) + "}"
 
 
 def _arguments(command: Command) -> Iterator[str]:
@@ -146,8 +145,10 @@ def commands() -> Iterator[str]:
         yield f"*On the {doors} socket{oob}.* {doc(command.function)}"
         yield ""
         yield from _arguments(command)
-        returned = "an empty object" if command.returns is None else f"`{shape(command.returns)}`"
-        yield f"Returns {returned.replace('`array of `', 'array of `')}."
+        returned = "an empty object"
+        if command.returns is not None:
+            returned = "`" + shape(command.returns).replace("`", "") + "`"
+        yield f"Returns {returned}."
         yield ""
 
 
