@@ -34,7 +34,7 @@ from zlib import crc32
 import msgspec
 
 from secretd.errors import StateError
-from secretd.memory import Arena, Level, LockedBuffer
+from secretd.memory import FILE_BYTES, Arena, Level, LockedBuffer
 
 MAGIC: Final = b"secretd\0"
 FORMAT: Final = 1
@@ -423,9 +423,9 @@ class Journal:
         last_kind = last_uid = -1
         while offset + head <= size_of_all:
             length, crc, state, kind, id_length, size, slot, uid = unpack(data, offset)
-            if length < head:
-                break
             behind = offset + length
+            if length < head or behind > size_of_all:
+                break
             if state == _LIVE:
                 if crc32(data[offset + _CRC_FROM : behind]) != crc:
                     raise StateError("a record's checksum is wrong")
@@ -477,15 +477,29 @@ def _latest(fds: Sequence[int]) -> tuple[_Header, int]:
     found = []
     for fd in fds:
         data = os.pread(fd, _FILE.size, 0)
-        if data[: len(MAGIC)] == MAGIC:
+        if data[: len(MAGIC)] == MAGIC and len(data) == _FILE.size:
             known = struct.unpack_from("<I", data, len(MAGIC))[0]
             if known != FORMAT:
                 raise StateError(f"the journal has format {known}, not {FORMAT}")
             header = _Header(*_FILE.unpack(data))
+            _check(header, os.fstat(fd).st_size)
             found.append((header.generation, header, fd))
     if not found:
         raise StateError("there is no journal")
     return max(found)[1:]
+
+
+def _check(header: _Header, size: int) -> None:
+    """Raise StateError for a header that no process has written, in a file of so many bytes."""
+    window = header.window
+    if (
+        header.level >= len(_LEVELS)
+        or window & (window - 1)
+        or window < mmap.PAGESIZE
+        or header.windows * window > FILE_BYTES
+        or not _FILE.size <= header.end <= size
+    ):
+        raise StateError("the journal's header is damaged")
 
 
 def _memfd() -> int:

@@ -9,6 +9,7 @@ import zlib
 import pytest
 
 from secretd import state
+from secretd.errors import StateError
 from secretd.memory import SECRET_WINDOW, Arena
 from secretd.state import Journal, Record
 
@@ -139,3 +140,36 @@ def test_a_journal_that_cannot_be_mapped_leaves_no_descriptor(
     monkeypatch.setattr(state, "_INITIAL_BYTES", -1)
     with pytest.raises((OSError, ValueError)):
         Journal(arena)
+
+
+@pytest.mark.parametrize(
+    ("offset", "value"),
+    [
+        (32, b"\1\0\0\0"),
+        (32, b"\3\0\1\0"),
+        (36, b"\7"),
+        (40, b"\xff\xff\xff\xff"),
+        (48, b"\xff" * 6),
+    ],
+)
+def test_a_damaged_header_is_refused(offset: int, value: bytes) -> None:
+    """Window, level, windows, end: none of these can be. Found by scripts/fuzz."""
+    journal = Journal(Arena("none"))
+    data = bytearray(os.pread(journal.filenos()[0], 4096, 0))
+    arena = os.dup(journal.arena.fileno())
+    journal.close()
+    journal.arena.close()
+    data[offset : offset + len(value)] = value
+    file = os.memfd_create("journal")
+    os.pwrite(file, data, 0)
+    with pytest.raises(StateError, match="header is damaged"):
+        Journal.restore(arena, [file])
+
+
+def test_a_journal_that_ends_in_its_header_is_none() -> None:
+    """Found by scripts/fuzz, too."""
+    arena = os.memfd_create("arena")
+    file = os.memfd_create("journal")
+    os.pwrite(file, b"secretd\0\1\0\0\0", 0)
+    with pytest.raises(StateError, match="there is no journal"):
+        Journal.restore(arena, [file])
