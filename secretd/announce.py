@@ -177,9 +177,7 @@ class Announcer:
         return True
 
     def announce(self, happened: Happened) -> None:
-        """Send an event at the next tick, if there is room."""
-        if self.crowded():
-            return
+        """Send an event at the next tick; there must be room, as `crowded` says."""
         self.number += 1
         self._collected.append((self.number, happened))
         if not self._scheduled:

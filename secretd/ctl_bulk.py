@@ -203,8 +203,9 @@ async def watch(options: Options) -> None:
     async with client_of(options) as client:
         if sys.stderr.isatty() and not options.json:
             print(f"watching {client.path}; Ctrl-C ends it", file=sys.stderr)
-        async for event in client.events():
-            print(_told(event, as_json=options.json), flush=True)
+        events = client.events()
+        while True:
+            print(_told(await anext(events), as_json=options.json), flush=True)
             if options.once:
                 return
 

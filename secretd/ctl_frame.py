@@ -195,18 +195,12 @@ def main() -> int:
     """Run `secretctl`; return the exit status."""
     try:
         status: int | None = cli.main(prog_name="secretctl", standalone_mode=False)
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except click.Abort:
+    except click.Abort:  # Ctrl-C; and click ends by itself where nobody reads what it prints
         return INTERRUPTED
     except click.UsageError as error:
         return _usage(error)
     except SecretdError as error:
         return fail(str(error))
-    except BrokenPipeError:
-        # Whoever read stdout has had enough, as head(1) has; nothing is to be written at the end either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return REFUSED
     except OSError as error:
         return fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     else:

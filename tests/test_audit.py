@@ -670,3 +670,18 @@ def test_nothing_is_recorded_twice_or_lost_when_there_is_no_peer(tmp_path: Path)
     inside(lambda: audit.refuse("connect", -1, Who("client", None), reason="x"))
     audit.stop()
     assert [r["event"] for r in records(tmp_path / "a")] == ["connect"]
+
+
+def test_ids_are_cut_in_what_is_done_and_released_too(tmp_path: Path) -> None:
+    """Also outside of a turn, where somebody was waited for."""
+    audit = Audit(str(tmp_path / "a"))
+
+    def act() -> None:
+        audit.done("add", PEER, "s" * 200, "secret", 7)
+        audit.release("read", PEER, "control socket", "s" * 200, 7)
+
+    inside(act)
+    audit.stop()
+    kept = records(tmp_path / "a")
+    assert [r["event"] for r in kept] == ["add", "read"]
+    assert {len(r["id"]) for r in kept} == {128}

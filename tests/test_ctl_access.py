@@ -295,3 +295,14 @@ def test_the_help_names_all_verbs() -> None:
     text = subprocess.run([secretctl, "--help"], capture_output=True, text=True, check=True).stdout
     for verb in ("grant", "revoke", "explain", "expire", "audit"):
         assert f"\n  {verb} " in text
+
+
+def test_a_verification_is_json_for_programs(run: Ctl, tmp_path: Path) -> None:
+    """What was found, and what there is; also where nothing is an audit record."""
+    path = tmp_path / "a"
+    Audit(str(path)).stop()
+    path.write_text("nonsense\n")
+    found = json.loads(run("audit", "verify", str(path), "--json", status=1)[0])
+    assert found["last"] is None
+    assert found["findings"] == [f"{path}:1: this is no audit record"]
+    assert run("audit", "verify", str(path), status=1)[0] == f"{path}:1: this is no audit record\n"

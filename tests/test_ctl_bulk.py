@@ -51,6 +51,8 @@ def test_lines_longer_than_a_read_are_put_together(run: Ctl, qmp: Client, tmp_pa
     assert len(qmp.read("l4")) == 1 << 20
     path.write_text(line("long", "x" * (ctl_bulk.LINE_BYTES + 1)))
     assert "a line has more than 2097152 bytes" in run("import", str(path), status=1)[1]
+    path.write_text("x" * (ctl_bulk.LINE_BYTES + 1))  # nor does it end
+    assert "a line has more than 2097152 bytes" in run("import", str(path), status=1)[1]
 
 
 @pytest.mark.parametrize(
