@@ -75,7 +75,7 @@ def test_what_a_page_says_works_as_it_stands_there(box: Box, page: Path) -> None
     """All blocks, one after the other, in one directory; each prints what the page shows."""
     found = blocks(ROOT / "docs" / page)
     assert found
-    directory = f"/root/{page.stem}"
+    directory = f"/srv/{page.stem}"
     box.run("mkdir", "-p", directory)
     for block in found:
         done = box.run(

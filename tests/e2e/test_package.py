@@ -178,8 +178,8 @@ def test_the_debian_package_is_installed_upgraded_and_purged(deb: Path) -> None:
         # Images for containers forbid packages to start anything.
         box.run("rm", "-f", "/usr/sbin/policy-rc.d")
         before = files(box)
-        shutil.copy(deb, box.path("/root/secretd.deb"))
-        box.run("dpkg", "--install", "/root/secretd.deb")
+        shutil.copy(deb, box.path("/srv/secretd.deb"))
+        box.run("dpkg", "--install", "/srv/secretd.deb")
         for unit in ("control", "client", "credentials"):
             shown = box.run("systemctl", "is-enabled", f"secretd-{unit}.socket").stdout
             assert shown == "enabled\n"
@@ -192,12 +192,12 @@ def test_the_debian_package_is_installed_upgraded_and_purged(deb: Path) -> None:
         typed = f"source {script} && complete -p secretctl"
         assert "secretctl" in box.run("bash", "-c", typed).stdout
         # The same version again is what an upgrade is.
-        box.run("dpkg", "--install", "/root/secretd.deb")
+        box.run("dpkg", "--install", "/srv/secretd.deb")
         assert box.run("secretctl", "read", "a").stdout == "letmein"
         box.run("dpkg", "--remove", "secretd")
         assert box.run("systemctl", "is-active", "secretd.service", check=False).returncode
         box.run("dpkg", "--purge", "secretd")
-        box.run("rm", "/root/secretd.deb")
+        box.run("rm", "/srv/secretd.deb")
         assert box.run("id", "-u", "secretd", check=False).returncode
         assert files(box) - before == set()
     finally:
