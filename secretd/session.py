@@ -143,14 +143,7 @@ class Session:
                     transport.pause("busy")
                     break
                 continue
-            reply = handle(request)
-            if isinstance(reply, bytes):
-                self._out.append(reply)
-                self._out_size += len(reply)
-                if self._out_size >= BATCH_BYTES:
-                    self._flush()
-            else:
-                self._answer(reply)
+            self._answer(handle(request))
             if self._task is not None and not self.monitor.oob:
                 transport.pause("busy")
                 break

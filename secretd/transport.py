@@ -210,8 +210,7 @@ class Transport:
             self._update_reading()
             return
         self._advance(view, start + count)
-        if self._finishing:
-            self._finish_if_ended()
+        self._finish_if_ended()
 
     def finish(self, *, read: bool) -> None:
         """Close the connection as soon as everything is answered that was read, or, with ``read``, that the

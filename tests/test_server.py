@@ -980,3 +980,17 @@ def test_a_connection_without_room_has_one_timer(
     assert daemon.call(starve) == 1
     daemon.call(daemon.server.space.starved.clear)
     assert qmp.ok("query-name") == {}
+
+
+def test_what_lies_unread_at_a_stop_is_answered_before_the_end(daemon: Daemon, qmp: Client) -> None:
+    """The connection is not closed while there is something of the client's to read."""
+
+    def stop() -> None:
+        qmp.send(b'{"execute": "query-name", "id": "last"}\n')
+        (session,) = daemon.server.sessions
+        session.transport.finish(read=True)
+        assert not session.transport.is_closed
+
+    daemon.call(stop)
+    assert b'"id": "last"' in qmp.line()
+    assert qmp.line() == b""
