@@ -88,8 +88,8 @@ class ReceiveSpace:
         self.free(buffer, owner)
 
     def window(self, *, small: bool) -> memoryview:
-        """Return the shared buffer; less of it for a connection that takes no ``small`` message only, and
-        while there is little room for what connections leave unread or unfinished.
+        """Return the shared buffer; less of it for a connection whose messages are all ``small``, and while
+        there is little room for what connections leave unread or unfinished.
         """
         if small or self.held > LARGE_TAILS_BYTES // 2 or self.arena.spare < ROOMY_BYTES:
             return self._small
