@@ -3,8 +3,8 @@
 
 asyncio makes a list of what is ready, from that a queue of handles, and runs each in its context: some
 fifteen calls before the one that counts. What is given to `Loop.watch` is called where epoll says that
-there is something to read. All else is asyncio's own; transport uses this where it finds it, and
-`add_reader` on any other loop.
+there is something to read, and as long as that leaves asyncio nothing to do, epoll is asked again at
+once. All else is asyncio's own; transport uses this where it finds it, and `add_reader` on any other loop.
 """
 
 import asyncio
@@ -12,21 +12,31 @@ import contextlib
 import select
 import selectors
 from collections.abc import Callable, Mapping
+from contextvars import Context
 from selectors import EVENT_READ, EVENT_WRITE, SelectorKey
-from typing import Any
+from time import monotonic
+from typing import Any, Final, TypeVarTuple, Unpack
 
-_IN = select.EPOLLIN
-_OUT = select.EPOLLOUT
+_Ts = TypeVarTuple("_Ts")
+
+_IN: Final = select.EPOLLIN
+_OUT: Final = select.EPOLLOUT
+
+_EVENTS: Final = 128
+"""What epoll_wait(2) tells at once; more comes with the next call."""
 
 
 class _Selector(selectors.BaseSelector):
-    """epoll(7), for descriptors by number."""
+    """epoll(7), for descriptors by number. ``failed`` is told of what a watcher raised. ``undisturbed``:
+    nothing was given to asyncio to do since `select` was called.
+    """
 
     def __init__(self, failed: Callable[[Exception], None]) -> None:
         self._epoll = select.epoll()
         self._keys: dict[Any, SelectorKey] = {}
         self._watched: dict[int, Callable[[], None]] = {}
         self._failed = failed
+        self.undisturbed = True
 
     def _update(self, fd: int) -> None:
         """Have the kernel tell what is asked for."""
@@ -88,33 +98,80 @@ class _Selector(selectors.BaseSelector):
         self._keys.clear()
 
     def select(self, timeout: float | None = None) -> list[tuple[SelectorKey, int]]:
-        """See BaseSelector. Calls those who watch, and returns the rest."""
-        wait = -1 if timeout is None else max(timeout, 0)
-        watched, keys = self._watched, self._keys
-        ready = []
-        for fd, events in self._epoll.poll(wait, len(watched) + len(keys) or 1):
-            mask = (EVENT_READ if events & ~_OUT else 0) | (EVENT_WRITE if events & ~_IN else 0)
-            callback = watched.get(fd)
-            if callback is not None and mask & EVENT_READ:
-                try:
-                    callback()
-                except Exception as error:  # noqa: BLE001 - as asyncio does with a callback
-                    self._failed(error)
-                mask &= EVENT_WRITE
-            key = keys.get(fd)  # the callback may have changed it
-            if key is not None and mask & key.events:
-                ready.append((key, mask & key.events))
-        return ready
+        """See BaseSelector. Calls those who watch, and returns the rest; goes on for as long as there is
+        none and nobody gives asyncio something to do.
+        """
+        wait, deadline = -1.0, 0.0
+        if timeout is not None:
+            wait = max(timeout, 0)
+            deadline = monotonic() + wait
+        poll, watched = self._epoll.poll, self._watched
+        ready: list[tuple[SelectorKey, int]] = []
+        self.undisturbed = True
+        while True:
+            for fd, events in poll(wait, _EVENTS):
+                callback, rest = watched.get(fd), events
+                if callback is not None and events != _OUT:
+                    try:
+                        callback()
+                    except Exception as error:  # noqa: BLE001 - as asyncio does with a callback
+                        self._failed(error)
+                    if events == _IN:
+                        continue
+                    rest = events & ~_IN
+                self._add(ready, fd, rest)
+            if ready or not self.undisturbed:
+                return ready
+            if timeout is not None:
+                wait = deadline - monotonic()
+                if wait <= 0:
+                    return ready
+
+    def _add(self, ready: list[tuple[SelectorKey, int]], fd: int, events: int) -> None:
+        """Add what epoll says to what asyncio is told, if it has asked for that."""
+        mask = (EVENT_READ if events & ~_OUT else 0) | (EVENT_WRITE if events & ~_IN else 0)
+        key = self._keys.get(fd)  # a watcher may have changed it
+        if key is not None and mask & key.events:
+            ready.append((key, mask & key.events))
 
 
 class Loop(asyncio.SelectorEventLoop):
     """The event loop of the daemon."""
 
     def __init__(self) -> None:
-        selector = _Selector(self._watcher_failed)
+        self._waiting = selector = _Selector(self._watcher_failed)
         super().__init__(selector)
         self.watch = selector.watch
         self.unwatch = selector.unwatch
+
+    # All that gives the loop something to do; from other threads and from signals it comes by a
+    # descriptor that asyncio reads.
+
+    def call_soon(
+        self,
+        callback: Callable[[Unpack[_Ts]], object],
+        *args: *_Ts,
+        context: Context | None = None,
+    ) -> asyncio.Handle:
+        """See AbstractEventLoop."""
+        self._waiting.undisturbed = False
+        return super().call_soon(callback, *args, context=context)
+
+    def call_at(
+        self,
+        when: float,
+        callback: Callable[[Unpack[_Ts]], object],
+        *args: *_Ts,
+        context: Context | None = None,
+    ) -> asyncio.TimerHandle:
+        """See AbstractEventLoop; call_later() calls this."""
+        self._waiting.undisturbed = False
+        return super().call_at(when, callback, *args, context=context)
+
+    def stop(self) -> None:
+        """See AbstractEventLoop."""
+        self._waiting.undisturbed = False
+        super().stop()
 
     def _watcher_failed(self, error: Exception) -> None:
         self.call_exception_handler({"message": "Exception in a watcher", "exception": error})

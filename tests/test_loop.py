@@ -174,6 +174,36 @@ def test_asyncios_own_means_work_on_it(pair: tuple[socket.socket, socket.socket]
     run(main())
 
 
+def test_what_a_watcher_asks_of_asyncio_is_done_while_more_comes(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    """A callback, a timer, a timer that was there before, and the end of the loop, each in time."""
+    a, b = pair
+    done: list[str] = []
+    loop = Loop()
+    watch, unwatch = readers(loop)
+
+    def came() -> None:
+        a.recv(1)
+        b.send(b"x")  # so that there is always more to read
+        if "soon" in done and "later" in done and "before" in done:
+            loop.stop()
+        elif not done:
+            done.append("asked")
+            loop.call_soon(done.append, "soon")
+            loop.call_later(0.001, done.append, "later")
+
+    try:
+        loop.call_later(0.002, done.append, "before")
+        watch(a.fileno(), came)
+        b.send(b"x")
+        loop.run_forever()
+        unwatch(a.fileno())
+    finally:
+        loop.close()
+    assert sorted(done) == ["asked", "before", "later", "soon"]
+
+
 def test_on_any_other_loop_it_is_that_ones_readers() -> None:
     """uvloop, for one."""
 
