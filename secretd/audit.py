@@ -51,7 +51,9 @@ _OTHERS: Final = -2
 _TAIL_BYTES: Final = 64 << 10
 _THREAD_BATCHES: Final = 64
 _RWF_NOWAIT: Final = 0x8
-_FIRST: Final = tuple(f'"event":"{event}"' for event in chain.FIRST_EVENTS)
+_ORDINARY: Final = 0
+_REFUSAL: Final = 1
+_FIRST: Final = 2  # of a file or a run
 _ID: Final = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 _REMOTE: Final = re.compile(r"fuse.*|nfs.*|cifs|smb.*|9p|ceph|afs|virtiofs|lustre|ocfs2|gfs2|coda")
 
@@ -256,13 +258,14 @@ class _Window:
         self.count = 0
 
 
-def _made(event: str, members: dict[str, object]) -> tuple[str, bool]:
-    """Return a record's text, and whether it tells of a refusal."""
+def _made(event: str, members: dict[str, object]) -> tuple[str, int]:
+    """Return a record's text, and which kind of record it is."""
     object_id = members.get("id")
     if isinstance(object_id, str) and len(object_id) > AUDIT_ID_CHARACTERS:
         members["id"] = object_id[:AUDIT_ID_CHARACTERS]
     record = Record(event, **members)  # type: ignore[arg-type]  # its members
-    return _json(record)[1:-1], record.decision == "deny"
+    kind = _FIRST if event in chain.FIRST_EVENTS else _ORDINARY
+    return _json(record)[1:-1], _REFUSAL if record.decision == "deny" else kind
 
 
 def _json(value: object) -> str:
@@ -294,16 +297,17 @@ class Audit:
         self._sink: Sink | None = None
         self._rest = b""  # whole lines or the rest of one that come before all others
         self._batch = b""  # what the rest is the rest of
-        self._pending: list[tuple[str, bool]] = []  # the text of each record; True for a refusal
+        self._pending: list[bytes] = []  # lines
         self._windows: dict[int, _Window] = {}
         self._scheduled = False
         self.in_turn = False
         self._started = False
-        self._stamp = ""  # the time of all records since the last were written
+        self._stamp = ""  # the time of what was not written yet
         self._second = -1
         self._prefix = ""
         # The journal takes a line's priority from its beginning, and the rest as it is.
-        self._priorities = ("<6>", "<5>") if target == "-" and journal_on_stderr() else ("", "")
+        journal = target == "-" and journal_on_stderr()
+        self._priorities = ("<6>", "<5>", "<6>") if journal else ("", "", "")
         self._fault = ""
         self.records = 0
         self.dropped = 0
@@ -374,7 +378,7 @@ class Audit:
             object_id = object_id[:AUDIT_ID_CHARACTERS]
         of = "" if size is None else f'"size":{size},'
         text = f'"event":"{event}","id":"{object_id}","type":"{kind}",{of}{who.text}'
-        if self._keep(text) and not self.in_turn:
+        if self._keep(text, _ORDINARY) and not self.in_turn:
             self._schedule()
 
     def end_turn(self) -> None:
@@ -383,15 +387,28 @@ class Audit:
         if self._pending and not self._scheduled and not self._flush():
             self._retry()
 
-    def _keep(self, text: str, denied: bool = False) -> bool:
+    def _keep(self, text: str, kind: int) -> bool:
+        """Number a record and link it to the one before; False if there is no room for it."""
+        pending = self._pending
         if self._sink is None:
             return False
-        if len(self._pending) >= AUDIT_BACKLOG:
+        if len(pending) >= AUDIT_BACKLOG:
             self.dropped += 1
             return False
         if not self._stamp:
             self._stamp = self._now()
-        self._pending.append((text, denied))
+        if kind == _FIRST:
+            text += f',"prev":"{self.head}"'
+        if self.dropped > self._dropped_before:
+            text += f',"dropped":{self.dropped - self._dropped_before}'
+            self._dropped_before = self.dropped
+        self.records = number = self.records + 1
+        line, self.head = chain.write(
+            self.head,
+            f'"seq":{number},"time":"{self._stamp}",{text}',
+            None if self._key is None else self._key(),
+        )
+        pending.append((self._priorities[kind] + line).encode())
         return True
 
     def release(  # noqa: PLR0917 - the members that each of these records has
@@ -410,11 +427,11 @@ class Audit:
             f'{by}"size":{size},{who.text}'
         )
         if not self._require:
-            if self._keep(text) and not self.in_turn:
+            if self._keep(text, _ORDINARY) and not self.in_turn:
                 self._schedule()
             return
         if self._flush():
-            self._keep(text)
+            self._keep(text, _ORDINARY)
             if self._flush():
                 return
             # It is on its way, in part or whole, and may yet be written: say that it is not true.
@@ -495,11 +512,12 @@ class Audit:
     # --- writing
 
     def _now(self) -> str:
-        seconds, rest = divmod(time.time_ns(), 1_000_000_000)
-        if seconds != self._second:
-            self._second = seconds
-            self._prefix = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
-        return f"{self._prefix}.{rest // 1000:06d}Z"
+        now = time.time_ns()
+        second = now // 1_000_000_000
+        if second != self._second:
+            self._second = second
+            self._prefix = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+        return f"{self._prefix}.{now // 1000 % 1_000_000:06d}Z"
 
     def _schedule(self) -> None:
         if not self._scheduled:
@@ -517,37 +535,23 @@ class Audit:
 
     def _flush(self) -> bool:
         """Write all that waits; False if something is left."""
-        if self._sink is None:
-            self._pending.clear()
+        sink, pending = self._sink, self._pending
+        if sink is None or (self._rest and not self._push(sink)):
+            return sink is None
+        if not pending:
             return True
-        if self._rest and not self._push():
-            return False
-        if not self._pending:
-            return True
-        pending, self._pending = self._pending, []
-        stamp, self._stamp = self._stamp, ""
-        key = None if self._key is None else self._key()
-        lines = []
-        for text, denied in pending:
-            self.records += 1
-            members = f'"seq":{self.records},"time":"{stamp}",{text}'
-            if text.startswith(_FIRST):
-                members += f',"prev":"{self.head}"'
-            if self.dropped > self._dropped_before:
-                members += f',"dropped":{self.dropped - self._dropped_before}'
-                self._dropped_before = self.dropped
-            line, self.head = chain.write(self.head, members, key)
-            lines.append(self._priorities[denied] + line)
-        self._rest = self._batch = "".join(lines).encode()
-        return self._push()
+        self._rest = self._batch = pending[0] if len(pending) == 1 else b"".join(pending)
+        pending.clear()
+        self._stamp = ""
+        return self._push(sink)
 
-    def _push(self) -> bool:
-        assert self._sink is not None
+    def _push(self, sink: Sink) -> bool:
+        rest = self._rest
         try:
-            while self._rest:
-                self._rest = self._rest[self._sink.write(self._rest) :]
+            while rest:
+                rest = rest[sink.write(rest) :]
             self._batch = b""
         except OSError as error:
             self._fault = os.strerror(error.errno or 0)
-            return False
-        return True
+        self._rest = rest
+        return not rest

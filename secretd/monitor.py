@@ -168,6 +168,7 @@ class Monitor:
         self.peer = peer
         self.trusted = peer.trusted
         self.table = daemon.tables[peer.door]
+        self._by_request = self.table.by_request
         self.negotiated = False
         self.pending = PendingFd()
         self.named = NamedFds()
@@ -282,7 +283,7 @@ class Monitor:
         id_text: str | None = None
         try:
             if isinstance(request, Struct):
-                command = self.table.by_request[type(request)]
+                command = self._by_request[type(request)]
                 raw_id, arguments = request.id, request.arguments  # type: ignore[attr-defined]
                 if raw_id is not UNSET:
                     id_text = str(memoryview(raw_id), "ascii")
@@ -292,21 +293,13 @@ class Monitor:
                 return self._malformed(request)
             else:
                 id_text = request.id
-                if not self.negotiated:
-                    _check_negotiation(request.command)
-                found = self.table.by_name.get(request.command)
-                if found is None:
-                    raise CommandNotFound(f"The command {request.command} has not been found")
-                command = found
-                if request.oob and not command.oob:
-                    raise CommandError(f"The command {command.name} does not support OOB")
-                arguments = check(command, request.arguments)
+                command, arguments = self._find(request)
             if not self.trusted:
                 self._check_peer(command)
-            if arguments is UNSET:
-                result = command.function(self)
-            elif command.boxed:
+            if command.boxed:
                 result = command.function(self, arguments)
+            elif arguments is UNSET:
+                result = command.function(self)
             else:
                 result = command.function(self, *astuple(arguments))
             if result is None:
@@ -317,6 +310,17 @@ class Monitor:
             return _success(result, id_text)
         except Exception as error:  # noqa: BLE001 - a reply must never be lost
             return self._failure(error, id_text)
+
+    def _find(self, request: Request) -> tuple[Command, Struct]:
+        """Return the command that the reference parser has read, and its arguments, or raise CommandError."""
+        if not self.negotiated:
+            _check_negotiation(request.command)
+        command = self.table.by_name.get(request.command)
+        if command is None:
+            raise CommandNotFound(f"The command {request.command} has not been found")
+        if request.oob and not command.oob:
+            raise CommandError(f"The command {command.name} does not support OOB")
+        return command, check(command, request.arguments)
 
     def _check_peer(self, command: Command) -> None:
         """What is asked of those who are neither uid 0 nor the daemon's own uid, at each request."""

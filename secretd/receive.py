@@ -34,6 +34,9 @@ LARGE_TAILS_BYTES: Final = 1 << 20
 """Bytes that all unfinished messages above SMALL_TAIL_BYTES may take together. One connection at a time
 may go beyond, so that those that have used it up do not all wait for each other."""
 
+TIGHT_BYTES: Final = LARGE_TAILS_BYTES // 2
+"""Bytes of unfinished messages above which a connection takes less at once, as ROOMY_BYTES says."""
+
 TAILS_BYTES: Final = LARGE_TAILS_BYTES + LARGEST_TAIL_BYTES + (512 << 10)
 """Bytes that all unfinished messages may take together: also 64 to 256 small ones."""
 
@@ -50,12 +53,18 @@ class Holder(Protocol):
 
 
 class ReceiveSpace:
-    """The locked memory that connections receive into, shared by all."""
+    """The locked memory that connections receive into, shared by all.
+
+    ``large`` is the buffer that they share, ``small`` less of it: for one whose messages are all small, and
+    for any while there is little room for what connections leave unread or unfinished: TIGHT_BYTES,
+    ROOMY_BYTES.
+    """
 
     def __init__(self, arena: Arena) -> None:
         self.arena = arena
         self.shared = arena.allocate(RECEIVE_BYTES)
-        self._small = self.shared.view[: SMALL_TAIL_BYTES - 1]
+        self.large = self.shared.view
+        self.small = self.large[: SMALL_TAIL_BYTES - 1]
         self.held = 0  # bytes of connections' own buffers
         self.starved: set[Holder] = set()
         self._beyond: Holder | None = None  # who may go beyond LARGE_TAILS_BYTES
@@ -86,14 +95,6 @@ class ReceiveSpace:
         if self._beyond is owner:
             self._beyond = None
         self.free(buffer, owner)
-
-    def window(self, *, small: bool) -> memoryview:
-        """Return the shared buffer; less of it for a connection whose messages are all ``small``, and while
-        there is little room for what connections leave unread or unfinished.
-        """
-        if small or self.held > LARGE_TAILS_BYTES // 2 or self.arena.spare < ROOMY_BYTES:
-            return self._small
-        return self.shared.view
 
     def free(self, buffer: LockedBuffer, owner: Holder) -> None:
         """Give back a connection's buffer, and let those that wait for room try again."""

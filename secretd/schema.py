@@ -167,9 +167,6 @@ def _is_fast(struct: type[Struct]) -> bool:
     return True
 
 
-_SENSITIVE: dict[type[Struct] | type[UnsetType], tuple[str, ...]] = {}
-
-
 def check(command: Command, arguments: dict[str, JSON], visitor: Visitor = JSON_VISITOR) -> Struct:
     """Return the command's arguments Struct, or raise CommandError in QEMU's words."""
     struct = command.arguments.get("")
@@ -202,7 +199,11 @@ class FastDecoder:
     """
 
     def __init__(self, commands: Iterable[Command]) -> None:
-        requests = tuple(c.request for c in commands if c.request is not None)
+        fast = [command for command in commands if command.request is not None]
+        requests = tuple(command.request for command in fast)
+        structs = {struct for command in fast for struct in command.arguments.values()}
+        self._sensitive: dict[type, str | None] = {struct: _sensitive(struct) for struct in structs}
+        self._sensitive[UnsetType] = None
         self._decode = msgspec.json.Decoder(Union[requests]).decode  # noqa: UP007 - built at run time
         self._encode = msgspec.json.Encoder().encode
         self._shapes: dict[int, re.Pattern[bytes]] = {}
@@ -219,46 +220,47 @@ class FastDecoder:
             id_text = memoryview(request_id)
             if not _FAST_ID.fullmatch(id_text):
                 return None
-            quotes += 2 * (id_text[0] == 0x22)
-            aside += len(id_text)
+            quotes = 2 if id_text[0] == 0x22 else 0
+            aside = len(id_text)
             request.id = _EMPTY
-        kept = []
-        names = _SENSITIVE.get(type(arguments))
-        if names is None:
-            names = _sensitive(type(arguments))
-        for name in names:
-            raw = getattr(arguments, name)
-            if raw is not UNSET:
-                if not _FAST_SENSITIVE.fullmatch(memoryview(raw)):
+        secret: Raw | UnsetType = UNSET
+        name = self._sensitive[type(arguments)]
+        if name is not None:
+            secret = getattr(arguments, name)
+            if secret is not UNSET:
+                text = memoryview(secret)
+                if not _FAST_SENSITIVE.fullmatch(text):
                     return None
                 quotes += 2
-                aside += len(memoryview(raw))
-                kept.append((name, raw))
+                aside += len(text)
                 setattr(arguments, name, _EMPTY)
         encoded = self._encode(request)
-        whole = len(encoded) + aside == len(line) - (line[-1] == 0x0A)
-        if whole and encoded.isascii() and b"\x7f" not in encoded:
-            # Nothing was left out, twice, escaped or spaced: each of these only makes a line longer.
+        # Nothing was left out, twice, escaped or spaced? Each of these only makes a line longer.
+        whole = len(encoded) + aside + 1 == len(line) and line[-1] == 0x0A
+        if (
+            not (whole and encoded.isascii() and b"\x7f" not in encoded)
+            and not self._shape(quotes + encoded.count(b'"')).fullmatch(line)
+        ):  # fmt: skip
+            return None
+        if aside:
             request.id = request_id
-            for name, raw in kept:
-                setattr(arguments, name, raw)
-            return request  # type: ignore[no-any-return]
-        quotes += encoded.count(b'"')
+            if name is not None:
+                setattr(arguments, name, secret)
+        return request  # type: ignore[no-any-return]
+
+    def _shape(self, quotes: int) -> re.Pattern[bytes]:
+        """Return what a line with so many quotes, and nothing that needs thought, looks like."""
         shape = self._shapes.get(quotes)
         if shape is None:
             shape = re.compile(_ORDINARY + rb'(?:"' + _ORDINARY + b"){%d}" % quotes)
             self._shapes[quotes] = shape
-        if not shape.fullmatch(line):
-            return None
-        request.id = request_id
-        for name, raw in kept:
-            setattr(arguments, name, raw)
-        return request  # type: ignore[no-any-return]
+        return shape
 
 
-def _sensitive(struct: type[Struct] | type[UnsetType]) -> tuple[str, ...]:
-    """The names of the members that carry a secret; they are kept in _SENSITIVE."""
-    hints = typing.get_type_hints(struct) if struct is not UnsetType else {}
-    names = tuple(name for name, hint in hints.items() if Raw in alternatives(hint))
-    _SENSITIVE[struct] = names
-    return names
+def _sensitive(struct: type[Struct]) -> str | None:
+    """Return the name of the member that carries a secret; there is one at most."""
+    names = [
+        name for name, hint in typing.get_type_hints(struct).items() if Raw in alternatives(hint)
+    ]
+    assert len(names) < 2, struct
+    return names[0] if names else None

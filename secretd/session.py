@@ -21,7 +21,7 @@ from secretd.memory import LockedBuffer
 from secretd.monitor import Daemon, Monitor, Reply, log_internal, wire_event
 from secretd.peer import Door, Peer
 from secretd.receive import ReceiveSpace
-from secretd.transport import UNFINISHED_SECONDS, Locked, Transport
+from secretd.transport import ALL, UNFINISHED_SECONDS, Locked, Transport
 from secretd.wire import message as wire
 from secretd.wire.message import Malformed, Request
 from secretd.wire.qjson import NeedData
@@ -70,6 +70,7 @@ class Session:
         table = self.monitor.table
         self.max_bytes = table.max_bytes
         self._codec = Connection(table.decode, table.max_bytes)
+        self._next, self._handle = self._codec.next, self.monitor.handle
         self.kept_from = self._codec.kept_from
         self.moved = self._codec.moved
         self.actor: object = self.monitor
@@ -98,11 +99,6 @@ class Session:
         return self.monitor.negotiated
 
     @property
-    def idle(self) -> bool:
-        """True if no message is unfinished."""
-        return self._codec.idle
-
-    @property
     def busy(self) -> bool:
         """True while requests that were read are not answered yet."""
         return self._task is not None
@@ -115,46 +111,65 @@ class Session:
         """
         audit = self._audit
         audit.in_turn = self._consuming = True
+        out, turn_ends = self._out, 0.0
         try:
-            return self._consume(view, position, end)
+            while self._task is None and not self._server.stopping:
+                position, request = self._next(view, position, end)
+                if isinstance(request, NeedData):
+                    return position
+                reply = self._handle(request)
+                if isinstance(reply, bytes):
+                    out.append(reply)
+                    if position == end and isinstance(request, Struct):
+                        return ALL
+                    self._out_size += len(reply)
+                    if self._out_size >= BATCH_BYTES:
+                        self._flush()
+                else:
+                    self._answer(reply)
+                if self.transport.is_closed or self.transport.backlogged:
+                    return position
+                if not turn_ends:
+                    turn_ends = self._turn_end()
+                elif time.monotonic() > turn_ends:
+                    self.transport.pause("turn")
+                    asyncio.get_running_loop().call_soon(self.transport.resume, "turn")
+                    return position
+            if self._task is not None:
+                position = self._consume_meanwhile(view, position, end)
+            return position
         finally:
             audit.end_turn()  # before the replies: what is told was recorded
             self._consuming = False
-            self._flush()
+            if out:
+                self._flush()
 
-    def _consume(self, view: memoryview, position: int, end: int) -> int:
-        codec_next, handle = self._codec.next, self.monitor.handle
+    def _turn_end(self) -> float:
+        """Return until when this connection may send one request after the other."""
+        alone = self._server.announcer.only is self.actor
+        return time.monotonic() + (TURN_SECONDS if alone else SHARED_TURN_SECONDS)
+
+    def _consume_meanwhile(self, view: memoryview, position: int, end: int) -> int:
+        """Where the client has enabled oob, carry out what is and queue the rest, while a request is waited
+        for.
+        """
         transport = self.transport
-        turn_ends = 0.0
+        if not self.monitor.oob:
+            transport.pause("busy")
+            return position
         while not (transport.is_closed or transport.backlogged or self._server.stopping):
-            if self._task is None:
-                start = position
-            elif len(self._queue) == QUEUED_REQUESTS:
+            start = self.kept_from(position)
+            if len(self._queue) == QUEUED_REQUESTS:
                 transport.pause("busy")
                 break
-            else:
-                start = self.kept_from(position)
-            position, request = codec_next(view, position, end)
+            position, request = self._next(view, position, end)
             if isinstance(request, NeedData):
                 break
-            if self._task is not None and not (isinstance(request, Request) and request.oob):
-                if not self._enqueue(request, view[start:position]):
-                    position = start
-                    transport.pause("busy")
-                    break
-                continue
-            self._answer(handle(request))
-            if self._task is not None and not self.monitor.oob:
+            if isinstance(request, Request) and request.oob:
+                self._answer(self._handle(request))
+            elif not self._enqueue(request, view[start:position]):
+                position = start
                 transport.pause("busy")
-                break
-            if position == end and isinstance(request, Struct):
-                break  # nothing is left, and nothing is begun
-            if not turn_ends:
-                alone = self._server.announcer.only is self.actor
-                turn_ends = time.monotonic() + (TURN_SECONDS if alone else SHARED_TURN_SECONDS)
-            elif time.monotonic() > turn_ends:
-                transport.pause("turn")
-                asyncio.get_running_loop().call_soon(transport.resume, "turn")
                 break
         return position
 
@@ -162,9 +177,6 @@ class Session:
         """Send a reply with others soon, or start to wait for it."""
         if isinstance(reply, bytes):
             self._out.append(reply)
-            self._out_size += len(reply)
-            if self._out_size >= BATCH_BYTES:
-                self._flush()
         elif isinstance(reply, Locked):
             self._flush()
             self.transport.send(reply)
@@ -233,7 +245,7 @@ class Session:
     def _flush(self) -> None:
         out = self._out
         if out:
-            data = out.pop() if len(out) == 1 else b"".join(out)
+            data = out[0] if len(out) == 1 else b"".join(out)
             out.clear()
             self._out_size = 0
             self.transport.send(data)

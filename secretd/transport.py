@@ -24,7 +24,9 @@ from secretd.memory import LockedBuffer, wipe
 from secretd.receive import (
     FIRST_TAIL_BYTES,
     LARGEST_TAIL_BYTES,
+    ROOMY_BYTES,
     SMALL_TAIL_BYTES,
+    TIGHT_BYTES,
     ReceiveSpace,
 )
 
@@ -55,6 +57,10 @@ def unread(fd: int) -> bool:
     return fcntl.ioctl(fd, _SIOCINQ, b"\0" * 4) != b"\0" * 4
 
 
+ALL: Final = -1
+"""What `Receiver.consume` returns if nothing of what it was given is needed any more."""
+
+
 class Locked(NamedTuple):
     """Bytes to send that lie in locked memory and are wiped once sent."""
 
@@ -71,15 +77,11 @@ class Receiver(Protocol):
     max_bytes: int
 
     @property
-    def idle(self) -> bool:
-        """True if no message is unfinished."""
-
-    @property
     def busy(self) -> bool:
         """True while something that was read is not answered yet."""
 
     def consume(self, view: memoryview, position: int, end: int) -> int:
-        """Handle what stands from ``position``; return how far it was read."""
+        """Handle what stands from ``position``; return how far it was read, or ALL."""
 
     def kept_from(self, position: int) -> int:
         """Return the first byte still needed where reading got to ``position``."""
@@ -119,6 +121,7 @@ class Transport:
         loop = self._loop = asyncio.get_running_loop()
         self._watch, self._unwatch = readers(loop)
         self._sock = sock
+        self._receive, self._send = sock.recvmsg_into, sock.send
         self._space = space
         self._receiver = receiver
         self._closer = closer
@@ -185,14 +188,16 @@ class Transport:
         self._reading = wanted
 
     def _readable(self) -> None:
-        start = self._fill
-        if self._tail is None:
-            view = free = self._space.window(small=self._small)
-        else:
-            view = self._tail.view
+        tail, space, start = self._tail, self._space, self._fill
+        if tail is not None:
+            view = tail.view
             free = view[start:]
+        elif self._small or space.held > TIGHT_BYTES or space.arena.spare < ROOMY_BYTES:
+            view = free = space.small
+        else:
+            view = free = space.large
         try:
-            count, ancillary, _, _ = self._sock.recvmsg_into((free,), _ANCILLARY_BYTES, _RECEIVE)
+            count, ancillary, _, _ = self._receive((free,), _ANCILLARY_BYTES, _RECEIVE)
         except (BlockingIOError, InterruptedError):
             return
         except OSError:
@@ -204,13 +209,13 @@ class Transport:
                 wipe(view[start : start + count])
                 self.close()
                 return
-        if count == 0:
+        if count:
+            self._advance(view, start + count)
+        else:
             self._ended = True
-            self._finish_if_ended()
             self._update_reading()
-            return
-        self._advance(view, start + count)
-        self._finish_if_ended()
+        if self._ended or self._finishing:
+            self._finish_if_ended()
 
     def finish(self, *, read: bool) -> None:
         """Close the connection as soon as everything is answered that was read, or, with ``read``, that the
@@ -243,13 +248,13 @@ class Transport:
                 wipe(view[:end])
             self.close()
             raise
+        if shared and (position == ALL or self.is_closed):  # as nearly always
+            view[:end] = bytes(end)
+            return
         if self.is_closed:
-            if shared:
-                wipe(view[:end])
             return
-        if shared and position == end and self._receiver.idle:
-            wipe(view[:end])  # as nearly always
-            return
+        if position == ALL:
+            position = end
         kept = self._receiver.kept_from(position)
         rest = end - kept
         if kept and self._timer is not None:
@@ -349,26 +354,25 @@ class Transport:
             self._out.append((data.buffer.view[: data.length], data.buffer))
             self._backlog += data.length
             self._locked_out += 1
-        elif self._out:
-            self._out.append((memoryview(data), None))
-            self._backlog += len(data)
         else:
-            try:
-                sent = self._sock.send(data, _SEND)
-            except (BlockingIOError, InterruptedError):
-                sent = 0
-            except OSError:
-                self.close()
-                return
-            if sent == len(data):
-                return
+            sent, size = 0, len(data)
+            if not self._out:
+                try:
+                    sent = self._send(data, _SEND)
+                except (BlockingIOError, InterruptedError):
+                    pass
+                except OSError:
+                    self.close()
+                    return
+                if sent == size:
+                    return
             self._out.append((memoryview(data)[sent:], None))
-            self._backlog += len(data) - sent
+            self._backlog += size - sent
         self._flush()
 
     def _try(self, data: bytes | memoryview) -> int:
         try:
-            return self._sock.send(data, _SEND)
+            return self._send(data, _SEND)
         except (BlockingIOError, InterruptedError):
             return 0
         except OSError:

@@ -523,7 +523,7 @@ def test_a_failure_while_reading_closes_the_connection_and_wipes(
         raise RuntimeError
 
     (session,) = [s for s in daemon.server.sessions if s.transport._sock.fileno() >= 0][:1]
-    monkeypatch.setattr(session._codec, "next", broken)
+    monkeypatch.setattr(session, "_next", broken)
     clients = (qmp, other)
     ended = [c for c in clients if ask_or_end(c) is None]
     assert len(ended) == 1
@@ -663,7 +663,7 @@ def test_a_failure_in_a_connection_that_closed_itself_touches_no_freed_memory(
         session.transport.close()
         raise RuntimeError
 
-    monkeypatch.setattr(session._codec, "next", broken)
+    monkeypatch.setattr(session, "_next", broken)
     qmp.send(b"more")
     assert qmp.line() == b""
     while not daemon.errors:
@@ -688,7 +688,7 @@ def test_a_failure_behind_a_command_that_waited_ends_that_connection_only(
     def broken(*_args: object) -> None:
         raise RuntimeError
 
-    monkeypatch.setattr(session._codec, "next", broken)
+    monkeypatch.setattr(session, "_next", broken)
     with open(fifo, "wb"):
         pass
     assert qmp.reply() == {"return": {}}

@@ -59,20 +59,21 @@ class Connection(Generic[T]):
         The views inside a request are good until the caller moves or wipes the bytes.
         """
         if self.idle:
-            if position < end and view[position] <= 0x20:
+            first = view[position] if position < end else 0
+            if first <= 0x20:
                 position = _BLANK.match(view, position, end).end()  # type: ignore[union-attr]
-            if position == end:
-                self._declined = 0
-                return position, NEED_DATA
-            if self._declined > position or view[position] != _BRACE:
-                return self._reference(view, position, end)
-            line_end = _LINE.match(view, position, end).end()  # type: ignore[union-attr]
-            request = self._fast(view[position:line_end])
-            if request is not None:
-                if line_end == end:
+                if position == end:
                     self._declined = 0
-                return line_end, request
-            self._declined = line_end
+                    return position, NEED_DATA
+                first = view[position]
+            if first == _BRACE and self._declined <= position:
+                line_end = _LINE.match(view, position, end).end()  # type: ignore[union-attr]
+                request = self._fast(view[position:line_end])
+                if request is not None:
+                    if line_end == end:
+                        self._declined = 0
+                    return line_end, request
+                self._declined = line_end
         return self._reference(view, position, end)
 
     def _reference(
