@@ -43,8 +43,8 @@ Unit = Literal["bytes", "seconds"]
 
 
 class Share:
-    """What each uid holds of one thing. ``words``: what errors call it; ``trusted``: the limit for
-    uid 0 and the daemon's own uid, None for none.
+    """What each uid holds of one thing, ``by_uid``. ``words``: what errors call it; ``trusted``: the limit
+    for uid 0 and the daemon's own uid, None for none.
     """
 
     def __init__(
@@ -62,8 +62,7 @@ class Share:
         self._words = words
         self._trusted_limit = trusted
         self._trusted_uids = (0, os.getuid())
-        self._held: dict[int, int] = {}
-        self.others = 0  # held by all but the trusted
+        self.by_uid: dict[int, int] = {}
 
     def check(self, uid: int, amount: int = 1, besides: int = 0) -> None:
         """Raise LimitReached if a uid, which has ``besides`` more than is counted here, may not have so
@@ -72,7 +71,7 @@ class Share:
         limit = self._trusted_limit if uid in self._trusted_uids else self.limit
         if limit is None:
             return
-        held = self._held.get(uid, 0) + besides
+        held = self.by_uid.get(uid, 0) + besides
         if held + amount > limit:
             raise LimitReached(
                 self.name,
@@ -86,30 +85,42 @@ class Share:
 
     def add(self, uid: int, amount: int = 1) -> None:
         """Count what a uid has already, whatever the limit."""
-        held = self._held
-        held[uid] = held.get(uid, 0) + amount
-        if uid not in self._trusted_uids:
-            self.others += amount
+        self.by_uid[uid] = self.by_uid.get(uid, 0) + amount
 
     def give(self, uid: int, amount: int = 1) -> None:
         """Count what it no longer has."""
-        held = self._held
-        left = held.get(uid, 0) - amount
+        left = self.by_uid.get(uid, 0) - amount
         if left:
-            held[uid] = left
+            self.by_uid[uid] = left
         else:
-            held.pop(uid, None)
-        if uid not in self._trusted_uids:
-            self.others -= amount
+            self.by_uid.pop(uid, None)
 
     def held(self, uid: int) -> int:
         """Return what a uid has."""
-        return self._held.get(uid, 0)
+        return self.by_uid.get(uid, 0)
 
     @property
     def largest(self) -> int:
         """The most that any uid has."""
-        return max(self._held.values(), default=0)
+        return max(self.by_uid.values(), default=0)
+
+
+class Pool(Share):
+    """A Share of what there is only so much of in all; ``others`` is what all but the trusted hold."""
+
+    others = 0
+
+    def add(self, uid: int, amount: int = 1) -> None:
+        """See Share."""
+        super().add(uid, amount)
+        if uid not in self._trusted_uids:
+            self.others += amount
+
+    def give(self, uid: int, amount: int = 1) -> None:
+        """See Share."""
+        super().give(uid, amount)
+        if uid not in self._trusted_uids:
+            self.others -= amount
 
 
 class Stat(NamedTuple):
@@ -127,9 +138,9 @@ class Limits:
     def __init__(self) -> None:
         self._files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         room = max(64, self._files - RESERVED_DESCRIPTORS)
-        self.connections = Share("connections-per-uid", CONNECTIONS_PER_UID, "connections")
+        self.connections = Pool("connections-per-uid", CONNECTIONS_PER_UID, "connections")
         self.requests = Share("requests-per-uid", REQUESTS_PER_UID, "requests in flight")
-        self.descriptors = Share(
+        self.descriptors = Pool(
             "descriptors-per-uid", min(DESCRIPTORS_PER_UID, room // 4), "descriptors open here"
         )
         self.unfinished = Share(
@@ -148,6 +159,27 @@ class Limits:
         )  # fmt: skip
         self._room = room
         self._hits: Counter[str] = Counter()
+
+    def check_object(self, uid: int, size: int) -> None:
+        """Raise LimitReached if a uid may have no further object of so many bytes."""
+        self.objects.check(uid)
+        self.object_bytes.check(uid, size)
+
+    def add_object(self, uid: int, size: int) -> None:
+        """Count an object of a uid and its bytes."""
+        objects, held = self.objects.by_uid, self.object_bytes.by_uid
+        objects[uid] = objects.get(uid, 0) + 1
+        held[uid] = held.get(uid, 0) + size
+
+    def give_object(self, uid: int, size: int) -> None:
+        """Count it no longer."""
+        objects, held = self.objects.by_uid, self.object_bytes.by_uid
+        left = objects[uid] - 1
+        if left:
+            objects[uid] = left
+            held[uid] -= size
+        else:
+            del objects[uid], held[uid]
 
     def check_descriptors(self, waiting: int, more: int = 1) -> None:
         """Raise LimitReached if all others together would have so many that none are left for the trusted.

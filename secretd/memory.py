@@ -100,27 +100,27 @@ def forbid_dumps() -> None:
 
 
 class _Slab:
-    """A window cut into slots of one size."""
+    """A window cut into ``count`` slots of one size, of which ``room`` are free."""
 
-    __slots__ = ("count", "freed", "fresh", "index", "size", "used", "view")
+    __slots__ = ("base", "count", "freed", "fresh", "room", "size", "view", "zeros")
 
-    def __init__(self, index: int, size: int, view: memoryview) -> None:
-        self.index = index
+    def __init__(self, base: int, size: int, view: memoryview) -> None:
+        self.base = base  # where the window begins in the file
         self.size = size
         self.view = view
-        self.count = len(view) // size
-        self.used = 0
-        self.fresh = 0  # slots from here on were never used
-        self.freed: list[int] = []
+        self.zeros = bytes(size)
+        self.count = self.room = len(view) // size
+        self.fresh = 0  # slots that begin here or behind were never used
+        self.freed: list[int] = []  # where those that were begin
 
-    def adopt(self, numbers: set[int]) -> None:
-        """Have just these slots in use, and wipe all others."""
-        self.used = len(numbers)
-        self.fresh = max(numbers) + 1
-        self.freed = [number for number in range(self.fresh) if number not in numbers]
-        for number in self.freed:
-            wipe(self.view[number * self.size : (number + 1) * self.size])
-        wipe(self.view[self.fresh * self.size :])
+    def adopt(self, used: set[int]) -> None:
+        """Have just the slots in use that begin here, and wipe all others."""
+        self.room = self.count - len(used)
+        self.fresh = max(used) + self.size
+        self.freed = [start for start in range(0, self.fresh, self.size) if start not in used]
+        for start in self.freed:
+            self.view[start : start + self.size] = self.zeros
+        wipe(self.view[self.fresh :])
 
 
 class LockedBuffer:
@@ -236,12 +236,12 @@ class Arena:
             if known[0] != slot or offset & (slot - 1):
                 raise StateError("two secrets lie in one place")
             known[1].append(offset)
-        slots: dict[int, tuple[int, set[int]]] = {}  # by window: the slots' size, which are used
+        slots: dict[int, tuple[int, set[int]]] = {}  # the same, in the window
         for index, (slot, offsets) in used_at.items():
-            numbers = {(offset & (window - 1)) // slot for offset in offsets}
-            if len(numbers) != len(offsets):
+            used_slots = {offset & (window - 1) for offset in offsets}
+            if len(used_slots) != len(offsets):
                 raise StateError("two secrets lie in one place")
-            slots[index] = (slot, numbers)
+            slots[index] = (slot, used_slots)
         self._taken = bytearray(windows)
         used = large | dict.fromkeys(slots, 1)
         for index, count in (*large.items(), *((index, 1) for index in slots)):
@@ -257,10 +257,10 @@ class Arena:
         for index, count in used.items():
             self._views[index] = self._map(index, count)
         # Behind the end of each secret, up to that of its slot, nothing but zeros was ever written.
-        for index, (slot, numbers) in slots.items():
-            slab = self._slabs[index] = _Slab(index, slot, self._views[index])
-            slab.adopt(numbers)
-            if slab.used < slab.count:
+        for index, (slot, used_slots) in slots.items():
+            slab = self._slabs[index] = _Slab(index << shift, slot, self._views[index])
+            slab.adopt(used_slots)
+            if slab.room:
                 self._open.setdefault(slot, []).append(slab)
 
     @property
@@ -288,20 +288,19 @@ class Arena:
                 self.held += size
                 return LockedBuffer(self, index << self._shift, self._views[index][:size])
             if slab.freed:
-                start = slab.freed.pop() * slot
+                start = slab.freed.pop()
             else:
-                start = slab.fresh * slot
-                slab.fresh += 1
-            slab.used += 1
-            if slab.used == slab.count:
+                start = slab.fresh
+                slab.fresh = start + slot
+            slab.room -= 1
+            if not slab.room:
                 slabs.pop()
             self.held += size
-            offset = (slab.index << self._shift) + start
-            return LockedBuffer(self, offset, slab.view[start : start + size])
+            return LockedBuffer(self, slab.base + start, slab.view[start : start + size])
 
     def _new_slab(self, slot: int) -> _Slab:
         index = self._allocate_windows(1)
-        slab = self._slabs[index] = _Slab(index, slot, self._views[index])
+        slab = self._slabs[index] = _Slab(index << self._shift, slot, self._views[index])
         self._open.setdefault(slot, []).append(slab)
         return slab
 
@@ -323,13 +322,13 @@ class Arena:
                 wipe(view[:size])
                 self._release_windows(index, len(view) >> self._shift)
                 return
-            start = offset & (self._window - 1)
-            wipe(slab.view[start : start + size])
-            if slab.used == slab.count:
+            start = offset - slab.base
+            slab.view[start : start + slab.size] = slab.zeros
+            if not slab.room:
                 self._open.setdefault(slab.size, []).append(slab)
-            slab.freed.append(start // slab.size)
-            slab.used -= 1
-            if not slab.used:
+            slab.freed.append(start)
+            slab.room += 1
+            if slab.room == slab.count:
                 self._open[slab.size].remove(slab)
                 del self._slabs[index]
                 self._release_windows(index, 1)

@@ -27,7 +27,7 @@ import mmap
 import os
 import struct
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final, NamedTuple, Self
 from zlib import crc32
 
@@ -44,10 +44,9 @@ properties of object types, too."""
 _FILE = struct.Struct("<8sIIQQIIIIQ")
 _RECORD = struct.Struct("<IIBBHIQI")
 _UNCHECKED = struct.Struct("<IIB")  # of a record: what its checksum does not cover, ...
-_CHECKED = struct.Struct("<BHIQI")  # ... and what it covers, before the id
+_CHECKED = "<BHIQI{}s"  # ... and what it covers, with the id and so on, and zeros behind them
 _LENGTH = struct.Struct("<I")
 _END = struct.Struct("<Q")
-_PADDING: Final = bytes(8)
 _WINDOWS_OFFSET: Final = 40
 _END_OFFSET: Final = 48
 _STATE_OFFSET: Final = 8
@@ -55,6 +54,9 @@ _CRC_FROM: Final = 9
 _WRITTEN: Final = 0
 _LIVE: Final = 1
 _GONE: Final = 2
+_PACKS: Final = 64
+"""Sizes of records that are known at a time; in most cases it is one or two."""
+
 _INITIAL_BYTES: Final = 64 << 10
 _COMPACT_BYTES: Final = 256 << 10
 """Bytes of dead records below which compaction is not worth its while."""
@@ -124,6 +126,9 @@ class Journal:
         self.survey = Survey()
         self._dead = 0
         self._end = _FILE.size
+        self._packs: dict[
+            int, Callable[..., bytes]
+        ] = {}  # by the bytes of a record behind its numbers
         if kept is None:
             self._spare = -1
             self._fd = _memfd()
@@ -207,10 +212,13 @@ class Journal:
         """
         if object_id in self._offsets:
             raise ValueError("the id is taken")
-        size, slot = (0, NO_SLOT) if plaintext is None else (plaintext.size, plaintext.offset)
         if self._dead > _COMPACT_BYTES:
             self._compact_if_due()
-        offset = self._append(object_id, type_number, properties, size, slot, uid=uid)
+        if plaintext is None:
+            size, slot = 0, NO_SLOT
+        else:
+            size, slot = plaintext.size, plaintext.offset
+        offset = self._append(object_id, type_number, properties, size, slot, uid)
         self._offsets[object_id] = offset
         if plaintext is not None:
             plaintext.disown()
@@ -223,7 +231,7 @@ class Journal:
         record = self._read(old)
         # Two live records with one slot, for a moment: the later one counts.
         self._offsets[object_id] = self._append(
-            object_id, record.type, properties, record.size, record.slot, uid=record.uid
+            object_id, record.type, properties, record.size, record.slot, record.uid
         )
         self._bury(old)
 
@@ -242,7 +250,7 @@ class Journal:
         self._compact_if_due()
         old = self._offsets[object_id]
         length, _, _, _, _, old_size, old_slot, old_uid = _RECORD.unpack_from(self._map, old)
-        new = self._append(object_id, type_number, properties, size, slot, uid=uid)
+        new = self._append(object_id, type_number, properties, size, slot, uid)
         self._offsets[object_id] = new
         if plaintext is not None:
             plaintext.disown()
@@ -313,35 +321,34 @@ class Journal:
         if self._spare >= 0:
             os.close(self._spare)
 
-    def _append(
+    def _append(  # noqa: PLR0917 - a record's members
         self,
         object_id: str,
         type_number: int,
         properties: dict[str, object],
         size: int,
         slot: int,
-        *,
         uid: int,
     ) -> int:
         encoded_id = object_id.encode()
-        text = _encode(properties) if properties else b""
-        bare = _RECORD.size + len(encoded_id) + len(text)
-        length = (bare + 7) & ~7
-        offset, end = self._end, self._end + length
-        mapping = self._map
+        content = encoded_id + _encode(properties) if properties else encoded_id
+        rest = (_RECORD.size + len(content) + 7 & ~7) - _RECORD.size
+        pack = self._packs.get(rest)
+        if pack is None:
+            if len(self._packs) == _PACKS:
+                self._packs.clear()
+            pack = self._packs[rest] = struct.Struct(_CHECKED.format(rest)).pack
+        checked = pack(type_number, len(encoded_id), size, slot, uid, content)
+        length = _RECORD.size + rest
+        mapping, offset = self._map, self._end
+        end = offset + length
         if end > len(mapping):
             mapping.resize(max(2 * len(mapping), end))
         # Bytes behind the end are zeros, since the file only grows.
-        checked = (
-            _CHECKED.pack(type_number, len(encoded_id), size, slot, uid)
-            + encoded_id
-            + text
-            + _PADDING[: length - bare]
-        )
         mapping[offset:end] = _UNCHECKED.pack(length, crc32(checked), _WRITTEN) + checked
         mapping[offset + _STATE_OFFSET] = _LIVE
-        self._end = end
         _END.pack_into(mapping, _END_OFFSET, end)
+        self._end = end
         return offset
 
     def _bury(self, offset: int) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from secretd import deliver, limits, server
 from secretd.errors import LimitReached
-from secretd.limits import Limits, Share
+from secretd.limits import Limits, Pool
 from tests.conftest import Client, Daemon, connect_as, need_root
 from tests.test_access import allow, grant
 
@@ -47,7 +47,7 @@ def others(daemon: Daemon, qmp: Client) -> Callable[[], None]:
 
 def test_a_share_counts_for_each_uid() -> None:
     """At the limit, one past it, and given back."""
-    share = Share("things", 3, "things")
+    share = Pool("things", 3, "things")
     share.take(A, 2)
     share.take(A)
     with pytest.raises(LimitReached) as caught:

@@ -68,6 +68,7 @@ class ObjectTree:
         self.journal = journal
         self.scratch = scratch
         self.types = types
+        self._kinds = types.of
         self.lifetimes = Lifetimes()
         self.limits = Limits()
         self.pinned: set[str] = set()
@@ -103,13 +104,14 @@ class ObjectTree:
 
         Returns the plaintext's size in bytes, an awaitable of it if the source must be waited for.
         """
-        self.check_new(options.id)
-        kind = self.types.of[type(options)]
+        object_id = options.id
+        self.check_new(object_id)
+        kind = self._kinds[type(options)]
         plaintext = kind.create(self, options, sources)
         if plaintext is None or isinstance(plaintext, LockedBuffer):
-            return self._store(options.id, kind, kind.stored(options), plaintext, sources.uid)
+            return self._store(object_id, kind, kind.stored(options), plaintext, sources.uid)
         # Taken from now on, not only when the coroutine first runs.
-        self._loading.add(options.id)
+        self._loading.add(object_id)
         return self._add_later(options, plaintext, sources.uid)
 
     async def _add_later(
@@ -160,10 +162,8 @@ class ObjectTree:
                 plaintext.free()
             raise
         old_uid, old_size, size = before
-        self.limits.objects.give(old_uid)
-        self.limits.object_bytes.give(old_uid, old_size)
-        self.limits.objects.add(uid)
-        self.limits.object_bytes.add(uid, size)
+        self.limits.give_object(old_uid, old_size)
+        self.limits.add_object(uid, size)
         self.lifetimes.forget(object_id)
         self.deciding.discard(object_id)
         self._changed(object_id, kind, properties)
@@ -235,16 +235,14 @@ class ObjectTree:
                     "objects",
                     f"There are {OBJECTS_IN_ALL} objects, and that is the limit (objects)",
                 )
-            limits.objects.check(uid)
-            limits.object_bytes.check(uid, size + _length(properties) if properties else size)
+            limits.check_object(uid, size + _length(properties) if properties else size)
             bytes_held = self.journal.add(object_id, kind.number, properties, plaintext, uid)
         except BaseException:
             if plaintext is not None:
                 plaintext.free()
             raise
         self._sorted = None
-        limits.objects.add(uid)
-        limits.object_bytes.add(uid, bytes_held)
+        limits.add_object(uid, bytes_held)
         if kind.decides or properties:
             self._changed(object_id, kind, properties)
         if self.on_count is not None:
@@ -268,8 +266,7 @@ class ObjectTree:
         self.withdraw(object_id)
         self._sorted = None
         number, uid, size = self.journal.remove(object_id)
-        self.limits.objects.give(uid)
-        self.limits.object_bytes.give(uid, size)
+        self.limits.give_object(uid, size)
         self.lifetimes.forget(object_id)
         if object_id in self.deciding:
             self.deciding.discard(object_id)

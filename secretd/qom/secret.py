@@ -89,18 +89,24 @@ class Secret(ObjectType):
             )
         if options.data is UNSET:
             raise CommandError("Either 'file' or 'data' must be provided")
-        return _decode(tree, options, memoryview(options.data))
+        quoted = memoryview(options.data)
+        if options.keyid is UNSET and options.format != "base64":
+            return _copy(tree, quoted)
+        return _decode(tree, options, quoted)
 
     def stored(self, options: ObjectOptions) -> dict[str, object]:
         """All that was given but ``data``: the journal is not locked memory."""
         assert isinstance(options, SecretOptions)
-        if options.format is options.keyid is options.iv is options.file is UNSET:
-            return {}  # in most cases
-        return {
-            name: value
-            for name in ("format", "keyid", "iv", "file")
-            if (value := getattr(options, name)) is not UNSET
-        }
+        given: dict[str, object] = {}
+        if options.format is not UNSET:
+            given["format"] = options.format
+        if options.keyid is not UNSET:
+            given["keyid"] = options.keyid
+        if options.iv is not UNSET:
+            given["iv"] = options.iv
+        if options.file is not UNSET:
+            given["file"] = options.file
+        return given
 
     def get(self, record: Record, name: str) -> object:
         """What the client gave; ``data`` is write-only, unlike in QEMU."""
@@ -207,6 +213,11 @@ def _decode(tree: ObjectTree, options: SecretCommonOptions, quoted: memoryview) 
             )
     if options.format == "base64":
         return _limited(crypto.decode_base64(quoted, tree.scratch, tree.journal.arena))
+    return _copy(tree, quoted)
+
+
+def _copy(tree: ObjectTree, quoted: memoryview) -> LockedBuffer:
+    """Return what stands between the quotes, as it is."""
     size = len(quoted) - 2
     if size > SECRET_BYTES:
         raise _too_large(size)
