@@ -5,6 +5,10 @@ Builds what the other modules provide and runs it; the only module that reads th
 daemon. What it says on stderr is for the person who started it, or for the journal.
 """
 
+# isort: off
+from secretd import lean  # noqa: F401 - first: it decides what the imports below bring along
+
+# isort: on
 import argparse
 import asyncio
 import contextlib
