@@ -35,7 +35,7 @@ TICK_BYTES: Final = 512 << 10
 that with many connections requests still get their turn. One event is sent in any case.
 """
 
-TURN_EVENTS: Final = 32
+TURN_EVENTS: Final = 16
 """Events that are sent before requests get their turn."""
 
 COLLECTED_EVENTS: Final = 10_000

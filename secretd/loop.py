@@ -127,6 +127,10 @@ class _Selector(selectors.BaseSelector):
                 if wait <= 0:
                     return ready
 
+    def crowded(self, fd: int) -> bool:
+        """True if asyncio has something to do, or there is something to read from any but one descriptor."""
+        return not self.undisturbed or any(other != fd for other, _ in self._epoll.poll(0, 2))
+
     def _add(self, ready: list[tuple[SelectorKey, int]], fd: int, events: int) -> None:
         """Add what epoll says to what asyncio is told, if it has asked for that."""
         mask = (EVENT_READ if events & ~_OUT else 0) | (EVENT_WRITE if events & ~_IN else 0)
@@ -141,6 +145,7 @@ class Loop(asyncio.SelectorEventLoop):
     def __init__(self) -> None:
         self._waiting = selector = _Selector(self._watcher_failed)
         super().__init__(selector)
+        self.crowded = selector.crowded
         self.watch = selector.watch
         self.unwatch = selector.unwatch
 
@@ -184,3 +189,10 @@ def readers(
     if isinstance(loop, Loop):
         return loop.watch, loop.unwatch
     return loop.add_reader, loop.remove_reader
+
+
+def crowded(loop: asyncio.AbstractEventLoop) -> Callable[[int], bool]:
+    """Return how to find out whether the loop has something else to do than to serve one descriptor; on
+    loops that do not tell, it always has.
+    """
+    return loop.crowded if isinstance(loop, Loop) else lambda _fd: True

@@ -30,9 +30,9 @@ from secretd.wire.qmp import Connection
 TURN_SECONDS: Final = 0.005
 """Seconds after which a connection that sends one request after the other lets the loop go on."""
 
-SHARED_TURN_SECONDS: Final = 0.000_2
-"""The same where there are other connections: about what a request of theirs takes with its way there and
-back, so that they hardly notice.
+LOOK_SECONDS: Final = 0.000_025
+"""Seconds after which it looks whether others wait, and then lets them go on: about what one request
+takes, so that they hardly notice.
 """
 
 QUEUED_REQUESTS: Final = 8
@@ -111,7 +111,7 @@ class Session:
         """
         audit = self._audit
         audit.in_turn = self._consuming = True
-        out, turn_ends = self._out, 0.0
+        out, began, looked = self._out, 0.0, 0.0
         try:
             while self._task is None and not self._server.stopping:
                 position, request = self._next(view, position, end)
@@ -129,12 +129,15 @@ class Session:
                     self._answer(reply)
                 if self.transport.is_closed or self.transport.backlogged:
                     return position
-                if not turn_ends:
-                    turn_ends = self._turn_end()
-                elif time.monotonic() > turn_ends:
-                    self.transport.pause("turn")
-                    asyncio.get_running_loop().call_soon(self.transport.resume, "turn")
-                    return position
+                now = time.monotonic()
+                if not began:
+                    began = looked = now
+                elif now - looked > LOOK_SECONDS:
+                    looked = now
+                    alone = self._server.announcer.only is self.actor
+                    if now - began > TURN_SECONDS or (not alone and self.transport.others_wait()):
+                        self.transport.give_way()
+                        return position
             if self._task is not None:
                 position = self._consume_meanwhile(view, position, end)
             return position
@@ -143,11 +146,6 @@ class Session:
             self._consuming = False
             if out:
                 self._flush()
-
-    def _turn_end(self) -> float:
-        """Return until when this connection may send one request after the other."""
-        alone = self._server.announcer.only is self.actor
-        return time.monotonic() + (TURN_SECONDS if alone else SHARED_TURN_SECONDS)
 
     def _consume_meanwhile(self, view: memoryview, position: int, end: int) -> int:
         """Where the client has enabled oob, carry out what is and queue the rest, while a request is waited

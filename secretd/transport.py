@@ -19,7 +19,7 @@ from typing import Final, NamedTuple, Protocol
 from secretd.errors import LimitReached, LockedMemoryExhausted
 from secretd.fds import SCM_MAX_FD, received
 from secretd.limits import Share
-from secretd.loop import readers
+from secretd.loop import crowded, readers
 from secretd.memory import LockedBuffer, wipe
 from secretd.receive import (
     FIRST_TAIL_BYTES,
@@ -120,6 +120,7 @@ class Transport:
     ) -> None:
         loop = self._loop = asyncio.get_running_loop()
         self._watch, self._unwatch = readers(loop)
+        self._crowded = crowded(loop)
         self._sock = sock
         self._receive, self._send = sock.recvmsg_into, sock.send
         self._space = space
@@ -150,6 +151,15 @@ class Transport:
         """Stop reading and handling until `resume` is called for the same reason."""
         self._paused.add(reason)
         self._update_reading()
+
+    def give_way(self) -> None:
+        """Stop until all others have had their turn."""
+        self.pause("turn")
+        self._loop.call_soon(self.resume, "turn")
+
+    def others_wait(self) -> bool:
+        """True if there is something else to do than to handle what this connection has sent."""
+        return self._crowded(self._sock.fileno())
 
     def resume(self, reason: str) -> None:
         """Take back a `pause`; handle at once what had arrived by then."""

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from secretd import deliver
 from secretd.access import Access
 from secretd.audit import Audit
 from secretd.commands import COMMANDS
@@ -581,9 +582,11 @@ def test_withdrawing_ends_a_running_delivery(
 @pytest.mark.parametrize("how", ["delete", "expire", "revoke"])
 @pytest.mark.parametrize("form", ["raw", "base64"])
 def test_what_was_taken_before_the_end_is_a_prefix_of_the_secret(
-    daemon: Daemon, loaded: Client, how: str, form: str
+    daemon: Daemon, loaded: Client, how: str, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Wherever the delivery is when it is withdrawn: no byte is wrong, and none comes afterwards."""
+    # Nobody holds a write up here, but where all tests run at once a thread may have to wait for a processor.
+    monkeypatch.setattr(deliver, "WRITE_SECONDS", 20.0)
     allow(loaded, "web", "uid:1000")
     clients = [daemon.connect(door="client", uid=1000)]
     if how != "revoke":

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from secretd.loop import Loop, readers
+from secretd.loop import Loop, crowded, readers
 
 
 def run(main: Coroutine[Any, Any, None]) -> None:
@@ -210,5 +210,6 @@ def test_on_any_other_loop_it_is_that_ones_readers() -> None:
     async def main() -> None:
         loop = asyncio.get_running_loop()
         assert readers(loop) == (loop.add_reader, loop.remove_reader)
+        assert crowded(loop)(0)
 
     asyncio.run(main())

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -245,6 +246,7 @@ def test_requests_that_wait_for_their_turn_need_no_more_room(
 ) -> None:
     """What is whole and only waits is no unfinished message, however much of it there is."""
     monkeypatch.setattr(session_module, "TURN_SECONDS", -1.0)
+    monkeypatch.setattr(session_module, "LOOK_SECONDS", -1.0)
     client = starving.connect()
     starving.scratch.starved = "large"
     client.send(b"".join(b'{"execute":"query-name","id":%d}\n' % n for n in range(5000)))
@@ -276,6 +278,43 @@ def test_large_messages_of_many_clients_at_once_all_arrive(daemon: Daemon, qmp: 
     while daemon.call(lambda: daemon.server.space.held):
         pass
     assert daemon.server.space._beyond is None
+
+
+def test_one_that_pipelines_lets_another_that_waits_go_first(
+    daemon: Daemon, qmp: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It looks for that between two requests, and who is there and wants nothing is no reason to stop."""
+    monkeypatch.setattr(session_module, "TURN_SECONDS", 1000.0)
+    other = daemon.connect()
+    handled: list[Session] = []
+    gave_way: list[Session] = []
+    for session in daemon.server.sessions:
+
+        def handle(request: Any, session: Session = session, before: Any = session._handle) -> Any:
+            handled.append(session)
+            return before(request)
+
+        def give_way(session: Session = session, before: Any = session.transport.give_way) -> None:
+            gave_way.append(session)
+            before()
+
+        monkeypatch.setattr(session, "_handle", handle)
+        monkeypatch.setattr(session.transport, "give_way", give_way)
+    many = b'{"execute":"query-name"}' * 2000
+    qmp.send(many)
+    assert [qmp.reply() for _ in range(2000)] == [{"return": {}}] * 2000
+    assert not gave_way
+    handled.clear()
+    go_on = threading.Event()
+    daemon.loop.call_soon_threadsafe(go_on.wait, 20)
+    qmp.send(many)
+    other.send(b'{"execute":"query-name"}')
+    go_on.set()
+    assert other.reply() == {"return": {}}
+    assert [qmp.reply() for _ in range(2000)] == [{"return": {}}] * 2000
+    (first,) = [number for number, session in enumerate(handled) if session is not handled[-1]]
+    assert first < 1000
+    assert 1 <= len(gave_way) < 10  # what wakes the loop counts, too
 
 
 def test_many_that_pipeline_at_once_are_all_answered(
@@ -717,6 +756,7 @@ def test_a_long_series_of_requests_lets_others_go_on(
 ) -> None:
     """One request a turn here; all are answered, in order."""
     monkeypatch.setattr(session_module, "TURN_SECONDS", -1.0)
+    monkeypatch.setattr(session_module, "LOOK_SECONDS", -1.0)
     other = daemon.connect()
     qmp.send(b"".join(b'{"execute":"query-name","id":%d}\n' % n for n in range(2000)))
     assert other.cmd("query-name") == {"return": {}}
@@ -774,6 +814,7 @@ def test_what_was_sent_before_a_stop_is_answered(
 ) -> None:
     """All of it, though it takes many turns; who has nothing to wait for is closed at once."""
     monkeypatch.setattr(session_module, "TURN_SECONDS", -1.0)
+    monkeypatch.setattr(session_module, "LOOK_SECONDS", -1.0)
     idle = daemon.connect()
 
     def send_and_stop() -> None:
