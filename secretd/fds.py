@@ -8,12 +8,12 @@ monitor/fds.c, but belong to one connection. monitor and deliver call this modul
 or receive.
 """
 
-import array
 import errno
 import fcntl
 import os
 import socket
 import stat
+import struct
 import warnings
 from collections.abc import Callable
 from enum import Enum
@@ -28,6 +28,9 @@ SCM_MAX_FD: Final = 253
 DESCRIPTORS_PER_CONNECTION: Final = 64
 """Descriptors one connection may hold by name and in sets together. QEMU has no limit."""
 
+_SOL_SOCKET: Final = socket.SOL_SOCKET
+_SCM_RIGHTS: Final = socket.SCM_RIGHTS
+_INT_BYTES: Final = struct.calcsize("i")
 _SO_DOMAIN: Final = 39
 _F_GET_SEALS: Final = 1034
 _O_PATH: Final = 0o10000000
@@ -233,8 +236,16 @@ class Kind(Enum):
 
 def classify(fd: int) -> Kind:
     """Find out what a borrowed descriptor is, with calls that cannot block."""
-    if fcntl.fcntl(fd, fcntl.F_GETFL) & _O_PATH:
-        return Kind.OTHER
+    return kind_and_flags(fd)[0]
+
+
+def kind_and_flags(fd: int) -> tuple[Kind, int]:
+    """Return the same, and the flags that it was opened with (F_GETFL)."""
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    return Kind.OTHER if flags & _O_PATH else _kind(fd), flags
+
+
+def _kind(fd: int) -> Kind:
     try:
         mode, links = type_and_links(fd)
     except OSError:  # FUSE tells nothing to other users
@@ -273,11 +284,6 @@ def _is_socketpair_end(fd: int) -> bool:
         borrowed.close()
 
 
-def is_writable(fd: int) -> bool:
-    """True if the descriptor was opened for writing."""
-    return fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE in (os.O_WRONLY, os.O_RDWR)
-
-
 def is_readable(fd: int) -> bool:
     """True if the descriptor was opened for reading."""
     flags = fcntl.fcntl(fd, fcntl.F_GETFL)
@@ -291,8 +297,8 @@ def is_sealed(fd: int) -> bool:
 
 def received(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
     """Return the descriptors in what recvmsg(2) gave as ancillary data; the caller owns them."""
-    numbers = array.array("i")
+    numbers: list[int] = []
     for level, kind, data in ancillary:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            numbers.frombytes(data[: len(data) - len(data) % numbers.itemsize])
-    return list(numbers)
+        if level == _SOL_SOCKET and kind == _SCM_RIGHTS:
+            numbers += struct.unpack_from(f"{len(data) // _INT_BYTES}i", data)
+    return numbers

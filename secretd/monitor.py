@@ -245,12 +245,14 @@ class Monitor:
 
     def receive(self, numbers: list[int]) -> None:
         """Take over descriptors that came with a message; raises LimitReached if the peer brings too many."""
+        if self.trusted:
+            self.pending.receive([Fd(number) for number in numbers])
+            return
         fault = None
-        if not self.trusted:
-            try:
-                self._check_descriptors(len(numbers))
-            except LimitReached as error:
-                fault = error
+        try:
+            self._check_descriptors(len(numbers))
+        except LimitReached as error:
+            fault = error
         self._descriptors.add(self.peer.uid, len(numbers))
         self.pending.receive([Fd(number, self._close_received) for number in numbers])
         if fault is not None:
@@ -262,11 +264,9 @@ class Monitor:
         self.daemon.limits.check_descriptors(offload.waiting(), more)
 
     def _close_received(self, fd: int) -> None:
+        """Close what one who is not trusted has passed."""
         self._descriptors.give(self.peer.uid)
-        if self.trusted:
-            os.close(fd)
-        else:
-            self.daemon.offload.close(self.peer.uid, fd)
+        self.daemon.offload.close(self.peer.uid, fd)
 
     def close_connection(self, fd: int) -> None:
         """Close the connection's own descriptor."""

@@ -14,7 +14,7 @@ import stat
 from typing import Final
 
 from secretd.errors import CommandError
-from secretd.fds import Kind, classify, is_sealed, is_writable
+from secretd.fds import Kind, is_sealed, kind_and_flags
 from secretd.statx import type_and_links
 
 _RWF_NOWAIT: Final = 0x8
@@ -85,9 +85,10 @@ class Target:
 
     def close(self) -> None:
         """Release what the target needed besides the descriptor."""
-        own, self._own = self._own, None
-        for fd in own or ():
-            os.close(fd)
+        if self._own is not None:
+            own, self._own = self._own, None
+            for fd in own:
+                os.close(fd)
 
 
 class SocketPair(Target):
@@ -114,12 +115,13 @@ class Memfd(Target):
 
 def open_target(fd: int) -> Target:
     """Return the target that a descriptor is, or raise CommandError. Never waits."""
-    kind = classify(fd)
-    if kind is Kind.PIPE and is_writable(fd):
+    kind, flags = kind_and_flags(fd)
+    writable = flags & os.O_ACCMODE in (os.O_WRONLY, os.O_RDWR)
+    if kind is Kind.PIPE and writable:
         return Target(fd)
     if kind in (Kind.OTHER, Kind.FILE):
         raise CommandError(f"The descriptor is {_name(fd)}; {_TAKES}")
-    if not is_writable(fd):
+    if not writable:
         raise CommandError(f"The descriptor is {kind.value} not open for writing; {_TAKES}")
     if kind is Kind.MEMFD:
         if is_sealed(fd):
