@@ -11,14 +11,19 @@ Rules
 """
 
 import binascii
+import functools
 import os
 import re
-from typing import Final
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
 from secretd.errors import CommandError
 from secretd.memory import Arena, LockedBuffer, wipe_bytearray
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.ciphers import Cipher, modes
 
 KEY_BYTES: Final = 32
 IV_BYTES: Final = 16
@@ -88,6 +93,14 @@ def check_key(key: memoryview) -> None:
         raise CommandError(f"Key should be {KEY_BYTES} bytes in length")
 
 
+@functools.cache
+def _aes_256_cbc() -> "Callable[[memoryview, bytes], Cipher[modes.CBC]]":
+    """Return what makes a cipher of key and IV. Imported when it is first needed: most never do."""
+    from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
+    return lambda key, iv: Cipher(algorithms.AES(key), modes.CBC(iv))
+
+
 def decrypt(
     ciphertext: memoryview, key: memoryview, iv: bytes, scratch_arena: Arena, arena: Arena
 ) -> LockedBuffer:
@@ -95,13 +108,11 @@ def decrypt(
 
     Raises CommandError in the words of qcrypto_secret_decrypt().
     """
-    from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
-
     size = len(ciphertext)
     if size % BLOCK_BYTES:
         raise CommandError(f"Length {size} must be a multiple of block size {BLOCK_BYTES}")
     with scratch_arena.allocate(size + BLOCK_BYTES) as scratch:
-        decryptor = Cipher(algorithms.AES(key), modes.CBC(iv)).decryptor()
+        decryptor = _aes_256_cbc()(key, iv).decryptor()
         decryptor.update_into(ciphertext, scratch.view)
         del decryptor
         padding = scratch.view[size - 1] if size else 0
@@ -124,8 +135,6 @@ def seal(plaintext: memoryview, key: memoryview, arena: Arena) -> tuple[str, str
 
     What QEMU's ``object-add qom-type=secret keyid= iv= format=base64`` takes.
     """
-    from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
-
     iv = os.urandom(IV_BYTES)
     size = len(plaintext)
     padding = BLOCK_BYTES - size % BLOCK_BYTES
@@ -134,7 +143,7 @@ def seal(plaintext: memoryview, key: memoryview, arena: Arena) -> tuple[str, str
     with arena.allocate(padded) as scratch:
         scratch.view[:size] = plaintext
         scratch.view[size:] = bytes([padding]) * padding
-        encryptor = Cipher(algorithms.AES(key), modes.CBC(iv)).encryptor()
+        encryptor = _aes_256_cbc()(key, iv).encryptor()
         encryptor.update_into(scratch.view, ciphertext)
         del encryptor
     data = binascii.b2a_base64(memoryview(ciphertext)[:padded], newline=False)

@@ -43,8 +43,8 @@ Unit = Literal["bytes", "seconds"]
 
 
 class Share:
-    """What each uid holds of one thing, ``by_uid``. ``words``: what errors call it; ``trusted``: the limit
-    for uid 0 and the daemon's own uid, None for none.
+    """What each uid holds of one thing, ``by_uid``. ``words``: what errors call it. There is no limit for
+    uid 0 and the daemon's own uid, the ``trusted``.
     """
 
     def __init__(
@@ -54,28 +54,25 @@ class Share:
         words: str,
         *,
         unit: Unit | None = None,
-        trusted: int | None = None,
     ) -> None:
         self.name = name
         self.limit = limit
         self.unit = unit
         self._words = words
-        self._trusted_limit = trusted
-        self._trusted_uids = (0, os.getuid())
+        self.trusted = (0, os.getuid())
         self.by_uid: dict[int, int] = {}
 
     def check(self, uid: int, amount: int = 1, besides: int = 0) -> None:
         """Raise LimitReached if a uid, which has ``besides`` more than is counted here, may not have so
         much more.
         """
-        limit = self._trusted_limit if uid in self._trusted_uids else self.limit
-        if limit is None:
+        if uid in self.trusted:
             return
         held = self.by_uid.get(uid, 0) + besides
-        if held + amount > limit:
+        if held + amount > self.limit:
             raise LimitReached(
                 self.name,
-                f"uid {uid} has {held} {self._words}, and the limit is {limit} ({self.name})",
+                f"uid {uid} has {held} {self._words}, and the limit is {self.limit} ({self.name})",
             )
 
     def take(self, uid: int, amount: int = 1) -> None:
@@ -113,13 +110,13 @@ class Pool(Share):
     def add(self, uid: int, amount: int = 1) -> None:
         """See Share."""
         super().add(uid, amount)
-        if uid not in self._trusted_uids:
+        if uid not in self.trusted:
             self.others += amount
 
     def give(self, uid: int, amount: int = 1) -> None:
         """See Share."""
         super().give(uid, amount)
-        if uid not in self._trusted_uids:
+        if uid not in self.trusted:
             self.others -= amount
 
 
@@ -157,6 +154,7 @@ class Limits:
             self.connections, self.requests, self.descriptors, self.unfinished, self.objects,
             self.object_bytes,
         )  # fmt: skip
+        self.trusted = self.objects.trusted
         self._room = room
         self._hits: Counter[str] = Counter()
 

@@ -198,6 +198,9 @@ class Arena:
         self._slabs: dict[int, _Slab] = {}  # window -> slab
         self._open: dict[int, list[_Slab]] = {}  # slot size -> slabs with a free slot
         self._spare: dict[int, memoryview] = {}  # mapped windows that nothing uses
+        self._idle: _Slab | None = (
+            None  # the latest slab whose slots are all free, which is kept so
+        )
         try:
             for index in range(self._reserve):
                 self._spare[index] = self._map(index, 1)
@@ -292,6 +295,8 @@ class Arena:
             else:
                 start = slab.fresh
                 slab.fresh = start + slot
+            if slab is self._idle:
+                self._idle = None
             slab.room -= 1
             if not slab.room:
                 slabs.pop()
@@ -329,9 +334,8 @@ class Arena:
             slab.freed.append(start)
             slab.room += 1
             if slab.room == slab.count:
-                self._open[slab.size].remove(slab)
-                del self._slabs[index]
-                self._release_windows(index, 1)
+                # Kept as it is, so that one that comes and goes alone costs no window each time.
+                self._release_idle(slab)
 
     def wipe(self) -> None:
         """Wipe all there is, at the end of a process whose threads may still hold views.
@@ -362,7 +366,22 @@ class Arena:
         if fd >= 0:
             os.close(fd)
 
+    def _release_idle(self, instead: _Slab | None = None) -> None:
+        """Give back the window of the slab that is kept though nothing is in it, and keep another."""
+        slab, self._idle = self._idle, instead
+        if slab is not None:
+            index = slab.base >> self._shift
+            self._open[slab.size].remove(slab)
+            del self._slabs[index]
+            self._release_windows(index, 1)
+        elif len(self._spare) > self._reserve:
+            index, view = self._spare.popitem()
+            self.spare -= self._window
+            self._unmap(index, view)
+
     def _allocate_windows(self, count: int) -> int:
+        if count > 1 or not self._spare:
+            self._release_idle()
         if count == 1 and self._spare:
             index, view = self._spare.popitem()
             self.spare -= self._window
@@ -384,9 +403,9 @@ class Arena:
     def _release_windows(self, index: int, count: int) -> None:
         view = self._views.pop(index)
         self._taken[index : index + count] = bytes(count)
-        # One spare beyond the reserve, so that adding and deleting at a boundary does not map
-        # and unmap every time.
-        if count == 1 and len(self._spare) <= self._reserve:
+        # One beyond the reserve, idle or spare, so that adding and deleting at a boundary does not
+        # map and unmap every time.
+        if count == 1 and len(self._spare) + (self._idle is not None) <= self._reserve:
             self._spare[index] = view
             self.spare += self._window
         else:

@@ -24,6 +24,19 @@ def any_arena(request: pytest.FixtureRequest) -> Iterator[Arena]:
     made.close()
 
 
+def test_one_that_comes_and_goes_alone_costs_no_window_each_time(any_arena: Arena) -> None:
+    """What it lay in is kept for the next one; another size takes its place, not a further window."""
+    any_arena.allocate(100).free()
+    kept, mapped = dict(any_arena._slabs), any_arena.mapped
+    for _ in range(3):
+        any_arena.allocate(100).free()
+    assert any_arena._slabs == kept
+    for size in (1000, 100, 3000):
+        any_arena.allocate(size).free()
+        assert len(any_arena._slabs) == 1
+        assert any_arena.mapped == mapped
+
+
 def test_buffers_of_all_sizes_hold_their_bytes_and_are_zero_when_reused(any_arena: Arena) -> None:
     """No two buffers overlap, and nothing of an earlier owner is left."""
     rng = random.Random(1)
