@@ -241,10 +241,10 @@ class Arena:
             known[1].append(offset)
         slots: dict[int, tuple[int, set[int]]] = {}  # the same, in the window
         for index, (slot, offsets) in used_at.items():
-            used_slots = {offset & (window - 1) for offset in offsets}
-            if len(used_slots) != len(offsets):
+            begins = {offset & (window - 1) for offset in offsets}
+            if len(begins) != len(offsets):
                 raise StateError("two secrets lie in one place")
-            slots[index] = (slot, used_slots)
+            slots[index] = (slot, begins)
         self._taken = bytearray(windows)
         used = large | dict.fromkeys(slots, 1)
         for index, count in (*large.items(), *((index, 1) for index in slots)):
@@ -260,9 +260,9 @@ class Arena:
         for index, count in used.items():
             self._views[index] = self._map(index, count)
         # Behind the end of each secret, up to that of its slot, nothing but zeros was ever written.
-        for index, (slot, used_slots) in slots.items():
+        for index, (slot, begins) in slots.items():
             slab = self._slabs[index] = _Slab(index << shift, slot, self._views[index])
-            slab.adopt(used_slots)
+            slab.adopt(begins)
             if slab.room:
                 self._open.setdefault(slot, []).append(slab)
 

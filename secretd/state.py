@@ -10,23 +10,14 @@ the record, then the record's state byte; removing clears the state byte, then w
 only a dict from id to record offset is kept.
 
 There are two files, so that compaction needs nobody else: it writes what lives into the other one, whose
-magic comes last. Of two files that have it the one of the later generation counts.
-
-Layout (little-endian)
-    file     magic "secretd\0", u32 format, u32 bytes of this header, u64 generation (from 1),
-             u64 inode of the arena's file, u32 bytes of the arena's windows, u32 level,
-             u32 windows of the arena that were ever used, u32 unused, u64 end of the records;
-             then records, then zeros
-    record   u32 length, u32 crc32 of what follows but the state byte, u8 state, u8 type,
-             u16 id length, u32 slot size in bytes, u64 slot offset in the arena's file,
-             u32 uid of who added it, id, properties as a JSON object; padded to 8 bytes
+magic comes last. Of two files that have it the one of the later generation counts. records says how they are
+laid out.
 """
 
 import json
 import mmap
 import os
 import struct
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final, NamedTuple, Self
 from zlib import crc32
@@ -34,37 +25,36 @@ from zlib import crc32
 import msgspec
 
 from secretd.errors import StateError
-from secretd.memory import FILE_BYTES, Arena, Level, LockedBuffer
+from secretd.memory import Arena, LockedBuffer
+from secretd.records import (
+    CHECKED,
+    END,
+    END_OFFSET,
+    FILE,
+    FORMAT,
+    GONE,
+    LENGTH,
+    LEVELS,
+    LIVE,
+    MAGIC,
+    NO_SLOT,
+    RECORD,
+    STATE_OFFSET,
+    UNCHECKED,
+    WINDOWS_OFFSET,
+    WRITTEN,
+    Header,
+    Loaded,
+    Survey,
+    latest,
+)
 
-MAGIC: Final = b"secretd\0"
-FORMAT: Final = 1
-"""The layout's version; a process refuses one it does not know. It changes with the numbers and
-properties of object types, too."""
-
-_FILE = struct.Struct("<8sIIQQIIIIQ")
-_RECORD = struct.Struct("<IIBBHIQI")
-_UNCHECKED = struct.Struct("<IIB")  # of a record: what its checksum does not cover, ...
-_CHECKED = "<BHIQI{}s"  # ... and what it covers, with the id and so on, and zeros behind them
-_LENGTH = struct.Struct("<I")
-_END = struct.Struct("<Q")
-_WINDOWS_OFFSET: Final = 40
-_END_OFFSET: Final = 48
-_STATE_OFFSET: Final = 8
-_CRC_FROM: Final = 9
-_WRITTEN: Final = 0
-_LIVE: Final = 1
-_GONE: Final = 2
 _PACKS: Final = 64
 """Sizes of records that are known at a time; in most cases it is one or two."""
 
 _INITIAL_BYTES: Final = 64 << 10
 _COMPACT_BYTES: Final = 256 << 10
 """Bytes of dead records below which compaction is not worth its while."""
-
-_LEVELS: Final[tuple[Level, ...]] = ("secretmem", "mlock", "none")
-
-NO_SLOT: Final = (1 << 64) - 1
-"""Slot offset of an object without plaintext."""
 
 
 class Record(NamedTuple):
@@ -76,32 +66,6 @@ class Record(NamedTuple):
     slot: int
     properties: dict[str, object]
     uid: int
-
-
-class Survey:
-    """What there is when a journal is opened: ids by their type's number, those that have properties, and
-    how many objects and bytes (plaintext and record) each uid has.
-    """
-
-    def __init__(self) -> None:
-        self.by_type: dict[int, list[str]] = defaultdict(list)
-        self.described: set[str] = set()
-        self.held: dict[int, list[int]] = defaultdict(lambda: [0, 0])
-
-
-class _Header(NamedTuple):
-    """The beginning of a file."""
-
-    magic: bytes
-    format: int
-    size: int
-    generation: int
-    inode: int
-    window: int
-    level: int
-    windows: int
-    unused: int
-    end: int
 
 
 class _Kept(NamedTuple):
@@ -125,7 +89,7 @@ class Journal:
         self.ids = self._offsets.keys()
         self.survey = Survey()
         self._dead = 0
-        self._end = _FILE.size
+        self._end = FILE.size
         self._packs: dict[
             int, Callable[..., bytes]
         ] = {}  # by the bytes of a record behind its numbers
@@ -149,7 +113,7 @@ class Journal:
         Raises StateError or LockedMemoryExhausted; then all is as it was for who else keeps it.
         """
         try:
-            header, fd = _latest(journal_fds)
+            header, fd = latest(journal_fds)
             if header.inode != os.fstat(arena_fd).st_ino:
                 raise StateError("the journal belongs to another arena")
             mapping = mmap.mmap(fd, os.fstat(fd).st_size)
@@ -161,7 +125,7 @@ class Journal:
         spare = others.pop() if others else -1
         for other in others:
             os.close(other)
-        arena = Arena(_LEVELS[header.level], window=header.window, fd=arena_fd)
+        arena = Arena(LEVELS[header.level], window=header.window, fd=arena_fd)
         journal = cls(arena, _Kept(fd, spare, mapping))
         # Compaction would go on in a file that nobody else keeps.
         journal.fixed = spare < 0
@@ -249,7 +213,7 @@ class Journal:
         size, slot = (0, NO_SLOT) if plaintext is None else (plaintext.size, plaintext.offset)
         self._compact_if_due()
         old = self._offsets[object_id]
-        length, _, _, _, _, old_size, old_slot, old_uid = _RECORD.unpack_from(self._map, old)
+        length, _, _, _, _, old_size, old_slot, old_uid = RECORD.unpack_from(self._map, old)
         new = self._append(object_id, type_number, properties, size, slot, uid)
         self._offsets[object_id] = new
         if plaintext is not None:
@@ -264,8 +228,8 @@ class Journal:
         its size in bytes: plaintext and record.
         """
         offset = self._offsets.pop(object_id)
-        length, _, _, kind, _, size, slot, uid = _RECORD.unpack_from(self._map, offset)
-        self._map[offset + _STATE_OFFSET] = _GONE
+        length, _, _, kind, _, size, slot, uid = RECORD.unpack_from(self._map, offset)
+        self._map[offset + STATE_OFFSET] = GONE
         self._dead += length
         if slot != NO_SLOT:
             self.arena.free(slot, size)
@@ -281,12 +245,12 @@ class Journal:
         offset = self._offsets.get(object_id)
         if offset is None:
             return None
-        fields = _RECORD.unpack_from(self._map, offset)
+        fields = RECORD.unpack_from(self._map, offset)
         return fields[3], fields[5]
 
     def owner(self, object_id: str) -> tuple[int, int]:
         """Return the uid that added an object that there is, and its size in bytes: plaintext and record."""
-        fields = _RECORD.unpack_from(self._map, self._offsets[object_id])
+        fields = RECORD.unpack_from(self._map, self._offsets[object_id])
         return fields[7], fields[5] + fields[0]
 
     def content(self, object_id: str) -> tuple[int, int, int] | None:
@@ -296,12 +260,12 @@ class Journal:
         offset = self._offsets.get(object_id)
         if offset is None:
             return None
-        _, _, _, kind, _, size, slot, _ = _RECORD.unpack_from(self._map, offset)
+        _, _, _, kind, _, size, slot, _ = RECORD.unpack_from(self._map, offset)
         return kind, size, slot
 
     def plaintext(self, object_id: str) -> memoryview:
         """Return the plaintext in locked memory, borrowed until the object is removed."""
-        fields = _RECORD.unpack_from(self._map, self._offsets[object_id])
+        fields = RECORD.unpack_from(self._map, self._offsets[object_id])
         return self.arena.view(fields[6], fields[5])
 
     def close(self) -> None:
@@ -332,32 +296,32 @@ class Journal:
     ) -> int:
         encoded_id = object_id.encode()
         content = encoded_id + _encode(properties) if properties else encoded_id
-        rest = (_RECORD.size + len(content) + 7 & ~7) - _RECORD.size
+        rest = (RECORD.size + len(content) + 7 & ~7) - RECORD.size
         pack = self._packs.get(rest)
         if pack is None:
             if len(self._packs) == _PACKS:
                 self._packs.clear()
-            pack = self._packs[rest] = struct.Struct(_CHECKED.format(rest)).pack
+            pack = self._packs[rest] = struct.Struct(CHECKED.format(rest)).pack
         checked = pack(type_number, len(encoded_id), size, slot, uid, content)
-        length = _RECORD.size + rest
+        length = RECORD.size + rest
         mapping, offset = self._map, self._end
         end = offset + length
         if end > len(mapping):
             mapping.resize(max(2 * len(mapping), end))
         # Bytes behind the end are zeros, since the file only grows.
-        mapping[offset:end] = _UNCHECKED.pack(length, crc32(checked), _WRITTEN) + checked
-        mapping[offset + _STATE_OFFSET] = _LIVE
-        _END.pack_into(mapping, _END_OFFSET, end)
+        mapping[offset:end] = UNCHECKED.pack(length, crc32(checked), WRITTEN) + checked
+        mapping[offset + STATE_OFFSET] = LIVE
+        END.pack_into(mapping, END_OFFSET, end)
         self._end = end
         return offset
 
     def _bury(self, offset: int) -> None:
-        self._map[offset + _STATE_OFFSET] = _GONE
-        self._dead += _LENGTH.unpack_from(self._map, offset)[0]
+        self._map[offset + STATE_OFFSET] = GONE
+        self._dead += LENGTH.unpack_from(self._map, offset)[0]
 
     def _read(self, offset: int) -> Record:
-        length, _, _, kind, id_length, size, slot, uid = _RECORD.unpack_from(self._map, offset)
-        start = offset + _RECORD.size
+        length, _, _, kind, id_length, size, slot, uid = RECORD.unpack_from(self._map, offset)
+        start = offset + RECORD.size
         object_id = self._map[start : start + id_length].decode()
         text = self._map[start + id_length : offset + length].rstrip(b"\0")
         return Record(object_id, kind, size, slot, _decode(text) if text else {}, uid)
@@ -370,23 +334,23 @@ class Journal:
         os.ftruncate(fd, size)
         mapping = mmap.mmap(fd, size)
         arena = self.arena
-        mapping[: _FILE.size] = _FILE.pack(
+        mapping[: FILE.size] = FILE.pack(
             b"",
             FORMAT,
-            _FILE.size,
+            FILE.size,
             generation,
             os.fstat(arena.fileno()).st_ino,
             arena.window,
-            _LEVELS.index(arena.level),
+            LEVELS.index(arena.level),
             windows,
             0,
-            _FILE.size,
+            FILE.size,
         )
         return mapping
 
     def _note_windows(self, count: int) -> None:
         """So many windows of the arena will have been used: the next process wipes what is unused of them."""
-        struct.pack_into("<I", self._map, _WINDOWS_OFFSET, count)
+        struct.pack_into("<I", self._map, WINDOWS_OFFSET, count)
 
     def _compact_if_due(self) -> None:
         """Where most is dead, copy what lives into the other file and go on with that one.
@@ -396,7 +360,7 @@ class Journal:
         if self._dead <= max(_COMPACT_BYTES, self._end // 2) or self.fixed:
             return
         fd = self.filenos()[1]
-        header = _Header(*_FILE.unpack_from(self._map))
+        header = Header(*FILE.unpack_from(self._map))
         fresh = self._begin(
             fd,
             max(_INITIAL_BYTES, 2 * (self._end - self._dead)),
@@ -404,13 +368,13 @@ class Journal:
             header.windows,
         )
         offsets = {}
-        end = _FILE.size
+        end = FILE.size
         for object_id, offset in self._offsets.items():
             length = struct.unpack_from("<I", self._map, offset)[0]
             fresh[end : end + length] = self._map[offset : offset + length]
             offsets[object_id] = end
             end += length
-        struct.pack_into("<Q", fresh, _END_OFFSET, end)
+        struct.pack_into("<Q", fresh, END_OFFSET, end)
         fresh[: len(MAGIC)] = MAGIC
         self._map.close()
         self._fd, self._spare, self._map = fd, self._fd, fresh
@@ -423,90 +387,19 @@ class Journal:
         each plaintext. Raises StateError.
         """
         data = self._map[:]
-        offsets, survey = self._offsets, self.survey
-        described, held = survey.described, survey.held
-        buffers: list[tuple[int, int]] = []
-        offset, unpack, head, size_of_all = _FILE.size, _RECORD.unpack_from, _RECORD.size, len(data)
-        last_kind = last_uid = -1
-        while offset + head <= size_of_all:
-            length, crc, state, kind, id_length, size, slot, uid = unpack(data, offset)
-            behind = offset + length
-            if length < head or behind > size_of_all:
-                break
-            if state == _LIVE:
-                if crc32(data[offset + _CRC_FROM : behind]) != crc:
-                    raise StateError("a record's checksum is wrong")
-                id_end = offset + head + id_length
-                object_id = data[offset + head : id_end].decode()
-                if object_id in offsets:
-                    self._supersede(object_id, buffers)
-                offsets[object_id] = offset
-                if slot != NO_SLOT:
-                    buffers.append((slot, size))
-                if kind != last_kind:
-                    last_kind, ids = kind, survey.by_type[kind]
-                ids.append(object_id)
-                if id_end < behind and data[id_end]:
-                    described.add(object_id)
-                if uid != last_uid:
-                    last_uid, sizes = uid, held[uid]
-                sizes[0] += 1
-                sizes[1] += size + length
-            elif state == _GONE:
-                self._dead += length
-            else:
-                break  # begun and not finished; or the end
-            offset = behind
-        if offset < end:
+        found = Loaded(self._offsets)
+        found.read(data)
+        if found.end < end:
             raise StateError("the records end too early")
-        self._end = offset
-        struct.pack_into("<Q", self._map, _END_OFFSET, offset)
-        if data.count(b"\0", offset) != len(data) - offset:
-            self._map[offset:] = bytes(len(data) - offset)
-        return buffers
-
-    def _supersede(self, object_id: str, buffers: list[tuple[int, int]]) -> None:
-        """The process ended while it put a record in the place of another, which is no longer valid."""
-        old = self._offsets[object_id]
-        length, _, _, kind, _, size, slot, uid = _RECORD.unpack_from(self._map, old)
-        self._bury(old)
-        if slot != NO_SLOT:
-            buffers.remove((slot, size))
-        self.survey.by_type[kind].remove(object_id)
-        self.survey.described.discard(object_id)
-        sizes = self.survey.held[uid]
-        sizes[0] -= 1
-        sizes[1] -= size + length
-
-
-def _latest(fds: Sequence[int]) -> tuple[_Header, int]:
-    """Return the header and descriptor of the file that counts, or raise StateError."""
-    found = []
-    for fd in fds:
-        data = os.pread(fd, _FILE.size, 0)
-        if data[: len(MAGIC)] == MAGIC and len(data) == _FILE.size:
-            known = struct.unpack_from("<I", data, len(MAGIC))[0]
-            if known != FORMAT:
-                raise StateError(f"the journal has format {known}, not {FORMAT}")
-            header = _Header(*_FILE.unpack(data))
-            _check(header, os.fstat(fd).st_size)
-            found.append((header.generation, header, fd))
-    if not found:
-        raise StateError("there is no journal")
-    return max(found)[1:]
-
-
-def _check(header: _Header, size: int) -> None:
-    """Raise StateError for a header that no process has written, in a file of so many bytes."""
-    window = header.window
-    if (
-        header.level >= len(_LEVELS)
-        or window & (window - 1)
-        or window < mmap.PAGESIZE
-        or header.windows * window > FILE_BYTES
-        or not _FILE.size <= header.end <= size
-    ):
-        raise StateError("the journal's header is damaged")
+        for old in found.superseded:
+            self._map[old + STATE_OFFSET] = GONE
+        self.survey = found.survey
+        self._dead = found.dead
+        self._end = found.end
+        END.pack_into(self._map, END_OFFSET, found.end)
+        if data.count(b"\0", found.end) != len(data) - found.end:
+            self._map[found.end :] = bytes(len(data) - found.end)
+        return found.buffers
 
 
 def _memfd() -> int:

@@ -18,7 +18,7 @@ from typing import Any, Final
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from secretd import keyval, memory, state
+from secretd import keyval, memory, records
 from secretd.commands import COMMANDS
 from secretd.errors import LockedMemoryExhausted, StateError, UsageError
 from secretd.memory import Arena
@@ -143,7 +143,7 @@ def journal_file() -> bytes:
         journal.add("rule", 5, {"identity": "uid:1"}, None, 0)
         journal.set_properties("s1", {"format": "base64"})
         journal.remove("s2")
-        return os.pread(journal.filenos()[0], state._FILE.size + 600, 0)
+        return os.pread(journal.filenos()[0], records.FILE.size + 600, 0)
     finally:
         journal.close()
         journal.arena.close()

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from secretd import memory, state
+from secretd import memory, records, state
 from secretd.errors import LockedMemoryExhausted, StateError
 from secretd.memory import Arena, Level
 from secretd.state import Journal
@@ -66,7 +66,7 @@ def content(journal: Journal) -> dict[str, tuple[bytes, dict[str, object]]]:
     for object_id in journal:
         record = journal.get(object_id)
         assert record is not None
-        plain = b"" if record.slot == state.NO_SLOT else bytes(journal.plaintext(object_id))
+        plain = b"" if record.slot == records.NO_SLOT else bytes(journal.plaintext(object_id))
         found[object_id] = (plain, record.properties)
     return found
 
@@ -77,7 +77,7 @@ def check_unused_is_wiped(journal: Journal) -> None:
     for object_id in journal:
         record = journal.get(object_id)
         assert record is not None
-        if record.slot != state.NO_SLOT:
+        if record.slot != records.NO_SLOT:
             data[record.slot : record.slot + record.size] = bytes(record.size)
     assert not any(data)
 

@@ -24,7 +24,8 @@ from secretd.qom.typeinfo import (
     Types,
     as_listed,
 )
-from secretd.state import Journal, Survey
+from secretd.records import Survey
+from secretd.state import Journal
 from secretd.wire.order import GHashTable
 from secretd.wire.parser import JSON
 
