@@ -6,7 +6,7 @@ daemon. What it says on stderr is for the person who started it, or for the jour
 """
 
 # isort: off
-from secretd import lean  # noqa: F401 - first: it decides what the imports below bring along
+from secretd import lean  # first: it decides what the imports below bring along
 
 # isort: on
 import argparse
@@ -39,6 +39,8 @@ from secretd.service import Inherited, Reports, Store
 from secretd.state import Journal
 from secretd.systemd import JournalFormatter, Manager, journal_on_stderr
 
+lean.imported()
+
 log = logging.getLogger("secretd")
 
 _EPILOG = """\
@@ -68,7 +70,7 @@ def main() -> int:
         JournalFormatter() if journal_on_stderr() else logging.Formatter("secretd: %(message)s")
     )
     logging.basicConfig(level=logging.INFO, handlers=[handler])
-    # What is restored is many objects, none of them in a cycle.
+    gc.disable()  # what is made until it is ready stays, and is in no cycle
     gc.set_threshold(GARBAGE_OBJECTS, *gc.get_threshold()[1:])
     try:
         argv.hide_data()
@@ -77,6 +79,8 @@ def main() -> int:
     except (SecretdError, OSError) as error:
         log.error("%s", error)
         return 1
+    finally:
+        gc.enable()
 
 
 def _parser() -> QuietParser:
@@ -240,7 +244,8 @@ class _Process:
             for sock, name in service.adopt(self._found.connections):
                 server.credentials.refuse(sock, name)
             _say_ready(tree, listeners, self._before)
-            gc.freeze()  # what was made by now stays
+            gc.freeze()
+            gc.enable()
             if reports is not None:
                 reports.start()
 
