@@ -35,7 +35,7 @@ TICK_BYTES: Final = 512 << 10
 that with many connections requests still get their turn. One event is sent in any case.
 """
 
-TURN_EVENTS: Final = 16
+TURN_EVENTS: Final = 8
 """Events that are sent before requests get their turn."""
 
 COLLECTED_EVENTS: Final = 10_000
@@ -44,7 +44,7 @@ COLLECTED_EVENTS: Final = 10_000
 LOST_SECONDS: Final = 1.0
 """Seconds between two tellings of how many of these were lost, while they go on."""
 
-THROTTLED: Final = ("SECRET_READ", "SECRET_DENIED")
+THROTTLED: Final = frozenset({"SECRET_READ", "SECRET_DENIED"})
 
 
 class Listener(Protocol):
@@ -223,12 +223,12 @@ class Announcer:
         return lost
 
     def _send(self, taken: list[tuple[int, Happened]]) -> None:
-        collected = self._latest(taken)
-        if not collected:
+        if not taken:
             return
+        special = not THROTTLED.isdisjoint([happened.name for _, happened in taken])
+        collected = self._latest(taken) if special else taken
         lost = self._lost()
-        together = b"".join(happened.full for _, happened in collected)
-        special = any(happened.name in THROTTLED for _, happened in collected)
+        together = b"".join([happened.full for _, happened in collected])
         actors = {happened.by for _, happened in collected}
         first = collected[0][0]
         visible: dict[frozenset[str], list[tuple[int, Happened]]] = {}
