@@ -390,24 +390,18 @@ class Audit:
     def _keep(self, text: str, kind: int) -> bool:
         """Number a record and link it to the one before; False if there is no room for it."""
         pending = self._pending
-        if self._sink is None:
+        if self._sink is None or len(pending) >= AUDIT_BACKLOG:
+            self.dropped += self._sink is not None
             return False
-        if len(pending) >= AUDIT_BACKLOG:
-            self.dropped += 1
-            return False
-        if not self._stamp:
-            self._stamp = self._now()
         if kind == _FIRST:
             text += f',"prev":"{self.head}"'
         if self.dropped > self._dropped_before:
             text += f',"dropped":{self.dropped - self._dropped_before}'
             self._dropped_before = self.dropped
         self.records = number = self.records + 1
-        line, self.head = chain.write(
-            self.head,
-            f'"seq":{number},"time":"{self._stamp}",{text}',
-            None if self._key is None else self._key(),
-        )
+        stamp = self._stamp or self._now()
+        key = None if self._key is None else self._key()
+        line, self.head = chain.write(self.head, f'"seq":{number},"time":"{stamp}",{text}', key)
         pending.append((self._priorities[kind] + line).encode())
         return True
 
@@ -517,7 +511,8 @@ class Audit:
         if second != self._second:
             self._second = second
             self._prefix = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
-        return f"{self._prefix}.{now // 1000 % 1_000_000:06d}Z"
+        self._stamp = stamp = f"{self._prefix}.{now // 1000 % 1_000_000:06d}Z"
+        return stamp
 
     def _schedule(self) -> None:
         if not self._scheduled:
@@ -540,10 +535,17 @@ class Audit:
             return sink is None
         if not pending:
             return True
-        self._rest = self._batch = pending[0] if len(pending) == 1 else b"".join(pending)
+        data = pending[0] if len(pending) == 1 else b"".join(pending)
         pending.clear()
         self._stamp = ""
-        return self._push(sink)
+        try:
+            written = sink.write(data)
+        except OSError as error:
+            written, self._fault = 0, os.strerror(error.errno or 0)
+        if written == len(data):
+            return True
+        self._rest, self._batch = data[written:], data
+        return written > 0 and self._push(sink)
 
     def _push(self, sink: Sink) -> bool:
         rest = self._rest

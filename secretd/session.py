@@ -78,7 +78,6 @@ class Session:
         self.since = 0
         self.throttle: Throttle | None = None
         self._out: list[bytes] = []
-        self._out_size = 0
         self._consuming = False
         self._lost = 0
         self._task: asyncio.Task[None] | None = None
@@ -111,7 +110,7 @@ class Session:
         """
         audit = self._audit
         audit.in_turn = self._consuming = True
-        out, began, looked = self._out, 0.0, 0.0
+        out, size, began, looked = self._out, 0, 0.0, 0.0
         try:
             while self._task is None and not self._server.stopping:
                 position, request = self._next(view, position, end)
@@ -122,8 +121,9 @@ class Session:
                     out.append(reply)
                     if position == end and isinstance(request, Struct):
                         return ALL
-                    self._out_size += len(reply)
-                    if self._out_size >= BATCH_BYTES:
+                    size += len(reply)
+                    if size >= BATCH_BYTES:
+                        size = 0
                         self._flush()
                 else:
                     self._answer(reply)
@@ -144,7 +144,9 @@ class Session:
         finally:
             audit.end_turn()  # before the replies: what is told was recorded
             self._consuming = False
-            if out:
+            if len(out) == 1:
+                self.transport.send(out.pop())
+            elif out:
                 self._flush()
 
     def _consume_meanwhile(self, view: memoryview, position: int, end: int) -> int:
@@ -243,9 +245,8 @@ class Session:
     def _flush(self) -> None:
         out = self._out
         if out:
-            data = out[0] if len(out) == 1 else b"".join(out)
+            data = b"".join(out)
             out.clear()
-            self._out_size = 0
             self.transport.send(data)
 
     def send_events(self, events: bytes, count: int) -> None:
