@@ -24,7 +24,7 @@ T = TypeVar("T")
 MAX_ID_BYTES: Final = 16 << 10
 """Bytes of a command's id, as it is echoed. QEMU: no limit."""
 
-_LINE: Final = re.compile(rb"[^\n]*\n?")
+_NEWLINE: Final = re.compile(rb"\n")
 _BLANK: Final = re.compile(rb"[ \t\r\n]*")
 _BRACE: Final = 0x7B
 
@@ -67,7 +67,8 @@ class Connection(Generic[T]):
                     return position, NEED_DATA
                 first = view[position]
             if first == _BRACE and self._declined <= position:
-                line_end = _LINE.match(view, position, end).end()  # type: ignore[union-attr]
+                newline = _NEWLINE.search(view, position, end)
+                line_end = end if newline is None else newline.end()
                 request = self._fast(view[position:line_end])
                 if request is not None:
                     if line_end == end:
