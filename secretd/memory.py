@@ -224,10 +224,12 @@ class Arena:
         ] = {}  # by window: the slots' size, where they begin
         large: dict[int, int] = {}  # by first window: how many
         window, shift = self._window, self._shift
+        held, last, slot = 0, -1, 0
         for offset, size in buffers:
-            slot = SMALLEST_SLOT if size <= SMALLEST_SLOT else 1 << (size - 1).bit_length()
+            if size != last:  # mostly it is the same
+                last, slot = size, max(SMALLEST_SLOT, 1 << (size - 1).bit_length())
             index = offset >> shift
-            self.held += size
+            held += size
             if slot >= window:
                 if offset & (window - 1) or index in large:
                     raise StateError("two secrets lie in one place")
@@ -239,6 +241,7 @@ class Arena:
             if known[0] != slot or offset & (slot - 1):
                 raise StateError("two secrets lie in one place")
             known[1].append(offset)
+        self.held = held
         slots: dict[int, tuple[int, set[int]]] = {}  # the same, in the window
         for index, (slot, offsets) in used_at.items():
             begins = {offset & (window - 1) for offset in offsets}
