@@ -10,7 +10,6 @@ calls `imported` after.
 import gc
 import sys
 
-_collecting = gc.isenabled()
 gc.disable()
 
 _UNUSED = ("ssl", "typing_extensions")
@@ -29,5 +28,4 @@ finally:
 
 def imported() -> None:
     """Everything is imported: garbage is looked for again."""
-    if _collecting:
-        gc.enable()
+    gc.enable()

@@ -140,6 +140,12 @@ class Loaded:
 
     def read(self, data: bytes) -> None:
         """Read all that is whole. Raises StateError where it is not what somebody wrote."""
+        try:
+            self._read(data)
+        except UnicodeDecodeError:
+            raise _damaged() from None
+
+    def _read(self, data: bytes) -> None:
         singles = 0.0
         while True:
             begun = self.end
@@ -173,6 +179,8 @@ class Loaded:
         if crc32(data[offset + UNCHECKED.size : behind]) != crc:
             raise StateError("a record's checksum is wrong")
         id_end = offset + RECORD.size + id_length
+        if id_end > behind:
+            raise _damaged()
         object_id = data[offset + RECORD.size : id_end].decode()
         if object_id in self.offsets:
             self._supersede(data, object_id)
@@ -222,6 +230,8 @@ class Loaded:
         if tuple(map(crc32, bodies)) != crcs:
             raise StateError("a record's checksum is wrong")
         kinds, id_lengths, sizes, slots, uids, rests = zip(*map(unpack, bodies), strict=True)
+        if max(id_lengths) > len(rests[0]):
+            raise _damaged()
         ids = [rest[:size].decode() for rest, size in zip(rests, id_lengths, strict=True)]
         if kinds.count(kinds[0]) < count or uids.count(uids[0]) < count or NO_SLOT in slots:
             return 0
@@ -239,6 +249,10 @@ class Loaded:
         held[0] += count
         held[1] += sum(sizes) + count * length
         return count
+
+
+def _damaged() -> StateError:
+    return StateError("a record's id is damaged")
 
 
 @lru_cache(_SHAPES)

@@ -78,6 +78,8 @@ class Session:
         self.since = 0
         self.throttle: Throttle | None = None
         self._out: list[bytes] = []
+        self._out_size = 0
+        self._began = self._looked = 0.0
         self._consuming = False
         self._lost = 0
         self._task: asyncio.Task[None] | None = None
@@ -110,44 +112,43 @@ class Session:
         """
         audit = self._audit
         audit.in_turn = self._consuming = True
-        out, size, began, looked = self._out, 0, 0.0, 0.0
+        out, self._began = self._out, 0.0
         try:
             while self._task is None and not self._server.stopping:
                 position, request = self._next(view, position, end)
                 if isinstance(request, NeedData):
                     return position
                 reply = self._handle(request)
-                if isinstance(reply, bytes):
+                if position == end and isinstance(reply, bytes) and isinstance(request, Struct):
                     out.append(reply)
-                    if position == end and isinstance(request, Struct):
-                        return ALL
-                    size += len(reply)
-                    if size >= BATCH_BYTES:
-                        size = 0
-                        self._flush()
-                else:
-                    self._answer(reply)
-                if self.transport.is_closed or self.transport.backlogged:
+                    return ALL
+                self._answer(reply)
+                if self.transport.is_closed or self.transport.backlogged or self._is_over():
                     return position
-                now = time.monotonic()
-                if not began:
-                    began = looked = now
-                elif now - looked > LOOK_SECONDS:
-                    looked = now
-                    alone = self._server.announcer.only is self.actor
-                    if now - began > TURN_SECONDS or (not alone and self.transport.others_wait()):
-                        self.transport.give_way()
-                        return position
             if self._task is not None:
                 position = self._consume_meanwhile(view, position, end)
             return position
         finally:
-            audit.end_turn()  # before the replies: what is told was recorded
+            audit.end_turn()  # before the replies
             self._consuming = False
             if len(out) == 1:
+                self._out_size = 0
                 self.transport.send(out.pop())
             elif out:
                 self._flush()
+
+    def _is_over(self) -> bool:
+        """True if this connection's turn is over, since it has lasted long or others wait."""
+        now = time.monotonic()
+        if not self._began:
+            self._began = self._looked = now
+        elif now - self._looked > LOOK_SECONDS:
+            self._looked = now
+            alone = self._server.announcer.only is self.actor
+            if now - self._began > TURN_SECONDS or (not alone and self.transport.others_wait()):
+                self.transport.give_way()
+                return True
+        return False
 
     def _consume_meanwhile(self, view: memoryview, position: int, end: int) -> int:
         """Where the client has enabled oob, carry out what is and queue the rest, while a request is waited
@@ -167,6 +168,8 @@ class Session:
                 break
             if isinstance(request, Request) and request.oob:
                 self._answer(self._handle(request))
+                if self._is_over():
+                    break
             elif not self._enqueue(request, view[start:position]):
                 position = start
                 transport.pause("busy")
@@ -177,6 +180,9 @@ class Session:
         """Send a reply with others soon, or start to wait for it."""
         if isinstance(reply, bytes):
             self._out.append(reply)
+            self._out_size += len(reply)
+            if self._out_size >= BATCH_BYTES:
+                self._flush()
         elif isinstance(reply, Locked):
             self._flush()
             self.transport.send(reply)
@@ -245,8 +251,12 @@ class Session:
     def _flush(self) -> None:
         out = self._out
         if out:
+            if self._consuming:  # what is told was recorded
+                self._audit.end_turn()
+                self._audit.in_turn = True
             data = b"".join(out)
             out.clear()
+            self._out_size = 0
             self.transport.send(data)
 
     def send_events(self, events: bytes, count: int) -> None:

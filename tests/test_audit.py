@@ -17,6 +17,7 @@ import pytest
 
 from secretd import audit as module
 from secretd import chain
+from secretd import session as session_module
 from secretd.audit import Audit, FileSink, PipeSink, SocketSink, ThreadSink, Who, open_sink
 from secretd.errors import CommandError, UsageError
 from tests.conftest import Daemon, need_root
@@ -55,6 +56,29 @@ def audited(tmp_path: Path) -> Iterator[Daemon]:
     yield made
     made.stop()
     made.server.daemon.audit.stop()
+
+
+def test_what_is_told_was_recorded_however_much_is_asked_at_once(
+    audited: Daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Replies that leave before the end of a turn do not leave before their records."""
+    monkeypatch.setattr(session_module, "BATCH_BYTES", 100)
+    qmp = audited.connect()
+    (session,) = audited.server.sessions
+    told: list[int] = []
+    send = session.transport.send
+
+    def sent(data: bytes) -> None:
+        told.append(data.count(b"return"))
+        assert (tmp_path / "audit").read_text().count('"event":"add"') == sum(told)
+        send(data)
+
+    monkeypatch.setattr(session.transport, "send", sent)
+    words = '{"execute":"object-add","arguments":{"qom-type":"secret","id":"s%d","data":"x"}}'
+    qmp.send("".join(words % number for number in range(50)).encode())
+    assert [qmp.reply() for _ in range(50)] == [{"return": {}}] * 50
+    assert len(told) > 5
+    assert not audited.errors
 
 
 def test_each_thing_that_is_done_is_a_record(audited: Daemon, tmp_path: Path) -> None:

@@ -222,3 +222,20 @@ def test_whatever_comes_meanwhile_is_answered_as_if_nothing_were_stuck(
     while b'"id": "end"' not in wanted:
         wanted = answer(qmp)
         assert answer(oob) == wanted
+
+
+def test_who_does_not_read_what_it_asks_out_of_band_is_not_read_either(
+    daemon: Daemon, qmp: Client, oob: Client, stuck: Stuck
+) -> None:
+    """Replies do not pile up; all come once it reads again."""
+    for number in range(300):
+        qmp.add(f"secret{number}", data="letmein")
+    oob.send(LIST * 100)
+    (session,) = [s for s in daemon.server.sessions if s.monitor.oob]
+    while not daemon.call(lambda: session.transport.backlogged):
+        pass
+    assert daemon.call(lambda: session.transport._backlog) < 512 << 10
+    assert all(len(oob.reply()["return"]) == 300 for _ in range(100))
+    stuck.release()
+    while oob.reply().get("id") != "stuck":
+        pass

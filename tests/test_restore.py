@@ -87,7 +87,7 @@ def discard(journal: Journal) -> None:
     journal.arena.close()
 
 
-WATCHED: frozenset[str] = frozenset((memory.__file__, state.__file__))
+WATCHED: frozenset[str] = frozenset((memory.__file__, records.__file__, state.__file__))
 
 
 def moments(action: Callable[[], object], look: Callable[[], object]) -> Iterator[object]:

@@ -173,3 +173,15 @@ def test_a_journal_that_ends_in_its_header_is_none() -> None:
     os.pwrite(file, b"secretd\0\1\0\0\0", 0)
     with pytest.raises(StateError, match="there is no journal"):
         Journal.restore(arena, [file])
+
+
+def test_records_of_many_lengths_are_all_whole(arena: Arena) -> None:
+    """How they are packed is known for some lengths at a time."""
+    journal = Journal(arena)
+    for length in (*range(1, 800, 7), 1):
+        journal.add("x" * length + f"-{len(journal)}", 1, {}, None, 0)
+    copies = [os.dup(fd) for fd in journal.filenos()]
+    other = Journal.restore(os.dup(arena.fileno()), copies)
+    assert list(other) == list(journal)
+    other.leave()
+    journal.close()
