@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from secretd import session as session_module
 from secretd.errors import LockedMemoryExhausted
 from tests.conftest import Client, Daemon
 
@@ -225,9 +226,10 @@ def test_whatever_comes_meanwhile_is_answered_as_if_nothing_were_stuck(
 
 
 def test_who_does_not_read_what_it_asks_out_of_band_is_not_read_either(
-    daemon: Daemon, qmp: Client, oob: Client, stuck: Stuck
+    daemon: Daemon, qmp: Client, oob: Client, stuck: Stuck, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Replies do not pile up; all come once it reads again."""
+    """Replies do not pile up, however long its turn is; all come once it reads again."""
+    monkeypatch.setattr(session_module, "LOOK_SECONDS", 1000.0)
     for number in range(300):
         qmp.add(f"secret{number}", data="letmein")
     oob.send(LIST * 100)
