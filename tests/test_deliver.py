@@ -134,6 +134,18 @@ def full_fifo(tmp_path: Path) -> tuple[int, list[int]]:
         return sink, [source]
 
 
+def test_a_thread_writes_nothing_to_a_full_fifo(tmp_path: Path) -> None:
+    """What is spliced would wait in the kernel, so it asks first, and takes what one page takes."""
+    sink, others = full_fifo(tmp_path)
+    aim = target.Target(sink)
+    aim.may_block = True
+    assert aim.write(memoryview(b"letmein"), 0) == 0
+    os.read(others[0], 1 << 20)
+    assert aim.write(memoryview(b"letmein"), 0) == 7
+    for fd in (sink, *others):
+        os.close(fd)
+
+
 def closed_pipe() -> tuple[int, list[int]]:
     source, sink = os.pipe()
     os.close(source)
