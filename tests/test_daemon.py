@@ -340,3 +340,15 @@ def test_an_object_that_cannot_be_replaced_stays(
     journal.close()
     assert (held, journal.arena.held) == (3, 0)
     journal.arena.close()
+
+
+def test_the_start_brings_along_nothing_that_is_not_needed() -> None:
+    """What asyncio and msgspec only import where they find it; who wants it later gets it."""
+    code = (
+        "import gc, sys, secretd.daemon\n"
+        "assert not {'ssl', 'typing_extensions', 'cryptography'} & set(sys.modules)\n"
+        "assert gc.isenabled()\n"
+        "import ssl, uuid\n"
+        "assert ssl.OPENSSL_VERSION\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
