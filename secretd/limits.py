@@ -172,12 +172,13 @@ class Limits:
     def give_object(self, uid: int, size: int) -> None:
         """Count it no longer."""
         objects, held = self.objects.by_uid, self.object_bytes.by_uid
-        left = objects[uid] - 1
-        if left:
+        left = objects.get(uid, 0) - 1
+        if left > 0:
             objects[uid] = left
-            held[uid] -= size
+            held[uid] = held.get(uid, 0) - size
         else:
-            del objects[uid], held[uid]
+            objects.pop(uid, None)
+            held.pop(uid, None)
 
     def check_descriptors(self, waiting: int, more: int = 1) -> None:
         """Raise LimitReached if all others together would have so many that none are left for the trusted.

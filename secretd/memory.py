@@ -356,8 +356,9 @@ class Arena:
         if not self.held:
             for index, view in (self._views | self._spare).items():
                 self._unmap(index, view)
-            self._views.clear()
-            self._spare.clear()
+            for known in (self._views, self._spare, self._slabs, self._open):
+                known.clear()
+            self._idle = None
         self._close_file()
 
     def leave(self) -> None:

@@ -239,12 +239,11 @@ class Loaded:
         self.offsets.update(zip(ids, range(begin, self.end, length), strict=True))
         self.buffers += zip(slots, sizes, strict=True)
         self.survey.by_type[kinds[0]] += ids
-        if b"{" in b"".join(rests):
-            self.survey.described.update(
-                object_id
-                for object_id, rest, size in zip(ids, rests, id_lengths, strict=True)
-                if any(rest[size : size + 1])
-            )
+        self.survey.described.update(
+            object_id
+            for object_id, rest, size in zip(ids, rests, id_lengths, strict=True)
+            if any(rest[size : size + 1])
+        )
         held = self.survey.held[uids[0]]
         held[0] += count
         held[1] += sum(sizes) + count * length

@@ -224,7 +224,9 @@ class FastDecoder:
             aside = len(id_text)
             request.id = _EMPTY
         secret: Raw | UnsetType = UNSET
-        name = self._sensitive[type(arguments)]
+        name = self._sensitive.get(type(arguments), "")
+        if name == "":  # the type that nobody can ask for was asked for
+            return None
         if name is not None:
             secret = getattr(arguments, name)
             if secret is not UNSET:

@@ -30,6 +30,9 @@ from secretd.wire.qmp import Connection
 TURN_SECONDS: Final = 0.005
 """Seconds after which a connection that sends one request after the other lets the loop go on."""
 
+SHARED_TURN_SECONDS: Final = 0.000_5
+"""The same where there are other connections: those that gave way themselves are not seen by looking."""
+
 LOOK_SECONDS: Final = 0.000_025
 """Seconds after which it looks whether others wait, and then lets them go on: about what one request
 takes, so that they hardly notice.
@@ -145,7 +148,8 @@ class Session:
         elif now - self._looked > LOOK_SECONDS:
             self._looked = now
             alone = self._server.announcer.only is self.actor
-            if now - self._began > TURN_SECONDS or (not alone and self.transport.others_wait()):
+            turn = TURN_SECONDS if alone else SHARED_TURN_SECONDS
+            if now - self._began > turn or (not alone and self.transport.others_wait()):
                 self.transport.give_way()
                 return True
         return False

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import pytest
 
 from secretd import memory
+from secretd.errors import LockedMemoryExhausted as Exhausted
 from secretd.memory import Arena, LockedBuffer
 from tests.conftest import ARENA_LEVEL, need_level
 
@@ -255,3 +256,11 @@ def test_a_file_that_cannot_have_its_size_is_closed(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(memory, "FILE_BYTES", -1)
     with pytest.raises(OSError, match="Invalid argument"):
         Arena("none")
+
+
+def test_a_closed_arena_gives_out_nothing_that_is_not_there(any_arena: Arena) -> None:
+    """Not what it kept for the next one, which is unmapped."""
+    any_arena.allocate(10).free()
+    any_arena.close()
+    with pytest.raises(Exhausted):
+        any_arena.allocate(10)

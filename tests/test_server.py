@@ -246,6 +246,7 @@ def test_requests_that_wait_for_their_turn_need_no_more_room(
 ) -> None:
     """What is whole and only waits is no unfinished message, however much of it there is."""
     monkeypatch.setattr(session_module, "TURN_SECONDS", -1.0)
+    monkeypatch.setattr(session_module, "SHARED_TURN_SECONDS", -1.0)
     monkeypatch.setattr(session_module, "LOOK_SECONDS", -1.0)
     client = starving.connect()
     starving.scratch.starved = "large"
@@ -284,7 +285,7 @@ def test_one_that_pipelines_lets_another_that_waits_go_first(
     daemon: Daemon, qmp: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It looks for that between two requests, and who is there and wants nothing is no reason to stop."""
-    monkeypatch.setattr(session_module, "TURN_SECONDS", 1000.0)
+    monkeypatch.setattr(session_module, "SHARED_TURN_SECONDS", 1000.0)
     other = daemon.connect()
     handled: list[Session] = []
     gave_way: list[Session] = []
@@ -756,6 +757,7 @@ def test_a_long_series_of_requests_lets_others_go_on(
 ) -> None:
     """One request a turn here; all are answered, in order."""
     monkeypatch.setattr(session_module, "TURN_SECONDS", -1.0)
+    monkeypatch.setattr(session_module, "SHARED_TURN_SECONDS", -1.0)
     monkeypatch.setattr(session_module, "LOOK_SECONDS", -1.0)
     other = daemon.connect()
     qmp.send(b"".join(b'{"execute":"query-name","id":%d}\n' % n for n in range(2000)))
@@ -814,6 +816,7 @@ def test_what_was_sent_before_a_stop_is_answered(
 ) -> None:
     """All of it, though it takes many turns; who has nothing to wait for is closed at once."""
     monkeypatch.setattr(session_module, "TURN_SECONDS", -1.0)
+    monkeypatch.setattr(session_module, "SHARED_TURN_SECONDS", -1.0)
     monkeypatch.setattr(session_module, "LOOK_SECONDS", -1.0)
     idle = daemon.connect()
 
@@ -1035,3 +1038,13 @@ def test_what_lies_unread_at_a_stop_is_answered_before_the_end(daemon: Daemon, q
     daemon.call(stop)
     assert b'"id": "last"' in qmp.line()
     assert qmp.line() == b""
+
+
+def test_a_type_of_object_that_cannot_be_asked_for_is_answered(qmp: Client) -> None:
+    """Whatever stands beside it, and the connection goes on."""
+    for more in (b"", b',"id":"x"'):
+        for tail in (b"", b',"id":1'):
+            arguments = b'{"qom-type":"\\u0000"' + more + b"}"
+            reply = qmp.ask(b'{"execute":"object-add","arguments":' + arguments + tail + b"}\n")
+            assert "does not accept value" in reply["error"]["desc"]
+    assert qmp.cmd("query-name") == {"return": {}}

@@ -288,8 +288,8 @@ class ObjectTree:
     def replace_properties(self, object_id: str, properties: dict[str, object]) -> None:
         """Store other properties of an object that there is."""
         uid, before = self.journal.owner(object_id)
-        self.limits.object_bytes.give(uid, before)
         self.journal.set_properties(object_id, properties)
+        self.limits.object_bytes.give(uid, before)
         self.limits.object_bytes.add(*self.journal.owner(object_id))
 
     def is_secret(self, object_id: str) -> bool:
