@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The audit: one line of JSON for each thing that somebody did, or was refused, with a secret.
 
-`Audit` numbers records, links them (chain) and writes them, all of a turn of the loop at once; a
-`Sink` is where to. access writes releases and refusals through it, commands the rest. It never
+`Audit` numbers records, links them (chain) and writes them, all of a turn of the loop at once; sinks says
+where to. access writes releases and refusals through it, commands the rest. It never
 holds a value or a key of a secret; what it is told of is redacted where it comes from, since an id
 is all that it takes.
 
@@ -12,23 +12,19 @@ Writing never waits. What cannot be written now is kept up to a limit, then drop
 
 import asyncio
 import contextlib
-import errno
-import fcntl
 import os
-import queue
 import re
-import socket
 import stat
-import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Final, Protocol
+from typing import Final
 
 import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType
 
 from secretd import chain
 from secretd.errors import CommandError, UsageError
+from secretd.sinks import Sink, open_sink
 from secretd.systemd import journal_on_stderr
 
 AUDIT_ID_CHARACTERS: Final = 128
@@ -49,13 +45,10 @@ REFUSALS_UIDS: Final = 1024
 
 _OTHERS: Final = -2
 _TAIL_BYTES: Final = 64 << 10
-_THREAD_BATCHES: Final = 64
-_RWF_NOWAIT: Final = 0x8
 _ORDINARY: Final = 0
 _REFUSAL: Final = 1
 _FIRST: Final = 2  # of a file or a run
 _ID: Final = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
-_REMOTE: Final = re.compile(r"fuse.*|nfs.*|cifs|smb.*|9p|ceph|afs|virtiofs|lustre|ocfs2|gfs2|coda")
 
 
 class Record(Struct, omit_defaults=True, rename="kebab"):
@@ -79,164 +72,6 @@ class Record(Struct, omit_defaults=True, rename="kebab"):
     objects: int | UnsetType = UNSET
     prev: str | UnsetType = UNSET  # only of the first record of a file or a run
     dropped: int | UnsetType = UNSET  # records that were lost before this one
-
-
-# --- where to
-
-
-class Sink(Protocol):
-    """Where lines are written. ``certain``: what `write` took is written, not only on its way."""
-
-    certain: bool
-
-    def write(self, data: bytes) -> int:
-        """Write what can be written without waiting; return the bytes taken. Raises OSError."""
-
-    def status(self) -> os.stat_result:
-        """What fstat(2) says of it."""
-
-    def close(self) -> None:
-        """Release it."""
-
-
-class FileSink:
-    """A regular file on a local file system, or something else that never blocks."""
-
-    certain = True
-
-    def __init__(self, fd: int, *, owned: bool) -> None:
-        self._fd = fd
-        self._owned = owned
-
-    def write(self, data: bytes) -> int:
-        """See Sink."""
-        return os.write(self._fd, data)
-
-    def status(self) -> os.stat_result:
-        """See Sink."""
-        return os.fstat(self._fd)
-
-    def close(self) -> None:
-        """See Sink."""
-        if self._owned:
-            os.close(self._fd)
-
-
-class PipeSink(FileSink):
-    """A pipe that others may hold too: its flags stay as they are."""
-
-    def write(self, data: bytes) -> int:
-        """See Sink."""
-        return os.pwritev(self._fd, [data], -1, _RWF_NOWAIT)
-
-
-class SocketSink(FileSink):
-    """A stream socket, such as the one that systemd gives services as stderr."""
-
-    def write(self, data: bytes) -> int:
-        """See Sink."""
-        borrowed = socket.socket(fileno=self._fd)
-        try:
-            return borrowed.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-        finally:
-            borrowed.detach()
-
-
-class ThreadSink(FileSink):
-    """What may block at any time: a terminal, or a file on another machine. A thread writes."""
-
-    certain = False
-
-    def __init__(self, fd: int, *, owned: bool) -> None:
-        super().__init__(fd, owned=owned)
-        self._queue: queue.Queue[bytes | None] = queue.Queue(_THREAD_BATCHES)
-        # A daemon thread: one that is stuck must not keep the process from ending.
-        self._thread = threading.Thread(target=self._work, name="audit", daemon=True)
-        self._thread.start()
-
-    def write(self, data: bytes) -> int:
-        """See Sink."""
-        try:
-            self._queue.put_nowait(data)
-        except queue.Full:
-            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from None
-        return len(data)
-
-    def _work(self) -> None:
-        while (data := self._queue.get()) is not None:
-            with contextlib.suppress(OSError):
-                while data:
-                    data = data[os.write(self._fd, data) :]
-        if self._owned:
-            os.close(self._fd)
-
-    def close(self) -> None:
-        """See Sink."""
-        with contextlib.suppress(queue.Full):
-            self._queue.put_nowait(None)
-            self._thread.join(AUDIT_RETRY_SECONDS)
-
-
-def open_sink(target: str) -> Sink:
-    """Open what ``--audit`` names: a path, or - for stderr. Raises UsageError."""
-    if target == "-":
-        return _sink(2, owned=False)
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
-    try:
-        fd = os.open(target, flags, 0o600)
-        try:
-            if stat.S_ISREG(os.fstat(fd).st_mode):
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return _sink(fd, owned=True)
-        except BaseException:
-            os.close(fd)
-            raise
-    except BlockingIOError:
-        raise UsageError(f"--audit={target}: another process writes its audit there") from None
-    except OSError as error:
-        raise UsageError(f"--audit={target}: {os.strerror(error.errno or 0)}") from None
-
-
-def _sink(fd: int, *, owned: bool) -> Sink:
-    try:
-        status = os.fstat(fd)
-    except OSError as error:
-        raise UsageError(f"--audit=-: stderr: {os.strerror(error.errno or 0)}") from None
-    if stat.S_ISREG(status.st_mode):
-        return (ThreadSink if _is_remote(status.st_dev) else FileSink)(fd, owned=owned)
-    if stat.S_ISSOCK(status.st_mode):
-        return SocketSink(fd, owned=owned)
-    if stat.S_ISFIFO(status.st_mode):
-        if owned:
-            return FileSink(fd, owned=True)  # opened with O_NONBLOCK
-        # A FIFO in a file system knows no RWF_NOWAIT.
-        return (PipeSink if _is_pipe(status) else ThreadSink)(fd, owned=False)
-    if status.st_rdev == os.makedev(1, 3):  # /dev/null
-        return FileSink(fd, owned=owned)
-    return ThreadSink(fd, owned=owned)
-
-
-def _is_pipe(status: os.stat_result) -> bool:
-    fds = os.pipe2(os.O_CLOEXEC)
-    try:
-        return os.fstat(fds[0]).st_dev == status.st_dev
-    finally:
-        for fd in fds:
-            os.close(fd)
-
-
-def _is_remote(device: int) -> bool:
-    """True if a file system's answers come from another machine or process (proc_pid_mountinfo(5))."""
-    number = f"{os.major(device)}:{os.minor(device)}"
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as mounts:
-        for line in mounts:
-            fields = line.split()
-            if fields[2] == number:
-                return bool(_REMOTE.fullmatch(fields[fields.index("-") + 1]))
-    return False
-
-
-# --- the records
 
 
 class Who:
@@ -365,7 +200,8 @@ class Audit:
         """Write a record as soon as possible. See Record for what members there are."""
         if who is not None:
             members |= {"door": who.door, "peer": who.peer}
-        if self._keep(*_made(event, members)) and not self.in_turn:
+        self._keep(*_made(event, members))
+        if not self.in_turn:
             self._schedule()
 
     def done(self, event: str, who: Who, object_id: str, kind: str, size: int | None) -> None:
@@ -378,21 +214,22 @@ class Audit:
             object_id = object_id[:AUDIT_ID_CHARACTERS]
         of = "" if size is None else f'"size":{size},'
         text = f'"event":"{event}","id":"{object_id}","type":"{kind}",{of}{who.text}'
-        if self._keep(text, _ORDINARY) and not self.in_turn:
+        self._keep(text, _ORDINARY)
+        if not self.in_turn:
             self._schedule()
 
     def end_turn(self) -> None:
-        """Write what was noted since ``in_turn`` was set."""
+        """Write all that was noted, before anybody is told of it."""
         self.in_turn = False
-        if self._pending and not self._scheduled and not self._flush():
+        if self._pending and not self._flush() and not self._scheduled:
             self._retry()
 
-    def _keep(self, text: str, kind: int) -> bool:
-        """Number a record and link it to the one before; False if there is no room for it."""
+    def _keep(self, text: str, kind: int) -> None:
+        """Number a record and link it to the one before, unless there is no room for it."""
         pending = self._pending
         if self._sink is None or len(pending) >= AUDIT_BACKLOG:
             self.dropped += self._sink is not None
-            return False
+            return
         if kind == _FIRST:
             text += f',"prev":"{self.head}"'
         if self.dropped > self._dropped_before:
@@ -403,7 +240,6 @@ class Audit:
         key = None if self._key is None else self._key()
         line, self.head = chain.write(self.head, f'"seq":{number},"time":"{stamp}",{text}', key)
         pending.append((self._priorities[kind] + line).encode())
-        return True
 
     def release(  # noqa: PLR0917 - the members that each of these records has
         self, event: str, who: Who, rule: str, object_id: str, size: int, credential: str = ""
@@ -421,7 +257,8 @@ class Audit:
             f'{by}"size":{size},{who.text}'
         )
         if not self._require:
-            if self._keep(text, _ORDINARY) and not self.in_turn:
+            self._keep(text, _ORDINARY)
+            if not self.in_turn:
                 self._schedule()
             return
         if self._flush():
@@ -515,7 +352,7 @@ class Audit:
         return stamp
 
     def _schedule(self) -> None:
-        if not self._scheduled:
+        if self._pending and not self._scheduled:
             self._scheduled = True
             asyncio.get_running_loop().call_soon(self._written)
 
@@ -531,13 +368,13 @@ class Audit:
     def _flush(self) -> bool:
         """Write all that waits; False if something is left."""
         sink, pending = self._sink, self._pending
+        self._stamp = ""
         if sink is None or (self._rest and not self._push(sink)):
             return sink is None
         if not pending:
             return True
         data = pending[0] if len(pending) == 1 else b"".join(pending)
         pending.clear()
-        self._stamp = ""
         try:
             written = sink.write(data)
         except OSError as error:

@@ -106,7 +106,7 @@ class _Selector(selectors.BaseSelector):
             wait = max(timeout, 0)
             deadline = monotonic() + wait
         poll, watched = self._epoll.poll, self._watched
-        ready: list[tuple[SelectorKey, int]] = []
+        others: list[tuple[int, int]] = []
         self.undisturbed = True
         while True:
             for fd, events in poll(wait, _EVENTS):
@@ -119,9 +119,11 @@ class _Selector(selectors.BaseSelector):
                     if events == _IN:
                         continue
                     rest = events & ~_IN
-                self._add(ready, fd, rest)
+                others.append((fd, rest))
+            ready = self._wanted(others) if others else []
             if ready or not self.undisturbed:
                 return ready
+            others.clear()
             if timeout is not None:
                 wait = deadline - monotonic()
                 if wait <= 0:
@@ -131,12 +133,15 @@ class _Selector(selectors.BaseSelector):
         """True if asyncio has something to do, or there is something to read from any but one descriptor."""
         return not self.undisturbed or any(other != fd for other, _ in self._epoll.poll(0, 2))
 
-    def _add(self, ready: list[tuple[SelectorKey, int]], fd: int, events: int) -> None:
-        """Add what epoll says to what asyncio is told, if it has asked for that."""
-        mask = (EVENT_READ if events & ~_OUT else 0) | (EVENT_WRITE if events & ~_IN else 0)
-        key = self._keys.get(fd)  # a watcher may have changed it
-        if key is not None and mask & key.events:
-            ready.append((key, mask & key.events))
+    def _wanted(self, others: list[tuple[int, int]]) -> list[tuple[SelectorKey, int]]:
+        """Return of what epoll says what asyncio has asked for: as it is now, as watchers may change it."""
+        ready = []
+        for fd, events in others:
+            mask = (EVENT_READ if events & ~_OUT else 0) | (EVENT_WRITE if events & ~_IN else 0)
+            key = self._keys.get(fd)
+            if key is not None and mask & key.events:
+                ready.append((key, mask & key.events))
+        return ready
 
 
 class Loop(asyncio.SelectorEventLoop):

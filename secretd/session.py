@@ -223,6 +223,7 @@ class Session:
     async def _finish(self, reply: Coroutine[object, object, bytes]) -> None:
         data = await reply
         self._task = None
+        self._audit.end_turn()  # before the reply
         self.transport.send(data)
         try:
             self._go_on()
@@ -255,9 +256,8 @@ class Session:
     def _flush(self) -> None:
         out = self._out
         if out:
-            if self._consuming:  # what is told was recorded
-                self._audit.end_turn()
-                self._audit.in_turn = True
+            self._audit.end_turn()  # what is told was recorded
+            self._audit.in_turn = self._consuming
             data = b"".join(out)
             out.clear()
             self._out_size = 0

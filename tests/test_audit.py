@@ -3,6 +3,7 @@
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
 import pty
@@ -16,10 +17,11 @@ from pathlib import Path
 import pytest
 
 from secretd import audit as module
-from secretd import chain
+from secretd import chain, sinks
 from secretd import session as session_module
-from secretd.audit import Audit, FileSink, PipeSink, SocketSink, ThreadSink, Who, open_sink
+from secretd.audit import Audit, Who
 from secretd.errors import CommandError, UsageError
+from secretd.sinks import FileSink, PipeSink, SocketSink, ThreadSink, open_sink
 from tests.conftest import Daemon, need_root
 
 KEY = memoryview(bytearray(b"k" * 32))
@@ -79,6 +81,55 @@ def test_what_is_told_was_recorded_however_much_is_asked_at_once(
     assert [qmp.reply() for _ in range(50)] == [{"return": {}}] * 50
     assert len(told) > 5
     assert not audited.errors
+
+
+def test_a_reply_that_was_waited_for_does_not_leave_before_its_record_either(
+    audited: Daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor one that comes while something else is to be written soon."""
+    qmp = audited.connect()
+    (session,) = audited.server.sessions
+    told: list[str] = []
+    send = session.transport.send
+
+    def sent(data: bytes) -> None:
+        told.append((tmp_path / "audit").read_text())
+        send(data)
+
+    monkeypatch.setattr(session.transport, "send", sent)
+    (tmp_path / "content").write_text("x")
+    qmp.ok("object-add", {"qom-type": "secret", "id": "a", "file": str(tmp_path / "content")})
+    assert told[-1].count('"event":"add"') == 1
+    audited.server.daemon.audit._scheduled = True
+    qmp.ok("object-del", {"id": "a"})
+    assert told[-1].count('"event":"delete"') == 1
+
+
+def test_each_record_has_its_own_time_however_late_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While nothing can be written time goes on."""
+    audit = Audit(str(tmp_path / "audit"))
+    sink = audit._sink
+    assert isinstance(sink, FileSink)
+    seconds = iter(range(1, 100))
+    monkeypatch.setattr(module.time, "time_ns", lambda: next(seconds) * 1_000_000_000)
+
+    def full(_data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "")
+
+    def noted() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(sink, "write", full)
+            for _ in range(3):
+                audit.in_turn = True
+                audit.note("add")
+                audit.end_turn()
+        audit._flush()
+
+    inside(noted)
+    assert [r["time"][17:19] for r in records(tmp_path / "audit")] == ["01", "02", "03"]
+    audit.stop()
 
 
 def test_each_thing_that_is_done_is_a_record(audited: Daemon, tmp_path: Path) -> None:
@@ -249,11 +300,11 @@ def test_a_full_pipe_never_blocks_and_what_is_dropped_is_counted(
             os.close(fd)
 
 
-def through_stderr(fd: int) -> module.Sink:
+def through_stderr(fd: int) -> sinks.Sink:
     saved = os.dup(2)
     try:
         os.dup2(fd, 2)
-        return module._sink(2, owned=False)
+        return sinks._sink(2, owned=False)
     finally:
         os.dup2(saved, 2)
         os.close(saved)
@@ -262,7 +313,7 @@ def through_stderr(fd: int) -> module.Sink:
 def test_each_kind_of_stderr_is_written_to_in_its_own_way(tmp_path: Path) -> None:
     """None of them can block the daemon, and none is changed for others who have it."""
     ours, theirs = socket.socketpair()
-    sink = module._sink(theirs.fileno(), owned=False)
+    sink = sinks._sink(theirs.fileno(), owned=False)
     assert isinstance(sink, SocketSink)
     assert sink.write(b"abc\n") == 4
     assert ours.recv(10) == b"abc\n"
@@ -272,11 +323,11 @@ def test_each_kind_of_stderr_is_written_to_in_its_own_way(tmp_path: Path) -> Non
     ours.close()
     theirs.close()
     with open("/dev/null", "wb") as null:
-        assert type(module._sink(null.fileno(), owned=False)) is FileSink
+        assert type(sinks._sink(null.fileno(), owned=False)) is FileSink
     with open(tmp_path / "f", "wb") as file:
         assert type(through_stderr(file.fileno())) is FileSink
     master, terminal = pty.openpty()
-    sink = module._sink(terminal, owned=True)
+    sink = sinks._sink(terminal, owned=True)
     assert isinstance(sink, ThreadSink)
     assert not sink.certain
     assert sink.write(b"abc\n") == 4
@@ -286,7 +337,7 @@ def test_each_kind_of_stderr_is_written_to_in_its_own_way(tmp_path: Path) -> Non
     os.mkfifo(tmp_path / "fifo")
     source = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
     inherited = os.open(tmp_path / "fifo", os.O_WRONLY)
-    sink = module._sink(inherited, owned=False)
+    sink = sinks._sink(inherited, owned=False)
     assert isinstance(sink, ThreadSink)
     sink.close()
     os.close(inherited)
@@ -302,12 +353,12 @@ def test_each_kind_of_stderr_is_written_to_in_its_own_way(tmp_path: Path) -> Non
     with pytest.raises(UsageError, match="Is a directory"):
         open_sink(str(tmp_path))
     with pytest.raises(UsageError, match="stderr: Bad file descriptor"):
-        module._sink(9999, owned=False)
+        sinks._sink(9999, owned=False)
 
 
 def test_a_thread_that_is_stuck_keeps_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     """What it cannot take is left to the audit, which counts it."""
-    monkeypatch.setattr(module, "_THREAD_BATCHES", 2)
+    monkeypatch.setattr(sinks, "_THREAD_BATCHES", 2)
     monkeypatch.setattr(module, "AUDIT_RETRY_SECONDS", 0.01)
     source, sink = os.pipe()
     thread = ThreadSink(sink, owned=True)
@@ -326,11 +377,11 @@ def test_a_thread_that_is_stuck_keeps_nobody(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_files_of_other_machines_are_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """They may block, so a thread writes them, and a release cannot wait for it."""
-    assert not module._is_remote(tmp_path.stat().st_dev)
-    assert not module._is_remote(os.makedev(4095, 4095))
-    monkeypatch.setattr(module, "_REMOTE", __import__("re").compile(".*"))
-    assert module._is_remote(os.stat("/proc").st_dev)
-    monkeypatch.setattr(module, "_is_remote", lambda _device: True)
+    assert not sinks._is_remote(tmp_path.stat().st_dev)
+    assert not sinks._is_remote(os.makedev(4095, 4095))
+    monkeypatch.setattr(sinks, "_REMOTE", __import__("re").compile(".*"))
+    assert sinks._is_remote(os.stat("/proc").st_dev)
+    monkeypatch.setattr(sinks, "_is_remote", lambda _device: True)
     with pytest.raises(UsageError, match="require needs a file on a local file system, a pipe or"):
         Audit(str(tmp_path / "a"), require=True)
     audit = Audit(str(tmp_path / "a"))
@@ -346,7 +397,7 @@ def test_a_new_file_must_serve_as_the_old_one_did(
     audit = Audit(str(tmp_path / "a"), require=True)
     (tmp_path / "a").rename(tmp_path / "a.1")
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_is_remote", lambda _device: True)
+        patch.setattr(sinks, "_is_remote", lambda _device: True)
         with pytest.raises(UsageError, match="it may block, so nothing can be required of it"):
             audit.reopen()
     audit.release("read", PEER, "grant g", "s", 7)

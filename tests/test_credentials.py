@@ -371,15 +371,15 @@ class _Full:
     certain = True
 
     def write(self, _data: bytes) -> int:
-        """See secretd.audit.Sink."""
+        """See secretd.sinks.Sink."""
         raise OSError(28, "No space left on device")
 
     def status(self) -> os.stat_result:
-        """See secretd.audit.Sink."""
+        """See secretd.sinks.Sink."""
         return os.stat("/dev/full")
 
     def close(self) -> None:
-        """See secretd.audit.Sink."""
+        """See secretd.sinks.Sink."""
 
 
 def test_an_error_of_our_own_is_a_refusal_too(

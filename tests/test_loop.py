@@ -5,6 +5,7 @@ import asyncio
 import os
 import socket
 from collections.abc import Coroutine, Iterator
+from selectors import EVENT_WRITE
 from typing import Any
 
 import pytest
@@ -202,6 +203,22 @@ def test_what_a_watcher_asks_of_asyncio_is_done_while_more_comes(
     finally:
         loop.close()
     assert sorted(done) == ["asked", "before", "later", "soon"]
+
+
+def test_what_a_watcher_changes_holds_for_what_came_with_it(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    """Who waits for writing is who does so when it is told, not who did when epoll said so."""
+    a, b = pair
+    loop = Loop()
+    selector = loop._waiting
+    selector.register(b.fileno(), EVENT_WRITE, "before")
+    assert [key.data for key, _ in selector.select(0)] == ["before"]
+    a.send(b"x")
+    b.send(b"x")
+    selector.watch(a.fileno(), lambda: selector.modify(b.fileno(), EVENT_WRITE, "after") and None)
+    assert [key.data for key, _ in selector.select(0)] == ["after"]
+    loop.close()
 
 
 def test_on_any_other_loop_it_is_that_ones_readers() -> None:
