@@ -3,7 +3,8 @@
 
 A secret here is "q~" and two hexadecimal digits, over and over: every 8 bytes of it hold a whole
 marker, so that a part of a secret is found as well as the whole. It is looked for as UTF-8, UTF-16,
-UTF-32, and as base64 at its three alignments (where any 18 characters are enough).
+UTF-32, and as base64 at its three alignments (where any 18 characters are enough). A marker alone is no
+find: it has 5 bytes, and Python keeps the hash of each string, tens of thousands of random numbers.
 """
 
 import re
@@ -21,6 +22,7 @@ _PARTS = (
     re.compile(rb"F\+[A-Za-z0-9+/]{3}xf"),
     re.compile(rb"xf[A-Za-z0-9+/]{3}cX"),
 )
+_EIGHT = re.compile(rb"q~HHq~HH|~HHq~HHq|HHq~HHq~|Hq~HHq~H".replace(b"H", b"[0-9a-f]"))
 _WHOLE = re.compile(rb"(?:q~[0-9a-f]{2}){%d}" % GROUPS)
 _CHUNK = 8 << 20
 _OVERLAP = 256
@@ -38,6 +40,19 @@ class Found(NamedTuple):
     outside: list[str]
     inside: list[bytes]
     scanned: int
+
+
+def parts(data: bytes) -> list[bytes]:
+    """Return parts of secrets that stand in ``data``."""
+    found = []
+    for pattern in _PARTS:
+        for match in pattern.finditer(data):
+            if pattern is not _PARTS[0] or _EIGHT.search(
+                data, max(0, match.start() - 3), match.end() + 3
+            ):
+                found.append(match[0])
+                break
+    return found
 
 
 def scan(pid: int) -> Found:
@@ -61,8 +76,8 @@ def scan(pid: int) -> Found:
                 scanned += len(data)
                 if arena:
                     inside += _WHOLE.findall(data)
-                    if any(part.search(data) for part in _PARTS[1:]):
+                    if any(pattern.search(data) for pattern in _PARTS[1:]):
                         outside.append(f"{name.strip()}: encoded in the arena")
                 else:
-                    outside += [f"{line.strip()}: {p.pattern!r}" for p in _PARTS if p.search(data)]
+                    outside += [f"{line.strip()}: {part!r}" for part in parts(data)]
     return Found(outside, inside, scanned)

@@ -18,7 +18,7 @@ import pytest
 
 from tests.conftest import Client, connect_as, need_level, need_program, need_root
 from tests.e2e.conftest import SECRETCTL, SECRETD, Process
-from tests.e2e.scan import SECRET_BYTES, scan, secret
+from tests.e2e.scan import SECRET_BYTES, parts, scan, secret
 from tests.manager import Manager, listening
 from tests.transcript import add_key, keyctl
 
@@ -69,6 +69,15 @@ sys.stdin.read()
         process.wait()
         process.stdout.close()
     assert found == [True] * 6
+
+
+def test_any_8_bytes_of_a_secret_are_known_and_5_random_ones_are_no_find() -> None:
+    """Wherever it was cut, and whatever stands beside it."""
+    text = secret(7).encode()
+    for start in range(4):
+        for size in range(8, 20):
+            assert parts(b"\0" * start + text[start : start + size] + b"\0")
+    assert not parts(b"\0~5aq~\0" + text[:4])
 
 
 class Scene:
