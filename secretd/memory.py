@@ -19,7 +19,8 @@ import mmap
 import os
 import resource
 import threading
-from collections.abc import Callable, Iterable
+from bisect import bisect_left
+from collections.abc import Callable, Mapping
 from typing import Literal, Self
 
 from secretd.errors import LockedMemoryExhausted, MemoryLockError, StateError
@@ -114,10 +115,11 @@ class _Slab:
         self.freed: list[int] = []  # where those that were begin
 
     def adopt(self, used: set[int]) -> None:
-        """Have just the slots in use that begin here, and wipe all others."""
+        """Have just the slots in use that begin there in the file, and wipe all others."""
         self.room = self.count - len(used)
-        self.fresh = max(used) + self.size
-        self.freed = [start for start in range(0, self.fresh, self.size) if start not in used]
+        self.fresh = max(used) - self.base + self.size
+        free = set(range(self.base, self.base + self.fresh, self.size)) - used
+        self.freed = sorted(offset - self.base for offset in free)
         for start in self.freed:
             self.view[start : start + self.size] = self.zeros
         wipe(self.view[self.fresh :])
@@ -213,44 +215,45 @@ class Arena:
         """The file's descriptor, borrowed."""
         return self._fd
 
-    def adopt(self, windows: int, buffers: "Iterable[tuple[int, int]]") -> None:
-        """Take over what an earlier process left: ``buffers`` are offset and size of what is in use in
-        the first ``windows`` windows of the file. All else there is wiped.
+    def adopt(self, windows: int, buffers: Mapping[int, list[int]]) -> None:
+        """Take over what an earlier process left: ``buffers`` are the offsets of what is in use in the first
+        ``windows`` windows of the file, by size. All else there is wiped.
 
         Raises StateError if they cannot be this arena's, LockedMemoryExhausted where they cannot be mapped.
         """
-        used_at: dict[
-            int, tuple[int, list[int]]
-        ] = {}  # by window: the slots' size, where they begin
-        large: dict[int, int] = {}  # by first window: how many
         window, shift = self._window, self._shift
-        held, last, slot = 0, -1, 0
-        for offset, size in buffers:
-            if size != last:  # mostly it is the same
-                last, slot = size, max(SMALLEST_SLOT, 1 << (size - 1).bit_length())
-            index = offset >> shift
-            held += size
-            if slot >= window:
+        large: dict[int, int] = {}  # by first window: how many
+        by_slot: dict[int, list[int]] = {}
+        for size, offsets in buffers.items():
+            self.held += size * len(offsets)
+            slot = max(SMALLEST_SLOT, 1 << (size - 1).bit_length())
+            if slot < window:
+                by_slot.setdefault(slot, []).extend(offsets)
+                continue
+            for offset in offsets:
+                index = offset >> shift
                 if offset & (window - 1) or index in large:
                     raise StateError("two secrets lie in one place")
                 large[index] = -(-size // window)
-                continue
-            known = used_at.get(index)
-            if known is None:
-                known = used_at[index] = (slot, [])
-            if known[0] != slot or offset & (slot - 1):
-                raise StateError("two secrets lie in one place")
-            known[1].append(offset)
-        self.held = held
-        slots: dict[int, tuple[int, set[int]]] = {}  # the same, in the window
-        for index, (slot, offsets) in used_at.items():
-            begins = {offset & (window - 1) for offset in offsets}
-            if len(begins) != len(offsets):
-                raise StateError("two secrets lie in one place")
-            slots[index] = (slot, begins)
+        slots: dict[
+            int, tuple[int, set[int]]
+        ] = {}  # by window: the slots' size, where they begin in it
+        for slot, offsets in by_slot.items():
+            offsets.sort()
+            last = 0
+            while last < len(offsets):
+                first, index = last, offsets[last] >> shift
+                base = index << shift
+                last = bisect_left(offsets, base + window, first)
+                begins = set(offsets[first:last])
+                if index in slots or len(begins) < last - first:
+                    raise StateError("two secrets lie in one place")
+                if not begins.issubset(range(base, base + window, slot)):
+                    raise StateError("two secrets lie in one place")
+                slots[index] = (slot, begins)
         self._taken = bytearray(windows)
-        used = large | dict.fromkeys(slots, 1)
-        for index, count in (*large.items(), *((index, 1) for index in slots)):
+        used = [*large.items(), *((index, 1) for index in slots)]
+        for index, count in used:
             if index + count > windows or any(self._taken[index : index + count]):
                 raise StateError("two secrets lie in one place")
             self._taken[index : index + count] = b"\1" * count
@@ -260,7 +263,7 @@ class Arena:
                 view = self._map(index, 1)
                 wipe(view)
                 self._unmap(index, view)
-        for index, count in used.items():
+        for index, count in used:
             self._views[index] = self._map(index, count)
         # Behind the end of each secret, up to that of its slot, nothing but zeros was ever written.
         for index, (slot, begins) in slots.items():

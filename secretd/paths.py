@@ -3,7 +3,6 @@
 
 import os
 import stat
-import tempfile
 
 
 def default_directory() -> str:
@@ -16,6 +15,8 @@ def default_directory() -> str:
         return "/run/secretd"
     if has_runtime_directory():
         return os.path.join(os.environ["XDG_RUNTIME_DIR"], "secretd")
+    import tempfile
+
     return os.path.join(tempfile.gettempdir(), f"secretd-{uid}")
 
 

@@ -18,9 +18,9 @@ import mmap
 import os
 import struct
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 from zlib import crc32
 
 from secretd.errors import StateError
@@ -121,7 +121,7 @@ class Survey:
 
 class Loaded:
     """What stands in a file: ``offsets`` of the live records by id, ``end`` of them all, bytes of the
-    ``dead``, offset and size of each plaintext (``buffers``), and what they sum up to (``survey``).
+    ``dead``, the offsets of plaintexts by size (``buffers``), and what they sum up to (``survey``).
     ``superseded``: the offsets of records that are live and should not be, since the process ended while
     it put others in their place.
     """
@@ -133,7 +133,7 @@ class Loaded:
     def _begin(self) -> None:
         self.offsets.clear()
         self.survey = Survey()
-        self.buffers: list[tuple[int, int]] = []
+        self.buffers: dict[int, list[int]] = defaultdict(list)
         self.superseded: list[int] = []
         self.dead = 0
         self.end = FILE.size
@@ -186,7 +186,7 @@ class Loaded:
             self._supersede(data, object_id)
         self.offsets[object_id] = offset
         if slot != NO_SLOT:
-            self.buffers.append((slot, size))
+            self.buffers[size].append(slot)
         self.survey.by_type[kind].append(object_id)
         if id_end < behind and data[id_end]:
             self.survey.described.add(object_id)
@@ -202,7 +202,7 @@ class Loaded:
         self.superseded.append(old)
         self.dead += length
         if slot != NO_SLOT:
-            self.buffers.remove((slot, size))
+            self.buffers[size].remove(slot)
         self.survey.by_type[kind].remove(object_id)
         self.survey.described.discard(object_id)
         held = self.survey.held[uid]
@@ -211,39 +211,49 @@ class Loaded:
 
     def _read_run(self, data: bytes) -> int:
         """Read records that are like the next one: live, of its length, type and uid, each with a plaintext.
-        That is how most journals look, and takes half the time. Returns how many.
+        That is how most journals look, and takes a third of the time. Returns how many.
         """
         begin = self.end
         length = LENGTH.unpack_from(data, begin)[0] if begin + RECORD.size <= len(data) else 0
         count = min(_RUN, (len(data) - begin) // length) if length >= RECORD.size else 0
         if count < _SHORT_RUN:
             return 0
-        split, unpack = _shape(length - UNCHECKED.size)
-        lengths, crcs, states, bodies = zip(
-            *split.iter_unpack(data[begin : begin + count * length]), strict=True
-        )
-        if lengths.count(length) < count or states.count(LIVE) < count:
-            count = next(i for i in range(count) if lengths[i] != length or states[i] != LIVE)
-            crcs, bodies = crcs[:count], bodies[:count]
-            if count < _SHORT_RUN:
-                return 0
+        whole, checked = _shape(length)
+        chunk = data[begin : begin + count * length]
+        columns = list(zip(*whole.iter_unpack(chunk), strict=True))
+        lengths, _, states, kinds, _, _, _, uids, _ = columns
+        alike = ((lengths, length), (states, LIVE), (kinds, kinds[0]), (uids, uids[0]))
+        if any(column.count(value) < count for column, value in alike):
+            count = next(
+                i for i in range(count) if any(column[i] != value for column, value in alike)
+            )
+            columns = [column[:count] for column in columns]
+        _, crcs, _, _, id_lengths, sizes, slots, _, texts = columns
+        if count < _SHORT_RUN or NO_SLOT in slots:
+            return 0
+        (bodies,) = zip(*checked.iter_unpack(chunk[: count * length]), strict=True)
         if tuple(map(crc32, bodies)) != crcs:
             raise StateError("a record's checksum is wrong")
-        kinds, id_lengths, sizes, slots, uids, rests = zip(*map(unpack, bodies), strict=True)
-        if max(id_lengths) > len(rests[0]):
-            raise _damaged()
-        ids = [rest[:size].decode() for rest, size in zip(rests, id_lengths, strict=True)]
-        if kinds.count(kinds[0]) < count or uids.count(uids[0]) < count or NO_SLOT in slots:
-            return 0
+        # Behind an identifier there are only zeros, if it has no properties.
+        together = b"\n".join(texts).translate(None, b"\0")
+        ids = together.decode().split("\n") if together.isascii() else []
+        if tuple(map(len, ids)) != id_lengths:
+            if max(id_lengths) > len(texts[0]):
+                raise _damaged()
+            ids = [text[:size].decode() for text, size in zip(texts, id_lengths, strict=True)]
+            self.survey.described.update(
+                object_id
+                for object_id, text, size in zip(ids, texts, id_lengths, strict=True)
+                if any(text[size : size + 1])
+            )
         self.end = begin + count * length
         self.offsets.update(zip(ids, range(begin, self.end, length), strict=True))
-        self.buffers += zip(slots, sizes, strict=True)
+        if sizes.count(sizes[0]) == count:
+            self.buffers[sizes[0]] += slots
+        else:
+            for size, slot in zip(sizes, slots, strict=True):
+                self.buffers[size].append(slot)
         self.survey.by_type[kinds[0]] += ids
-        self.survey.described.update(
-            object_id
-            for object_id, rest, size in zip(ids, rests, id_lengths, strict=True)
-            if any(rest[size : size + 1])
-        )
         held = self.survey.held[uids[0]]
         held[0] += count
         held[1] += sum(sizes) + count * length
@@ -255,7 +265,9 @@ def _damaged() -> StateError:
 
 
 @lru_cache(_SHAPES)
-def _shape(checked: int) -> tuple[struct.Struct, Callable[[bytes], tuple[Any, ...]]]:
-    """Return what cuts a record whose checksum covers so many bytes, and what cuts those."""
-    rest = checked - (RECORD.size - UNCHECKED.size)
-    return struct.Struct(f"<IIB{checked}s"), struct.Struct(CHECKED.format(rest)).unpack
+def _shape(length: int) -> tuple[struct.Struct, struct.Struct]:
+    """Return what cuts a record of that length, and what cuts out all that its checksum covers."""
+    return (
+        struct.Struct(f"{RECORD.format}{length - RECORD.size}s"),
+        struct.Struct(f"<{UNCHECKED.size}x{length - UNCHECKED.size}s"),
+    )

@@ -103,14 +103,13 @@ def _command(function: Callable[..., Any], name: str, *, client: bool, oob: bool
                 omit_defaults=True,
             )
         ]
-    for struct in structs:
-        members(struct)  # a type that QAPI does not have is an error now, not when it is asked for
     return Command(
         name=name,
         function=function,
         tag_field=structs[0].__struct_config__.tag_field or "",
         arguments={struct.__struct_config__.tag or "": struct for struct in structs},
-        request=_request(name, [struct for struct in structs if _is_fast(struct)]),
+        # A type that QAPI does not have is an error now, not when it is asked for.
+        request=_request(name, list(filter(_is_fast, structs))),
         boxed=boxed,
         client=client,
         oob=oob,
@@ -160,8 +159,8 @@ def _is_fast(struct: type[Struct]) -> bool:
     """Numbers, arrays and objects have spellings that msgspec and QEMU judge differently: those are
     for the reference only.
     """
-    for hint in typing.get_type_hints(struct).values():
-        (kind,) = alternatives(hint)
+    for member in members(struct):
+        (kind,) = alternatives(member.hint)
         if kind is not str and kind is not Raw and typing.get_origin(kind) is not Literal:
             return False
     return True
@@ -261,8 +260,6 @@ class FastDecoder:
 
 def _sensitive(struct: type[Struct]) -> str | None:
     """Return the name of the member that carries a secret; there is one at most."""
-    names = [
-        name for name, hint in typing.get_type_hints(struct).items() if Raw in alternatives(hint)
-    ]
+    names = [member.name for member in members(struct) if Raw in alternatives(member.hint)]
     assert len(names) < 2, struct
     return names[0] if names else None

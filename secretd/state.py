@@ -382,9 +382,9 @@ class Journal:
         self._end, self._dead = end, 0
         os.ftruncate(self._spare, 0)
 
-    def _load(self, end: int) -> list[tuple[int, int]]:
-        """Find the records up to ``end``, and one that was finished behind it; return offset and size of
-        each plaintext. Raises StateError.
+    def _load(self, end: int) -> dict[int, list[int]]:
+        """Find the records up to ``end``, and one that was finished behind it; return the offsets of all
+        plaintexts by size. Raises StateError.
         """
         data = self._map[:]
         found = Loaded(self._offsets)

@@ -112,10 +112,11 @@ def _wrong_type(path: str, expected: str) -> CommandError:
 
 
 class Member(NamedTuple):
-    """A member of an object: its name on the wire, its Python name, its check, whether it must be."""
+    """A member of an object: its name on the wire, its Python name, its annotation, its check; must it be?"""
 
     wire_name: str
     name: str
+    hint: Any
     check: Check
     required: bool
 
@@ -127,9 +128,8 @@ def members(struct: type[Struct]) -> list[Member]:
     """Return the members of a Struct in schema order."""
     found = _MEMBERS.get(struct)
     if found is None:
-        hints = typing.get_type_hints(struct)
         found = _MEMBERS[struct] = [
-            Member(field.encode_name, field.name, checker(hints[field.name]), field.required)
+            Member(field.encode_name, field.name, field.type, checker(field.type), field.required)
             for field in msgspec.structs.fields(struct)
         ]
     return found

@@ -343,12 +343,13 @@ def test_an_object_that_cannot_be_replaced_stays(
 
 
 def test_the_start_brings_along_nothing_that_is_not_needed() -> None:
-    """What asyncio and msgspec only import where they find it; who wants it later gets it."""
+    """What asyncio, msgspec and shutil only import where they find it; who wants it later gets it."""
     code = (
         "import gc, sys, secretd.daemon\n"
-        "assert not {'ssl', 'typing_extensions', 'cryptography'} & set(sys.modules)\n"
+        "unneeded = {'bz2', 'lzma', 'ssl', 'tempfile', 'typing_extensions', 'cryptography'}\n"
+        "assert not unneeded & set(sys.modules)\n"
         "assert gc.isenabled()\n"
-        "import ssl, uuid\n"
+        "import bz2, lzma, ssl, uuid\n"
         "assert ssl.OPENSSL_VERSION\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

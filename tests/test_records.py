@@ -46,7 +46,14 @@ def one_by_one(data: bytes) -> object:
         return outcome(data)
 
 
-ALIKE = st.integers(0, 30).map(lambda n: [record(b"alike%04d" % i, i) for i in range(n)])
+ALIKE = st.builds(
+    lambda n, name, properties: [record(name % i, i, properties=properties) for i in range(n)],
+    st.integers(0, 30),
+    st.sampled_from(
+        [b"alike%04d", b"n%d", b"n%o.of.one.length", b"\xc3\xa4%04d", b"%04d\xc3", b"%d\n", b"\0%d"]
+    ),
+    st.sampled_from([b"", b"{}", b'{"format":"raw"}', b"\xff"]),
+)
 IDS = st.sampled_from([b"a", b"alike0003", b"much-longer-than-that", b"\xff"])
 ONE = st.builds(
     record,
@@ -77,7 +84,7 @@ def test_a_record_in_the_place_of_another_counts_instead_of_it() -> None:
     loaded.read(bytes(FILE.size) + b"".join(many) + record(b"alike0007", 64 * 7))
     assert loaded.offsets["alike0007"] == FILE.size + 600 * len(many[0])
     assert loaded.superseded == [FILE.size + 7 * len(many[0])]
-    assert len(loaded.offsets) == len(loaded.buffers) == loaded.survey.count == 600
+    assert len(loaded.offsets) == len(loaded.buffers[32]) == loaded.survey.count == 600
     assert sorted(loaded.survey.by_type[1]) == sorted(loaded.offsets)
 
 

@@ -199,7 +199,7 @@ def test_a_kill_while_restoring_loses_nothing_either(small: Journal) -> None:
     made: list[Journal] = []
     original = Journal._load
 
-    def load(self: Journal, end: int) -> list[tuple[int, int]]:
+    def load(self: Journal, end: int) -> dict[int, list[int]]:
         made.append(self)
         return original(self, end)
 
