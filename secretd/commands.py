@@ -191,13 +191,13 @@ def object_del(monitor: Monitor, id: str) -> None:  # noqa: A002 - the wire's na
 @COMMANDS()
 def qom_list(monitor: Monitor, path: str) -> list[ObjectPropertyInfo]:
     """List an object's properties, and the objects in a container."""
-    return monitor.tree.properties(path)
+    return monitor.daemon.paths.properties(path)
 
 
 @COMMANDS()
 def qom_get(monitor: Monitor, path: str, property: str) -> object:  # noqa: A002
     """Return a property's value."""
-    return monitor.tree.get(path, property)
+    return monitor.daemon.paths.get(path, property)
 
 
 @COMMANDS()
@@ -208,8 +208,9 @@ def qom_set(
     value: SensitiveAny,
 ) -> None:
     """Change a property; what an object has loaded stays."""
-    monitor.tree.set(path, property, value)  # type: ignore[arg-type]  # JSON by the schema
-    node, _ = monitor.tree.resolve(path)
+    paths = monitor.daemon.paths
+    paths.set(path, property, value)  # type: ignore[arg-type]  # JSON by the schema
+    node, _ = paths.resolve(path)
     assert node is not None
     kind = monitor.tree.type_of(node)
     assert kind is not None

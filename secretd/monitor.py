@@ -36,6 +36,7 @@ from secretd.memory import Arena
 from secretd.offload import THREADS_PER_UID, Offload
 from secretd.peer import Door, Peer
 from secretd.qom.object import ObjectTree
+from secretd.qom.path import Paths
 from secretd.qom.source import Source
 from secretd.schema import Command, FastDecoder, check
 from secretd.transport import Locked, unread
@@ -90,6 +91,7 @@ class Daemon:
         owner: Owner,
     ) -> None:
         self.tree = tree
+        self.paths = Paths(tree)
         self.limits = tree.limits
         self.package = package
         self.version = encode.Verbatim(encode.value(wire.version(QEMU_VERSION, package)))

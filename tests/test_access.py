@@ -23,6 +23,7 @@ from secretd.lifetime import LIFETIME_SECONDS, now
 from secretd.peer import Door, Peer, identify
 from secretd.qom import authz
 from secretd.qom.object import ObjectTree
+from secretd.qom.path import Paths
 from secretd.state import Journal
 from tests.conftest import Client, Daemon, need_root
 from tests.test_peer import cgroup, process_in, running_in
@@ -800,7 +801,8 @@ class Watched:
         self._thread = threading.get_ident()
         for owner, methods in (
             (Journal, ("get", "summary", "owner", "content", "plaintext", "__contains__")),
-            (ObjectTree, ("type_of", "is_secret", "secret", "resolve")),
+            (ObjectTree, ("type_of", "is_secret", "secret")),
+            (Paths, ("resolve",)),
         ):
             for method in methods:
                 self._watch(monkeypatch, owner, method)

@@ -19,6 +19,7 @@ from secretd.memory import Arena
 from secretd.patterns import is_pattern, matcher
 from secretd.peer import Door, Peer
 from secretd.qom.object import ObjectTree
+from secretd.qom.path import Paths
 from secretd.qom.source import StartSources
 from secretd.qom.types import TYPES, AnyOptions
 from secretd.state import Journal
@@ -174,14 +175,14 @@ def play(real: Real, model: Model, step: tuple[Any, ...]) -> None:
         name, member, value = given_
         data = memoryview(bytearray(f'"{value}"'.encode()))
         text = Text(data, 0, len(data))
-        if attempt(lambda: real.tree.set(f"/objects/{name}", member, text)):
+        if attempt(lambda: Paths(real.tree).set(f"/objects/{name}", member, text)):
             model.objects[name][member] = value
     else:
         peer, secret = given_
         assert read(real, peer, secret) is model.read(peer, secret)
         for name, found in model.objects.items():
             if "max-reads" in found:
-                found["reads"] = real.tree.get(f"/objects/{name}", "reads")
+                found["reads"] = Paths(real.tree).get(f"/objects/{name}", "reads")
 
 
 def read(real: Real, identities: frozenset[str], secret: str) -> bool:

@@ -81,7 +81,7 @@ def test_a_failed_add_leaves_no_descriptor_in_the_daemon(daemon: Daemon) -> None
     async def use(client: Client) -> None:
         with pytest.raises(ExecuteError, match="expects an identifier"):
             await client.add_bytes("1", memoryview(bytes(1 << 20)))
-        assert await client._execute("query-fdsets") == []
+        assert await client.execute("query-fdsets") == []
 
     with_client(daemon, use)
 
@@ -257,7 +257,7 @@ def test_a_socket_that_is_broken_already_is_made_anew(daemon: Daemon) -> None:
 
     async def use(client: Client) -> None:
         await client.generate("a", 32)
-        client._qmp._writer.transport.get_extra_info("socket")._sock.shutdown(2)
+        client._connection.qmp._writer.transport.get_extra_info("socket")._sock.shutdown(2)
         with await client.read("a") as secret:
             assert len(secret) == 32
 
@@ -280,7 +280,7 @@ def test_a_socket_that_nobody_answers_on_is_not_waited_for_without_end(tmp_path:
             with pytest.raises(ConnectError):
                 await short.list()
             waiting = asyncio.ensure_future(closed.list())
-            while not closed._connecting.locked():  # noqa: ASYNC110 - nothing tells of it
+            while not closed._connection._connecting.locked():  # noqa: ASYNC110 - nothing tells of it
                 await asyncio.sleep(0)
             await closed.close()
             with pytest.raises(ConnectError):
@@ -308,7 +308,7 @@ def test_it_is_not_tried_for_ever(tmp_path: Path) -> None:
         with pytest.raises(ConnectError):
             await short.list()
         waiting = asyncio.ensure_future(closed.list())
-        while not closed._connecting.locked():  # noqa: ASYNC110 - nothing tells of it
+        while not closed._connection._connecting.locked():  # noqa: ASYNC110 - nothing tells of it
             await asyncio.sleep(0)
         await closed.close()
         with pytest.raises(ConnectError):

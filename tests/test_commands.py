@@ -14,7 +14,7 @@ import pytest
 from secretd.errors import CommandError
 from secretd.monitor import MAX_REPLY_BYTES
 from secretd.qom import source
-from secretd.qom.object import CHILDREN_PER_REPLY
+from secretd.qom.path import CHILDREN_PER_REPLY
 from secretd.wire.qmp import MAX_ID_BYTES
 from tests.conftest import ARENA_LEVEL, Client, Daemon
 

@@ -315,7 +315,7 @@ def test_a_daemon_that_goes_away_is_said(
         "listed",
         lambda *_a, **_k: [s.transport.close() for s in daemon.server.sessions.copy()],
     )
-    monkeypatch.setattr("secretd.client.Client.list", lambda self: self._execute("qom-list-types"))
+    monkeypatch.setattr("secretd.client.Client.list", lambda self: self.execute("qom-list-types"))
     monkeypatch.setattr("secretd.ctl_frame.RETRY_SECONDS", 0)
     _, err = run("list", status=1)
     assert err.startswith("secretctl: the connection was lost")

@@ -21,6 +21,7 @@ from secretd.loop import Loop
 from secretd.memory import Arena
 from secretd.peer import Door
 from secretd.qom.object import ObjectTree
+from secretd.qom.path import Paths
 from secretd.qom.types import TYPES
 from secretd.server import Listener
 from secretd.state import Journal
@@ -177,9 +178,9 @@ def test_names_that_are_not_utf8_are_kept(tmp_path: Path) -> None:
     scratch = Arena(ARENA_LEVEL)
     tree = ObjectTree(journal, scratch, TYPES)
     add_object(tree, "secret,id=s,file=" + os.fsdecode(name))
-    assert tree.get("s", "file") == os.fsdecode(name)
+    assert Paths(tree).get("s", "file") == os.fsdecode(name)
     assert bytes(journal.plaintext("s")) == b"letmein"
-    assert encode.value(tree.get("s", "file")).endswith('/\\uFFFD"')
+    assert encode.value(Paths(tree).get("s", "file")).endswith('/\\uFFFD"')
     journal.close()
     journal.arena.close()
     scratch.close()
@@ -335,7 +336,7 @@ def test_an_object_that_cannot_be_replaced_stays(
         patched.setattr(Journal, "_append", none)
         with pytest.raises(OSError, match="Cannot allocate"):
             Initial(tree, []).make("authz-list,id=a,policy=allow")
-    assert tree.get("a", "policy") == "deny"
+    assert Paths(tree).get("a", "policy") == "deny"
     held = journal.arena.held
     journal.close()
     assert (held, journal.arena.held) == (3, 0)

@@ -16,9 +16,9 @@ from secretd.client.aio import (
     Format,
     Sealed,
     SecretInfo,
-    default_socket,
     readable,
 )
+from secretd.client.connection import default_socket
 from secretd.client.sync import SyncClient
 from secretd.memory import LockedBuffer
 

@@ -16,7 +16,6 @@ from typing import Self
 
 from secretd.client.aio import (
     PLAIN,
-    RETRY_SECONDS,
     Client,
     Encoding,
     Event,
@@ -24,6 +23,7 @@ from secretd.client.aio import (
     Sealed,
     SecretInfo,
 )
+from secretd.client.connection import RETRY_SECONDS
 from secretd.memory import LockedBuffer
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The object tree: ids, paths, properties (QEMU's qom/object.c, object_interfaces.c).
+"""The object tree: what there is, by id (QEMU's qom/object_interfaces.c).
 
 Objects are records of the journal, not Python objects; what a type can do is said once for all of its
 objects by a `typeinfo.ObjectType`. It decides nothing about who may do what. commands calls it.
@@ -10,30 +10,22 @@ import re
 from collections.abc import Awaitable, Callable, Collection, Iterator
 from typing import Final
 
-from secretd.errors import CommandError, DeviceNotFound, LimitReached
+from secretd.errors import CommandError, LimitReached
 from secretd.lifetime import Lifetimes, now
 from secretd.limits import OBJECTS_IN_ALL, Limits
 from secretd.memory import Arena, LockedBuffer
 from secretd.qom.typeinfo import (
     SECRET_COMMON,
     ObjectOptions,
-    ObjectPropertyInfo,
     ObjectType,
     Sources,
-    TypeInfo,
     Types,
-    as_listed,
 )
 from secretd.records import Survey
 from secretd.state import Journal
-from secretd.wire.order import GHashTable
-from secretd.wire.parser import JSON
 
 ID_BYTES: Final = 4096
 """Bytes of an object's id. QEMU has no limit."""
-
-CHILDREN_PER_REPLY: Final = 1600
-"""Children that qom-list lists: more can in no case fit into a reply. QEMU: no limit."""
 
 _BAD_ID: Final = "Parameter 'id' expects an identifier"
 _ID_HINT: Final = "Identifiers consist of letters, digits, '-', '.', '_', starting with a letter."
@@ -45,9 +37,6 @@ DEADLINE: Final = "deadline"
 
 HAPPENED: Final = frozenset({DEADLINE, "reads"})
 """What the journal keeps of an object that was not given but came of what happened to it."""
-
-ROOT: Final = "/"
-OBJECTS: Final = "/objects"
 
 
 class ObjectTree:
@@ -292,6 +281,16 @@ class ObjectTree:
         self.limits.object_bytes.give(uid, before)
         self.limits.object_bytes.add(*self.journal.owner(object_id))
 
+    def change(self, object_id: str, changes: dict[str, object]) -> None:
+        """Change some properties of an object that there is; what it has loaded stays."""
+        record = self.journal.get(object_id)
+        assert record is not None
+        properties = record.properties | changes
+        more = max(0, _length(properties) - _length(record.properties))
+        self.limits.object_bytes.check(record.uid, more)
+        self.replace_properties(object_id, properties)
+        self._changed(object_id, self.types.numbered[record.type], changes)
+
     def is_secret(self, object_id: str) -> bool:
         """True if there is a secret of that id whose time is not over."""
         kind = self.type_of(object_id)
@@ -329,109 +328,6 @@ class ObjectTree:
         """Return the type of an object, None if there is none of that id."""
         summary = self.journal.summary(object_id)
         return None if summary is None else self.types.numbered[summary[0]]
-
-    # --- paths
-
-    def resolve(self, path: str) -> tuple[str | None, bool]:
-        """Return ROOT, OBJECTS or an id for a QOM path, and whether it is ambiguous.
-
-        object_resolve_path(): absolute, or a part of a path that fits in one place only.
-        """
-        parts = [part for part in path.split("/") if part]
-        if path.startswith("/"):
-            return self._walk(ROOT, parts), False
-        if not parts:
-            return None, True
-        found = [n for n in (self._walk(ROOT, parts), self._walk(OBJECTS, parts)) if n is not None]
-        return (found[0], False) if len(found) == 1 else (None, bool(found))
-
-    def _walk(self, node: str, parts: list[str]) -> str | None:
-        for part in parts:
-            if node == ROOT and part == "objects":
-                node = OBJECTS
-            elif node == OBJECTS and part in self._ids:
-                node = part
-            else:
-                return None
-        return node
-
-    def _node(self, path: str) -> str:
-        node, _ = self.resolve(path)
-        if node is None:
-            raise DeviceNotFound(f"Device '{path}' not found")
-        return node
-
-    def properties(self, path: str) -> list[ObjectPropertyInfo]:
-        """Return the ObjectPropertyInfo list of qom-list."""
-        node, ambiguous = self.resolve(path)
-        if ambiguous:
-            raise CommandError(f"Path '{path}' is ambiguous")
-        if node is None:
-            raise DeviceNotFound(f"Device '{path}' not found")
-        if node == ROOT:
-            children = [("objects", "child<container>")]
-        elif node == OBJECTS:
-            if len(self.journal) > CHILDREN_PER_REPLY:
-                raise CommandError(
-                    f"Path '{path}' has {len(self.journal)} children, more than the limit of "
-                    f"{CHILDREN_PER_REPLY}; query-secrets lists any number of secrets in pieces"
-                )
-            # QEMU puts each before the last as it goes through a hash table.
-            names = reversed(list(GHashTable(self.journal)))
-            children = [(i, f"child<{self._info(i).name}>") for i in names]
-        else:
-            return as_listed(self._info(node).properties)
-        return as_listed([("type", "string"), *children])
-
-    def _info(self, object_id: str) -> TypeInfo:
-        kind = self.type_of(object_id)
-        assert kind is not None
-        return kind.info
-
-    # --- properties
-
-    def get(self, path: str, name: str) -> object:
-        """Return a property's value for qom-get."""
-        node = self._node(path)
-        if node in (ROOT, OBJECTS):
-            if name == "type":
-                return "container"
-            if self._is_child(node, name):
-                return f"{node.rstrip('/')}/{name}"
-            raise CommandError(f"Property 'container.{name}' not found")
-        record = self.journal.get(node)
-        assert record is not None
-        kind = self.types.numbered[record.type]
-        self._check_property(kind.info, name)
-        return kind.info.name if name == "type" else kind.get(record, name)
-
-    def set(self, path: str, name: str, value: JSON) -> None:
-        """Carry out qom-set: the property changes, what was loaded stays."""
-        node = self._node(path)
-        if node in (ROOT, OBJECTS):
-            if name == "type" or self._is_child(node, name):
-                raise CommandError(f"Property 'container.{name}' is not writable")
-            raise CommandError(f"Property 'container.{name}' not found")
-        record = self.journal.get(node)
-        assert record is not None
-        kind = self.types.numbered[record.type]
-        self._check_property(kind.info, name)
-        if name == "type":
-            raise CommandError(f"Property '{kind.info.name}.type' is not writable")
-        changes = kind.set(name, value)
-        if changes:
-            properties = record.properties | changes
-            more = max(0, _length(properties) - _length(record.properties))
-            self.limits.object_bytes.check(record.uid, more)
-            self.replace_properties(node, properties)
-            self._changed(node, kind, changes)
-
-    def _is_child(self, node: str, name: str) -> bool:
-        return name == "objects" if node == ROOT else name in self._ids
-
-    def _check_property(self, info: TypeInfo, name: str) -> None:
-        if all(name != known for known, _ in info.properties):
-            raise CommandError(f"Property '{info.name}.{name}' not found")
 
 
 def _length(properties: dict[str, object]) -> int:

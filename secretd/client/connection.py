@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The client's connection: over qemu.qmp's QMPClient, made anew when the daemon has gone away.
+
+It knows which commands may be carried out twice; what they mean is said in aio.
+"""
+
+import asyncio
+import contextlib
+import os
+import re
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from typing import Any, Final, TypeVar
+
+from qemu.qmp import ConnectError, ExecInterruptedError, QMPClient, QMPError, StateError
+
+from secretd import paths
+
+R = TypeVar("R")
+
+RETRY_SECONDS: Final = 30.0
+"""Seconds for which a connection that was lost is made anew before that is an error."""
+
+_RETRY_EACH: Final = 0.05
+_SAFE: Final = re.compile("query-.*|qom-(list|get).*|secret-(seal|explain|expire)")
+"""Commands that may be carried out twice."""
+
+
+class Connection:
+    """A connection to a socket. ``retry_seconds``: for how long it is made anew once it was lost."""
+
+    def __init__(self, path: str, retry_seconds: float) -> None:
+        self.path = path
+        self._retry_seconds = retry_seconds
+        self.qmp = QMPClient("secretd")
+        # Of all events it keeps a list that nobody reads.
+        self.qmp.events.event_filter = lambda _event: False
+        self._connecting = asyncio.Lock()
+        self._number = 0  # how often it was made anew
+        self._closed = asyncio.Event()
+        self._passing = asyncio.Lock()
+
+    @property
+    def is_closed(self) -> bool:
+        """True from `close` to `connect`."""
+        return self._closed.is_set()
+
+    async def connect(self) -> None:
+        """Connect and negotiate. Raises qemu.qmp's ConnectError; the first time nothing is tried again."""
+        self._closed.clear()
+        await self.qmp.connect(self.path)
+
+    async def close(self) -> None:
+        """Disconnect."""
+        self._closed.set()
+        async with self._connecting:  # which ends soon now
+            await self._disconnect()
+
+    async def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> object:
+        """Execute a command, connecting again if need be; return what it returns."""
+        return await self.again(
+            lambda: self.qmp.execute(command, arguments), twice=bool(_SAFE.fullmatch(command))
+        )
+
+    async def pass_fd(
+        self, fd: int, command: str, arguments: Mapping[str, object] | None = None
+    ) -> object:
+        """Pass a descriptor with a command, on the connection that there is."""
+        async with self._passing:
+            self.qmp.send_fd_scm(fd)
+            return await self.qmp.execute(command, arguments)
+
+    async def again(self, once: Callable[[], Awaitable[R]], *, twice: bool = True) -> R:
+        """Return what ``once`` returns, after connecting again if need be. ``twice``: it may be done
+        twice.
+        """
+        loop = asyncio.get_running_loop()
+        deadline: float | None = None
+        while True:
+            number = self._number
+            try:
+                return await once()
+            except (StateError, ExecInterruptedError, ConnectionError) as error:
+                if deadline is None:
+                    deadline = loop.time() + self._retry_seconds
+                sent = isinstance(error, ExecInterruptedError)
+                if self.is_closed or loop.time() >= deadline or (sent and not twice):
+                    raise
+                await self._reconnect(number, deadline)
+
+    async def _reconnect(self, number: int, deadline: float) -> None:
+        """Make the connection anew, unless somebody has by then; raises ConnectError."""
+        async with self._connecting:
+            while number == self._number:
+                await self._disconnect()
+                try:
+                    # A socket of systemd's takes connections that nobody answers yet.
+                    await self._unless_closed(self.qmp.connect(self.path), deadline)
+                    self._number += 1
+                except ConnectError:
+                    closed = self._closed.wait()
+                    with contextlib.suppress(ConnectError):
+                        await self._unless_closed(closed, self._loop_time() + _RETRY_EACH)
+                    if self.is_closed or self._loop_time() >= deadline:
+                        raise
+
+    async def _unless_closed(self, waited: Coroutine[Any, Any, object], deadline: float) -> None:
+        """Wait for something until the deadline, or until the client is closed; raises ConnectError
+        then.
+        """
+        task = asyncio.ensure_future(waited)
+        closed = asyncio.ensure_future(self._closed.wait())
+        try:
+            seconds = max(0.0, deadline - self._loop_time())
+            await asyncio.wait({task, closed}, timeout=seconds, return_when="FIRST_COMPLETED")
+            if not task.done():
+                raise ConnectError("no answer", TimeoutError())
+            task.result()
+        finally:
+            for each in (task, closed):
+                each.cancel()
+            await asyncio.gather(task, closed, return_exceptions=True)
+
+    @staticmethod
+    def _loop_time() -> float:
+        return asyncio.get_running_loop().time()
+
+    async def _disconnect(self) -> None:
+        # What ended the connection comes out here; that it has ended is known.
+        with contextlib.suppress(EOFError, OSError, QMPError):
+            await self.qmp.disconnect()
+
+
+def default_socket() -> str:
+    """Return $SECRETD_SOCKET, else the control socket's default path if this user may use it, else
+    the client socket's.
+    """
+    given = os.environ.get("SECRETD_SOCKET")
+    if given:
+        return given
+    control = paths.control_path()
+    for path in (control, paths.client_path(), "/run/secretd/client.sock"):
+        if os.access(path, os.W_OK) and paths.is_trusted(os.path.dirname(path)):
+            return path
+    return control
