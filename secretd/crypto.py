@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from secretd.errors import CommandError
-from secretd.memory import Arena, LockedBuffer, wipe_bytearray
+from secretd.memory import Arena, LockedBuffer
+from secretd.pages import wipe_bytearray
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.ciphers import Cipher, modes

@@ -23,7 +23,7 @@ from click.shell_completion import CompletionItem
 from secretd import __version__
 from secretd.client import Client, ConnectError, ExecuteError, QMPError, default_socket
 from secretd.errors import SecretdError
-from secretd.memory import forbid_dumps
+from secretd.pages import forbid_dumps
 
 T = TypeVar("T")
 

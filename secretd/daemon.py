@@ -28,8 +28,9 @@ from secretd.doors import DoorSpec, open_doors, wanted
 from secretd.errors import CommandError, SecretdError, UsageError
 from secretd.initial import Initial
 from secretd.loop import Loop
-from secretd.memory import SCRATCH_RESERVE, SCRATCH_WINDOW, Arena, forbid_dumps, limit_text
+from secretd.memory import SCRATCH_RESERVE, SCRATCH_WINDOW, Arena
 from secretd.options import QuietParser
+from secretd.pages import forbid_dumps, limit_text
 from secretd.peer import Door
 from secretd.qom.object import ObjectTree
 from secretd.qom.secret import secret_plaintext

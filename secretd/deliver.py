@@ -23,8 +23,9 @@ from secretd.access import Grant
 from secretd.crypto import encode_base64
 from secretd.errors import CommandError, LimitReached
 from secretd.fds import Fd
-from secretd.memory import Arena, LockedBuffer, wipe
+from secretd.memory import Arena, LockedBuffer
 from secretd.offload import Offload
+from secretd.pages import wipe
 from secretd.target import Target
 
 DELIVERY_SECONDS: Final = 10.0

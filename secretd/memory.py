@@ -6,32 +6,20 @@ process. It is not a general allocator and knows nothing of secrets; state (prop
 transport (receive space), crypto and the loaders call it.
 
 Rules
-- Code sees memoryviews of the mapping, made with PyMemoryView_FromMemory. An `mmap` object would
-  give bytes copies when sliced, and keeps a duplicate of the descriptor.
+- Code sees memoryviews of the mapping (pages makes them), nothing that gives bytes copies when sliced.
 - A buffer is wiped when it is freed; a window is unmapped only when all of it is free, since its
   pages keep their content (memfd_secret has no hole punching).
 - The level is chosen once, when the process starts, and never degrades afterwards.
 """
 
-import ctypes
-import errno
-import mmap
 import os
-import resource
 import threading
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
-from typing import Literal, Self
+from typing import Self
 
 from secretd.errors import LockedMemoryExhausted, MemoryLockError, StateError
-
-Level = Literal["secretmem", "mlock", "none"]
-
-SYS_MEMFD_SECRET = 447
-"""memfd_secret(2), Linux 5.14; the same number on every architecture."""
-
-FILE_BYTES = 64 << 30
-"""Size of each arena's file. memfd_secret cannot be resized; only what is mapped counts as locked."""
+from secretd.pages import Level, limit_text, map_pages, open_file, unmap_pages, wipe
 
 SMALLEST_SLOT = 64
 """Bytes of the smallest size class: a 32-byte key fits, 100,000 of them in 6.2 MiB."""
@@ -45,59 +33,6 @@ SCRATCH_WINDOW = 64 << 10
 SCRATCH_RESERVE = 1 << 20
 """Bytes of receive and scratch space mapped at start. With it 114,688 secrets of up to 64 bytes fit
 in the 8 MiB RLIMIT_MEMLOCK of an ordinary user."""
-
-_MADV_DONTFORK = 10
-_MADV_DONTDUMP = 16
-_PR_SET_DUMPABLE = 4
-_PYBUF_WRITE = 0x200
-_MAP_FAILED = ctypes.c_void_p(-1).value
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = [
-    ctypes.c_void_p,
-    ctypes.c_size_t,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_long,
-]
-_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-_libc.mlock.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-_view_of = ctypes.pythonapi.PyMemoryView_FromMemory
-_view_of.restype = ctypes.py_object
-_view_of.argtypes = [ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int]
-
-_ZEROS = bytes(4096)
-
-
-def wipe(view: memoryview) -> None:
-    """Overwrite a writable memoryview of bytes with zeros."""
-    size = len(view)
-    if size <= 4096:
-        view[:] = _ZEROS[:size]
-        return
-    for start in range(0, size - 4095, 4096):
-        view[start : start + 4096] = _ZEROS
-    rest = size & 4095
-    if rest:
-        view[size - rest :] = _ZEROS[:rest]
-
-
-def wipe_bytearray(data: bytearray) -> None:
-    """Overwrite a bytearray in place, without moving it."""
-    data[:] = bytes(len(data))
-
-
-def forbid_dumps() -> None:
-    """Make this process write no core file and refuse ptrace and /proc/PID/mem to other users.
-
-    prctl(2) PR_SET_DUMPABLE, setrlimit(2) RLIMIT_CORE.
-    """
-    _libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
-    _, hard = resource.getrlimit(resource.RLIMIT_CORE)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, hard))
 
 
 class _Slab:
@@ -193,7 +128,7 @@ class Arena:
         self._window = window
         self._shift = window.bit_length() - 1
         self._reserve = reserve // window
-        self._fd = _open_file(level) if fd is None else fd
+        self._fd = open_file(level) if fd is None else fd
         self._taken = bytearray()  # one byte a window of the file: 1 = in use
         self._views: dict[int, memoryview] = {}  # windows in use
         self._addresses: dict[int, int] = {}
@@ -419,63 +354,13 @@ class Arena:
             self._unmap(index, view)
 
     def _map(self, index: int, count: int) -> memoryview:
-        length = count << self._shift
-        address = _libc.mmap(
-            None,
-            length,
-            mmap.PROT_READ | mmap.PROT_WRITE,
-            mmap.MAP_SHARED,
-            self._fd,
-            index << self._shift,
+        self._addresses[index], view = map_pages(
+            self._fd, index << self._shift, count << self._shift, self.level
         )
-        if address == _MAP_FAILED:
-            raise _exhausted(length, ctypes.get_errno())
-        if self.level == "mlock" and _libc.mlock(address, length) != 0:
-            error = ctypes.get_errno()
-            _libc.munmap(address, length)
-            raise _exhausted(length, error)
-        _libc.madvise(address, length, _MADV_DONTFORK)
-        _libc.madvise(address, length, _MADV_DONTDUMP)
-        self._addresses[index] = address
-        view: memoryview = _view_of(address, length, _PYBUF_WRITE)
         return view
 
     def _unmap(self, index: int, view: memoryview) -> None:
-        _libc.munmap(self._addresses.pop(index), len(view))
-
-
-def _open_file(level: Level) -> int:
-    # The name shows in /proc/PID/maps only; it says nothing of the content.
-    fd = _memfd_secret() if level == "secretmem" else os.memfd_create("secretd", os.MFD_CLOEXEC)
-    try:
-        os.ftruncate(fd, FILE_BYTES)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
-
-
-def _memfd_secret() -> int:
-    fd: int = _libc.syscall(SYS_MEMFD_SECRET, os.O_CLOEXEC)
-    if fd < 0:
-        error = ctypes.get_errno()
-        raise OSError(error, os.strerror(error))
-    return fd
-
-
-def limit_text() -> str:
-    """Name RLIMIT_MEMLOCK as it stands, and how to raise it."""
-    soft = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
-    value = "unlimited" if soft == resource.RLIM_INFINITY else f"{soft} bytes"
-    return f"RLIMIT_MEMLOCK is {value}; raise it with LimitMEMLOCK= in the unit or 'ulimit -l'"
-
-
-def _exhausted(length: int, error: int) -> LockedMemoryExhausted:
-    if error not in (errno.EAGAIN, errno.ENOMEM, errno.EPERM):
-        return LockedMemoryExhausted(f"Unable to map {length} bytes: {os.strerror(error)}")
-    return LockedMemoryExhausted(
-        f"No locked memory left for another {length} bytes: {limit_text()}"
-    )
+        unmap_pages(self._addresses.pop(index), len(view))
 
 
 def choose_level(*, require: bool) -> Level:

@@ -24,7 +24,7 @@ from typing import Final, NamedTuple
 from zlib import crc32
 
 from secretd.errors import StateError
-from secretd.memory import FILE_BYTES, Level
+from secretd.pages import FILE_BYTES, Level
 
 MAGIC: Final = b"secretd\0"
 FORMAT: Final = 1

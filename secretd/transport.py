@@ -20,7 +20,8 @@ from secretd.errors import LimitReached, LockedMemoryExhausted
 from secretd.fds import SCM_MAX_FD, received
 from secretd.limits import Share
 from secretd.loop import crowded, readers
-from secretd.memory import LockedBuffer, wipe
+from secretd.memory import LockedBuffer
+from secretd.pages import wipe
 from secretd.receive import (
     FIRST_TAIL_BYTES,
     LARGEST_TAIL_BYTES,

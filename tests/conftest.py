@@ -25,7 +25,8 @@ from secretd.audit import Audit
 from secretd.commands import COMMANDS
 from secretd.errors import CommandError, UsageError
 from secretd.loop import Loop
-from secretd.memory import SCRATCH_RESERVE, SCRATCH_WINDOW, Arena, Level, choose_level
+from secretd.memory import SCRATCH_RESERVE, SCRATCH_WINDOW, Arena, choose_level
+from secretd.pages import Level
 from secretd.peer import Door
 from secretd.qom.object import ObjectTree, with_hint
 from secretd.qom.source import StartSources

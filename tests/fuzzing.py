@@ -18,7 +18,7 @@ from typing import Any, Final
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from secretd import keyval, memory, records
+from secretd import keyval, pages, records
 from secretd.commands import COMMANDS
 from secretd.errors import LockedMemoryExhausted, StateError, UsageError
 from secretd.memory import Arena
@@ -114,7 +114,7 @@ def address(data: bytes, _cuts: list[int]) -> None:
 def left(data: bytes, _cuts: list[int]) -> None:
     """A journal that an earlier process left, with any content: taken over, or refused, and then works."""
     arena = os.memfd_create("fuzz")
-    os.ftruncate(arena, memory.FILE_BYTES)
+    os.ftruncate(arena, pages.FILE_BYTES)
     inode = struct.pack("<Q", os.fstat(arena).st_ino)
     file = os.memfd_create("fuzz")
     whole = len(data) > _INODE_OFFSET + 8

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from secretd import memory
+from secretd import memory, pages
 from secretd.errors import LockedMemoryExhausted as Exhausted
 from secretd.memory import Arena, LockedBuffer
 from tests.conftest import ARENA_LEVEL, need_level
@@ -102,10 +102,10 @@ def test_freed_bytes_are_wiped(arena: Arena) -> None:
 def test_wipe_zeroes_every_byte(size: int) -> None:
     """At and around the size of its step."""
     data = bytearray(b"x" * size)
-    memory.wipe(memoryview(data))
+    pages.wipe(memoryview(data))
     assert data == bytes(size)
     data = bytearray(b"x" * size)
-    memory.wipe_bytearray(data)
+    pages.wipe_bytearray(data)
     assert data == bytes(size)
 
 
@@ -228,11 +228,11 @@ def test_odd_mapping_errors_are_said_as_they_are(
     monkeypatch: pytest.MonkeyPatch, arena: Arena
 ) -> None:
     """Not every failure is the limit."""
-    assert "Bad file descriptor" in memory._exhausted(1, 9).desc
+    assert "Bad file descriptor" in pages._exhausted(1, 9).desc
     monkeypatch.setattr(
         resource, "getrlimit", lambda _which: (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
     )
-    assert "RLIMIT_MEMLOCK is unlimited" in memory.limit_text()
+    assert "RLIMIT_MEMLOCK is unlimited" in pages.limit_text()
 
 
 def test_a_closed_arena_can_be_closed_again() -> None:
@@ -245,7 +245,7 @@ def test_a_closed_arena_can_be_closed_again() -> None:
 def test_dumps_are_forbidden() -> None:
     """PR_GET_DUMPABLE and RLIMIT_CORE afterwards."""
     done = in_subprocess(
-        "import ctypes, resource; from secretd.memory import forbid_dumps; forbid_dumps();"
+        "import ctypes, resource; from secretd.pages import forbid_dumps; forbid_dumps();"
         "print(ctypes.CDLL(None).prctl(3), resource.getrlimit(resource.RLIMIT_CORE))"
     )
     assert done.stdout == f"0 (0, {resource.getrlimit(resource.RLIMIT_CORE)[1]})\n"
@@ -253,7 +253,7 @@ def test_dumps_are_forbidden() -> None:
 
 def test_a_file_that_cannot_have_its_size_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The failure is passed on; the leak check of the suite sees the rest."""
-    monkeypatch.setattr(memory, "FILE_BYTES", -1)
+    monkeypatch.setattr(pages, "FILE_BYTES", -1)
     with pytest.raises(OSError, match="Invalid argument"):
         Arena("none")
 

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from secretd import memory, records, state
+from secretd import memory, pages, records, state
 from secretd.errors import LockedMemoryExhausted, StateError
-from secretd.memory import Arena, Level
+from secretd.memory import Arena
+from secretd.pages import Level
 from secretd.state import Journal
 from tests.conftest import need_level
 from tests.test_state import put
@@ -51,7 +52,7 @@ def memfd(content: bytes, size: int = 0) -> int:
 
 def restored(was: Left) -> Journal:
     """Restore copies of what was left."""
-    arena = memfd(was.arena, memory.FILE_BYTES)
+    arena = memfd(was.arena, pages.FILE_BYTES)
     inode = struct.pack("<Q", os.fstat(arena).st_ino)
     files = [
         memfd(file[:INODE_OFFSET] + inode + file[INODE_OFFSET + 8 :] if len(file) > 40 else file)
@@ -87,7 +88,9 @@ def discard(journal: Journal) -> None:
     journal.arena.close()
 
 
-WATCHED: frozenset[str] = frozenset((memory.__file__, records.__file__, state.__file__))
+WATCHED: frozenset[str] = frozenset(
+    (memory.__file__, pages.__file__, records.__file__, state.__file__)
+)
 
 
 def moments(action: Callable[[], object], look: Callable[[], object]) -> Iterator[object]:
@@ -302,7 +305,7 @@ def test_what_cannot_be_gone_on_with_is_refused(small: Journal) -> None:
     refused("two secrets lie in one place", with_slot(70, 0))
     refused("two secrets lie in one place", with_slot(70, 5))
     refused("two secrets lie in one place", with_slot(70, 900 * WINDOW))
-    arena = memfd(was.arena, memory.FILE_BYTES)
+    arena = memfd(was.arena, pages.FILE_BYTES)
     with pytest.raises(StateError, match="belongs to another arena"):
         Journal.restore(arena, [memfd(first)])
     other = restored(was)

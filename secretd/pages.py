@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Pages of locked memory, as the kernel gives them: memfd_secret(2), mlock(2), madvise(2), and wiping.
+
+Code sees memoryviews of a mapping, made with PyMemoryView_FromMemory. An `mmap` object would give bytes
+copies when sliced, and keeps a duplicate of the descriptor. What is where in them is memory's.
+"""
+
+import ctypes
+import errno
+import mmap
+import os
+import resource
+from typing import Literal
+
+from secretd.errors import LockedMemoryExhausted
+
+Level = Literal["secretmem", "mlock", "none"]
+
+SYS_MEMFD_SECRET = 447
+"""memfd_secret(2), Linux 5.14; the same number on every architecture."""
+
+FILE_BYTES = 64 << 30
+"""Size of each arena's file. memfd_secret cannot be resized; only what is mapped counts as locked."""
+
+_MADV_DONTFORK = 10
+_MADV_DONTDUMP = 16
+_PR_SET_DUMPABLE = 4
+_PYBUF_WRITE = 0x200
+_MAP_FAILED = ctypes.c_void_p(-1).value
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_long,
+]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.mlock.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_view_of = ctypes.pythonapi.PyMemoryView_FromMemory
+_view_of.restype = ctypes.py_object
+_view_of.argtypes = [ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int]
+
+_ZEROS = bytes(4096)
+
+
+def wipe(view: memoryview) -> None:
+    """Overwrite a writable memoryview of bytes with zeros."""
+    size = len(view)
+    if size <= 4096:
+        view[:] = _ZEROS[:size]
+        return
+    for start in range(0, size - 4095, 4096):
+        view[start : start + 4096] = _ZEROS
+    rest = size & 4095
+    if rest:
+        view[size - rest :] = _ZEROS[:rest]
+
+
+def wipe_bytearray(data: bytearray) -> None:
+    """Overwrite a bytearray in place, without moving it."""
+    data[:] = bytes(len(data))
+
+
+def forbid_dumps() -> None:
+    """Make this process write no core file and refuse ptrace and /proc/PID/mem to other users.
+
+    prctl(2) PR_SET_DUMPABLE, setrlimit(2) RLIMIT_CORE.
+    """
+    _libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+    _, hard = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, hard))
+
+
+def map_pages(fd: int, offset: int, length: int, level: Level) -> tuple[int, memoryview]:
+    """Map a part of a file so that it stays out of swap, core dumps and children; all in bytes. Returns its
+    address and a writable view. Raises LockedMemoryExhausted.
+    """
+    address = _libc.mmap(
+        None, length, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, fd, offset
+    )
+    if address == _MAP_FAILED:
+        raise _exhausted(length, ctypes.get_errno())
+    if level == "mlock" and _libc.mlock(address, length) != 0:
+        error = ctypes.get_errno()
+        _libc.munmap(address, length)
+        raise _exhausted(length, error)
+    _libc.madvise(address, length, _MADV_DONTFORK)
+    _libc.madvise(address, length, _MADV_DONTDUMP)
+    return address, _view_of(address, length, _PYBUF_WRITE)
+
+
+def unmap_pages(address: int, length: int) -> None:
+    """Undo `map_pages`. The pages keep their content: wipe first."""
+    _libc.munmap(address, length)
+
+
+def open_file(level: Level) -> int:
+    """Make a file of FILE_BYTES whose pages are protected like that; the caller closes it. Raises OSError."""
+    # The name shows in /proc/PID/maps only; it says nothing of the content.
+    fd = _memfd_secret() if level == "secretmem" else os.memfd_create("secretd", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(fd, FILE_BYTES)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _memfd_secret() -> int:
+    fd: int = _libc.syscall(SYS_MEMFD_SECRET, os.O_CLOEXEC)
+    if fd < 0:
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))
+    return fd
+
+
+def limit_text() -> str:
+    """Name RLIMIT_MEMLOCK as it stands, and how to raise it."""
+    soft = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    value = "unlimited" if soft == resource.RLIM_INFINITY else f"{soft} bytes"
+    return f"RLIMIT_MEMLOCK is {value}; raise it with LimitMEMLOCK= in the unit or 'ulimit -l'"
+
+
+def _exhausted(length: int, error: int) -> LockedMemoryExhausted:
+    if error not in (errno.EAGAIN, errno.ENOMEM, errno.EPERM):
+        return LockedMemoryExhausted(f"Unable to map {length} bytes: {os.strerror(error)}")
+    return LockedMemoryExhausted(
+        f"No locked memory left for another {length} bytes: {limit_text()}"
+    )
