@@ -19,7 +19,8 @@ import resource
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from secretd import __version__, argv, paths, service
 from secretd.audit import Audit
@@ -29,6 +30,7 @@ from secretd.errors import CommandError, SecretdError, UsageError
 from secretd.initial import Initial
 from secretd.loop import Loop
 from secretd.memory import SCRATCH_RESERVE, SCRATCH_WINDOW, Arena
+from secretd.monitor import log_internal
 from secretd.options import QuietParser
 from secretd.pages import forbid_dumps, limit_text
 from secretd.peer import Door
@@ -220,6 +222,7 @@ class _Process:
             server.add(listener)
         reports = None if self._store is None else Reports(self._store, tree)
         loop = asyncio.get_running_loop()
+        loop.set_exception_handler(_unexpected)
 
         def stop() -> None:
             if reports is not None:
@@ -274,6 +277,15 @@ class _Process:
             log.info("stopped; the service manager keeps %s", _objects(objects))
         elif self._served:
             log.info("stopped; all secrets are wiped")
+
+
+def _unexpected(_loop: asyncio.AbstractEventLoop, context: Mapping[str, Any]) -> None:
+    """Log what nothing else has caught. asyncio would quote it, and what was called with what."""
+    error = context.get("exception")
+    if isinstance(error, Exception):
+        log_internal(error)
+    else:
+        log.error("internal error: something went wrong in the event loop")
 
 
 def _loop_factory(name: str) -> Callable[[], asyncio.AbstractEventLoop]:

@@ -2,6 +2,7 @@
 """secretd's start, where it needs no process of its own: the default sockets."""
 
 import argparse
+import asyncio
 import json
 import os
 import shutil
@@ -354,3 +355,23 @@ def test_the_start_brings_along_nothing_that_is_not_needed() -> None:
         "assert ssl.OPENSSL_VERSION\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_nobody_catches_is_logged_without_its_words(caplog: pytest.LogCaptureFixture) -> None:
+    """Neither those of the exception nor the arguments of the call, which asyncio would quote."""
+
+    def fail(text: str) -> None:
+        raise ValueError(text)
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(daemon._unexpected)
+        loop.call_soon(fail, "letmein")
+        await asyncio.sleep(0)
+        loop.call_exception_handler({"message": "letmein"})
+
+    asyncio.run(main())
+    assert "internal error: ValueError" in caplog.text
+    assert "something went wrong in the event loop" in caplog.text
+    assert "in fail" in caplog.text
+    assert "letmein" not in caplog.text
