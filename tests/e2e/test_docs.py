@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The tutorial and the how-to pages: their commands are typed as they stand there, on a machine with systemd.
+"""README, tutorial and how-to pages: their commands are typed as they stand there, on a machine with systemd.
 
 A block ``sh`` is executed; a block ``text`` behind it shows what it prints: each of its lines must be part
 of a line of that. Blocks ``python`` are checked by mypy.
@@ -89,6 +89,28 @@ def test_what_a_page_says_works_as_it_stands_there(box: Box, page: Path) -> None
             assert any(wanted in line for line in lines), (
                 f"{block.code}\n{wanted!r} is not in\n{printed}"
             )
+
+
+def test_what_the_readme_says_works_in_one_terminal(box: Box) -> None:
+    """Its blocks follow each other, and find the programs where scripts/run puts them; those that ask for
+    more find the end of what is typed.
+    """
+    box.run("mkdir", "-p", "/srv/readme/.venv")
+    box.run("ln", "-s", "/usr/lib/secretd/bin", "/srv/readme/.venv/bin")
+    code = "".join(block.code for block in blocks(ROOT / "README.md"))
+    done = box.run(
+        "env", "HOME=/root", "USER=root", f"PATH={os.defpath}:/usr/sbin:/sbin",
+        "bash", "-o", "pipefail", "-euc", f"cd /srv/readme; trap 'kill %1' EXIT\n{code}", check=False,
+    )  # fmt: skip
+    printed = done.stdout + done.stderr
+    assert done.returncode == 0, printed
+    for wanted in (
+        "64 /dev/fd/",
+        "wrote 65536/65536 bytes",
+        "Connected to QEMU",
+        "unit:backup.service may read 'disk0': yes",
+    ):
+        assert wanted in printed, (wanted, printed)
 
 
 def test_the_python_on_the_pages_is_right(tmp_path: Path) -> None:
