@@ -32,6 +32,7 @@ LIMITS = {
         "wire.qjson",
         "wire.qmp",
         "monitor",
+        "shared",
         "session",
         "transport",
         "receive",

@@ -22,8 +22,9 @@ from secretd.audit import Who
 from secretd.deliver import Content
 from secretd.errors import AccessDenied, CommandError, PeerUnknown
 from secretd.fds import Fd
-from secretd.monitor import Daemon, close_connection, log_internal
+from secretd.monitor import close_connection, log_internal
 from secretd.peer import Door, Peer, identify
+from secretd.shared import Daemon
 from secretd.systemd import (
     CREDENTIAL_ADDRESS_BYTES,
     CREDENTIAL_BYTES,

@@ -12,9 +12,10 @@ from typing import Any, Final, NamedTuple, TypeAlias
 from secretd import keyval
 from secretd.errors import CommandError, UsageError
 from secretd.keyval import KeyvalError
-from secretd.monitor import QEMU_VERSION, Monitor
+from secretd.monitor import Monitor
 from secretd.qom.object import with_hint
 from secretd.schema import check
+from secretd.shared import QEMU_VERSION
 
 QUOTED_BYTES: Final = 4
 """Bytes of a line's own text that an error about it quotes: it may be of a secret. QEMU quotes all."""

@@ -8,22 +8,17 @@ returns, commands carries them out. The only place where exceptions become repli
 
 import logging
 import os
-import time
 import traceback
-from collections.abc import Callable, Coroutine, Iterable
-from functools import cached_property
+from collections.abc import Callable, Coroutine
 from types import CoroutineType
-from typing import Final, Literal, Protocol, TypeAlias
+from typing import Final, TypeAlias
 
 from msgspec import UNSET, Struct
 from msgspec.structs import astuple
 
-from secretd.access import Access, Grant
-from secretd.announce import Announcer, Happened
-from secretd.audit import Audit, Who
-from secretd.deliver import Deliveries
+from secretd.access import Grant
+from secretd.audit import Who
 from secretd.errors import AccessDenied, CommandError, CommandNotFound, LimitReached
-from secretd.events import EVENTS
 from secretd.fds import (
     DESCRIPTORS_PER_CONNECTION,
     Fd,
@@ -31,29 +26,19 @@ from secretd.fds import (
     NamedFds,
     PendingFd,
 )
-from secretd.introspect import schema
 from secretd.memory import Arena
-from secretd.offload import THREADS_PER_UID, Offload
-from secretd.peer import Door, Peer
-from secretd.qom.object import ObjectTree
-from secretd.qom.path import Paths
+from secretd.offload import THREADS_PER_UID
+from secretd.peer import Peer
 from secretd.qom.source import Source
-from secretd.schema import Command, FastDecoder, check
+from secretd.schema import Command, check
+from secretd.shared import QEMU_VERSION, Daemon
 from secretd.transport import Locked, unread
 from secretd.wire import encode
 from secretd.wire import message as wire
 from secretd.wire.message import Malformed, Request
 from secretd.wire.parser import Fault
-from secretd.wire.qjson import MAX_MESSAGE_BYTES
 
 log = logging.getLogger("secretd")
-
-QEMU_VERSION: Final = (10, 0, 0)
-"""The QEMU whose answers ours are: what the greeting says."""
-
-CLIENT_MESSAGE_BYTES: Final = 6 << 10
-"""Bytes of one message on the client door, where no command carries a secret: so little that its
-clients never compete for the room that large messages need."""
 
 QUOTED_BYTES: Final = 1024
 """Bytes of the sender's own text that an error quotes at most: it waits in locked memory until it is
@@ -68,96 +53,6 @@ WAITING_COMMANDS: Final = ("secret_read", "object_add", "human_monitor_command")
 INTERNAL_ERROR: Final = "Internal error; the log of secretd has the details"
 
 Reply: TypeAlias = "bytes | Locked | Coroutine[object, object, bytes]"
-
-
-class Owner(Protocol):
-    """What the daemon's state asks of the server."""
-
-    announcer: Announcer
-
-    def quit(self, data: str) -> None:
-        """Send SHUTDOWN, its data as JSON text, to all, and end the daemon with all secrets."""
-
-
-class Daemon:
-    """What all sessions share."""
-
-    def __init__(
-        self,
-        tree: ObjectTree,
-        commands: Iterable[Command],
-        package: str,
-        audit: Audit,
-        owner: Owner,
-    ) -> None:
-        self.tree = tree
-        self.paths = Paths(tree)
-        self.limits = tree.limits
-        self.package = package
-        self.version = encode.Verbatim(encode.value(wire.version(QEMU_VERSION, package)))
-        self.audit = audit
-        self.owner = owner
-        self.access = Access(tree, audit)
-        self.offload = Offload()
-        self.deliveries = Deliveries(tree.scratch, self.offload)
-        self._decided = tree.on_decision
-        tree.on_decision = self._on_decision
-        tree.withdraw = self.deliveries.withdraw
-        every = list(commands)
-        self.tables = {
-            Door.CONTROL: Table(every, MAX_MESSAGE_BYTES),
-            Door.CLIENT: Table([c for c in every if c.client], CLIENT_MESSAGE_BYTES),
-        }
-
-    @property
-    def memory(self) -> Literal["secretmem", "mlock", "none"]:
-        """How well secrets are protected."""
-        return self.tree.journal.arena.level
-
-    def _on_decision(self, object_id: str) -> None:
-        self._decided(object_id)
-        self.deliveries.recheck(self.access.holds)
-
-    def announce(self, name: str, object_id: str, peer_info: str | None, by: object) -> None:
-        """Send an event about a secret to all who may know, but to who did it."""
-        if self.owner.announcer.crowded():
-            return
-        # An identifier is plain ASCII; what clients ask for may be anything.
-        quoted = encode.value(object_id)
-        bare = wire_event(name, f'{{"id": {quoted}}}')
-        full = bare
-        if peer_info is not None:
-            full = wire_event(name, f'{{"id": {quoted}, "peer": {peer_info}}}')
-        self.owner.announcer.announce(Happened(name, object_id, full, bare, by))
-
-    def expire(self, object_id: str) -> None:
-        """The time of an object is over: end deliveries, wipe it, say so."""
-        kind = self.tree.delete(object_id)
-        self.audit.note("expire", id=object_id, type=kind.info.name)
-        if not kind.decides:
-            self.announce("SECRET_EXPIRED", object_id, None, None)
-
-
-def wire_event(name: str, data: str) -> bytes:
-    """Return an event of now, its data as JSON text."""
-    now = time.time_ns() // 1000
-    return wire.event(name, data, now // 1_000_000, now % 1_000_000)
-
-
-class Table:
-    """The commands of a door, by name and by the type of a decoded request; the largest message."""
-
-    def __init__(self, commands: list[Command], max_bytes: int) -> None:
-        self._commands = commands
-        self.by_name = {command.name: command for command in commands}
-        self.by_request = {c.request: c for c in commands if c.request is not None}
-        self.decode = FastDecoder(commands)
-        self.max_bytes = max_bytes
-
-    @cached_property
-    def schema(self) -> str:
-        """What query-qmp-schema returns, as JSON text."""
-        return encode.value(schema(self._commands, EVENTS))
 
 
 class Monitor:

@@ -18,12 +18,13 @@ from secretd.announce import Announcer
 from secretd.audit import Audit, Who
 from secretd.credentials import Credentials, Store
 from secretd.errors import AccessDenied, LimitReached, PeerUnknown, UsageError
-from secretd.monitor import Daemon, close_connection, wire_event
+from secretd.monitor import close_connection
 from secretd.peer import Door, Peer, identify
 from secretd.qom.object import ObjectTree
 from secretd.receive import ReceiveSpace
 from secretd.schema import Command
 from secretd.session import Session
+from secretd.shared import Daemon, wire_event
 from secretd.wire import message as wire
 
 LISTEN_BACKLOG: Final = 128

@@ -18,9 +18,10 @@ from msgspec import Struct
 from secretd.announce import Announcer, Throttle
 from secretd.errors import LimitReached, LockedMemoryExhausted
 from secretd.memory import LockedBuffer
-from secretd.monitor import Daemon, Monitor, Reply, log_internal, wire_event
+from secretd.monitor import Monitor, Reply, log_internal
 from secretd.peer import Door, Peer
 from secretd.receive import ReceiveSpace
+from secretd.shared import Daemon, wire_event
 from secretd.transport import ALL, UNFINISHED_SECONDS, Locked, Transport
 from secretd.wire import message as wire
 from secretd.wire.message import Malformed, Request

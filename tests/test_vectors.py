@@ -12,11 +12,11 @@ from secretd.announce import Announcer
 from secretd.audit import Audit
 from secretd.commands import COMMANDS
 from secretd.memory import Arena
-from secretd.monitor import Daemon as Shared
 from secretd.monitor import Monitor
 from secretd.peer import Door, Peer
 from secretd.qom.object import ObjectTree
 from secretd.qom.types import TYPES
+from secretd.shared import Daemon as Shared
 from secretd.state import Journal
 from secretd.transport import Locked
 from secretd.wire import message as wire
@@ -49,7 +49,7 @@ class Codec:
         self._output = self.monitor.greeting()
 
     def quit(self, data: str) -> None:
-        """See secretd.monitor.Owner."""
+        """See secretd.shared.Owner."""
         self._output += wire.event("SHUTDOWN", data, 1, 2)
         self._ended = True
 

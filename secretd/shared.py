@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What all connections share: the tree, the commands of each door, access, deliveries, events.
+
+`Daemon` makes and holds them, and answers nothing itself: monitor does, one for each connection. server makes
+it.
+"""
+
+import time
+from collections.abc import Iterable
+from functools import cached_property
+from typing import Final, Literal, Protocol
+
+from secretd.access import Access
+from secretd.announce import Announcer, Happened
+from secretd.audit import Audit
+from secretd.deliver import Deliveries
+from secretd.events import EVENTS
+from secretd.introspect import schema
+from secretd.offload import Offload
+from secretd.peer import Door
+from secretd.qom.object import ObjectTree
+from secretd.qom.path import Paths
+from secretd.schema import Command, FastDecoder
+from secretd.wire import encode
+from secretd.wire import message as wire
+from secretd.wire.qjson import MAX_MESSAGE_BYTES
+
+QEMU_VERSION: Final = (10, 0, 0)
+"""The QEMU whose answers ours are: what the greeting says."""
+
+CLIENT_MESSAGE_BYTES: Final = 6 << 10
+"""Bytes of one message on the client door, where no command carries a secret: so little that its
+clients never compete for the room that large messages need."""
+
+
+class Owner(Protocol):
+    """What the daemon's state asks of the server."""
+
+    announcer: Announcer
+
+    def quit(self, data: str) -> None:
+        """Send SHUTDOWN, its data as JSON text, to all, and end the daemon with all secrets."""
+
+
+class Daemon:
+    """What all sessions share."""
+
+    def __init__(
+        self,
+        tree: ObjectTree,
+        commands: Iterable[Command],
+        package: str,
+        audit: Audit,
+        owner: Owner,
+    ) -> None:
+        self.tree = tree
+        self.paths = Paths(tree)
+        self.limits = tree.limits
+        self.package = package
+        self.version = encode.Verbatim(encode.value(wire.version(QEMU_VERSION, package)))
+        self.audit = audit
+        self.owner = owner
+        self.access = Access(tree, audit)
+        self.offload = Offload()
+        self.deliveries = Deliveries(tree.scratch, self.offload)
+        self._decided = tree.on_decision
+        tree.on_decision = self._on_decision
+        tree.withdraw = self.deliveries.withdraw
+        every = list(commands)
+        self.tables = {
+            Door.CONTROL: Table(every, MAX_MESSAGE_BYTES),
+            Door.CLIENT: Table([c for c in every if c.client], CLIENT_MESSAGE_BYTES),
+        }
+
+    @property
+    def memory(self) -> Literal["secretmem", "mlock", "none"]:
+        """How well secrets are protected."""
+        return self.tree.journal.arena.level
+
+    def _on_decision(self, object_id: str) -> None:
+        self._decided(object_id)
+        self.deliveries.recheck(self.access.holds)
+
+    def announce(self, name: str, object_id: str, peer_info: str | None, by: object) -> None:
+        """Send an event about a secret to all who may know, but to who did it."""
+        if self.owner.announcer.crowded():
+            return
+        # An identifier is plain ASCII; what clients ask for may be anything.
+        quoted = encode.value(object_id)
+        bare = wire_event(name, f'{{"id": {quoted}}}')
+        full = bare
+        if peer_info is not None:
+            full = wire_event(name, f'{{"id": {quoted}, "peer": {peer_info}}}')
+        self.owner.announcer.announce(Happened(name, object_id, full, bare, by))
+
+    def expire(self, object_id: str) -> None:
+        """The time of an object is over: end deliveries, wipe it, say so."""
+        kind = self.tree.delete(object_id)
+        self.audit.note("expire", id=object_id, type=kind.info.name)
+        if not kind.decides:
+            self.announce("SECRET_EXPIRED", object_id, None, None)
+
+
+def wire_event(name: str, data: str) -> bytes:
+    """Return an event of now, its data as JSON text."""
+    now = time.time_ns() // 1000
+    return wire.event(name, data, now // 1_000_000, now % 1_000_000)
+
+
+class Table:
+    """The commands of a door, by name and by the type of a decoded request; the largest message."""
+
+    def __init__(self, commands: list[Command], max_bytes: int) -> None:
+        self._commands = commands
+        self.by_name = {command.name: command for command in commands}
+        self.by_request = {c.request: c for c in commands if c.request is not None}
+        self.decode = FastDecoder(commands)
+        self.max_bytes = max_bytes
+
+    @cached_property
+    def schema(self) -> str:
+        """What query-qmp-schema returns, as JSON text."""
+        return encode.value(schema(self._commands, EVENTS))
