@@ -41,16 +41,17 @@ class Grant:
     that permits it, None on the control door.
     """
 
-    __slots__ = ("object_id", "peer", "plaintext", "rule")
+    __slots__ = ("object_id", "peer", "plaintext", "rule", "terms")
 
     def __init__(
-        self, key: object, peer: Peer, object_id: str, rule: str | None, plaintext: memoryview
+        self, key: object, peer: Peer, object_id: str, terms: "_Rule | None", plaintext: memoryview
     ) -> None:
         if key is not _KEY:
             raise TypeError("only access makes a Grant")
         self.peer = peer
         self.object_id = object_id
-        self.rule = rule
+        self.rule = None if terms is None else terms.id
+        self.terms = terms
         self.plaintext = plaintext
 
 
@@ -173,7 +174,7 @@ class Access:
         self._audit.release(action, who, by, object_id, len(plaintext))
         if rule is not None and rule.limited:
             self._count(rule.id, 1)
-        return Grant(_KEY, peer, object_id, None if rule is None else rule.id, plaintext)
+        return Grant(_KEY, peer, object_id, rule, plaintext)
 
     def credential(self, peer: Peer, who: Who, claimed: CredentialAddress | None) -> Grant:
         """Return leave to give a unit the secret that its LoadCredential= asks for.
@@ -192,7 +193,7 @@ class Access:
         plaintext = secret_plaintext(self._tree, object_id)
         by = f"grant {rule.id}"
         self._audit.release("credential", who, by, object_id, len(plaintext), name)
-        return Grant(_KEY, peer, object_id, rule.id, plaintext)
+        return Grant(_KEY, peer, object_id, rule, plaintext)
 
     def _mapped(self, peer: Peer, claimed: CredentialAddress | None) -> tuple[str, _Rule]:
         """Return the id of the secret that a unit asks for, and the grant that permits it."""
@@ -250,10 +251,18 @@ class Access:
         ]
 
     def take_back(self, grant: Grant, who: Who, reason: str) -> None:
-        """Not a byte of what was permitted was taken: it is no read."""
+        """Undo a read of which no byte was taken: record it as withheld, and give the count back.
+
+        A grant that was changed or made anew meanwhile keeps its count, which is another one's.
+        """
         self._audit.note("withheld", who, id=grant.object_id, reason=reason)
-        rule = None if grant.rule is None else self._rules.get(grant.rule)
-        if rule is not None and rule.limited and grant.peer.door is Door.CLIENT:
+        rule = grant.terms
+        if (
+            rule is not None
+            and rule.limited
+            and grant.peer.door is Door.CLIENT
+            and self._rules.get(rule.id) is rule
+        ):
             self._count(rule.id, -1)
 
     def may_read(self, peer: Peer, object_id: str) -> bool:

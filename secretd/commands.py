@@ -8,6 +8,7 @@ Commands of QEMU 10's qapi/ unless the docstring says that they are ours.
 """
 
 from collections.abc import Awaitable, Coroutine
+from functools import partial
 from typing import Any, Final, Literal, NotRequired, TypedDict
 
 from msgspec import UNSET, Raw, UnsetType
@@ -291,13 +292,10 @@ def secret_read(
     except BaseException:
         fd.close()
         raise
-    content = Content(grant, base64=format == "base64")
+    untaken = partial(monitor.daemon.access.take_back, grant, monitor.who)
+    content = Content(grant, untaken, base64=format == "base64")
     size: Delivered = Verbatim(f'{{"size": {content.size}}}')  # type: ignore[assignment]  # JSON text of it
-    try:
-        rest = monitor.daemon.deliveries.deliver(content, target, fd)
-    except CommandError as error:
-        _not_delivered(monitor, content, error)
-        raise
+    rest = monitor.daemon.deliveries.deliver(content, target, fd)
     if rest is not None:
         return _deliver_rest(monitor, content, rest, size)
     monitor.announce("SECRET_READ", id)
@@ -310,18 +308,9 @@ async def _deliver_rest(
     rest: Coroutine[Any, Any, None],
     size: Delivered,
 ) -> Delivered:
-    try:
-        await rest
-    except CommandError as error:
-        _not_delivered(monitor, content, error)
-        raise
+    await rest
     monitor.announce("SECRET_READ", content.grant.object_id)
     return size
-
-
-def _not_delivered(monitor: Monitor, content: Content, error: CommandError) -> None:
-    if not content.written:
-        monitor.daemon.access.take_back(content.grant, monitor.who, error.desc)
 
 
 @COMMANDS()

@@ -16,6 +16,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Final, Protocol
 
 from secretd.audit import Who
@@ -142,15 +143,10 @@ class Credentials:
         except BaseException:
             copy.close()
             raise
-        content = Content(grant)
-        try:
-            rest = daemon.deliveries.deliver(content, SocketPair(copy.fileno()), copy)
-            if rest is not None:
-                await rest
-        except CommandError as error:
-            if not content.written:
-                daemon.access.take_back(grant, who, error.desc)
-            raise
+        content = Content(grant, partial(daemon.access.take_back, grant, who))
+        rest = daemon.deliveries.deliver(content, SocketPair(copy.fileno()), copy)
+        if rest is not None:
+            await rest
         daemon.announce("SECRET_READ", grant.object_id, encode.value(peer.info), self)
 
     def _say(self, claimed: CredentialAddress | None, peer: Peer, error: Exception) -> None:
@@ -188,6 +184,6 @@ class Credentials:
         # For the other end it ends here, whoever else keeps it.
         with contextlib.suppress(OSError):
             sock.shutdown(socket.SHUT_RDWR)
-        close_connection(self._daemon, peer, sock.detach())
+        close_connection(self._daemon, peer, sock)
         if self._store is not None and self._store.kept:
             self._store.manager.drop(name, wait=False)

@@ -39,12 +39,20 @@ PIECE_BYTES: Final = 16 << 10
 
 
 _NOTHING: Final = memoryview(b"")
+_GONE: Final = "the client has disconnected"
 
 
 class Content:
-    """What is to be written: the plaintext that a grant carries, or its base64. ``size``: bytes of that."""
+    """What is to be written: the plaintext that a grant carries, or its base64. ``size``: bytes of that.
 
-    def __init__(self, grant: Grant, *, base64: bool = False) -> None:
+    ``untaken`` is called with the reason once it is certain that the delivery has ended and the other end
+    has taken no byte: at once, or when a write that was under way has returned.
+    """
+
+    def __init__(
+        self, grant: Grant, untaken: Callable[[str], object], *, base64: bool = False
+    ) -> None:
+        self._untaken = untaken
         self.grant = grant
         self.base64 = base64
         self.plaintext = grant.plaintext
@@ -57,6 +65,11 @@ class Content:
         """Have ``view`` be the base64."""
         self._encoded = encode_base64(self.plaintext, scratch)
         self.view = self._encoded.view
+
+    def failed(self, reason: str) -> None:
+        """The delivery has ended early, and nothing more will be written."""
+        if not self.written:
+            self._untaken(reason)
 
     def drop(self) -> None:
         """Forget it; wipe what is only here."""
@@ -112,7 +125,11 @@ class Deliveries:
             position = content.written = target.write(content.view, 0)
         except OSError as error:
             _release(content, target, fd)
-            raise _failed(error) from None
+            raise _failed(content, error) from None
+        except CommandError as error:
+            _release(content, target, fd)
+            content.failed(error.desc)
+            raise
         except BaseException:
             _release(content, target, fd)
             raise
@@ -144,10 +161,16 @@ class Deliveries:
                     if waiting.withdrawn:
                         raise _withdrawn(content)
                     position += target.write(content.view[position:], position)
+                    content.written = position
         except TimeoutError:
-            raise _too_slow() from None
+            raise _ended(content, _too_slow()) from None
         except OSError as error:
-            raise _failed(error) from None
+            raise _failed(content, error) from None
+        except CommandError as error:
+            raise _ended(content, error) from None
+        except asyncio.CancelledError:
+            content.failed(_GONE)
+            raise
         finally:
             self._forget(waiting)
             _release(content, target, fd)
@@ -176,17 +199,20 @@ class Deliveries:
                     uid, lambda _failure: job.release(), job.write, unused
                 )
         except TimeoutError:
-            if job.withdrawn:
-                raise _withdrawn(job.content) from None
-            raise _too_slow() from None
+            error = _withdrawn(job.content) if job.withdrawn else _too_slow()
+            job.abandon(error.desc)
+            raise error from None
+        except asyncio.CancelledError:
+            job.abandon(_GONE)
+            raise
         finally:
             self._forget(job)
             job.withdraw()
         job.release()
         if isinstance(failure, OSError):
-            raise _failed(failure)
+            raise _failed(job.content, failure)
         if failure is not None:
-            raise failure
+            raise _ended(job.content, failure)
 
 
 class _Waiting:
@@ -237,6 +263,7 @@ class _Job:
         self._copying = threading.Lock()
         self._writing = threading.Lock()
         self._released = False
+        self._reason: str | None = None  # why it failed, while that may not be the whole truth
         # What follows is made by the thread: as long as it waits for one, a delivery holds nothing.
         self._piece: LockedBuffer | None = None
         self._rest = memoryview(b"")  # of the piece, not written yet
@@ -263,9 +290,22 @@ class _Job:
             with contextlib.suppress(RuntimeError):  # it has ended
                 self.scope.reschedule(asyncio.get_running_loop().time())
 
+    def abandon(self, reason: str) -> None:
+        """The delivery has failed while the thread may still be writing: only when that write returns is it
+        known whether the other end has taken something.
+        """
+        self.withdraw()
+        if self._writing.acquire(blocking=False):
+            self._writing.release()
+            self.content.failed(reason)
+        else:
+            self._reason = reason
+
     def release(self) -> None:
         """The thread is done with it, or never began."""
         self._released = True
+        if self._reason is not None:
+            self.content.failed(self._reason)
         if self._piece is not None:
             self._piece.free()
         if self._bell >= 0:
@@ -283,8 +323,8 @@ class _Job:
                         return None
                     taken = self._target.write(self._rest, position)
                     self._rest = self._rest[taken:]
-                position += taken
-                self.content.written = position
+                    position += taken
+                    self.content.written = position
                 if self._rest:
                     self._wait()
         except (OSError, CommandError) as error:
@@ -329,8 +369,14 @@ def _release(content: Content, target: Target, fd: Fd) -> None:
     fd.close()
 
 
-def _failed(error: OSError) -> CommandError:
-    return CommandError(f"Unable to write the secret: {os.strerror(error.errno or 0)}")
+def _ended(content: Content, error: CommandError) -> CommandError:
+    content.failed(error.desc)
+    return error
+
+
+def _failed(content: Content, error: OSError) -> CommandError:
+    words = f"Unable to write the secret: {os.strerror(error.errno or 0)}"
+    return _ended(content, CommandError(words))
 
 
 def _withdrawn(content: Content) -> CommandError:

@@ -62,7 +62,13 @@ class LockedMemoryExhausted(CommandError):
 
 
 class PeerUnknown(SecretdError):
-    """The kernel does not say in full who is at the other end; the text is the reason."""
+    """The kernel does not identify the peer completely; the text is the reason. ``uid``: the peer's, as far as
+    it is known, else -1.
+    """
+
+    def __init__(self, words: str, uid: int = -1) -> None:
+        super().__init__(words)
+        self.uid = uid
 
 
 class SourceError(SecretdError):

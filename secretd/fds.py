@@ -17,10 +17,12 @@ import struct
 import warnings
 from collections.abc import Callable
 from enum import Enum
+from functools import lru_cache
 from typing import Final, NotRequired, TypedDict
 
 from secretd.errors import CommandError
-from secretd.statx import type_and_links
+from secretd.sockopt import domain
+from secretd.statx import device, type_and_links
 
 SCM_MAX_FD: Final = 253
 """Descriptors the kernel lets one message carry (SCM_MAX_FD, include/net/scm.h)."""
@@ -31,7 +33,6 @@ DESCRIPTORS_PER_CONNECTION: Final = 64
 _SOL_SOCKET: Final = socket.SOL_SOCKET
 _SCM_RIGHTS: Final = socket.SCM_RIGHTS
 _INT_BYTES: Final = struct.calcsize("i")
-_SO_DOMAIN: Final = 39
 _F_GET_SEALS: Final = 1034
 _O_PATH: Final = 0o10000000
 _WRITE_SEALS: Final = 0x0002 | 0x0004 | 0x0008 | 0x0010  # shrink, grow, write, future write
@@ -259,8 +260,18 @@ def _kind(fd: int) -> Kind:
             fcntl.fcntl(fd, _F_GET_SEALS)
         except OSError:
             return Kind.FILE
-        return Kind.MEMFD if links == 0 else Kind.FILE
+        return Kind.MEMFD if links == 0 and device(fd) == _memfd_device() else Kind.FILE
     return Kind.OTHER
+
+
+@lru_cache(1)
+def _memfd_device() -> tuple[int, int]:
+    """Return the device of the kernel's own tmpfs. An unlinked file of any other may be on one that is full."""
+    fd = os.memfd_create("secretd-device", os.MFD_CLOEXEC)
+    try:
+        return device(fd)
+    finally:
+        os.close(fd)
 
 
 def _is_socketpair_end(fd: int) -> bool:
@@ -268,11 +279,12 @@ def _is_socketpair_end(fd: int) -> bool:
 
     Elsewhere the daemon would lend its own credentials to the bytes it sends.
     """
+    if domain(fd) != socket.AF_UNIX:
+        return False  # before a Python socket asks for its name, which waits for the lock of a TCP socket
     borrowed = socket.socket(fileno=os.dup(fd))
     try:
         return (
-            borrowed.getsockopt(socket.SOL_SOCKET, _SO_DOMAIN) == socket.AF_UNIX
-            and borrowed.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE) == socket.SOCK_STREAM
+            borrowed.type == socket.SOCK_STREAM
             and not borrowed.getsockname()
             and not borrowed.getpeername()
         )

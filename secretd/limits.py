@@ -193,11 +193,6 @@ class Limits:
                 f"RLIMIT_NOFILE less {RESERVED_DESCRIPTORS}); try again later",
             )
 
-    def exhausted(self, waiting: int) -> bool:
-        """True if not even those can be accepted who would only be turned away."""
-        held = self.connections.others + self.descriptors.others + waiting
-        return held > self._room + RESERVED_DESCRIPTORS // 2
-
     def hit(self, name: str) -> None:
         """A limit was reached."""
         self._hits[name] += 1

@@ -7,7 +7,7 @@ returns, commands carries them out. The only place where exceptions become repli
 """
 
 import logging
-import os
+import socket
 import traceback
 from collections.abc import Callable, Coroutine
 from types import CoroutineType
@@ -18,7 +18,13 @@ from msgspec.structs import astuple
 
 from secretd.access import Grant
 from secretd.audit import Who
-from secretd.errors import AccessDenied, CommandError, CommandNotFound, LimitReached
+from secretd.errors import (
+    AccessDenied,
+    CommandError,
+    CommandNotFound,
+    LimitReached,
+    LockedMemoryExhausted,
+)
 from secretd.fds import (
     DESCRIPTORS_PER_CONNECTION,
     Fd,
@@ -32,7 +38,8 @@ from secretd.peer import Peer
 from secretd.qom.source import Source
 from secretd.schema import Command, check
 from secretd.shared import QEMU_VERSION, Daemon
-from secretd.transport import Locked, unread
+from secretd.sockopt import holds_descriptors, kernel_version, unread_bytes
+from secretd.transport import Locked
 from secretd.wire import encode
 from secretd.wire import message as wire
 from secretd.wire.message import Malformed, Request
@@ -49,6 +56,12 @@ MAX_REPLY_BYTES: Final = 64 << 10
 
 WAITING_COMMANDS: Final = ("secret_read", "object_add", "human_monitor_command")
 """The functions of commands that may have to wait for something."""
+
+CLOSE_COLLECTS_GARBAGE: Final = kernel_version() < (6, 8)
+"""True where close(2) of an AF_UNIX socket may close descriptors that others have passed around in circles
+(unix_gc() of net/unix/garbage.c, a work queue's job since Linux 6.8)."""
+
+_PEEK_BYTES: Final = 8 << 10
 
 INTERNAL_ERROR: Final = "Internal error; the log of secretd has the details"
 
@@ -145,29 +158,34 @@ class Monitor:
         if self.trusted:
             self.pending.receive([Fd(number) for number in numbers])
             return
-        fault = None
-        try:
-            self._check_descriptors(len(numbers))
-        except LimitReached as error:
-            fault = error
+        fault = self.descriptors_fault(len(numbers))
         self._descriptors.add(self.peer.uid, len(numbers))
         self.pending.receive([Fd(number, self._close_received) for number in numbers])
         if fault is not None:
             raise fault
 
-    def _check_descriptors(self, more: int) -> None:
-        offload = self.daemon.offload
-        self._descriptors.check(self.peer.uid, more, offload.waiting(self.peer.uid))
-        self.daemon.limits.check_descriptors(offload.waiting(), more)
+    def descriptors_fault(self, more: int = 1) -> LimitReached | None:
+        """Return the limit that so many descriptors more of this peer would go beyond, None if there is none.
+
+        What waits to be closed counts too. Asked before each recvmsg(2), so a message of SCM_MAX_FD
+        descriptors goes beyond a limit by less than that.
+        """
+        offload, uid = self.daemon.offload, self.peer.uid
+        try:
+            self._descriptors.check(uid, more, offload.closing(uid))
+            self.daemon.limits.check_descriptors(offload.closing_of_others, more)
+        except LimitReached as error:
+            return error
+        return None
 
     def _close_received(self, fd: int) -> None:
         """Close what one who is not trusted has passed."""
         self._descriptors.give(self.peer.uid)
         self.daemon.offload.close(self.peer.uid, fd)
 
-    def close_connection(self, fd: int) -> None:
+    def close_connection(self, sock: socket.socket) -> None:
         """Close the connection's own descriptor."""
-        close_connection(self.daemon, self.peer, fd)
+        close_connection(self.daemon, self.peer, sock)
 
     def close(self) -> None:
         """Close all descriptors of the session."""
@@ -257,22 +275,26 @@ def _check_negotiation(name: str) -> None:
         raise CommandNotFound("Expecting capabilities negotiation with 'qmp_capabilities'")
 
 
-def close_for(daemon: Daemon, peer: Peer, fd: int) -> None:
-    """Close a descriptor that a peer passed, which may block for one that is not trusted."""
-    if peer.trusted:
-        os.close(fd)
-    else:
-        daemon.offload.close(peer.uid, fd)
+def close_connection(daemon: Daemon, peer: Peer, sock: socket.socket) -> None:
+    """Close a connection that was shut down, so that nothing more comes on it.
 
-
-def close_connection(daemon: Daemon, peer: Peer, fd: int) -> None:
-    """Close the descriptor of a connection that was shut down, so that nothing more comes on it. Only if
-    something lies there unread may descriptors lie there, whose end can block.
+    close(2) also closes the descriptors that lie unread in it, and that may never return: then a thread of
+    the peer's uid does it, as it does on kernels that collect the garbage of all sockets there.
     """
-    if unread(fd):
-        close_for(daemon, peer, fd)
+    if CLOSE_COLLECTS_GARBAGE or (not peer.trusted and _holds_descriptors(daemon, sock)):
+        daemon.offload.close(peer.uid, sock.detach())
     else:
-        os.close(fd)
+        sock.close()
+
+
+def _holds_descriptors(daemon: Daemon, sock: socket.socket) -> bool:
+    if not unread_bytes(sock.fileno()):
+        return False
+    try:
+        with daemon.tree.scratch.allocate(_PEEK_BYTES) as scratch:
+            return holds_descriptors(sock, scratch.view)
+    except LockedMemoryExhausted:
+        return True
 
 
 def log_internal(error: Exception) -> None:

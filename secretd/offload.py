@@ -38,13 +38,14 @@ class Offload:
         self._threads: dict[int, int] = {}
         self._queues: dict[int, deque[Callable[[], object]]] = {}
         self._since: dict[int, dict[int, float]] = {}  # by uid and thread: when its call began
+        self._trusted = (0, os.getuid())
+        self._closing: dict[int, int] = {}
+        self.closing_of_others = 0
+        """Descriptors of all but the trusted that are not closed yet."""
 
-    def waiting(self, uid: int | None = None) -> int:
-        """Return how many calls of a uid wait for a thread; of all but the trusted without ``uid``."""
-        if uid is not None:
-            return len(self._queues.get(uid, ()))
-        with self._lock:
-            return sum(len(q) for u, q in self._queues.items() if u not in (0, os.getuid()))
+    def closing(self, uid: int) -> int:
+        """Return how many descriptors of a uid were given to `close` and are not closed yet."""
+        return self._closing.get(uid, 0)
 
     def stuck(self, uid: int) -> bool:
         """True if all threads that a uid may have are busy, each with one call for STUCK_SECONDS."""
@@ -57,8 +58,25 @@ class Offload:
         return not self._threads
 
     def close(self, uid: int, fd: int) -> None:
-        """Close a descriptor in a thread; nobody waits for it."""
-        self._submit(uid, lambda: os.close(fd))
+        """Close a descriptor in a thread of its uid, which it counts for until close(2) has returned."""
+        self._count_closing(uid, 1)
+        self._submit(uid, lambda: self._close(uid, fd))
+
+    def _close(self, uid: int, fd: int) -> None:
+        try:
+            os.close(fd)
+        finally:
+            self._count_closing(uid, -1)
+
+    def _count_closing(self, uid: int, change: int) -> None:
+        with self._lock:
+            left = self._closing.get(uid, 0) + change
+            if left:
+                self._closing[uid] = left
+            else:
+                del self._closing[uid]
+            if uid not in self._trusted:
+                self.closing_of_others += change
 
     async def run(
         self,

@@ -112,9 +112,8 @@ def identify(sock: socket.socket, door: Door, authz: str | None = None) -> Peer:
     except (PeerUnknown, OSError) as error:
         if door is Door.CONTROL and peer.trusted:
             return peer
-        if isinstance(error, OSError):
-            raise PeerUnknown(_why(error)) from None
-        raise
+        words = _why(error) if isinstance(error, OSError) else str(error)
+        raise PeerUnknown(words, uid) from None
     identities += units
     return peer._replace(
         identities=peer.identities.union(identities), unit=units[-1] if units else None

@@ -19,12 +19,14 @@ from secretd.audit import Audit, Who
 from secretd.credentials import Credentials, Store
 from secretd.errors import AccessDenied, LimitReached, PeerUnknown, UsageError
 from secretd.monitor import close_connection
+from secretd.offload import Offload
 from secretd.peer import Door, Peer, identify
 from secretd.qom.object import ObjectTree
 from secretd.receive import ReceiveSpace
 from secretd.schema import Command
 from secretd.session import Session
 from secretd.shared import Daemon, wire_event
+from secretd.sockopt import keep_urgent_inline, permit_descriptors
 from secretd.wire import message as wire
 
 LISTEN_BACKLOG: Final = 128
@@ -65,9 +67,16 @@ class Listener:
         self.owned = owned
         self._inode = os.stat(path).st_ino if owned else -1
 
-    def close(self) -> None:
-        """Stop listening; remove the socket's file if it is still ours."""
-        self.sock.close()
+    def close(self, offload: Offload | None = None) -> None:
+        """Stop listening; remove the socket's file if it is still ours.
+
+        Descriptors may lie in connections that were not accepted, and closing those may never return:
+        ``offload`` has a thread for it.
+        """
+        if offload is None:
+            self.sock.close()
+        else:
+            offload.close(os.getuid(), self.sock.detach())
         if not self.owned:
             return
         with contextlib.suppress(FileNotFoundError):
@@ -154,11 +163,6 @@ class Server:
     def _accept(self, listener: Listener) -> None:
         daemon = self.daemon
         for _ in range(ACCEPTS_PER_TURN):
-            if listener.door is Door.CLIENT and daemon.limits.exhausted(daemon.offload.waiting()):
-                # Many descriptors that block lie unread in connections: who is trusted must still get in.
-                daemon.limits.hit("descriptors")
-                self._pause(listener)
-                return
             try:
                 sock, _ = listener.sock.accept()
             except (BlockingIOError, ConnectionAbortedError):
@@ -169,6 +173,7 @@ class Server:
                 self._pause(listener)
                 return
             sock.setblocking(False)
+            keep_urgent_inline(sock)
             if listener.door is Door.CREDENTIALS:
                 self.credentials.accept(sock)
             else:
@@ -190,10 +195,13 @@ class Server:
                     f"uid {peer.uid} may not use the control socket; connect to the client socket"
                 )
             if not peer.trusted:
-                daemon.limits.check_descriptors(daemon.offload.waiting())
-                daemon.limits.descriptors.check(peer.uid, 1, daemon.offload.waiting(peer.uid))
+                daemon.limits.check_descriptors(daemon.offload.closing_of_others)
+                daemon.limits.descriptors.check(peer.uid, 1, daemon.offload.closing(peer.uid))
             daemon.limits.connections.take(peer.uid)
+            permit_descriptors(sock, permit=True)
         except (AccessDenied, LimitReached, PeerUnknown) as error:
+            if isinstance(error, PeerUnknown):
+                peer = peer._replace(uid=error.uid)
             self._turn_away(sock, peer, error)
             return
         session = Session(self, sock, peer)
@@ -214,9 +222,9 @@ class Server:
             sock.send(wire.failure("GenericError", words, None))
         with contextlib.suppress(OSError):
             sock.shutdown(socket.SHUT_RDWR)
-        who = Who(peer.door.value, peer.info if peer.uid >= 0 else None)
+        who = Who(peer.door.value, peer.info if peer.pid >= 0 else None)
         self.daemon.audit.refuse("connect", peer.uid, who, reason=words)
-        close_connection(self.daemon, peer, sock.detach())
+        close_connection(self.daemon, peer, sock)
 
     def start(self, coroutine: Coroutine[object, object, None]) -> asyncio.Task[None]:
         """Run what a session waits for; it ends with the server at the latest."""
@@ -257,7 +265,7 @@ class Server:
             loop = asyncio.get_running_loop()
             for listener in self._listeners:
                 loop.remove_reader(listener.sock.fileno())
-                listener.close()
+                listener.close(self.daemon.offload)
             await self._finish()
             lifetimes.stop()
             self.announcer.send()

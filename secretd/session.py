@@ -73,7 +73,7 @@ class Session:
         self.monitor = Monitor(server.daemon, peer, self._negotiated)
         table = self.monitor.table
         self.max_bytes = table.max_bytes
-        self._codec = Connection(table.decode, table.max_bytes)
+        self._codec = Connection(table.decode, table.max_bytes, table.max_tokens)
         self._next, self._handle = self._codec.next, self.monitor.handle
         self.kept_from = self._codec.kept_from
         self.moved = self._codec.moved
@@ -90,7 +90,9 @@ class Session:
         self._queue: deque[LockedBuffer | bytes | Locked] = deque()
         limits = server.daemon.limits
         share = None if peer.door is Door.CONTROL else (limits.unfinished, peer.uid)
-        self.transport = Transport(sock, server.space, self, self.monitor.close_connection, share)
+        self.transport = Transport(
+            sock, server.space, self, self.monitor.close_connection, share, guarded=not peer.trusted
+        )
         self.transport.send(self.monitor.greeting())
 
     def _negotiated(self) -> None:
@@ -239,7 +241,8 @@ class Session:
             if isinstance(kept, LockedBuffer):
                 with kept:
                     self._give(kept)
-                    codec = Connection(self.monitor.table.decode, self.max_bytes)
+                    table = self.monitor.table
+                    codec = Connection(table.decode, table.max_bytes, table.max_tokens)
                     codec.oob = True
                     request = codec.next(kept.view, 0, len(kept.view))[1]
                     assert not isinstance(request, NeedData)
@@ -285,6 +288,16 @@ class Session:
         if self._lost and not self.transport.backlogged and not self.transport.is_closed:
             lost, self._lost = self._lost, 0
             self.send_events(wire_event("SECRET_EVENTS_LOST", f'{{"count": {lost}}}'), 1)
+
+    def has_room(self) -> bool:
+        """True if the peer may pass a descriptor."""
+        return self.monitor.descriptors_fault() is None
+
+    def too_many_descriptors(self) -> None:
+        """Say which limit descriptors would go beyond, which lie in the connection."""
+        fault = self.monitor.descriptors_fault()
+        assert fault is not None
+        self._refuse(fault)
 
     def descriptors(self, numbers: list[int]) -> bool:
         """Take over what came with a message; False if the connection is to be closed."""

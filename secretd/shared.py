@@ -33,6 +33,11 @@ CLIENT_MESSAGE_BYTES: Final = 6 << 10
 clients never compete for the room that large messages need."""
 
 
+CLIENT_MESSAGE_TOKENS: Final = 128
+"""Tokens of one message on the client socket: what is made of them takes a microsecond or more for each, of
+the time that all share, and a command there has three arguments at most."""
+
+
 class Owner(Protocol):
     """What the daemon's state asks of the server."""
 
@@ -69,7 +74,9 @@ class Daemon:
         every = list(commands)
         self.tables = {
             Door.CONTROL: Table(every, MAX_MESSAGE_BYTES),
-            Door.CLIENT: Table([c for c in every if c.client], CLIENT_MESSAGE_BYTES),
+            Door.CLIENT: Table(
+                [c for c in every if c.client], CLIENT_MESSAGE_BYTES, CLIENT_MESSAGE_TOKENS
+            ),
         }
 
     @property
@@ -110,12 +117,15 @@ def wire_event(name: str, data: str) -> bytes:
 class Table:
     """The commands of a door, by name and by the type of a decoded request; the largest message."""
 
-    def __init__(self, commands: list[Command], max_bytes: int) -> None:
+    def __init__(
+        self, commands: list[Command], max_bytes: int, max_tokens: int | None = None
+    ) -> None:
         self._commands = commands
         self.by_name = {command.name: command for command in commands}
         self.by_request = {c.request: c for c in commands if c.request is not None}
         self.decode = FastDecoder(commands)
         self.max_bytes = max_bytes
+        self.max_tokens = max_tokens
 
     @cached_property
     def schema(self) -> str:

@@ -15,7 +15,7 @@ from typing import Final
 
 from secretd.errors import CommandError
 from secretd.fds import Kind, is_sealed, kind_and_flags
-from secretd.statx import type_and_links
+from secretd.statx import allocated_bytes, type_and_links
 
 _RWF_NOWAIT: Final = 0x8
 _SEND: Final = int(socket.MSG_DONTWAIT) | int(socket.MSG_NOSIGNAL)
@@ -45,7 +45,10 @@ class Target:
         while taken < size:
             try:
                 taken += self._write_some(data[taken:] if taken else data, position + taken)
-            except BlockingIOError:
+            except OSError as error:
+                # What was taken before an error was taken: the next call meets the error again.
+                if not taken and not isinstance(error, BlockingIOError):
+                    raise
                 break
         return taken
 
@@ -106,7 +109,13 @@ class Memfd(Target):
     """A memfd: given the secret's size, then filled from its start."""
 
     def begin(self, size: int) -> None:
-        """See Target."""
+        """See Target. A peer that is not trusted has to bring the memory: pages that the daemon's write
+        allocates are charged to the daemon's cgroup for as long as the peer keeps the memfd.
+        """
+        if self.may_block and (own := allocated_bytes(self.fd)) < size:
+            raise CommandError(
+                f"The memfd has {own} bytes of memory and the secret has {size}; call fallocate(2) on it first"
+            )
         os.ftruncate(self.fd, size)
 
     def _write_some(self, data: memoryview, position: int) -> int:

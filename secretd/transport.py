@@ -10,7 +10,6 @@ Costs of a request on the usual path: epoll_wait, recvmsg, send; no allocation b
 
 import asyncio
 import contextlib
-import fcntl
 import socket
 from collections import deque
 from collections.abc import Callable
@@ -30,6 +29,7 @@ from secretd.receive import (
     TIGHT_BYTES,
     ReceiveSpace,
 )
+from secretd.sockopt import peek, unread_bytes
 
 UNFINISHED_SECONDS: Final = 60.0
 """Seconds within which a message that was begun must be finished. QEMU waits for ever."""
@@ -43,19 +43,12 @@ RETRY_ROOM_SECONDS: Final = 1.0
 _CLIENTS_TURN: Final = frozenset({"starved", "backlog"})
 """Pauses during which a connection's time runs: what it holds, it holds at its own pace."""
 
-_SIOCINQ: Final = 0x541B
-
 # As plain numbers: joining two flags of an IntFlag takes longer than the bytes they send.
 _SEND: Final = int(socket.MSG_DONTWAIT) | int(socket.MSG_NOSIGNAL)
 _RECEIVE: Final = int(socket.MSG_CMSG_CLOEXEC)
 
 _ANCILLARY_BYTES: Final = socket.CMSG_SPACE(4 * SCM_MAX_FD)
 """Room for all descriptors of a message, so that the kernel never discards (closes) one itself."""
-
-
-def unread(fd: int) -> bool:
-    """True if something lies unread in a socket (SIOCINQ)."""
-    return fcntl.ioctl(fd, _SIOCINQ, b"\0" * 4) != b"\0" * 4
 
 
 ALL: Final = -1
@@ -90,6 +83,12 @@ class Receiver(Protocol):
     def moved(self, distance: int) -> None:
         """The bytes still needed lie ``distance`` lower from now on."""
 
+    def has_room(self) -> bool:
+        """True if the peer may pass a descriptor."""
+
+    def too_many_descriptors(self) -> None:
+        """Descriptors lie in the connection for which there is no room: say so; it is closed."""
+
     def descriptors(self, numbers: list[int]) -> bool:
         """Take ownership of the descriptors that came with a message; False to end the connection."""
 
@@ -107,8 +106,9 @@ class Receiver(Protocol):
 
 
 class Transport:
-    """One connection. ``closer`` closes the socket's descriptor, which may block for some peers.
-    ``share``: what its unfinished message is counted in, and for which uid.
+    """One connection. ``closer`` closes the socket, which may block for some peers.
+    ``share``: what its unfinished message is counted in, and for which uid. ``guarded``: ask the receiver
+    whether there is room for descriptors before each recvmsg(2).
     """
 
     def __init__(
@@ -116,8 +116,10 @@ class Transport:
         sock: socket.socket,
         space: ReceiveSpace,
         receiver: Receiver,
-        closer: Callable[[int], object],
+        closer: Callable[[socket.socket], object],
         share: tuple[Share, int] | None = None,
+        *,
+        guarded: bool = False,
     ) -> None:
         loop = self._loop = asyncio.get_running_loop()
         self._watch, self._unwatch = readers(loop)
@@ -128,13 +130,15 @@ class Transport:
         self._receiver = receiver
         self._closer = closer
         self.share = share
+        self._guarded = guarded
         self._tail: LockedBuffer | None = None
         self._fill = 0  # bytes in the tail
         self._position = 0  # how far of them was read
         self._paused: set[str] = set()
         self._reading = False
         self._ended = False  # the client will send no more
-        self._finishing = False  # we take no more than the client has sent
+        self._finishing = False  # what was sent until now is answered, and no more
+        self._left = 0  # bytes of that which were not received yet
         self._out: deque[tuple[memoryview, LockedBuffer | None]] = deque()
         self._backlog = 0
         self._locked_out = 0  # replies in locked memory that wait to be sent
@@ -207,6 +211,13 @@ class Transport:
             view = free = space.small
         else:
             view = free = space.large
+        if self._finishing:
+            free = free[: self._left]
+        if self._guarded and not self._receiver.has_room():
+            allowed = self._without_descriptors(free)
+            if allowed is None:
+                return
+            free = allowed
         try:
             count, ancillary, _, _ = self._receive((free,), _ANCILLARY_BYTES, _RECEIVE)
         except (BlockingIOError, InterruptedError):
@@ -220,6 +231,9 @@ class Transport:
                 wipe(view[start : start + count])
                 self.close()
                 return
+        if self._finishing:
+            self._left -= count
+            self._ended = self._ended or self._left <= 0
         if count:
             self._advance(view, start + count)
         else:
@@ -228,15 +242,34 @@ class Transport:
         if self._ended or self._finishing:
             self._finish_if_ended()
 
+    def _without_descriptors(self, free: memoryview) -> memoryview | None:
+        """Return what of the room may be received into, as no descriptors come with so much; None if nothing
+        may be: then the connection is closed, or there is nothing to receive.
+        """
+        try:
+            count, descriptors = peek(self._sock, free)
+        except (BlockingIOError, InterruptedError):
+            return None
+        except OSError:
+            self.close()
+            return None
+        wipe(free[:count])
+        if descriptors:
+            self._receiver.too_many_descriptors()
+            self.close()
+            return None
+        return free[: max(count, 1)]
+
     def finish(self, *, read: bool) -> None:
         """Close the connection as soon as everything is answered that was read, or, with ``read``, that the
-        client has sent.
+        client has sent until now.
         """
         if "starved" in self._paused:  # what there is no room for is half a message
             self.close()
             return
         self._finishing = True
-        self._ended = self._ended or not read
+        self._left = unread_bytes(self._sock.fileno()) if read and not self._ended else 0
+        self._ended = self._ended or not self._left
         self._update_reading()
         self._finish_if_ended()
 
@@ -246,7 +279,7 @@ class Transport:
             return
         if self._paused or self._out or self._receiver.busy:
             return
-        if self._ended or not unread(self._sock.fileno()):
+        if self._ended:
             self.close()
 
     def _advance(self, view: memoryview, end: int) -> None:
@@ -438,5 +471,5 @@ class Transport:
         # The client sees the end now, even if close(2) has to wait for its turn; and sends no more.
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
-        self._closer(self._sock.detach())
+        self._closer(self._sock)
         self._receiver.closed()

@@ -44,11 +44,27 @@ def _character(character: str) -> str:
     return f"\\u{0xD800 + (code >> 10):04X}\\u{0xDC00 + (code & 0x3FF):04X}"
 
 
+_ESCAPES_KEPT: Final = 4096
+
+
+class _Escapes(dict[int, str]):
+    """How characters are written, by their code: for str.translate(), which fills it."""
+
+    def __missing__(self, code: int) -> str:
+        written = _character(chr(code))
+        if len(self) < _ESCAPES_KEPT:
+            self[code] = written
+        return written
+
+
+_ESCAPES: Final = _Escapes()
+
+
 def string(text: str) -> str:
     """Return ``text`` as a JSON string."""
     if _PLAIN.fullmatch(text):
         return f'"{text}"'
-    return '"' + "".join(map(_character, text)) + '"'
+    return f'"{text.translate(_ESCAPES)}"'
 
 
 class Verbatim(str):

@@ -6,7 +6,10 @@ is named; GLib's GHashTable which of several unexpected arguments is named and h
 Programs that read replies as text see both. It knows nothing of what the names mean.
 """
 
+from array import array
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import cycle
+from operator import lshift, mul
 from typing import Final, TypeVar
 
 T = TypeVar("T")
@@ -26,12 +29,13 @@ def _bytes(name: str) -> bytes:
     return name.encode().replace(b"\0", b"\xc0\x80")
 
 
+_TDB_SHIFTS: Final = tuple(index * 5 % 24 for index in range(24))
+
+
 def qdict_bucket(name: str) -> int:
     """Where QDict keeps a member: tdb_hash() % 512."""
     encoded = _bytes(name)
-    number = 0x238F13AF * len(encoded)
-    for index, byte in enumerate(encoded):
-        number += byte << (index * 5 % 24)
+    number = 0x238F13AF * len(encoded) + sum(map(lshift, encoded, cycle(_TDB_SHIFTS)))
     return (1103515243 * number + 12345 & 0xFFFFFFFF) % _QDICT_BUCKETS
 
 
@@ -133,6 +137,13 @@ class GHashTable:
 def _string_hash(name: str) -> int:
     """g_str_hash(), moved out of the way of the marks for unused and removed."""
     number = 5381
-    for byte in _bytes(name):
-        number = number * 33 + (byte - 256 if byte > 127 else byte) & 0xFFFFFFFF
+    encoded = array("b", _bytes(name))  # of signed char
+    for start in range(0, len(encoded), len(_POWERS)):
+        piece = encoded[start : start + len(_POWERS)]
+        number *= pow(33, len(piece), 1 << 32)
+        number += sum(map(mul, piece, _POWERS[-len(piece) :]))
+        number &= 0xFFFFFFFF
     return number if number > 1 else 2
+
+
+_POWERS: Final = tuple(pow(33, exponent, 1 << 32) for exponent in range(255, -1, -1))

@@ -7,6 +7,7 @@ It does not cut messages out of a stream; wire.qjson does, and calls it.
 
 import re
 from collections.abc import Iterator
+from json.decoder import scanstring
 from typing import Final, NamedTuple, TypeAlias
 
 # Token kinds.
@@ -44,6 +45,7 @@ _ESCAPE: Final = re.compile(rb"\\(?:u([dD][89abAB]..)\\u(....)|u(....)|(.))", re
 _UNICODE_ESCAPE: Final = re.compile(
     rb"\\u(?:[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|.{0,4})", re.DOTALL
 )
+_BACKSLASH: Final = b"\\\\"
 _SHORT: Final = {0x62: b"\b", 0x66: b"\f", 0x6E: b"\n", 0x72: b"\r", 0x74: b"\t"}
 
 
@@ -59,10 +61,16 @@ class Text:
 
     def to_str(self) -> str:
         """Return the content. Only for members the schema does not mark sensitive."""
-        content = bytes(self.view[self.start + 1 : self.end - 1])
-        if b"\\" in content:
-            content = _ESCAPE.sub(_unescape, content)
-        return content.replace(b"\xc0\x80", b"\0").decode()
+        content = bytes(self.view[self.start + 1 : self.end - 1]).replace(b"\xc0\x80", b"\0")
+        if b"\\" not in content:
+            return content.decode()
+        # Python's scanner undoes the escapes, given them as JSON has them: \' is QEMU's own, and a string
+        # between single quotes may have bare double ones. Between escaped backslashes each is plain.
+        pieces = (
+            piece.replace(b"\\'", b"'").replace(b'\\"', b'"').replace(b'"', b'\\"')
+            for piece in content.split(_BACKSLASH)
+        )
+        return str(scanstring(_BACKSLASH.join(pieces).decode() + '"', 0, False)[0])
 
     def decode_in_place(self) -> memoryview:
         """Undo the escapes where the text stands; return the content between two double quotes.

@@ -125,12 +125,18 @@ _TABLE: Final = {
 
 # Where a state usually lasts for many bytes, one regular expression steps over them.
 _RUNS: Final = {
-    _DQ: re.compile(rb'[^"\\\x00-\x1f\xfe\xff]*'),
-    _SQ: re.compile(rb"[^'\\\x00-\x1f\xfe\xff]*"),
+    _DQ: re.compile(
+        rb'[^"\\\x00-\x1f\xfe\xff]*(?:\\[\x20-\xfd][^"\\\x00-\x1f\xfe\xff]*){0,64}'
+    ),
+    _SQ: re.compile(
+        rb"[^'\\\x00-\x1f\xfe\xff]*(?:\\[\x20-\xfd][^'\\\x00-\x1f\xfe\xff]*){0,64}"
+    ),
     _RECOVERY: re.compile(rb"[^{}\[\]:,\x00-\x08\x0a-\x1f\xfe\xff]*"),
     _START: re.compile(rb"[ \t\r\n]*"),
     _KEYWORD: re.compile(rb"[a-z]*"),
     _DIGITS: re.compile(rb"[0-9]*"),
+    _MANTISSA_DIGITS: re.compile(rb"[0-9]*"),
+    _EXP_DIGITS: re.compile(rb"[0-9]*"),
 }
 
 
@@ -148,8 +154,11 @@ class Streamer:
     it tells by how much with `moved`.
     """
 
-    def __init__(self, max_bytes: int = MAX_MESSAGE_BYTES) -> None:
+    def __init__(
+        self, max_bytes: int = MAX_MESSAGE_BYTES, max_tokens: int | None = None
+    ) -> None:
         self._max_bytes = max_bytes
+        self._max_tokens = MAX_TOKENS if max_tokens is None else max_tokens
         self._state = _START
         self._token = 0  # where the unfinished token starts; only in the states of one
         self._reset()
@@ -256,7 +265,7 @@ class Streamer:
             self._brackets -= 1
         tokens = self._tokens
         fault = None
-        if len(tokens) >= MAX_TOKENS:
+        if len(tokens) >= self._max_tokens:
             fault = Fault("JSON token count limit exceeded")
         elif self._braces + self._brackets > MAX_NESTING:
             fault = Fault("JSON nesting depth limit exceeded")

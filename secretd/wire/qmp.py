@@ -35,10 +35,13 @@ class Connection(Generic[T]):
     """
 
     def __init__(
-        self, fast: Callable[[memoryview], T | None], max_bytes: int = MAX_MESSAGE_BYTES
+        self,
+        fast: Callable[[memoryview], T | None],
+        max_bytes: int = MAX_MESSAGE_BYTES,
+        max_tokens: int | None = None,
     ) -> None:
         self._fast = fast
-        self._streamer = Streamer(max_bytes)
+        self._streamer = Streamer(max_bytes, max_tokens)
         self.idle = True
         """True if no message is unfinished."""
         self._declined = 0  # up to here the fast path has said no

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Socket options and questions that Python's socket module lacks, none of which waits for a peer.
+
+`domain` asks by number, since making a Python socket calls getsockname(2), which takes the lock of a TCP
+socket. The others decide whether peers may send descriptors (SO_PASSRIGHTS, Linux 6.16) and whether
+descriptors lie unread in a connection. transport, fds and server call this module.
+"""
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import re
+import socket
+from typing import Final
+
+SO_DOMAIN: Final = 39
+SO_PEEK_OFF: Final = 42
+SO_PASSRIGHTS: Final = 83
+
+_SIOCINQ: Final = 0x541B
+_PEEKS: Final = 64  # more than a socket's buffer holds, at 8 KiB each
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.getsockopt.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p]
+
+
+def domain(fd: int) -> int:
+    """Return the address family of a borrowed socket (socket(7), SO_DOMAIN). Raises OSError.
+
+    The kernel answers without the socket's lock (sk_getsockopt() of net/core/sock.c), which a peer can hold
+    for as long as it likes.
+    """
+    value, size = ctypes.c_int(), ctypes.c_uint32(ctypes.sizeof(ctypes.c_int))
+    if _libc.getsockopt(fd, socket.SOL_SOCKET, SO_DOMAIN, ctypes.byref(value), ctypes.byref(size)):
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))
+    return value.value
+
+
+def permit_descriptors(sock: socket.socket, *, permit: bool) -> None:
+    """Let the peer of an AF_UNIX socket send descriptors to it, or not: then its sendmsg(2) fails with EPERM.
+
+    Connections inherit this from their listener. Does nothing before Linux 6.16.
+    """
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, int(permit))
+
+
+def keep_urgent_inline(sock: socket.socket) -> None:
+    """Receive MSG_OOB bytes in order (SO_OOBINLINE).
+
+    Otherwise recvmsg(2) skips such a byte and closes its descriptors inside the caller's thread
+    (manage_oob() of net/unix/af_unix.c).
+    """
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+
+
+def unread_bytes(fd: int) -> int:
+    """Return the number of bytes that lie unread in a borrowed socket (SIOCINQ)."""
+    return int.from_bytes(fcntl.ioctl(fd, _SIOCINQ, b"\0" * 4), "little")
+
+
+def peek(sock: socket.socket, into: memoryview) -> tuple[int, bool]:
+    """Look at what the next recvmsg(2) into the same view would take, and leave it there.
+
+    Returns its bytes, 0 at the end, and whether descriptors come with it. Raises BlockingIOError if there is
+    nothing. Peeking installs no descriptor and closes none (scm_recv_unix() of net/core/scm.c).
+    """
+    flags = socket.MSG_PEEK | socket.MSG_DONTWAIT
+    count, _, found, _ = sock.recvmsg_into((into,), 0, flags)
+    return count, bool(found & socket.MSG_CTRUNC)
+
+
+def holds_descriptors(sock: socket.socket, scratch: memoryview) -> bool:
+    """True if descriptors lie unread in a connection that was shut down; its bytes pass through ``scratch``."""
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, 0)
+        for _ in range(_PEEKS):
+            count, descriptors = peek(sock, scratch)
+            if descriptors or not count:
+                return descriptors
+    except BlockingIOError:
+        return False
+    return True
+
+
+def kernel_version() -> tuple[int, int]:
+    """Return the two numbers that the kernel's release begins with."""
+    major, minor = re.match(r"(\d+)\.(\d+)", os.uname().release).groups()  # type: ignore[union-attr]
+    return int(major), int(minor)
