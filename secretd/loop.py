@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""asyncio's event loop, with a shorter way from epoll_wait(2) to who reads a connection.
+"""An asyncio event loop that calls connection readers directly from epoll_wait(2), and shares time by uid.
 
 asyncio makes a list of what is ready, from that a queue of handles, and runs each in its context: some
-fifteen calls before the one that counts. What is given to `Loop.watch` is called where epoll says that
-there is something to read, and as long as that leaves asyncio nothing to do, epoll is asked again at
-once. All else is asyncio's own; transport uses this where it finds it, and `add_reader` on any other loop.
+fifteen calls before the one that counts. A callback given to `Loop.watch` is called as soon as epoll reports
+its descriptor, and as long as that leaves asyncio nothing to do, epoll is asked again at once.
+
+Work for peers that are not trusted goes through `Turns`: a little of it at a time, in turn by uid, between two
+looks at epoll. So neither the number of a uid's connections nor what they send delays the trusted, or
+another uid, by more than a few messages. transport uses this where it finds it, and `add_reader` on any other
+loop.
 """
 
 import asyncio
@@ -13,6 +17,7 @@ import select
 import selectors
 from collections.abc import Callable, Mapping
 from contextvars import Context
+from functools import partial
 from selectors import EVENT_READ, EVENT_WRITE, SelectorKey
 from time import monotonic
 from typing import Any, Final, TypeVarTuple, Unpack
@@ -25,6 +30,45 @@ _OUT: Final = select.EPOLLOUT
 _EVENTS: Final = 128
 """What epoll_wait(2) tells at once; more comes with the next call."""
 
+TURNS_SECONDS: Final = 0.001
+"""Seconds of work for peers that are not trusted between two looks at epoll, where there is more."""
+
+
+class Turns:
+    """Work that waits, in turn by uid, in each uid's own order. The same work waits once.
+
+    ``failed`` is called with what work raises.
+    """
+
+    def __init__(self, failed: Callable[[Exception], None]) -> None:
+        self._by_uid: dict[int, dict[Callable[[], None], None]] = {}
+        self._failed = failed
+
+    def __bool__(self) -> bool:
+        return bool(self._by_uid)
+
+    def add(self, uid: int, work: Callable[[], None]) -> None:
+        """Do a piece of work for a uid when its turn comes."""
+        self._by_uid.setdefault(uid, {})[work] = None
+
+    def run(self) -> None:
+        """Do one piece for each uid in turn, until TURNS_SECONDS have passed."""
+        by_uid = self._by_uid
+        end = monotonic() + TURNS_SECONDS
+        while by_uid:
+            uid = next(iter(by_uid))
+            waiting = by_uid.pop(uid)
+            work = next(iter(waiting))
+            del waiting[work]
+            if waiting:
+                by_uid[uid] = waiting  # behind the others
+            try:
+                work()
+            except Exception as error:  # noqa: BLE001 - as asyncio does with a callback
+                self._failed(error)
+            if monotonic() > end:
+                return
+
 
 class _Selector(selectors.BaseSelector):
     """epoll(7), for descriptors by number. ``failed`` is told of what a watcher raised. ``undisturbed``:
@@ -36,6 +80,7 @@ class _Selector(selectors.BaseSelector):
         self._keys: dict[Any, SelectorKey] = {}
         self._watched: dict[int, Callable[[], None]] = {}
         self._failed = failed
+        self.turns = Turns(failed)
         self.undisturbed = True
 
     def _update(self, fd: int) -> None:
@@ -105,11 +150,11 @@ class _Selector(selectors.BaseSelector):
         if timeout is not None:
             wait = max(timeout, 0)
             deadline = monotonic() + wait
-        poll, watched = self._epoll.poll, self._watched
+        poll, watched, turns = self._epoll.poll, self._watched, self.turns
         others: list[tuple[int, int]] = []
         self.undisturbed = True
         while True:
-            for fd, events in poll(wait, _EVENTS):
+            for fd, events in poll(0 if turns else wait, _EVENTS):
                 callback, rest = watched.get(fd), events
                 if callback is not None and events != _OUT:
                     try:
@@ -120,6 +165,8 @@ class _Selector(selectors.BaseSelector):
                         continue
                     rest = events & ~_IN
                 others.append((fd, rest))
+            if turns:
+                turns.run()
             ready = self._wanted(others) if others else []
             if ready or not self.undisturbed:
                 return ready
@@ -131,7 +178,11 @@ class _Selector(selectors.BaseSelector):
 
     def crowded(self, fd: int) -> bool:
         """True if asyncio has something to do, or there is something to read from any but one descriptor."""
-        return not self.undisturbed or any(other != fd for other, _ in self._epoll.poll(0, 2))
+        return (
+            not self.undisturbed
+            or bool(self.turns)
+            or any(other != fd for other, _ in self._epoll.poll(0, 2))
+        )
 
     def _wanted(self, others: list[tuple[int, int]]) -> list[tuple[SelectorKey, int]]:
         """Return of what epoll says what asyncio has asked for: as it is now, as watchers may change it."""
@@ -151,6 +202,7 @@ class Loop(asyncio.SelectorEventLoop):
         self._waiting = selector = _Selector(self._watcher_failed)
         super().__init__(selector)
         self.crowded = selector.crowded
+        self.turns = selector.turns
         self.watch = selector.watch
         self.unwatch = selector.unwatch
 
@@ -194,6 +246,11 @@ def readers(
     if isinstance(loop, Loop):
         return loop.watch, loop.unwatch
     return loop.add_reader, loop.remove_reader
+
+
+def turns(loop: asyncio.AbstractEventLoop, uid: int) -> Callable[[Callable[[], None]], object]:
+    """Return how to have work for a uid done when its turn comes: on other loops, when the loop's is."""
+    return partial(loop.turns.add, uid) if isinstance(loop, Loop) else loop.call_soon
 
 
 def crowded(loop: asyncio.AbstractEventLoop) -> Callable[[int], bool]:

@@ -65,6 +65,9 @@ class Listener:
         self.authz = authz
         self.path = path
         self.owned = owned
+        if door is not Door.CONTROL or authz is not None or _is_open_to_others(path):
+            # Until a peer is admitted its descriptors could only be closed, and that may never return.
+            permit_descriptors(sock, permit=False)
         self._inode = os.stat(path).st_ino if owned else -1
 
     def close(self, offload: Offload | None = None) -> None:
@@ -82,6 +85,13 @@ class Listener:
         with contextlib.suppress(FileNotFoundError):
             if os.stat(self.path).st_ino == self._inode:
                 os.unlink(self.path)
+
+
+def _is_open_to_others(path: str) -> bool:
+    try:
+        return bool(os.stat(path).st_mode & 0o077)
+    except OSError:  # of a socket without a file
+        return True
 
 
 def listen(path: str, door: Door, mode: int, gid: int = -1, authz: str | None = None) -> Listener:

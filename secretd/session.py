@@ -79,6 +79,7 @@ class Session:
         self.moved = self._codec.moved
         self.actor: object = self.monitor
         self.peer = peer
+        self._trusted = peer.trusted
         self.since = 0
         self.throttle: Throttle | None = None
         self._out: list[bytes] = []
@@ -91,8 +92,9 @@ class Session:
         limits = server.daemon.limits
         share = None if peer.door is Door.CONTROL else (limits.unfinished, peer.uid)
         self.transport = Transport(
-            sock, server.space, self, self.monitor.close_connection, share, guarded=not peer.trusted
-        )
+            sock, server.space, self, self.monitor.close_connection, share,
+            uid=None if peer.trusted else peer.uid,
+        )  # fmt: skip
         self.transport.send(self.monitor.greeting())
 
     def _negotiated(self) -> None:
@@ -108,7 +110,7 @@ class Session:
     @property
     def busy(self) -> bool:
         """True while requests that were read are not answered yet."""
-        return self._task is not None
+        return self._task is not None or bool(self._queue)
 
     def consume(self, view: memoryview, position: int, end: int) -> int:
         """Carry out the requests in the view, in order, until one must be waited for.
@@ -228,6 +230,12 @@ class Session:
         self._task = None
         self._audit.end_turn()  # before the reply
         self.transport.send(data)
+        if self._queue and not self._trusted:
+            self.transport.later(self._go_on_safely)
+        else:
+            self._go_on_safely()
+
+    def _go_on_safely(self) -> None:
         try:
             self._go_on()
         except Exception as error:  # noqa: BLE001 - it ends this connection, not the daemon
@@ -235,7 +243,9 @@ class Session:
             self.transport.close()
 
     def _go_on(self) -> None:
-        """Carry out what was queued, until one must be waited for; then read again."""
+        """Carry out what was queued, until one must be waited for; then read again. For a peer that is not
+        trusted, one request in each turn.
+        """
         while self._queue and self._task is None and not self._server.stopping:
             kept = self._queue.popleft()
             if isinstance(kept, LockedBuffer):
@@ -249,6 +259,10 @@ class Session:
                     self._answer(self.monitor.handle(request))
             else:
                 self._answer(kept)
+            if self._queue and self._task is None and not self._trusted:
+                self._flush()
+                self.transport.later(self._go_on_safely)
+                return
         self._flush()
         self.transport.resume("busy")
 

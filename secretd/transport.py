@@ -13,12 +13,13 @@ import contextlib
 import socket
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Final, NamedTuple, Protocol
 
 from secretd.errors import LimitReached, LockedMemoryExhausted
 from secretd.fds import SCM_MAX_FD, received
 from secretd.limits import Share
-from secretd.loop import crowded, readers
+from secretd.loop import crowded, readers, turns
 from secretd.memory import LockedBuffer
 from secretd.pages import wipe
 from secretd.receive import (
@@ -107,8 +108,9 @@ class Receiver(Protocol):
 
 class Transport:
     """One connection. ``closer`` closes the socket, which may block for some peers.
-    ``share``: what its unfinished message is counted in, and for which uid. ``guarded``: ask the receiver
-    whether there is room for descriptors before each recvmsg(2).
+    ``share``: what its unfinished message is counted in, and for which uid. ``uid``: of a peer that is not
+    trusted. Such a connection is read and handled in its uid's turns, and the receiver is asked whether there
+    is room for descriptors before each recvmsg(2).
     """
 
     def __init__(
@@ -119,7 +121,7 @@ class Transport:
         closer: Callable[[socket.socket], object],
         share: tuple[Share, int] | None = None,
         *,
-        guarded: bool = False,
+        uid: int | None = None,
     ) -> None:
         loop = self._loop = asyncio.get_running_loop()
         self._watch, self._unwatch = readers(loop)
@@ -130,7 +132,12 @@ class Transport:
         self._receiver = receiver
         self._closer = closer
         self.share = share
-        self._guarded = guarded
+        self._in_turn = None if uid is None else turns(loop, uid)
+        self._on_readable = (
+            self._readable
+            if self._in_turn is None
+            else partial(self._in_turn, self._readable_in_turn)
+        )
         self._tail: LockedBuffer | None = None
         self._fill = 0  # bytes in the tail
         self._position = 0  # how far of them was read
@@ -160,7 +167,17 @@ class Transport:
     def give_way(self) -> None:
         """Stop until all others have had their turn."""
         self.pause("turn")
-        self._loop.call_soon(self.resume, "turn")
+        self.later(self._next_turn)
+
+    def later(self, work: Callable[[], None]) -> None:
+        """Do something for this connection when its turn comes."""
+        if self._in_turn is None:
+            self._loop.call_soon(work)
+        else:
+            self._in_turn(work)
+
+    def _next_turn(self) -> None:
+        self.resume("turn")
 
     def others_wait(self) -> bool:
         """True if there is something else to do than to handle what this connection has sent."""
@@ -176,6 +193,9 @@ class Transport:
         if self._paused:
             return
         if self._tail is not None and self._position < self._fill:
+            if self._in_turn is not None and reason != "turn":
+                self.give_way()
+                return
             self._advance(self._tail.view, self._fill)
         self._start_timer()
         self._make_room()
@@ -197,10 +217,14 @@ class Transport:
             return
         wanted = not (self._paused or self._ended)
         if wanted and not self._reading:
-            self._watch(self._sock.fileno(), self._readable)
+            self._watch(self._sock.fileno(), self._on_readable)
         elif self._reading and not wanted:
             self._unwatch(self._sock.fileno())
         self._reading = wanted
+
+    def _readable_in_turn(self) -> None:
+        if self._reading:  # still
+            self._readable()
 
     def _readable(self) -> None:
         tail, space, start = self._tail, self._space, self._fill
@@ -213,7 +237,7 @@ class Transport:
             view = free = space.large
         if self._finishing:
             free = free[: self._left]
-        if self._guarded and not self._receiver.has_room():
+        if self._in_turn is not None and not self._receiver.has_room():
             allowed = self._without_descriptors(free)
             if allowed is None:
                 return
@@ -455,6 +479,7 @@ class Transport:
         if self.is_closed:
             return
         self.is_closed = True
+        self._reading = False
         self._space.starved.discard(self)
         for timer in (self._timer, self._retry):
             if timer is not None:

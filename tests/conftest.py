@@ -351,6 +351,8 @@ class Daemon:
                 self.loop.call_soon_threadsafe(self.server.stop)
         self._thread.join(20)
         assert not self._thread.is_alive()
+        while not self.server.daemon.offload.idle():  # the listeners are closed in a thread
+            pass
         assert self.errors == []
         assert self.held == 0, "scratch memory was not freed"
         assert not os.path.exists(self.control)

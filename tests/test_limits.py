@@ -167,23 +167,6 @@ def test_descriptors_in_all(daemon: Daemon, qmp: Client, others: Callable[[], No
     others()
 
 
-def test_when_too_much_waits_to_be_closed_the_client_door_pauses(
-    daemon: Daemon, qmp: Client, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The control door goes on, and the client door too once there is room."""
-    monkeypatch.setattr(server, "RETRY_ACCEPT_SECONDS", 0.02)
-    offload = daemon.server.daemon.offload
-    with monkeypatch.context() as patch:
-        patch.setattr(offload, "waiting", lambda _uid=None: 1 << 30)
-        waiting = connect_as(daemon.client, A, A)
-        waiting.settimeout(20)
-        while stats(qmp)["descriptors-hits"] < 2:
-            assert daemon.connect().ok("query-name") == {}
-    client = Client(daemon.client, sock=waiting)
-    assert client.ok("query-version")
-    client.close()
-
-
 def test_unfinished_bytes(daemon: Daemon, qmp: Client, others: Callable[[], None]) -> None:
     """Half messages of one uid leave room for those of others."""
     share = daemon.server.daemon.limits.unfinished

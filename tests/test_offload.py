@@ -148,18 +148,20 @@ def test_a_uid_whose_threads_are_stuck_is_known(monkeypatch: pytest.MonkeyPatch)
         await asyncio.sleep(0)
         source, sink = os.pipe()
         for number in range(100):
-            assert offload.waiting(OTHER) == number
+            assert offload.closing(OTHER) == number
             offload.close(OTHER, os.dup(sink))
         assert not offload.stuck(OTHER)
         monkeypatch.setattr(module, "STUCK_SECONDS", 0.0)
         assert offload.stuck(OTHER)
         assert not offload.stuck(OTHER + 1)
-        assert offload.waiting(OTHER + 1) == 0
+        assert offload.closing(OTHER + 1) == 0
+        assert offload.closing_of_others == 100
         os.close(sink)
         go_on.set()
         await asyncio.gather(*running)
         await idle(offload)
         assert not offload.stuck(OTHER)
+        assert offload.closing(OTHER) == offload.closing_of_others == 0
         assert os.read(source, 1) == b""
         os.close(source)
 
