@@ -11,27 +11,21 @@ pattern matches the id and whose authz object allows the peer. A refusal looks o
 peer is granted: never at whether the secret exists, nor at what is granted to others.
 """
 
-import heapq
 import itertools
-import re
 from collections.abc import Iterable, Iterator
 from typing import Final, NamedTuple
 
 from secretd.audit import Audit, Who
 from secretd.errors import AccessDenied, CommandError
-from secretd.patterns import is_pattern, matcher
+from secretd.grant_index import GrantIndex, Rule
+from secretd.loop import turn
+from secretd.patterns import is_pattern, literal_prefix, matcher
 from secretd.peer import Door, Peer
-from secretd.qom.authz import AuthZ, FileRules, Rules, Verdict
-from secretd.qom.grant import READS, SecretGrant, used_up
-from secretd.qom.object import ObjectTree
+from secretd.qom.authz import Verdict
+from secretd.qom.grant import READS, used_up
+from secretd.qom.object import ID_BYTES, ObjectTree
 from secretd.qom.secret import secret_plaintext
 from secretd.systemd import CREDENTIAL_BYTES, CredentialAddress
-
-PEERS_KEPT: Final = 1024
-"""Sets of identities for which it is remembered what they are granted."""
-
-CHANGES_KEPT: Final = 4096
-"""Changes of grants after which what is remembered is worked out anew."""
 
 
 class Grant:
@@ -44,7 +38,7 @@ class Grant:
     __slots__ = ("object_id", "peer", "plaintext", "rule", "terms")
 
     def __init__(
-        self, key: object, peer: Peer, object_id: str, terms: "_Rule | None", plaintext: memoryview
+        self, key: object, peer: Peer, object_id: str, terms: "Rule | None", plaintext: memoryview
     ) -> None:
         if key is not _KEY:
             raise TypeError("only access makes a Grant")
@@ -66,47 +60,24 @@ class Considered(NamedTuple):
     reason: str
 
 
-class _Rule(NamedTuple):
-    """A secret-grant as the tree has it: which secrets, for whom; ``limited``: it counts reads;
-    ``credential``: the name that units know the secret by, "" for its id only.
-    """
-
-    id: str
-    secret: str
-    authz: str
-    limited: bool
-    credential: str
-
-
-class _Granted:
-    """What peers with certain identities are granted, as of a position in the list of changes."""
-
-    def __init__(self) -> None:
-        self.position = 0
-        self.placed: dict[str, _Rule] = {}
-        self.exact: dict[str, dict[str, _Rule]] = {}  # by the id of the secret, then of the grant
-        self.globs: dict[str, _Rule] = {}
-        self.unsteady: dict[str, _Rule] = {}  # whose authz object has to be asked each time
-
-    def remove(self, grant_id: str) -> None:
-        rule = self.placed.pop(grant_id, None)
-        if rule is None:
-            return
-        self.globs.pop(grant_id, None)
-        self.unsteady.pop(grant_id, None)
-        exact = self.exact.get(rule.secret, {})
-        exact.pop(grant_id, None)
-        if not exact:
-            self.exact.pop(rule.secret, None)
-
-    def place(self, rule: _Rule, *, steady: bool) -> None:
-        self.placed[rule.id] = rule
-        if not steady:
-            self.unsteady[rule.id] = rule
-        elif is_pattern(rule.secret):
-            self.globs[rule.id] = rule
-        else:
-            self.exact.setdefault(rule.secret, {})[rule.id] = rule
+def _in_order(first: Iterator[str | None], second: Iterator[str | None]) -> Iterator[str | None]:
+    """Return what two sorted iterators have, in order and each once; None wherever one of them has it."""
+    streams, heads = [first, second], ["", ""]
+    while streams:
+        for index in reversed(range(len(streams))):
+            while not heads[index]:
+                head = next(streams[index], "")
+                if head == "":
+                    del streams[index], heads[index]
+                    break
+                if head is None:
+                    yield None
+                else:
+                    heads[index] = head
+        if heads:
+            least = min(heads)
+            yield least
+            heads = ["" if head == least else head for head in heads]
 
 
 class Access:
@@ -115,41 +86,8 @@ class Access:
     def __init__(self, tree: ObjectTree, audit: Audit) -> None:
         self._tree = tree
         self._audit = audit
-        self._rules: dict[str, _Rule] = {}
-        self._by_authz: dict[str, set[str]] = {}
-        self._judges: dict[str, Rules | FileRules] = {}
-        self._granted: dict[frozenset[str], _Granted] = {}
-        self._changes: list[str] = []  # ids of grants that have to be looked at again
-        tree.on_decision = self._changed
-        for object_id in tree.deciding:
-            self._changed(object_id)
-
-    def _changed(self, object_id: str) -> None:
-        """A grant or authz object came, went or changed."""
-        self._judges.pop(object_id, None)
-        self._changes += self._by_authz.get(object_id, ())
-        old = self._rules.pop(object_id, None)
-        if old is not None:
-            self._changes.append(object_id)
-            self._by_authz[old.authz].discard(object_id)
-            if not self._by_authz[old.authz]:
-                del self._by_authz[old.authz]
-        record = self._tree.journal.get(object_id)
-        if record is not None and record.type == SecretGrant.number:
-            properties = record.properties
-            secret, authz = str(properties["secret"]), str(properties["authz"])
-            self._rules[object_id] = _Rule(
-                object_id,
-                secret,
-                authz,
-                "max-reads" in properties,
-                str(properties.get("credential", "")),
-            )
-            self._by_authz.setdefault(authz, set()).add(object_id)
-            self._changes.append(object_id)
-        if len(self._changes) > CHANGES_KEPT:
-            self._granted.clear()
-            self._changes.clear()
+        self._index = GrantIndex(tree)
+        tree.on_decision = self._index.changed
 
     # --- decisions
 
@@ -176,7 +114,7 @@ class Access:
             self._count(rule.id, 1)
         return Grant(_KEY, peer, object_id, rule, plaintext)
 
-    def credential(self, peer: Peer, who: Who, claimed: CredentialAddress | None) -> Grant:
+    async def credential(self, peer: Peer, who: Who, claimed: CredentialAddress | None) -> Grant:
         """Return leave to give a unit the secret that its LoadCredential= asks for.
 
         ``claimed``: what the address says. Anybody can say that, so the peer must be a service manager
@@ -186,7 +124,7 @@ class Access:
         """
         name = claimed.credential if claimed else ""
         try:
-            object_id, rule = self._mapped(peer, claimed)
+            object_id, rule = await self._mapped(peer, claimed)
         except AccessDenied as error:
             self._audit.refuse("credential", peer.uid, who, credential=name, reason=error.desc)
             raise
@@ -195,7 +133,7 @@ class Access:
         self._audit.release("credential", who, by, object_id, len(plaintext), name)
         return Grant(_KEY, peer, object_id, rule, plaintext)
 
-    def _mapped(self, peer: Peer, claimed: CredentialAddress | None) -> tuple[str, _Rule]:
+    async def _mapped(self, peer: Peer, claimed: CredentialAddress | None) -> tuple[str, Rule]:
         """Return the id of the secret that a unit asks for, and the grant that permits it."""
         if claimed is None:
             raise AccessDenied("the address it came from is not one of LoadCredential=")
@@ -205,17 +143,22 @@ class Access:
             raise AccessDenied(f"it says that it is {unit}, and is in {peer.unit or 'no unit'}")
         if peer.uid != 0 and not (peer.trusted and peer.unit.startswith("user-unit:")):
             raise AccessDenied(f"uid {peer.uid} is not that of the service manager")
-        found: dict[str, _Rule] = {}
+        found: dict[str, Rule] = {}
         missing = ""
-        for rule in self._living(peer.identities, counted=False):
+        for rule in self._living(peer.identities):
             if matcher(rule.secret)(name):
                 missing = missing or name
                 if self._tree.is_secret(name):
                     found[name] = rule
             if rule.credential == name:
                 missing = rule.secret
-                for object_id in itertools.islice(self._secrets(rule), 2):
-                    found[object_id] = rule
+                for object_id in self._secrets(rule):
+                    if object_id is None:
+                        await turn(None)
+                    else:
+                        found[object_id] = rule
+                    if len(found) > 1:
+                        break
         if len(found) > 1:
             names = ", ".join(f"'{object_id}'" for object_id in sorted(found))
             raise AccessDenied(f"it could be more than one secret: {names}")
@@ -224,6 +167,8 @@ class Access:
         if not found:
             raise AccessDenied(f"no grant lets {peer.unit} have it")
         ((object_id, rule),) = found.items()
+        if self._index.rules.get(rule.id) is not rule or not self._tree.is_secret(object_id):
+            raise AccessDenied(f"no grant lets {peer.unit} have it")  # any more
         size = self._tree.secret(object_id)[1]
         if len(name.encode()) + size > CREDENTIAL_BYTES:
             raise AccessDenied(
@@ -232,22 +177,22 @@ class Access:
             )
         return object_id, rule
 
-    def _secrets(self, rule: _Rule) -> Iterator[str]:
-        """Return the secrets that a grant is for."""
+    def _secrets(self, rule: Rule) -> Iterator[str | None]:
+        """Return the secrets that a grant is for; None wherever others should have their turn."""
         if not is_pattern(rule.secret):
             return iter([rule.secret] if self._tree.is_secret(rule.secret) else [])
-        prefix = re.split("[*?]", rule.secret, maxsplit=1)[0]
-        return filter(matcher(rule.secret), self._tree.secrets_after("", [prefix]))
+        fits = matcher(rule.secret)
+        found = self._tree.secrets_after("", [literal_prefix(rule.secret)])
+        return (object_id for object_id in found if object_id is None or fits(object_id))
 
-    def _living(self, identities: frozenset[str], *, counted: bool = True) -> list[_Rule]:
-        """Return the grants that permit something now. ``counted``: not those without a read left."""
-        granted = self._granted_to(identities)
+    def _living(self, identities: frozenset[str]) -> list[Rule]:
+        """Return the grants that have not expired, whether they have reads left or not."""
+        granted = self._index.granted_to(identities)
         return [
             rule
-            for rule in granted.placed.values()
-            if (rule.id not in granted.unsteady or self._allows(rule.authz, identities))
+            for rule in granted.all.values()
+            if (rule.id not in granted.uncacheable or self._allows(rule.authz, identities))
             and not self._tree.lifetimes.ended(rule.id)
-            and not (counted and rule.limited and self._used_up(rule.id))
         ]
 
     def take_back(self, grant: Grant, who: Who, reason: str) -> None:
@@ -261,7 +206,7 @@ class Access:
             rule is not None
             and rule.limited
             and grant.peer.door is Door.CLIENT
-            and self._rules.get(rule.id) is rule
+            and self._index.rules.get(rule.id) is rule
         ):
             self._count(rule.id, -1)
 
@@ -275,35 +220,41 @@ class Access:
         """Return those that this peer may know of: the ones that it may read."""
         return (object_id for object_id in object_ids if self.may_read(peer, object_id))
 
-    def readable_after(self, peer: Peer, after: str) -> Iterator[str]:
-        """Return the ids of the secrets that this peer may read and that come after one, in order.
+    def readable_after(self, peer: Peer, after: str) -> Iterator[str | None]:
+        """Return the ids of the secrets that this peer may read and that come after one, in order; None
+        wherever others should have their turn.
 
         It starts from what the peer is granted, so that its time tells nothing of other secrets.
         """
         if peer.door is Door.CONTROL:
             return self._tree.secrets_after(after)
-        living = self._living(peer.identities)
-        globs = [r.secret for r in living if is_pattern(r.secret)]
-        exact = {r.secret for r in living} - set(globs)
-        found = [i for i in exact if i > after and self._tree.is_secret(i)]
-        if not globs:
-            return iter(sorted(found))
-        prefixes = {re.split("[*?]", pattern, maxsplit=1)[0] for pattern in globs}
-        fits = [matcher(pattern) for pattern in globs]
+        granted = self._index.granted_to(peer.identities)
+        allowed = [
+            rule for rule in granted.uncacheable.values() if self._allows(rule.authz, peer.identities)
+        ]
 
-        def fitting(object_id: str) -> bool:
-            return any(fit(object_id) for fit in fits)
+        def permitted(object_id: str) -> bool:
+            rules = (rule for rule in allowed if matcher(rule.secret)(object_id))
+            return any(map(self._is_usable, itertools.chain(granted.naming(object_id), rules)))
 
-        return heapq.merge(
-            sorted(i for i in found if not fitting(i)),
-            filter(fitting, self._tree.secrets_after(after, prefixes)),
+        prefixes = granted.prefixes.union(literal_prefix(rule.secret) for rule in allowed)
+        found = _in_order(granted.exact_after(after), self._tree.secrets_after(after, prefixes))
+        return (
+            object_id
+            for object_id in found
+            if object_id is None or (self._tree.is_secret(object_id) and permitted(object_id))
+        )
+
+    def _is_usable(self, rule: Rule) -> bool:
+        return not self._tree.lifetimes.ended(rule.id) and not (
+            rule.limited and self._used_up(rule.id)
         )
 
     def holds(self, grant: Grant) -> bool:
         """True if the secret-grant by which a release was permitted still permits it."""
         if grant.rule is None:
             return self.admits(grant.peer)
-        rule = self._rules.get(grant.rule)
+        rule = self._index.rules.get(grant.rule)
         return (
             rule is not None
             and matcher(rule.secret)(grant.object_id)
@@ -321,15 +272,20 @@ class Access:
             or (peer.authz is not None and self._allows(peer.authz, peer.identities))
         )
 
-    def _permitting(self, identities: frozenset[str], object_id: str) -> _Rule | None:
+    def _permitting(self, identities: frozenset[str], object_id: str) -> Rule | None:
         """Return the grant that permits; one without a limited number of reads if there is any."""
-        granted = self._granted_to(identities)
-        asked = [r for r in granted.unsteady.values() if self._allows(r.authz, identities)]
+        granted = self._index.granted_to(identities)
+        asked: Iterable[Rule] = ()
+        if granted.uncacheable:
+            asked = [
+                rule
+                for rule in granted.uncacheable.values()
+                if self._allows(rule.authz, identities)
+                and len(object_id) <= ID_BYTES
+                and matcher(rule.secret)(object_id)
+            ]
         found = None
-        for rule in (
-            *granted.exact.get(object_id, {}).values(),
-            *(r for r in (*granted.globs.values(), *asked) if matcher(r.secret)(object_id)),
-        ):
+        for rule in (*granted.naming(object_id), *asked):
             if self._tree.lifetimes.ended(rule.id):
                 continue
             if not rule.limited:
@@ -337,26 +293,6 @@ class Access:
             if found is None and not self._used_up(rule.id):
                 found = rule
         return found
-
-    def _granted_to(self, identities: frozenset[str]) -> _Granted:
-        granted = self._granted.get(identities)
-        if granted is None:
-            if len(self._granted) >= PEERS_KEPT:
-                self._granted.clear()
-            granted = self._granted[identities] = _Granted()
-            doubtful = list(self._rules)
-        else:
-            doubtful = self._changes[granted.position :]
-        for grant_id in doubtful:
-            granted.remove(grant_id)
-            rule = self._rules.get(grant_id)
-            judge = None if rule is None else self._judge(rule.authz)
-            if rule is None or judge is None:
-                continue
-            if not judge.steady or judge.judge(identities).allowed:
-                granted.place(rule, steady=judge.steady)
-        granted.position = len(self._changes)
-        return granted
 
     def _used_up(self, grant_id: str) -> bool:
         record = self._tree.journal.get(grant_id)
@@ -370,18 +306,8 @@ class Access:
         self._tree.replace_properties(grant_id, record.properties | {READS: before + reads})
 
     def _allows(self, authz: str, identities: frozenset[str]) -> bool:
-        judge = self._judge(authz)
+        judge = self._index.judge(authz)
         return judge is not None and judge.judge(identities).allowed
-
-    def _judge(self, authz: str) -> Rules | FileRules | None:
-        judge = self._judges.get(authz)
-        if judge is None:
-            record = self._tree.journal.get(authz)
-            kind = self._tree.type_of(authz)
-            if record is None or not isinstance(kind, AuthZ):
-                return None
-            judge = self._judges[authz] = kind.rules(record.properties)
-        return judge
 
     # --- why
 
@@ -389,16 +315,16 @@ class Access:
         """Return what each secret-grant for this id says of a client with these identities."""
         return [
             Considered(rule.id, *self._explain(rule, identities))
-            for rule in sorted(self._rules.values())
+            for rule in sorted(self._index.rules.values())
             if matcher(rule.secret)(object_id)
         ]
 
-    def _explain(self, rule: _Rule, identities: frozenset[str]) -> Verdict:
+    def _explain(self, rule: Rule, identities: frozenset[str]) -> Verdict:
         if self._tree.lifetimes.ended(rule.id):
             return Verdict(False, "the grant has expired")
         if rule.limited and self._used_up(rule.id):
             return Verdict(False, "the grant has no reads left")
-        judge = self._judge(rule.authz)
+        judge = self._index.judge(rule.authz)
         if judge is None:
             return Verdict(False, f"there is no authz object '{rule.authz}'")
         verdict = judge.judge(identities)

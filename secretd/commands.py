@@ -7,7 +7,7 @@ raises CommandError. What a command does is said in qom, access and deliver; her
 Commands of QEMU 10's qapi/ unless the docstring says that they are ours.
 """
 
-from collections.abc import Awaitable, Coroutine
+from collections.abc import Awaitable, Coroutine, Iterator
 from functools import partial
 from typing import Any, Final, Literal, NotRequired, TypedDict
 
@@ -16,13 +16,20 @@ from msgspec import UNSET, Raw, UnsetType
 from secretd import crypto, hmp
 from secretd.deliver import Content
 from secretd.errors import CommandError, CommandNotFound
+from secretd.events import EventName
 from secretd.fds import AddfdInfo, FdsetInfo
 from secretd.introspect import SchemaInfo
 from secretd.limits import Stat
+from secretd.loop import turn
 from secretd.monitor import Monitor
 from secretd.qom.grant import check_seconds
 from secretd.qom.secret import generate, secret_plaintext
-from secretd.qom.typeinfo import ObjectOptions, ObjectPropertyInfo, ObjectTypeInfo
+from secretd.qom.typeinfo import (
+    ObjectOptions,
+    ObjectPropertyInfo,
+    ObjectTypeInfo,
+    StoredInvalidValue,
+)
 from secretd.qom.types import AnyOptions
 from secretd.schema import Commands
 from secretd.target import open_target
@@ -47,6 +54,14 @@ class CommandInfo(TypedDict):
     """An entry of query-commands (qapi/control.json)."""
 
     name: str
+
+
+RunState = Literal[
+    "debug", "inmigrate", "internal-error", "io-error", "paused", "postmigrate", "prelaunch",
+    "finish-migrate", "restore-vm", "running", "save-vm", "shutdown", "suspended", "watchdog",
+    "guest-panicked", "colo",
+]  # fmt: skip
+"""QEMU's states of a guest (qapi/run-state.json), of which secretd has one."""
 
 
 class NameInfo(TypedDict):
@@ -146,6 +161,19 @@ def query_name(_monitor: Monitor) -> NameInfo:
     return {}
 
 
+class StatusInfo(TypedDict):
+    """What query-status returns (qapi/run-state.json)."""
+
+    running: bool
+    status: RunState
+
+
+@COMMANDS(client=True)
+def query_status(_monitor: Monitor) -> StatusInfo:
+    """Return that secretd runs, which is what clients ask to see whether somebody answers."""
+    return {"status": "running", "running": True}
+
+
 @COMMANDS()
 def quit(monitor: Monitor) -> None:  # noqa: A001 - QEMU's name
     """Stop the daemon in order. Its secrets end, even where a service manager keeps them otherwise."""
@@ -210,8 +238,16 @@ def qom_set(
 ) -> None:
     """Change a property; what an object has loaded stays."""
     paths = monitor.daemon.paths
-    paths.set(path, property, value)  # type: ignore[arg-type]  # JSON by the schema
-    node, _ = paths.resolve(path)
+    try:
+        paths.set(path, property, value)  # type: ignore[arg-type]  # JSON by the schema
+    except StoredInvalidValue:
+        _note_set(monitor, path)
+        raise
+    _note_set(monitor, path)
+
+
+def _note_set(monitor: Monitor, path: str) -> None:
+    node, _ = monitor.daemon.paths.resolve(path)
     assert node is not None
     kind = monitor.tree.type_of(node)
     assert kind is not None
@@ -313,6 +349,20 @@ async def _deliver_rest(
     return size
 
 
+@COMMANDS(client=True)
+def secret_events(
+    monitor: Monitor,
+    enable: bool,  # noqa: FBT001 - a member of the message
+    events: list[EventName] | UnsetType = UNSET,
+) -> None:
+    """Turn events about secrets on for this connection, or off. ``events``: only those of these names."""
+    assert monitor.on_events is not None
+    if not enable:
+        monitor.on_events(())
+    else:
+        monitor.on_events(None if events is UNSET else frozenset(events))
+
+
 @COMMANDS()
 def secret_seal(monitor: Monitor, id: str, keyid: str) -> Sealed:  # noqa: A002
     """Return a secret encrypted under another, as QEMU's object-add takes it with keyid, iv and
@@ -331,28 +381,57 @@ def secret_generate(monitor: Monitor, id: str, size: int) -> None:  # noqa: A002
 
 
 @COMMANDS(client=True, oob=True)
-def query_secrets(monitor: Monitor, after: str | UnsetType = UNSET) -> list[SecretInfo]:
+def query_secrets(
+    monitor: Monitor, after: str | UnsetType = UNSET
+) -> list[SecretInfo] | Coroutine[Any, Any, list[SecretInfo]]:
     """List the secrets by id: type, size in bytes, how well their memory is protected. On the client
     door only those that the caller may read. A reply holds SECRETS_PER_REPLY at most; ``after`` goes on
     behind that id, until the list is empty.
     """
-    tree = monitor.tree
-    listed: list[SecretInfo] = []
-    room = SECRETS_BYTES
     found = monitor.daemon.access.readable_after(monitor.peer, "" if after is UNSET else after)
-    for object_id in found:
-        room -= len(object_id)
-        if listed and (room < 0 or len(listed) == SECRETS_PER_REPLY):
-            break
-        qom_type, size = tree.secret(object_id)
-        info: SecretInfo = {
-            "id": object_id, "qom-type": qom_type, "size": size, "memory": monitor.daemon.memory,
-        }  # fmt: skip
-        remaining = tree.lifetimes.remaining(object_id)
-        if remaining is not None:
-            info["expires-in"] = remaining
-        listed.append(info)
-    return listed
+    page = _Page(monitor)
+    return page.listed if page.fill(found) else _fill_later(page, found)
+
+
+async def _fill_later(page: "_Page", found: Iterator[str | None]) -> list[SecretInfo]:
+    """Look through many secrets of which few may be listed, a little at a time."""
+    monitor = page.monitor
+    done = False
+    while not done:
+        await turn(None if monitor.trusted else monitor.peer.uid)
+        done = page.fill(found)
+    return page.listed
+
+
+class _Page:
+    """One reply of query-secrets."""
+
+    def __init__(self, monitor: Monitor) -> None:
+        self.monitor = monitor
+        self.listed: list[SecretInfo] = []
+        self._room = SECRETS_BYTES
+
+    def fill(self, found: Iterator[str | None]) -> bool:
+        """List what was found until the page is full or nothing is left; False where others should have their
+        turn.
+        """
+        tree, memory = self.monitor.tree, self.monitor.daemon.memory
+        listed = self.listed
+        for object_id in found:
+            if object_id is None:
+                return False
+            self._room -= len(object_id)
+            if listed and (self._room < 0 or len(listed) == SECRETS_PER_REPLY):
+                break
+            qom_type, size = tree.secret(object_id)
+            info: SecretInfo = {
+                "id": object_id, "qom-type": qom_type, "size": size, "memory": memory,
+            }  # fmt: skip
+            remaining = tree.lifetimes.remaining(object_id)
+            if remaining is not None:
+                info["expires-in"] = remaining
+            listed.append(info)
+        return True
 
 
 @COMMANDS()

@@ -34,7 +34,6 @@ from secretd.systemd import (
     credential_address,
 )
 from secretd.target import SocketPair
-from secretd.wire import encode
 
 log = logging.getLogger("secretd")
 
@@ -139,7 +138,7 @@ class Credentials:
         # A descriptor of its own: the connection goes on if the delivery is broken off.
         copy = Fd(os.dup(sock.fileno()))
         try:
-            grant = daemon.access.credential(peer, who, claimed)
+            grant = await daemon.access.credential(peer, who, claimed)
         except BaseException:
             copy.close()
             raise
@@ -147,7 +146,7 @@ class Credentials:
         rest = daemon.deliveries.deliver(content, SocketPair(copy.fileno()), copy)
         if rest is not None:
             await rest
-        daemon.announce("SECRET_READ", grant.object_id, encode.value(peer.info), self)
+        daemon.announce("SECRET_READ", grant.object_id, peer, self)
 
     def _say(self, claimed: CredentialAddress | None, peer: Peer, error: Exception) -> None:
         """Log why a unit does not get a credential: it is told nothing but that it failed."""
@@ -166,7 +165,7 @@ class Credentials:
             credential, unit, words,
         )  # fmt: skip
         if isinstance(error, AccessDenied):
-            self._daemon.announce("SECRET_DENIED", credential, encode.value(peer.info), self)
+            self._daemon.announce("SECRET_DENIED", credential, peer, self)
 
     async def _refuse(self, sock: socket.socket, name: str, peer: Peer) -> None:
         """Send more than a credential may have, however long it takes to be read."""

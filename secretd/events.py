@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The events that secretd sends: what their data is.
 
-Who gets them is said in announce, when they happen in commands. The schema is made from here.
+broadcast decides which connections get them, commands when they happen. The schema is made from here.
 """
 
 from typing import Final, Literal, NotRequired, TypedDict
@@ -47,6 +47,11 @@ class EventsLost(TypedDict):
 
     count: int
 
+
+EventName = Literal[
+    "SECRET_ADDED", "SECRET_DELETED", "SECRET_EXPIRED", "SECRET_READ", "SECRET_DENIED"
+]
+"""The events that `secret-events` can choose among."""
 
 EVENTS: Final[dict[str, type]] = {
     "SHUTDOWN": Shutdown,

@@ -5,9 +5,10 @@ One line in, text out. What a line asks for is done by the functions of the QMP 
 commands hands in. A line may hold a secret: it stays where it was received.
 """
 
+import itertools
 import re
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 from secretd import keyval
 from secretd.errors import CommandError, UsageError
@@ -19,6 +20,10 @@ from secretd.shared import QEMU_VERSION
 
 QUOTED_BYTES: Final = 4
 """Bytes of a line's own text that an error about it quotes: it may be of a secret. QEMU quotes all."""
+
+QUOTED_WORD_BYTES: Final = 7
+"""Bytes of an unknown command that is quoted whole; of a longer one, which may be part of a secret, as much as
+of anything else."""
 
 SECRETS_PER_LISTING: Final = 1000
 """Secrets that `info secrets` lists: more would not fit into a reply."""
@@ -102,19 +107,30 @@ def _dispatch(monitor: Monitor, line: memoryview) -> Output:
     name, at = _name(line, start)
     if start == end:
         return ""
-    path, word = name, _WORDS.get(name)
+    word = _WORDS.get(name)
     if word is _INFO:
         if _after_blanks(line, at) == end:
             return _help_of(_ABOUT, "info ")
-        name, at = _name(line, _after_blanks(line, at))
-        path, word = f"info {name}", _ABOUT.get(name)
+        start = _after_blanks(line, at)
+        name, at = _name(line, start)
+        word = _ABOUT.get(name)
+    # QEMU quotes the line from its very beginning, blanks included (monitor_parse_command()).
+    before = _text(bytes(line[1:start]))
     if word is None:
-        text = _text(bytes(line[start:at]))
-        return f"unknown command: '{text}'\n"
+        return _unknown(before, bytes(line[start:at]))
     try:
         return word.run(monitor, line[at - 1 :])
     except _Refused as error:
+        path = f"{before}{name}"
         return f'{"|".join(word.names)}: {error}\nTry "help {path}" for more information\n'
+
+
+def _unknown(before: str, word: bytes) -> str:
+    """Say that there is no such command; ``before``: what stands in front of the word."""
+    shown = _text(word)
+    if len(word) > QUOTED_WORD_BYTES:
+        shown = f"{_text(word[:QUOTED_BYTES])}…"
+    return f"unknown command: '{before}{shown}'\n"
 
 
 def _after_blanks(line: memoryview, at: int) -> int:
@@ -163,16 +179,17 @@ def _unquoted(word: bytes) -> bytes:
 
 
 def _help(_monitor: Monitor, rest: memoryview) -> str:
-    names = [_text(m[0]) for m in _WORD.finditer(rest, 1, len(rest) - 1)][:2]
+    found = itertools.islice(_WORD.finditer(rest, 1, len(rest) - 1), 2)
+    names = [match[0] for match in found]
     if not names:
         return _help_of(_WORDS)
-    word = _WORDS.get(names[0])
+    word = _WORDS.get(_text(names[0]))
     if word is not _INFO:
-        return f"unknown command: '{names[0]}'\n" if word is None else word.line
+        return _unknown("", names[0]) if word is None else word.line
     if len(names) == 1:
         return _help_of(_ABOUT, "info ")
-    word = _ABOUT.get(names[1])
-    return f"unknown command: 'info {names[1]}'\n" if word is None else f"info {word.line}"
+    word = _ABOUT.get(_text(names[1]))
+    return _unknown("info ", names[1]) if word is None else f"info {word.line}"
 
 
 def _object_add(monitor: Monitor, rest: memoryview) -> Output:
@@ -228,23 +245,17 @@ def _info_name(_monitor: Monitor, rest: memoryview) -> str:
 def _info_secrets(monitor: Monitor, rest: memoryview) -> str:
     _arguments(rest, 0)
     lines = []
-    after = ""
-    while entries := _result(monitor, "query-secrets", after):
-        lines += [
-            f"{e['id']}: {e['qom-type']}, {e['size']} bytes, memory {e['memory']}\n"
-            for e in entries
-        ]
-        after = entries[-1]["id"]
+    for object_id in monitor.daemon.access.readable_after(monitor.peer, ""):
+        if object_id is None:
+            continue
+        qom_type, size = monitor.tree.secret(object_id)
+        lines.append(f"{object_id}: {qom_type}, {size} bytes, memory {monitor.daemon.memory}\n")
         if len(lines) > SECRETS_PER_LISTING:
             raise CommandError(
                 f"There are more secrets than the limit of {SECRETS_PER_LISTING}; "
                 "query-secrets lists any number in pieces"
             )
     return "".join(lines)
-
-
-def _result(monitor: Monitor, name: str, *arguments: str) -> Any:
-    return monitor.table.by_name[name].function(monitor, *arguments)
 
 
 def _table(*words: Word) -> Table:

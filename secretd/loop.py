@@ -253,6 +253,22 @@ def turns(loop: asyncio.AbstractEventLoop, uid: int) -> Callable[[Callable[[], N
     return partial(loop.turns.add, uid) if isinstance(loop, Loop) else loop.call_soon
 
 
+async def turn(uid: int | None) -> None:
+    """Let others have their turn: come back when it is that uid's, or the loop's where there is none."""
+    loop = asyncio.get_running_loop()
+    come = loop.create_future()
+
+    def wake() -> None:
+        if not come.done():
+            come.set_result(None)
+
+    if uid is None:
+        loop.call_soon(wake)
+    else:
+        turns(loop, uid)(wake)
+    await come
+
+
 def crowded(loop: asyncio.AbstractEventLoop) -> Callable[[int], bool]:
     """Return how to find out whether the loop has something else to do than to serve one descriptor; on
     loops that do not tell, it always has.

@@ -9,7 +9,7 @@ returns, commands carries them out. The only place where exceptions become repli
 import logging
 import socket
 import traceback
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from types import CoroutineType
 from typing import Final, TypeAlias
 
@@ -40,7 +40,6 @@ from secretd.schema import Command, check
 from secretd.shared import QEMU_VERSION, Daemon
 from secretd.sockopt import holds_descriptors, kernel_version, unread_bytes
 from secretd.transport import Locked
-from secretd.wire import encode
 from secretd.wire import message as wire
 from secretd.wire.message import Malformed, Request
 from secretd.wire.parser import Fault
@@ -54,7 +53,9 @@ read. QEMU quotes all of it."""
 MAX_REPLY_BYTES: Final = 64 << 10
 """Bytes of a reply: clients read lines, and some (go-qemu) none that are longer. QEMU: no limit."""
 
-WAITING_COMMANDS: Final = ("secret_read", "object_add", "human_monitor_command")
+WAITING_COMMANDS: Final = (
+    "secret_read", "object_add", "human_monitor_command", "query_secrets",
+)  # fmt: skip
 """The functions of commands that may have to wait for something."""
 
 CLOSE_COLLECTS_GARBAGE: Final = kernel_version() < (6, 8)
@@ -88,7 +89,7 @@ class Monitor:
             self.fdsets, self.scratch, daemon.offload, peer.uid, trusted=self.trusted
         )
         self.oob = False
-        self.peer_info = encode.value(peer.info)
+        self.on_events: Callable[[Collection[str] | None], None] | None = None
         self.who = Who(peer.door.value, peer.info)
 
     @property
@@ -108,9 +109,8 @@ class Monitor:
 
     def announce(self, event: str, object_id: str) -> None:
         """Tell the other sessions what this one did to a secret; its own has the reply."""
-        daemon = self.daemon
-        if daemon.owner.announcer.only is not self:  # usually one client works alone
-            daemon.announce(event, object_id, self.peer_info, self)
+        if self.daemon.broadcaster.subscribers:  # usually there is none
+            self.daemon.announce(event, object_id, self.peer, self)
 
     def note(self, event: str, object_id: str, kind: str, size: int | None = None) -> None:
         """Write an audit record of what this session did to an object of a type, ``kind``."""

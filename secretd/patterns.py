@@ -21,6 +21,11 @@ def is_pattern(text: str) -> bool:
     return "*" in text or "?" in text
 
 
+def literal_prefix(pattern: str) -> str:
+    """Return the text that everything a pattern matches begins with, in front of its first ``*`` or ``?``."""
+    return re.split("[*?]", pattern, maxsplit=1)[0]
+
+
 @lru_cache(4096)
 def matcher(pattern: str) -> Match:
     """Return the function that tells whether a text matches."""

@@ -14,7 +14,6 @@ import stat
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Final
 
-from secretd.announce import Announcer
 from secretd.audit import Audit, Who
 from secretd.credentials import Credentials, Store
 from secretd.errors import AccessDenied, LimitReached, PeerUnknown, UsageError
@@ -151,7 +150,6 @@ class Server:
         self.daemon = Daemon(tree, commands, package, audit or Audit(), self)
         self.space = ReceiveSpace(tree.scratch)
         self.sessions: set[Session] = set()
-        self.announcer = Announcer(self.daemon.access)
         self._store = store
         self.credentials = Credentials(self.daemon, self.start, self._check_idle, store)
         self.stopping = False  # requests that were not begun are not answered any more
@@ -217,7 +215,6 @@ class Server:
         session = Session(self, sock, peer)
         if not session.transport.is_closed:
             self.sessions.add(session)
-            self.announcer.add(session)
             if door is Door.CONTROL:
                 session.monitor.note_connection()
 
@@ -243,12 +240,11 @@ class Server:
     def forget(self, session: Session) -> None:
         """A session has ended."""
         self.sessions.discard(session)
-        self.announcer.remove(session)
         self._check_idle()
 
     def quit(self, data: str) -> None:
         """Send what happened so far, then SHUTDOWN, to all on the control door; end `run`."""
-        self.announcer.send()
+        self.daemon.broadcaster.flush()
         event = wire_event("SHUTDOWN", data)
         for session in list(self.sessions):
             if session.listening and session.peer.door is Door.CONTROL:
@@ -271,14 +267,14 @@ class Server:
             lifetimes.start(self.daemon.expire)
             ready()
             await self._stopped.wait()
-            self.announcer.send()
+            self.daemon.broadcaster.flush()
             loop = asyncio.get_running_loop()
             for listener in self._listeners:
                 loop.remove_reader(listener.sock.fileno())
                 listener.close(self.daemon.offload)
             await self._finish()
             lifetimes.stop()
-            self.announcer.send()
+            self.daemon.broadcaster.flush()
             for session in list(self.sessions):
                 session.transport.close()
             self.credentials.stop()

@@ -10,12 +10,12 @@ import re
 import socket
 import time
 from collections import deque
-from collections.abc import Coroutine
+from collections.abc import Collection, Coroutine
 from typing import Final, Protocol
 
 from msgspec import Struct
 
-from secretd.announce import Announcer, Throttle
+from secretd.broadcast import Throttle
 from secretd.errors import LimitReached, LockedMemoryExhausted
 from secretd.memory import LockedBuffer
 from secretd.monitor import Monitor, Reply, log_internal
@@ -55,7 +55,7 @@ class Owner(Protocol):
     daemon: Daemon
     space: ReceiveSpace
     stopping: bool
-    announcer: Announcer
+    sessions: "set[Session]"
 
     def start(self, coroutine: Coroutine[object, object, None]) -> asyncio.Task[None]:
         """Run what a session waits for."""
@@ -77,10 +77,12 @@ class Session:
         self._next, self._handle = self._codec.next, self.monitor.handle
         self.kept_from = self._codec.kept_from
         self.moved = self._codec.moved
-        self.actor: object = self.monitor
+        self.origin: object = self.monitor
+        self.monitor.on_events = self._subscribe
         self.peer = peer
         self._trusted = peer.trusted
-        self.since = 0
+        self.wanted: Collection[str] | None = None
+        self.since = self.position = 0
         self.throttle: Throttle | None = None
         self._out: list[bytes] = []
         self._out_size = 0
@@ -88,6 +90,7 @@ class Session:
         self._consuming = False
         self._lost = 0
         self._task: asyncio.Task[None] | None = None
+        self._aside: asyncio.Task[None] | None = None  # what was asked for out of band meanwhile
         self._queue: deque[LockedBuffer | bytes | Locked] = deque()
         limits = server.daemon.limits
         share = None if peer.door is Door.CONTROL else (limits.unfinished, peer.uid)
@@ -98,9 +101,20 @@ class Session:
         self.transport.send(self.monitor.greeting())
 
     def _negotiated(self) -> None:
-        # What happened before is not this session's.
-        self.since = self._server.announcer.number
         self._codec.oob = self.monitor.oob
+
+    def _subscribe(self, wanted: Collection[str] | None) -> None:
+        """Get these events from now on, all if None; none if there are none."""
+        self._unsubscribe()
+        self.wanted = wanted
+        if wanted is None or wanted:
+            self._server.daemon.broadcaster.subscribe(self)
+
+    def _unsubscribe(self) -> None:
+        self._server.daemon.broadcaster.unsubscribe(self)
+        if self.throttle is not None:
+            self.throttle.close()
+            self.throttle = None
 
     @property
     def listening(self) -> bool:
@@ -110,7 +124,7 @@ class Session:
     @property
     def busy(self) -> bool:
         """True while requests that were read are not answered yet."""
-        return self._task is not None or bool(self._queue)
+        return self._task is not None or self._aside is not None or bool(self._queue)
 
     def consume(self, view: memoryview, position: int, end: int) -> int:
         """Carry out the requests in the view, in order, until one must be waited for.
@@ -152,7 +166,7 @@ class Session:
             self._began = self._looked = now
         elif now - self._looked > LOOK_SECONDS:
             self._looked = now
-            alone = self._server.announcer.only is self.actor
+            alone = len(self._server.sessions) == 1
             turn = TURN_SECONDS if alone else SHARED_TURN_SECONDS
             if now - self._began > turn or (not alone and self.transport.others_wait()):
                 self.transport.give_way()
@@ -177,6 +191,9 @@ class Session:
                 break
             if isinstance(request, Request) and request.oob:
                 self._answer(self._handle(request))
+                if self._aside is not None:
+                    transport.pause("aside")
+                    break
                 if self._is_over():
                     break
             elif not self._enqueue(request, view[start:position]):
@@ -195,9 +212,12 @@ class Session:
         elif isinstance(reply, Locked):
             self._flush()
             self.transport.send(reply)
-        else:
+        elif self._task is None:
             # First, so that it is cancelled if the flush finds that the client has gone.
             self._task = self._server.start(self._finish(reply))
+            self._flush()
+        else:
+            self._aside = self._server.start(self._finish_aside(reply))
             self._flush()
 
     def _enqueue(self, request: Request | Malformed | Struct, message: memoryview) -> bool:
@@ -234,6 +254,14 @@ class Session:
             self.transport.later(self._go_on_safely)
         else:
             self._go_on_safely()
+
+    async def _finish_aside(self, reply: Coroutine[object, object, bytes]) -> None:
+        """Wait for a command that was asked for out of band; the connection is not read meanwhile."""
+        data = await reply
+        self._aside = None
+        self._audit.end_turn()
+        self.transport.send(data)
+        self.transport.resume("aside")
 
     def _go_on_safely(self) -> None:
         try:
@@ -344,10 +372,10 @@ class Session:
 
     def closed(self) -> None:
         """Forget the session."""
-        if self._task is not None:
+        for task in filter(None, (self._task, self._aside)):
             # Not before its first step, which was scheduled before: only then does what it owns
             # (a descriptor, a buffer) have someone to release it.
-            asyncio.get_running_loop().call_soon(self._task.cancel)
+            asyncio.get_running_loop().call_soon(task.cancel)
         while self._queue:
             kept = self._queue.popleft()
             if isinstance(kept, Locked):
@@ -357,6 +385,5 @@ class Session:
                 kept.free()
         self._server.forget(self)
         self._server.daemon.limits.connections.give(self.monitor.peer.uid)
-        if self.throttle is not None:
-            self.throttle.close()
+        self._unsubscribe()
         self.monitor.close()

@@ -11,14 +11,14 @@ from functools import cached_property
 from typing import Final, Literal, Protocol
 
 from secretd.access import Access
-from secretd.announce import Announcer, Happened
 from secretd.audit import Audit
+from secretd.broadcast import Broadcaster
 from secretd.deliver import Deliveries
 from secretd.events import EVENTS
 from secretd.introspect import schema
 from secretd.offload import Offload
-from secretd.peer import Door
-from secretd.qom.object import ObjectTree
+from secretd.peer import Door, Peer
+from secretd.qom.object import ID_BYTES, ObjectTree
 from secretd.qom.path import Paths
 from secretd.schema import Command, FastDecoder
 from secretd.wire import encode
@@ -40,8 +40,6 @@ the time that all share, and a command there has three arguments at most."""
 
 class Owner(Protocol):
     """What the daemon's state asks of the server."""
-
-    announcer: Announcer
 
     def quit(self, data: str) -> None:
         """Send SHUTDOWN, its data as JSON text, to all, and end the daemon with all secrets."""
@@ -66,6 +64,7 @@ class Daemon:
         self.audit = audit
         self.owner = owner
         self.access = Access(tree, audit)
+        self.broadcaster = Broadcaster(self.access)
         self.offload = Offload()
         self.deliveries = Deliveries(tree.scratch, self.offload)
         self._decided = tree.on_decision
@@ -88,17 +87,18 @@ class Daemon:
         self._decided(object_id)
         self.deliveries.recheck(self.access.holds)
 
-    def announce(self, name: str, object_id: str, peer_info: str | None, by: object) -> None:
-        """Send an event about a secret to all who may know, but to who did it."""
-        if self.owner.announcer.crowded():
+    def announce(self, name: str, object_id: str, peer: Peer | None, origin: object) -> None:
+        """Publish an event about a secret. ``peer`` caused it, None if none did; ``origin``: its session."""
+        uid = None if peer is None or peer.trusted else peer.uid
+        if not self.broadcaster.accepts(name, object_id, uid, origin):
             return
-        # An identifier is plain ASCII; what clients ask for may be anything.
-        quoted = encode.value(object_id)
+        # An identifier is plain ASCII; what clients ask for may be anything, and of any length.
+        quoted = encode.value(object_id if len(object_id) <= ID_BYTES else "?")
         bare = wire_event(name, f'{{"id": {quoted}}}')
         full = bare
-        if peer_info is not None:
-            full = wire_event(name, f'{{"id": {quoted}, "peer": {peer_info}}}')
-        self.owner.announcer.announce(Happened(name, object_id, full, bare, by))
+        if peer is not None:
+            full = wire_event(name, f'{{"id": {quoted}, "peer": {encode.value(peer.info)}}}')
+        self.broadcaster.publish(name, object_id, full, bare, origin, uid)
 
     def expire(self, object_id: str) -> None:
         """The time of an object is over: end deliveries, wipe it, say so."""

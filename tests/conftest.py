@@ -191,6 +191,14 @@ class Client:
         assert "error" in reply, reply
         return reply["error"]["desc"]
 
+    def watch(self, *names: str) -> "Client":
+        """Turn events on, only those of some names if there are any."""
+        arguments: dict = {"enable": True}
+        if names:
+            arguments["events"] = list(names)
+        self.ok("secret-events", arguments)
+        return self
+
     def add(self, object_id: str, **options: str) -> dict:
         """Add a secret; return the whole reply."""
         return self.cmd("object-add", {"qom-type": "secret", "id": object_id, **options})

@@ -190,12 +190,12 @@ def test_an_administrator_who_is_not_one_any_more_hears_nothing(
 ) -> None:
     """Of what happens."""
     allow(loaded, "admins", "uid:1000")
-    admin = daemon.connect(door="admins", uid=1000)
+    admin = daemon.connect(door="admins", uid=1000).watch()
     loaded.add("seen", data="x")
     assert admin.event()["data"]["id"] == "seen"
     loaded.ok("object-del", {"id": "admins"})
     loaded.add("unseen", data="x")
-    daemon.call(daemon.server.announcer.send)
+    daemon.call(daemon.server.daemon.broadcaster.flush)
     assert "any more" in admin.fail("query-name")
     assert admin.events == []
 
@@ -423,8 +423,8 @@ def test_the_unit_is_told_to_administrators(daemon: Daemon, loaded: Client) -> N
         with running_in(path, daemon.client):
             while daemon.call(lambda: len(daemon.server.sessions)) < 2:
                 pass
-            told = daemon.call(lambda: [s.monitor.peer_info for s in daemon.server.sessions])
-    assert any('"unit": "unit:web.service"' in info for info in told)
+            peers = daemon.call(lambda: [s.peer.info for s in daemon.server.sessions])
+    assert "unit:web.service" in [info.get("unit") for info in peers]
 
 
 def test_an_authz_object_opens_the_control_door_to_others(daemon: Daemon, loaded: Client) -> None:
@@ -730,7 +730,7 @@ def test_the_client_doors_commands_are_known() -> None:
     """A new one belongs into the tests below."""
     assert set(client_commands()) == {
         "qmp_capabilities", "query-version", "query-commands", "query-qmp-schema", "add-fd", "remove-fd",
-        "query-fdsets", "getfd", "closefd", "secret-read", "query-secrets",
+        "query-fdsets", "getfd", "closefd", "secret-read", "query-secrets", "query-status", "secret-events",
     }  # fmt: skip
 
 
@@ -883,10 +883,10 @@ def test_peers_and_changes_that_are_forgotten_are_worked_out_anew(
     daemon: Daemon, loaded: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is remembered is bounded, and never stale."""
-    from secretd import access
+    from secretd import grant_index
 
-    monkeypatch.setattr(access, "PEERS_KEPT", 2)
-    monkeypatch.setattr(access, "CHANGES_KEPT", 3)
+    monkeypatch.setattr(grant_index, "IDENTITIES_KEPT", 8)
+    monkeypatch.setattr(grant_index, "CHANGES_KEPT", 3)
     clients = [daemon.connect(door="client", uid=1000 + n) for n in range(4)]
     allow(loaded, "web", "uid:1001", "uid:1003")
     for round_ in range(6):

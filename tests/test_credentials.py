@@ -179,7 +179,7 @@ def test_what_is_given_is_audited_and_told(tmp_path: Path, app: str) -> None:
     """With the rule, the secret and the name it was asked by; the control door hears of both."""
     daemon = Daemon(tmp_path, make_audit=lambda: Audit(str(tmp_path / "audit")))
     try:
-        qmp = daemon.connect()
+        qmp = daemon.connect().watch()
         qmp.add("a", data="letmein")
         grant(qmp, "g", "a", more={"credential": "token"})
         assert fetch(daemon, app, address("app.service", "token")) == b"letmein"

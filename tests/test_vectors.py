@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from secretd.announce import Announcer
 from secretd.audit import Audit
 from secretd.commands import COMMANDS
 from secretd.memory import Arena
@@ -40,7 +39,6 @@ class Codec:
         self.runner = asyncio.Runner()
         self._ended = False
         shared = Shared(tree, COMMANDS.by_name.values(), "secretd test", Audit(), self)
-        self.announcer = Announcer(shared.access)
         peer = Peer(os.getuid(), os.getgid(), os.getpid(), Door.CONTROL)
         self.monitor = Monitor(shared, peer, self._negotiated)
         self.codec = Connection(self.monitor.table.decode)

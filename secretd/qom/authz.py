@@ -17,7 +17,7 @@ from msgspec import UNSET, Struct, UnsetType
 from secretd.errors import CommandError
 from secretd.memory import LockedBuffer
 from secretd.openat2 import open_without_magic_links
-from secretd.patterns import PATTERN_CHARACTERS, Match, matcher
+from secretd.patterns import PATTERN_CHARACTERS, Match, literal_prefix, matcher
 from secretd.qom.object import ObjectTree
 from secretd.qom.source import use_content
 from secretd.qom.typeinfo import ObjectOptions, ObjectType, Sources, TypeInfo
@@ -73,6 +73,18 @@ class AuthZListFileOptions(ObjectOptions, tag="authz-listfile", kw_only=True):
     refresh: bool | UnsetType = UNSET
 
 
+class Reach(NamedTuple):
+    """Which identities an authz object can allow: ``exact`` ones, and those that begin with one of
+    ``prefixes``, which is "" where it can be any.
+    """
+
+    exact: frozenset[str]
+    prefixes: frozenset[str]
+
+
+ANY: Final = Reach(frozenset(), frozenset(("",)))
+
+
 class Verdict(NamedTuple):
     """What an authz object says of a peer, and in what words it says why."""
 
@@ -98,6 +110,16 @@ class Rules:
             for rule in properties.get("rules", ())
         ]
 
+    def reach(self) -> Reach:
+        """Return which identities these rules can allow."""
+        if self._policy == "allow":
+            return ANY
+        allowing = [(match, fits) for match, fits, policy in self._rules if policy == "allow"]
+        return Reach(
+            frozenset(match for match, fits in allowing if fits is None),
+            frozenset(literal_prefix(match) for match, fits in allowing if fits is not None),
+        )
+
     def judge(self, identities: frozenset[str]) -> Verdict:
         """Say whether a peer with these identities is allowed."""
         for number, (match, fits, policy) in enumerate(self._rules):
@@ -116,6 +138,10 @@ class FileRules:
         self._seen: tuple[int, ...] | None = None
         self._rules: Rules | None = None
         self._fault = ""
+
+    def reach(self) -> Reach:
+        """The file may allow anybody at the next look."""
+        return ANY
 
     def judge(self, identities: frozenset[str]) -> Verdict:
         """See `Rules`."""

@@ -5,7 +5,6 @@ Objects are records of the journal, not Python objects; what a type can do is sa
 objects by a `typeinfo.ObjectType`. It decides nothing about who may do what. commands calls it.
 """
 
-import bisect
 import re
 from collections.abc import Awaitable, Callable, Collection, Iterator
 from typing import Final
@@ -22,6 +21,7 @@ from secretd.qom.typeinfo import (
     Types,
 )
 from secretd.records import Survey
+from secretd.sorted_ids import SortedIds
 from secretd.state import Journal
 
 ID_BYTES: Final = 4096
@@ -34,6 +34,9 @@ _IDENTIFIER: Final = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 
 DEADLINE: Final = "deadline"
 """What the journal calls an object's deadline, beside its properties: nanoseconds of CLOCK_BOOTTIME."""
+
+IDS_PER_LOOK: Final = 512
+"""Ids that are looked at before others get their turn."""
 
 HAPPENED: Final = frozenset({DEADLINE, "reads"})
 """What the journal keeps of an object that was not given but came of what happened to it."""
@@ -67,7 +70,7 @@ class ObjectTree:
         self.withdraw: Callable[[str], None] = lambda _object_id: None
         self._ids = journal.ids
         self._loading: set[str] = set()
-        self._sorted: list[str] | None = None  # all ids, while none comes or goes
+        self._sorted = SortedIds(())
         self.on_count: Callable[[], None] | None = None  # an object came or went
         self._take_over()
 
@@ -86,6 +89,7 @@ class ObjectTree:
                 assert record is not None
                 self._changed(object_id, kind, record.properties)
         self.journal.survey = Survey()
+        self._sorted = SortedIds(self.journal)
 
     # --- object-add, object-del
 
@@ -232,7 +236,7 @@ class ObjectTree:
             if plaintext is not None:
                 plaintext.free()
             raise
-        self._sorted = None
+        self._sorted.add(object_id)
         limits.add_object(uid, bytes_held)
         if kind.decides or properties:
             self._changed(object_id, kind, properties)
@@ -255,8 +259,8 @@ class ObjectTree:
         if object_id in self.pinned:
             raise CommandError(f"object '{object_id}' is in use, can not be deleted")
         self.withdraw(object_id)
-        self._sorted = None
         number, uid, size = self.journal.remove(object_id)
+        self._sorted.remove(object_id)
         self.limits.give_object(uid, size)
         self.lifetimes.forget(object_id)
         if object_id in self.deciding:
@@ -306,23 +310,33 @@ class ObjectTree:
         assert summary is not None
         return self.types.numbered[summary[0]].info.name, summary[1]
 
-    def secrets_after(self, object_id: str, prefixes: Collection[str] = ("",)) -> Iterator[str]:
+    def secrets_after(
+        self, object_id: str, prefixes: Collection[str] = ("",)
+    ) -> Iterator[str | None]:
         """Return the ids of the secrets that come after ``object_id``, in order; those that begin with one of
-        ``prefixes``, each once.
+        ``prefixes``, each once. After each IDS_PER_LOOK ids it returns None: objects may come and go then.
         """
-        if self._sorted is None:
-            self._sorted = sorted(self.journal)
-        ids = self._sorted
         last = object_id
         for prefix in sorted(prefixes):
-            for index in range(
-                max(bisect.bisect_right(ids, last), bisect.bisect_left(ids, prefix)), len(ids)
-            ):
-                if not ids[index].startswith(prefix):
-                    break
-                last = ids[index]
-                if self.is_secret(last):
-                    yield last
+            included = prefix > last
+            last = max(last, prefix)
+            if not last.startswith(prefix):
+                continue
+            while True:
+                looked_at = self._sorted.after(last, IDS_PER_LOOK, included=included)
+                for each in looked_at:
+                    if not each.startswith(prefix):
+                        break
+                    last = each
+                    if self.is_secret(each):
+                        yield each
+                else:
+                    if len(looked_at) < IDS_PER_LOOK:
+                        break
+                    included = False
+                    yield None
+                    continue
+                break
 
     def type_of(self, object_id: str) -> ObjectType | None:
         """Return the type of an object, None if there is none of that id."""

@@ -8,7 +8,7 @@ from typing import Final
 
 from secretd.errors import CommandError, DeviceNotFound
 from secretd.qom.object import ObjectTree
-from secretd.qom.typeinfo import ObjectPropertyInfo, TypeInfo, as_listed
+from secretd.qom.typeinfo import ObjectPropertyInfo, StoredInvalidValue, TypeInfo, as_listed
 from secretd.wire.order import GHashTable
 from secretd.wire.parser import JSON
 
@@ -109,7 +109,11 @@ class Paths:
         self._check_property(kind.info, name)
         if name == "type":
             raise CommandError(f"Property '{kind.info.name}.type' is not writable")
-        changes = kind.set(name, value)
+        try:
+            changes = kind.set(name, value)
+        except StoredInvalidValue as error:
+            self._tree.change(node, error.changes)
+            raise
         if changes:
             self._tree.change(node, changes)
 

@@ -17,7 +17,13 @@ from secretd.errors import CommandError, LimitReached
 from secretd.memory import LockedBuffer
 from secretd.qom.object import ObjectTree
 from secretd.qom.source import printable, use_content
-from secretd.qom.typeinfo import ObjectOptions, ObjectType, Sources, TypeInfo
+from secretd.qom.typeinfo import (
+    ObjectOptions,
+    ObjectType,
+    Sources,
+    StoredInvalidValue,
+    TypeInfo,
+)
 from secretd.state import Record
 from secretd.visitor import JSON_VISITOR, Int32
 from secretd.wire.parser import JSON
@@ -142,11 +148,19 @@ class SecretKeyring(ObjectType):
         """qcrypto_secret_keyring_load_data(), then as `secret`."""
         assert isinstance(options, SecretKeyringOptions)
         if options.serial == 0:
-            raise CommandError("'serial' should not be equal to 0")
+            raise CommandError(_NO_SERIAL)
         name = f"serial key {options.serial & 0xFFFFFFFF:08x}"
         return _load(tree, options, partial(sources.key, options.serial), name)
 
+    def set(self, name: str, value: JSON) -> dict[str, object]:
+        """As qcrypto_secret_prop_set_key(), which stores a 0 and reports it then."""
+        changes = super().set(name, value)
+        if changes == {"serial": 0}:
+            raise StoredInvalidValue(_NO_SERIAL, changes)
+        return changes
 
+
+_NO_SERIAL: Final = "'serial' should not be equal to 0"
 _SECRETS: Final = (Secret.number, SecretKeyring.number)
 
 

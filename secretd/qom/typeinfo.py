@@ -56,6 +56,16 @@ class Sources(Protocol):
         """Read a key of the kernel's keyrings."""
 
 
+class StoredInvalidValue(CommandError):
+    """A value is refused by words only, as some of QEMU's setters do: the property has it. ``changes``: what to
+    store.
+    """
+
+    def __init__(self, desc: str, changes: dict[str, object]) -> None:
+        super().__init__(desc)
+        self.changes = changes
+
+
 class TypeInfo(NamedTuple):
     """A QOM type as qom-list-types shows it; ``ancestors`` are all it implements, itself too."""
 

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A sorted list of ids that is kept up to date at each change, in time that does not grow with the list.
+
+A list of short lists: a change moves some hundred entries at most. So the time of a question tells nothing of
+what came and went before it. The object tree keeps one.
+"""
+
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Iterable
+from typing import Final
+
+BLOCK_IDS: Final = 512
+"""Ids of a block; one with twice as many is cut in two."""
+
+
+class SortedIds:
+    """The ids, in order."""
+
+    def __init__(self, ids: Iterable[str]) -> None:
+        every = sorted(ids)
+        self._blocks = [every[i : i + BLOCK_IDS] for i in range(0, len(every), BLOCK_IDS)]
+        self._last = [block[-1] for block in self._blocks]  # the last id of each block
+
+    def add(self, object_id: str) -> None:
+        """Add an id that is not there."""
+        blocks, last = self._blocks, self._last
+        index = bisect_left(last, object_id)
+        if index == len(last):
+            if not last:
+                blocks.append([object_id])
+                last.append(object_id)
+                return
+            index -= 1
+            blocks[index].append(object_id)
+            last[index] = object_id
+        else:
+            insort(blocks[index], object_id)
+        block = blocks[index]
+        if len(block) >= 2 * BLOCK_IDS:
+            blocks[index : index + 1] = [block[:BLOCK_IDS], block[BLOCK_IDS:]]
+            last.insert(index, block[BLOCK_IDS - 1])
+
+    def remove(self, object_id: str) -> None:
+        """Remove an id that is there."""
+        blocks, last = self._blocks, self._last
+        index = bisect_left(last, object_id)
+        block = blocks[index]
+        del block[bisect_left(block, object_id)]
+        if not block:
+            del blocks[index], last[index]
+        else:
+            last[index] = block[-1]
+
+    def after(self, object_id: str, count: int, *, included: bool = False) -> list[str]:
+        """Return the next ids behind one, at most so many; with ``included`` from itself on."""
+        cut = bisect_left if included else bisect_right
+        index = cut(self._last, object_id)
+        found: list[str] = []
+        while index < len(self._blocks) and len(found) < count:
+            block = self._blocks[index]
+            start = 0 if found else cut(block, object_id)
+            found += block[start : start + count - len(found)]
+            index += 1
+        return found
