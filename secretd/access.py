@@ -99,6 +99,10 @@ class Access:
         or seal.
         """
         rule = None
+        if object_id in self._tree.pinned and not peer.trusted:
+            # The audit's key: whoever has it can make up records.
+            self._audit.refuse(action, peer.uid, who, id=object_id)
+            raise AccessDenied(f"Reading secret '{object_id}' is not permitted")
         if peer.door is not Door.CONTROL:
             rule = self._permitting(peer.identities, object_id)
             if rule is None:
@@ -167,6 +171,8 @@ class Access:
         if not found:
             raise AccessDenied(f"no grant lets {peer.unit} have it")
         ((object_id, rule),) = found.items()
+        if object_id in self._tree.pinned:
+            raise AccessDenied(f"secret '{object_id}' is the audit's key")
         if self._index.rules.get(rule.id) is not rule or not self._tree.is_secret(object_id):
             raise AccessDenied(f"no grant lets {peer.unit} have it")  # any more
         size = self._tree.secret(object_id)[1]
@@ -230,7 +236,9 @@ class Access:
             return self._tree.secrets_after(after)
         granted = self._index.granted_to(peer.identities)
         allowed = [
-            rule for rule in granted.uncacheable.values() if self._allows(rule.authz, peer.identities)
+            rule
+            for rule in granted.uncacheable.values()
+            if self._allows(rule.authz, peer.identities)
         ]
 
         def permitted(object_id: str) -> bool:

@@ -16,6 +16,9 @@ ARGV_FDS = "SECRETD_ARGV_FDS"
 """Environment variable from one incarnation to the next: memfds that hold what ``data=`` had."""
 
 
+_LONG = 8
+"""Bytes of a value that does not occur in an environment variable by chance."""
+
 MEMBERS = frozenset(
     {"qom-type", "id", "format", "keyid", "iv", "file", "serial"}
     | {"identity", "policy", "rules", "filename", "refresh"}
@@ -44,6 +47,7 @@ def hide_data() -> None:
     """
     given_words = words()
     fds: list[int] = []
+    values: list[bytes] = []
     number = 0
     for index, word in enumerate(given_words):
         option, equals, text = word.partition("=")
@@ -56,7 +60,8 @@ def hide_data() -> None:
         number += 1
         hidden = _without_data(text, number)
         if hidden is not None:
-            fd, text = hidden
+            values += (os.fsencode(text), hidden[2])
+            fd, text, _ = hidden
             fds.append(fd)
             if equals:
                 given_words[index] = f"--object={text}"
@@ -70,13 +75,31 @@ def hide_data() -> None:
         file=sys.stderr,
         flush=True,
     )
+    _clean_environment(values)
     os.environ[ARGV_FDS] = ",".join(map(str, fds))
     interpreter = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
     os.execv(sys.executable, [*interpreter, *given_words])
 
 
-def _without_data(text: str, number: int) -> tuple[int, str] | None:
-    """Return a memfd with the value of ``data`` and the text that names it instead."""
+def _clean_environment(values: list[bytes]) -> None:
+    """Remove the variables that hold what was hidden, such as the one a unit's options came from.
+
+    A value of a few bytes occurs anywhere by chance, so it counts only as a whole, or behind ``data=``.
+    """
+    forms = {form for value in values for form in (value, value.replace(b",", b",,"))}
+    for name, content in list(os.environb.items()):
+        if any(
+            content == form
+            or b"data=" + form in content
+            or (len(form) >= _LONG and form in content)
+            for form in forms
+            if form
+        ):
+            del os.environb[name]
+
+
+def _without_data(text: str, number: int) -> tuple[int, str, bytes] | None:
+    """Return a memfd with the value of ``data``, the text that names it instead, and the value."""
     try:
         given = keyval.arguments(keyval.buffer(text)).members
     except UsageError:
@@ -89,16 +112,16 @@ def _without_data(text: str, number: int) -> tuple[int, str] | None:
     if not given.keys() <= MEMBERS:
         # A comma that was not doubled: what follows it may be the rest of the secret.
         raise UsageError(f"{unnamed(number)}: Parameter '…' is unexpected; {DOUBLED}")
-    value = data.decode_in_place()[1:-1]
+    value = bytes(data.decode_in_place()[1:-1])
     fd = os.memfd_create("secretd-argv", 0)
     with open(fd, "wb", closefd=False) as memfd:
         memfd.write(value)
     file = {"file": f"/dev/fd/{fd}"}
     if text.startswith("{"):
-        return fd, encode.value(given | file)
+        return fd, encode.value(given | file), value
     members = keyval.parse(text, "qom-type")
     del members["data"]
-    return fd, keyval.compose(members | file)
+    return fd, keyval.compose(members | file), value
 
 
 def hidden_fds() -> list[int]:

@@ -302,19 +302,33 @@ class Audit:
         self.note(event, None, **members)
         asyncio.get_running_loop().call_later(REFUSALS_SECONDS, self._end_window, uid)
 
-    def reopen(self) -> None:
-        """Go on in the file that has the name now; raises UsageError, and stays with the old one then."""
+    def is_in_line_on_stderr(self) -> bool:
+        """True if a line was begun on stderr, and the rest of it waits."""
+        return bool(self._rest) and self._target == "-"
+
+    def open_again(self) -> Sink | None:
+        """Open the file that has the name now, for `switch`; None if it is the same. Raises UsageError.
+
+        It may wait, where the file is on another machine.
+        """
         if self._sink is None or self._target == "-":
-            return
+            return None
         with contextlib.suppress(OSError):
             if os.path.samestat(os.stat(self._target), self._sink.status()):
-                return  # not moved away
+                return None  # not moved away
         sink = open_sink(self._target)
         if self._require and not sink.certain:
             sink.close()
             raise UsageError(
                 f"--audit={self._target}: it may block, so nothing can be required of it"
             )
+        return sink
+
+    def switch(self, sink: Sink) -> None:
+        """Go on in another file."""
+        if self._sink is None:
+            sink.close()
+            return
         self.note("rotate")
         self._flush()
         # A line that was begun in the old file is written anew, whole.

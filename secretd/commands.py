@@ -23,7 +23,7 @@ from secretd.limits import Stat
 from secretd.loop import turn
 from secretd.monitor import Monitor
 from secretd.qom.grant import check_seconds
-from secretd.qom.secret import generate, secret_plaintext
+from secretd.qom.secret import check_key_use, generate, secret_plaintext
 from secretd.qom.typeinfo import (
     ObjectOptions,
     ObjectPropertyInfo,
@@ -77,10 +77,11 @@ class Delivered(TypedDict):
 
 
 class Sealed(TypedDict):
-    """What secret-seal returns, both in base64."""
+    """What secret-seal returns, both in base64; ``size``: bytes that were written to a descriptor instead."""
 
-    data: str
+    data: NotRequired[str]
     iv: str
+    size: NotRequired[int]
 
 
 SecretInfo = TypedDict(
@@ -352,7 +353,7 @@ async def _deliver_rest(
 @COMMANDS(client=True)
 def secret_events(
     monitor: Monitor,
-    enable: bool,  # noqa: FBT001 - a member of the message
+    enable: bool,
     events: list[EventName] | UnsetType = UNSET,
 ) -> None:
     """Turn events about secrets on for this connection, or off. ``events``: only those of these names."""
@@ -364,14 +365,40 @@ def secret_events(
 
 
 @COMMANDS()
-def secret_seal(monitor: Monitor, id: str, keyid: str) -> Sealed:  # noqa: A002
+def secret_seal(
+    monitor: Monitor,
+    id: str,  # noqa: A002
+    keyid: str,
+    fdname: str | UnsetType = UNSET,
+) -> Sealed | Coroutine[Any, Any, Sealed]:
     """Return a secret encrypted under another, as QEMU's object-add takes it with keyid, iv and
-    format=base64. Both in base64; the IV is fresh each time.
+    format=base64. Both in base64; the IV is fresh each time. With ``fdname`` the data goes to the descriptor
+    that getfd called so, and its size in bytes is returned: a reply has no room for more than some 48,000.
     """
-    key = secret_plaintext(monitor.tree, keyid)
-    crypto.check_key(key)
-    data, iv = crypto.seal(monitor.check(id, "seal").plaintext, key, monitor.scratch)
-    return {"data": data, "iv": iv}
+    fd = None if fdname is UNSET else monitor.named.take(fdname)
+    try:
+        target = None if fd is None else open_target(fd.fileno())
+        check_key_use(monitor.tree, keyid, monitor.peer.uid)
+        key = secret_plaintext(monitor.tree, keyid)
+        crypto.check_key(key)
+        grant = monitor.check(id, "seal")
+        data, iv = crypto.seal(grant.plaintext, key, monitor.scratch)
+    except BaseException:
+        if fd is not None:
+            fd.close()
+        raise
+    if fd is None or target is None:
+        return {"data": data, "iv": iv}
+    untaken = partial(monitor.daemon.access.take_back, grant, monitor.who)
+    content = Content(grant, untaken, instead=data.encode())
+    reply: Sealed = {"iv": iv, "size": content.size}
+    rest = monitor.daemon.deliveries.deliver(content, target, fd)
+    return reply if rest is None else _after(rest, reply)
+
+
+async def _after(rest: Coroutine[Any, Any, None], reply: Sealed) -> Sealed:
+    await rest
+    return reply
 
 
 @COMMANDS()
@@ -435,9 +462,13 @@ class _Page:
 
 
 @COMMANDS()
-def secret_expire(monitor: Monitor, id: str, after: int) -> None:  # noqa: A002
-    """Wipe a secret ``after`` so many seconds from now, whatever was said before."""
+def secret_expire(monitor: Monitor, id: str, after: int | UnsetType = UNSET) -> None:  # noqa: A002
+    """Wipe a secret ``after`` so many seconds from now, whatever was said before; without it never."""
     secret_plaintext(monitor.tree, id)
+    if after is UNSET:
+        monitor.tree.keep(id)
+        monitor.daemon.audit.note("lifetime", monitor.who, id=id)
+        return
     check_seconds("after", after)
     if id in monitor.tree.pinned:
         raise CommandError(f"object '{id}' is in use, can not be deleted")
@@ -471,6 +502,9 @@ def query_secret_stats(monitor: Monitor) -> list[StatsResult]:
     written = (
         Stat("audit-records", "cumulative", None, audit.records),
         Stat("audit-dropped", "cumulative", None, audit.dropped),
+        Stat(
+            "log-dropped", "cumulative", None, monitor.daemon.log.lost if monitor.daemon.log else 0
+        ),
     )
     return [
         {"provider": "limits", "stats": [_stat(s) for s in monitor.daemon.limits.stats()]},

@@ -17,21 +17,12 @@ import shutil
 import signal
 import stat
 import sys
-import termios
 
 import click
-from qemu.qmp import QMPClient
 
 from secretd import ctl_access, ctl_bulk, ctl_doctor
-from secretd.client import (
-    Client,
-    Encoding,
-    ExecuteError,
-    Format,
-    SecretInfo,
-    default_socket,
-    readable,
-)
+from secretd.client import Encoding, Format, SecretInfo, SyncClient, default_socket
+from secretd.client.channel import Channel, Lost, Refused
 from secretd.ctl_frame import (
     NOT_EXECUTABLE,
     NOT_FOUND,
@@ -39,20 +30,22 @@ from secretd.ctl_frame import (
     argument,
     client_of,
     complete_ids,
+    count,
     done,
+    duration,
     fail,
     flag,
     main,
     option,
+    say_waiting,
     table,
     verb,
     warn,
 )
+from secretd.ctl_prompt import ask_twice
 from secretd.errors import UsageError
-from secretd.memory import LockedBuffer
 
 _STDIN_BYTES = 2 << 20
-_PROMPT_BYTES = 4096
 _PIPE_BYTES = 64 << 10
 """What a pipe holds at first (pipe(7))."""
 
@@ -82,7 +75,7 @@ _ENCODINGS = click.Choice(("raw", "base64"))
         "secretctl add ceph --file /etc/ceph/client.key --format base64",
     ),
 )
-async def add(options: Options) -> None:
+def add(options: Options) -> None:
     """Add a secret.
 
     It is asked for on the terminal if no source is given. Its content comes from a file, a descriptor,
@@ -94,26 +87,28 @@ async def add(options: Options) -> None:
         raise click.UsageError("--file, --fd, --stdin and --prompt exclude each other")
     if options.iv is not None and options.keyid is None:
         raise UsageError("--iv goes with --keyid, the secret that it is encrypted under")
-    async with client_of(options) as client:
+    with client_of(options) as client:
         encoding = Encoding(options.format, options.keyid, options.iv)
         if options.file is not None:
             fd = os.open(options.file, os.O_RDONLY | os.O_CLOEXEC)
             try:
-                await _add_fd(client, options, fd, encoding)
+                _add_fd(client, options, fd, encoding)
             finally:
                 os.close(fd)
         elif options.prompt or (options.fd is None and not options.stdin and sys.stdin.isatty()):
-            with await _prompt(client, f"Secret {options.id}: ") as typed:
-                end = _find_newline(typed.view)
-                if not end:
-                    raise UsageError("nothing was typed")
-                await client.add_bytes(options.id, typed.view[:end], encoding)
+            with ask_twice(client, f"Secret {options.id}: ") as typed:
+                client.add_bytes(options.id, typed.view, encoding)
         else:
-            await _add_fd(client, options, 0 if options.fd is None else options.fd, encoding)
-    done(options, id=options.id)
+            _add_fd(client, options, 0 if options.fd is None else options.fd, encoding)
+        added = client.info(options.id)
+    size = None if added is None else added.size
+    if options.json:
+        done(options, id=options.id, size=size)
+    else:
+        print(f"added {options.id}" + ("" if size is None else f", {count(size, 'byte')}"))
 
 
-async def _add_fd(client: Client, options: Options, fd: int, encoding: Encoding) -> None:
+def _add_fd(client: SyncClient, options: Options, fd: int, encoding: Encoding) -> None:
     try:
         status = os.fstat(fd)
     except OSError as error:
@@ -121,23 +116,23 @@ async def _add_fd(client: Client, options: Options, fd: int, encoding: Encoding)
     if stat.S_ISREG(status.st_mode):
         last = os.pread(fd, 1, max(0, status.st_size - 1))
         _check_end(last[0] if last else None, options.format)
-        await client.add(options.id, fd, encoding)
+        client.add(options.id, fd, encoding)
         return
     if stat.S_ISDIR(status.st_mode):
         raise UsageError(f"{options.file or f'descriptor {fd}'}: {os.strerror(errno.EISDIR)}")
     # A pipe can be read only once: look at its end here, in locked memory.
     with client.buffer(_STDIN_BYTES + 1) as buffer:
         fill = 0
-        while True:
-            await readable(fd)
-            count = os.readv(fd, [buffer.view[fill:]])
-            if not count:
-                break
-            fill += count
+        while got := os.readv(fd, [buffer.view[fill:]]):
+            fill += got
             if fill > _STDIN_BYTES:
-                raise UsageError(f"more than {_STDIN_BYTES} bytes were given")
-        _check_end(buffer.view[fill - 1] if fill else None, options.format)
-        await client.add_bytes(options.id, buffer.view[:fill], encoding)
+                raise UsageError(
+                    f"more than {_STDIN_BYTES:,} bytes were given, and a secret may have 1,048,576"
+                )
+        if not fill:
+            raise UsageError("nothing was given, so nothing was added")
+        _check_end(buffer.view[fill - 1], options.format)
+        client.add_bytes(options.id, buffer.view[:fill], encoding)
 
 
 def _check_end(last: int | None, format: Format) -> None:  # noqa: A002
@@ -146,32 +141,6 @@ def _check_end(last: int | None, format: Format) -> None:  # noqa: A002
         warn("the secret is empty")
     elif last == 0x0A and format == "raw":
         warn("the secret ends in a newline, which is kept; 'printf %s' writes none")
-
-
-async def _prompt(client: Client, text: str) -> LockedBuffer:
-    """Read a line from the terminal without echo."""
-    fd = os.open("/dev/tty", os.O_RDWR | os.O_CLOEXEC | os.O_NOCTTY)
-    try:
-        before = termios.tcgetattr(fd)
-        silent = termios.tcgetattr(fd)
-        silent[3] &= ~termios.ECHO
-        buffer = client.buffer(_PROMPT_BYTES)
-        # First, since it drops what was typed so far, even an interrupt on its way.
-        termios.tcsetattr(fd, termios.TCSAFLUSH, silent)
-        try:
-            os.write(fd, text.encode())
-            await readable(fd)
-            os.readv(fd, [buffer.view])
-        finally:
-            termios.tcsetattr(fd, termios.TCSAFLUSH, before)
-            os.write(fd, b"\n")
-        return buffer
-    finally:
-        os.close(fd)
-
-
-def _find_newline(view: memoryview) -> int:
-    return next((i for i, byte in enumerate(view) if byte in (0x0A, 0)), len(view))
 
 
 # --- read, list, status, del, seal, generate
@@ -184,7 +153,7 @@ def _find_newline(view: memoryview) -> int:
     flag("--force", help="even if that is a terminal"),
     examples=("secretctl read disk0 | cryptsetup open --key-file=- /dev/vdb data",),
 )
-async def read(options: Options) -> None:
+def read(options: Options) -> None:
     """Write a secret to standard output.
 
     With --json it is a line of JSON that holds it in base64.
@@ -193,9 +162,9 @@ async def read(options: Options) -> None:
         raise UsageError(
             "stdout is a terminal; send the secret to a pipe or a file, or use --force"
         )
-    async with client_of(options) as client:
+    with client_of(options) as client:
         form: Format = "base64" if options.json else options.format
-        with await client.read(options.id, format=form) as secret:
+        with client.read(options.id, format=form) as secret:
             if options.json:
                 os.write(
                     1, f'{{"id": {json.dumps(options.id)}, "format": "base64", "data": "'.encode()
@@ -208,20 +177,20 @@ async def read(options: Options) -> None:
 
 
 @verb("list", examples=("secretctl list --json | jq -r '.[].id'",))
-async def list_secrets(options: Options) -> None:
+def list_secrets(options: Options) -> None:
     """List the secrets.
 
     Their ids, types, sizes, how well their memory is protected, and the time they have left; on the
     client socket those that the caller may read.
     """
-    async with client_of(options) as client:
-        secrets = await client.list()
+    with client_of(options) as client:
+        secrets = client.list()
     if options.json:
         print(json.dumps([_info(s) for s in secrets]))
     else:
         limited = any(s.expires_in is not None for s in secrets)
         head = ("ID", "TYPE", "BYTES", "MEMORY", "EXPIRES IN")[: 5 if limited else 4]
-        rows = ((s.id, s.qom_type, str(s.size), s.memory, _duration(s.expires_in)) for s in secrets)
+        rows = ((s.id, s.qom_type, str(s.size), s.memory, duration(s.expires_in)) for s in secrets)
         table(head, (row[: len(head)] for row in rows), right=(2,))
 
 
@@ -234,25 +203,13 @@ def _info(secret: SecretInfo) -> dict[str, object]:
     }
 
 
-def _duration(seconds: int | None) -> str:
-    """Two of days, hours, minutes and seconds: 2d 3h."""
-    if seconds is None:
-        return "-"
-    parts = []
-    for size, unit in ((86400, "d"), (3600, "h"), (60, "m"), (1, "s")):
-        count, seconds = divmod(seconds, size)
-        if count:
-            parts.append(f"{count}{unit}")
-    return " ".join(parts[:2]) or "0s"
-
-
 @verb("status")
-async def status(options: Options) -> None:
+def status(options: Options) -> None:
     """Tell who answers and how secrets are protected."""
-    async with client_of(options) as client:
-        secrets = await client.list()
+    with client_of(options) as client:
+        secrets = client.list()
         facts = {
-            "daemon": await client.version(),
+            "daemon": client.version(),
             "socket": client.path,
             "secrets": len(secrets),
             "bytes": sum(s.size for s in secrets),
@@ -265,10 +222,10 @@ async def status(options: Options) -> None:
 
 
 @verb("del", argument("id", shell_complete=complete_ids))
-async def delete(options: Options) -> None:
+def delete(options: Options) -> None:
     """Remove a secret or another object; a secret is wiped."""
-    async with client_of(options) as client:
-        await client.delete(options.id)
+    with client_of(options) as client:
+        client.delete(options.id)
     done(options, id=options.id)
 
 
@@ -280,13 +237,13 @@ _KEYID = {"metavar": "K", "required": True, "shell_complete": complete_ids}
     argument("id", shell_complete=complete_ids),
     option("--keyid", help="the secret to encrypt it under", **_KEYID),
 )
-async def seal(options: Options) -> None:
+def seal(options: Options) -> None:
     """Print a secret sealed under another, as QEMU takes it.
 
     A JSON object with data and iv, both in base64, for an object-add with keyid and format=base64.
     """
-    async with client_of(options) as client:
-        sealed = await client.seal(options.id, options.keyid)
+    with client_of(options) as client:
+        sealed = client.seal(options.id, options.keyid)
     print(json.dumps(sealed._asdict()))
 
 
@@ -295,13 +252,13 @@ async def seal(options: Options) -> None:
     argument("id"),
     option("--bytes", type=int, default=32, show_default=True, metavar="N", help="its size"),
 )
-async def generate(options: Options) -> None:
+def generate(options: Options) -> None:
     """Add a secret of random bytes nobody has seen.
 
     For keys: a LUKS passphrase must be UTF-8 text, which random bytes are not.
     """
-    async with client_of(options) as client:
-        await client.generate(options.id, options.bytes)
+    with client_of(options) as client:
+        client.generate(options.id, options.bytes)
     done(options, id=options.id, size=options.bytes)
 
 
@@ -320,33 +277,40 @@ async def generate(options: Options) -> None:
     option("--qemu-keyid", metavar="NAME", help="the key's id in QEMU (default: K)"),
     examples=("secretctl push disk0 --keyid master0 --qmp qemu.sock",),
 )
-async def push(options: Options) -> None:
+def push(options: Options) -> int:
     """Seal a secret and add it to a running QEMU.
 
     Nobody between sees it in clear.
     """
-    async with client_of(options) as client:
-        sealed = await client.seal(options.id, options.keyid)
+    with client_of(options) as client:
+        sealed = client.seal(options.id, options.keyid)
+    arguments = {
+        "qom-type": "secret",
+        "id": options.as_name or options.id,
+        "keyid": options.qemu_keyid or options.keyid,
+        "data": sealed.data,
+        "iv": sealed.iv,
+        "format": "base64",
+    }
     options.connecting = options.qmp
-    qemu = QMPClient("qemu")
-    await qemu.connect(options.qmp)
     try:
-        await qemu.execute(
-            "object-add",
-            {
-                "qom-type": "secret",
-                "id": options.as_name or options.id,
-                "keyid": options.qemu_keyid or options.keyid,
-                "data": sealed.data,
-                "iv": sealed.iv,
-                "format": "base64",
-            },
-        )
-    except ExecuteError as error:
-        raise UsageError(f"QEMU says: {error}") from None
+        qemu = Channel(options.qmp, options.timeout, say_waiting)
+    except Refused as error:
+        raise UsageError(f"{options.qmp}: {error}") from None
+    except TimeoutError as error:
+        raise UsageError(str(error)) from None
+    except OSError as error:
+        return fail(f"cannot connect to {options.qmp}: {error.strerror}; is QEMU running?")
+    try:
+        reply = qemu.exchange("object-add", arguments)
+    except (Lost, TimeoutError) as error:
+        raise UsageError(f"QEMU did not answer: {error}; it may have the secret") from None
     finally:
-        await qemu.disconnect()
+        qemu.close()
+    if "error" in reply:
+        raise UsageError(f"QEMU says: {reply['error'].get('desc')}")
     done(options, id=options.as_name or options.id)
+    return 0
 
 
 # --- run, shell
@@ -374,21 +338,21 @@ async def push(options: Options) -> None:
     ),
     context_settings={"ignore_unknown_options": False, "allow_interspersed_args": False},
 )
-async def run(options: Options) -> int:
+def run(options: Options) -> int:
     """Run a command that gets secrets as descriptors.
 
     {NAME} in its words becomes a /dev/fd/N that reads as the secret. The command takes the place of
     secretctl, and its exit status is the command's.
     """
     fds: dict[str, int] = {}
-    async with client_of(options) as client:
+    with client_of(options) as client:
         for wanted in options.secret:
             object_id, _, name = wanted.partition("=")
             via = _via_memfd if options.via == "memfd" else _via_pipe
             name = name or object_id
             if all(f"{{{name}}}" not in word for word in options.command):
                 raise UsageError(f"{{{name}}} does not stand in the command")
-            fds[name] = await via(client, object_id)
+            fds[name] = via(client, object_id)
     command = []
     for word in options.command:
         for name, fd in fds.items():
@@ -407,20 +371,23 @@ async def run(options: Options) -> int:
         return NOT_FOUND if error.errno == errno.ENOENT else NOT_EXECUTABLE
 
 
-async def _via_memfd(client: Client, object_id: str) -> int:
-    fd = os.memfd_create("secret", os.MFD_CLOEXEC)
-    await client.read_into(object_id, fd)
+def _via_memfd(client: SyncClient, object_id: str) -> int:
+    """Others than the command's own user may not open it; the command may not change it."""
+    fd = os.memfd_create("secret", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.fchmod(fd, 0o600)
+    client.read_into(object_id, fd)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK)
     return fd
 
 
-async def _via_pipe(client: Client, object_id: str) -> int:
+def _via_pipe(client: SyncClient, object_id: str) -> int:
     """The whole secret waits in the pipe, so that the command can simply replace this process."""
     source, sink = os.pipe2(os.O_CLOEXEC)
     try:
-        size = next((s.size for s in await client.list() if s.id == object_id), 0)
-        if size > _PIPE_BYTES:
-            fcntl.fcntl(sink, fcntl.F_SETPIPE_SZ, size)
-        await client.read_into(object_id, sink)
+        found = client.info(object_id)
+        if found is not None and found.size > _PIPE_BYTES:
+            fcntl.fcntl(sink, fcntl.F_SETPIPE_SZ, found.size)
+        client.read_into(object_id, sink)
     finally:
         os.close(sink)
     return source

@@ -5,6 +5,7 @@ Names of users and groups become numbers here, not in the daemon: looking them u
 ctl calls it.
 """
 
+import contextlib
 import grp
 import json
 import os
@@ -12,21 +13,34 @@ import pwd
 import re
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import click
 
 if TYPE_CHECKING:
     from secretd import chain
 
-from secretd.client import Client, ExecuteError
-from secretd.ctl_frame import Options, argument, client_of, complete_ids, done, flag, option, verb
+from secretd import client as api
+from secretd.client import SyncClient
+from secretd.ctl_frame import (
+    Options,
+    argument,
+    at_and_in,
+    client_of,
+    complete_ids,
+    done,
+    flag,
+    note,
+    option,
+    unsure_denials,
+    verb,
+)
 from secretd.errors import UsageError
 from secretd.memory import SCRATCH_WINDOW, Arena, choose_level
 from secretd.systemd import CREDENTIAL_ADDRESS_BYTES
 
-_SECONDS: Final = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
-_DURATION: Final = re.compile(r"([0-9]{1,10})([smhd]?)")
+_SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_DURATION: Final = re.compile(r"([0-9]{1,10})([smhd])")
 _UNIT_SUFFIX: Final = re.compile(
     r"\.(?:service|scope|socket|mount|automount|swap|timer|path|target|device|slice)$|[*?]$"
 )
@@ -89,7 +103,8 @@ def seconds(text: str) -> int:
     """Return a time such as 90s, 15m, 8h or 30d in seconds, or raise UsageError."""
     match = _DURATION.fullmatch(text)
     if match is None:
-        raise UsageError(f"'{text}': a time is expected, such as 90s, 15m, 8h or 30d")
+        unit = "a time needs its unit" if text.isdecimal() else "a time is expected"
+        raise UsageError(f"'{text}': {unit}, such as 90s, 15m, 8h or 30d")
     return int(match[1]) * _SECONDS[match[2]]
 
 
@@ -116,7 +131,7 @@ def authz_id(grant_name: str) -> str:
         "secretctl grant 'web.*' --to user:www-data --for 8h",
     ),
 )  # fmt: skip
-async def grant(options: Options) -> None:
+def grant(options: Options) -> None:
     """Let somebody read secrets on the client socket.
 
     Prints the grant's id. SECRET is an id, or a pattern with * and ?.
@@ -127,7 +142,7 @@ async def grant(options: Options) -> None:
         {"match": n, "policy": "allow", "format": "glob" if re.search("[*?]", n) else "exact"}
         for n in named
     ]
-    arguments = {
+    arguments: dict[str, Any] = {
         "qom-type": "secret-grant", "id": name, "secret": options.secret, "authz": authz_id(name),
     }  # fmt: skip
     if options.duration is not None:
@@ -138,20 +153,22 @@ async def grant(options: Options) -> None:
         _check_credential(options.credential, named)
         arguments["credential"] = options.credential
     rules_object = {"qom-type": "authz-list", "id": authz_id(name), "rules": rules}
-    async with client_of(options) as client:
-        if await _type_of(client, name) is not None:
+    with client_of(options) as client:
+        if _type_of(client, name) is not None:
             raise UsageError(
                 f"'{name}' exists already; take it back first, or choose another with --id"
             )
-        if await _type_of(client, authz_id(name)) == "authz-list":
-            await client.delete(authz_id(name))  # of a grant that has expired
-        await client.execute("object-add", rules_object)
+        if _type_of(client, authz_id(name)) == "authz-list":
+            client.delete(authz_id(name))  # of a grant that has expired
+        client.execute("object-add", rules_object)
         try:
-            await client.execute("object-add", arguments)
+            client.execute("object-add", arguments)
         except BaseException:
-            await client.delete(authz_id(name))
+            client.delete(authz_id(name))
             raise
     print(json.dumps({"id": name}) if options.json else name)
+    if options.duration is not None and not options.json:
+        note(f"it ends {at_and_in(arguments['expires-after'])}")
 
 
 def _check_credential(name: str, named: list[str]) -> None:
@@ -165,32 +182,30 @@ def _check_credential(name: str, named: list[str]) -> None:
             )
 
 
-async def _type_of(client: Client, object_id: str) -> object:
+def _type_of(client: SyncClient, object_id: str) -> object:
     try:
-        return await client.execute(
-            "qom-get", {"path": f"/objects/{object_id}", "property": "type"}
-        )
-    except ExecuteError:
+        return client.execute("qom-get", {"path": f"/objects/{object_id}", "property": "type"})
+    except api.ExecuteError:
         return None
 
 
 @verb("revoke", argument("grant"))
-async def revoke(options: Options) -> None:
+def revoke(options: Options) -> None:
     """Take a grant back; what is being read ends, too."""
     name, rules = options.grant, authz_id(options.grant)
-    async with client_of(options) as client:
-        kind = await _type_of(client, name)
+    with client_of(options) as client:
+        kind = _type_of(client, name)
         if kind not in ("secret-grant", None):
             raise UsageError(f"'{name}' is no grant; 'secretctl del' removes secrets")
-        own = await _type_of(client, rules) == "authz-list"
+        own = _type_of(client, rules) == "authz-list"
         if kind is None and not own:
             raise UsageError(f"there is no grant '{name}'")
         if kind is not None:
             path = {"path": f"/objects/{name}", "property": "authz"}
-            own = own and await client.execute("qom-get", path) == rules
-            await client.delete(name)
+            own = own and client.execute("qom-get", path) == rules
+            client.delete(name)
         if own:
-            await client.delete(rules)
+            client.delete(rules)
     done(options, id=name)
 
 
@@ -199,15 +214,24 @@ async def revoke(options: Options) -> None:
     option("--as", "who", multiple=True, required=True, metavar="WHO", help=_WHO),
     examples=("secretctl explain disk0 --as unit:backup.service",),
 )  # fmt: skip
-async def explain(options: Options) -> int:
+def explain(options: Options) -> int:
     """Say whether somebody may read a secret, and why.
 
     The exit status is 0 if so, 1 if
     not.
     """
     named = [name for who in options.who for name in (*identities(who), *_groups(who))]
-    async with client_of(options) as client:
-        found = await client.explain(options.id, named)
+    with client_of(options) as client:
+        found = client.explain(options.id, named)
+        grants = cast("list[dict[str, Any]]", found["grants"])
+        for considered in grants:
+            path = {"path": f"/objects/{considered['grant']}", "property": "authz"}
+            with contextlib.suppress(api.ExecuteError):
+                authz = str(client.execute("qom-get", path))
+                for match in unsure_denials(client, authz):
+                    note(
+                        f"'{authz}' denies '{match}', which a process can drop; only uid:N is certain"
+                    )
     if options.json:
         print(json.dumps(found))
     else:
@@ -231,15 +255,23 @@ def _explained(object_id: str, named: list[str], found: dict[str, object]) -> It
 
 @verb(
     "expire", argument("id", shell_complete=complete_ids),
-    option("--after", required=True, metavar="TIME", help=_TIME),
-    examples=("secretctl expire disk0 --after 8h",),
+    option("--after", metavar="TIME", help=_TIME),
+    flag("--never", help="take it back: the secret stays until it is deleted"),
+    examples=("secretctl expire disk0 --after 8h", "secretctl expire disk0 --never"),
 )  # fmt: skip
-async def expire(options: Options) -> None:
+def expire(options: Options) -> None:
     """Have a secret wiped after some time from now."""
-    after = seconds(options.after)
-    async with client_of(options) as client:
-        await client.expire(options.id, after)
-    done(options, id=options.id, after=after)
+    if (options.after is None) == (not options.never):
+        raise click.UsageError("give either --after TIME or --never")
+    after = None if options.never else seconds(options.after)
+    with client_of(options) as client:
+        client.expire(options.id, after)
+    if options.json:
+        done(options, id=options.id, after=after)
+    elif after is None:
+        print(f"{options.id} will not expire")
+    else:
+        print(f"{options.id} will be wiped {at_and_in(after)}")
 
 
 @verb(
@@ -251,7 +283,7 @@ async def expire(options: Options) -> None:
     flag("--live", help="ask secretd whether the end is missing"),
     examples=("secretctl audit verify /var/log/secretd/audit.log --live",),
 )  # fmt: skip
-async def audit(options: Options) -> int:
+def audit(options: Options) -> int:
     """Verify that an audit file is whole.
 
     FILES are those of one chain, the oldest first.
@@ -260,27 +292,26 @@ async def audit(options: Options) -> int:
     if options.key is not None and options.key_file is not None:
         raise click.UsageError("--key and --key-file exclude each other")
     if options.key is None and options.key_file is None:
-        return await _verify(options, None)
+        return _verify(options, None)
     if options.key is not None:
-        async with client_of(options) as client:
-            with await client.read(options.key) as key:
-                return await _verify(options, key.view)
+        with client_of(options) as client, client.read(options.key) as key:
+            return _verify(options, key.view)
     arena = Arena(choose_level(require=False), window=SCRATCH_WINDOW)
     fd = os.open(options.key_file, os.O_RDONLY | os.O_CLOEXEC)
     try:
         with arena.allocate(min(os.fstat(fd).st_size, _KEY_BYTES) or 1) as buffer:
-            return await _verify(options, buffer.view[: os.readv(fd, [buffer.view])])
+            return _verify(options, buffer.view[: os.readv(fd, [buffer.view])])
     finally:
         os.close(fd)
         arena.close()
 
 
-async def _verify(options: Options, key: memoryview | None) -> int:
+def _verify(options: Options, key: memoryview | None) -> int:
     written = None
     if options.live:
         # Asked first, so that what is written meanwhile is not missing.
-        async with client_of(options) as client:
-            written = await client.stat("audit-records")
+        with client_of(options) as client:
+            written = client.stat("audit-records")
     from secretd import chain  # which is much to import for one verb
 
     verification = chain.Verification(key, continues=options.continues)
@@ -307,8 +338,8 @@ async def _verify(options: Options, key: memoryview | None) -> int:
                 f"secretd has written {written}: those after {last.number} are missing at the end"
             )
         else:
-            async with client_of(options) as client:
-                written = await client.stat("audit-records")
+            with client_of(options) as client:
+                written = client.stat("audit-records")
             if last.number > written:
                 found.append(f"secretd has written {written}: those after that are made up")
     if options.json:

@@ -16,7 +16,8 @@ from typing import Any, Final
 
 import click
 
-from secretd.client import Client, Encoding, Event, ExecuteError
+from secretd import client as api
+from secretd.client import Encoding, Event, SyncClient
 from secretd.ctl_frame import (
     Options,
     argument,
@@ -51,7 +52,7 @@ _BLANK: Final = re.compile(rb"[ \t\r]*")
         "secretctl --socket old.sock export --keyid master | secretctl import",
     ),
 )
-async def import_(options: Options) -> int:
+def import_(options: Options) -> int:
     """Add many secrets from lines of JSON.
 
     They come from FILE or standard input. A line has the members of object-add: id, data, and format,
@@ -60,27 +61,29 @@ async def import_(options: Options) -> int:
     """
     fd = 0 if options.file == "-" else os.open(options.file, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        return await _import(options, fd)
+        return _import(options, fd)
     finally:
         if fd:
             os.close(fd)
 
 
-async def _import(options: Options, fd: int) -> int:
+def _import(options: Options, fd: int) -> int:
     added = skipped = 0
-    async with client_of(options) as client:
+    with client_of(options) as client:
         with client.buffer(2 * LINE_BYTES) as buffer, progress("importing", None) as step:
             for number, line in enumerate(_lines(fd, buffer), 1):
                 where = f"{options.file}:{number}"
                 try:
                     if line:
-                        await _add(client, line, where)
+                        _add(client, line, where)
                         added += 1
-                except ExecuteError as error:
+                except api.ExecuteError as error:
                     if not (options.skip_existing and "duplicate property" in str(error)):
                         return fail(f"{where}: {error} ({added} added before it)")
                     skipped += 1
                 step()
+    if not added and not skipped:
+        return fail(f"{options.file}: it has no line with a secret, so nothing was added")
     if options.json:
         done(options, added=added, skipped=skipped)
     else:
@@ -139,7 +142,7 @@ def _decoder() -> Any:
     return decode
 
 
-async def _add(client: Client, line: memoryview, where: str) -> None:
+def _add(client: SyncClient, line: memoryview, where: str) -> None:
     """Add the secret of a line. Its data goes from locked memory into a pipe."""
     found = _decoder()(line)
     if found is None or found.qom_type not in (None, "secret"):
@@ -155,9 +158,9 @@ async def _add(client: Client, line: memoryview, where: str) -> None:
     if any(byte == _BACKSLASH for byte in quoted):
         raise UsageError(f'{where}: data has escapes; give it in base64, with "format": "base64"')
     encoding = Encoding(found.format or "raw", found.keyid, found.iv)
-    await client.add_bytes(found.id, quoted[1:-1], encoding)
+    client.add_bytes(found.id, quoted[1:-1], encoding)
     if found.expires_in is not None:
-        await client.expire(found.id, found.expires_in)
+        client.expire(found.id, found.expires_in)
 
 
 @verb(
@@ -172,40 +175,55 @@ async def _add(client: Client, line: memoryview, where: str) -> None:
     ),
     examples=("secretctl export --keyid master > sealed.jsonl",),
 )
-async def export(options: Options) -> None:
+def export(options: Options) -> int:
     """Print many secrets, sealed, as lines of JSON.
 
     All of them without IDS, but the one they are sealed under. They can be read with 'import', here or
-    elsewhere, where the key has the same id; each line is also the arguments of QEMU's object-add.
+    elsewhere, where the key has the same id; each line is also the arguments of QEMU's object-add. A secret
+    that cannot be exported is named, the others follow, and the exit status is 1.
     """
-    async with client_of(options) as client:
-        every = {s.id: s for s in await client.list()}
+    exported = failed = 0
+    with client_of(options) as client:
+        every = {s.id: s for s in client.list()}
         ids = options.ids or [i for i in every if i != options.keyid]
         with progress("exporting", len(ids)) as step:
             for object_id in ids:
-                sealed = await client.seal(object_id, options.keyid)
+                try:
+                    sealed = client.seal(object_id, options.keyid)
+                except api.ExecuteError as error:
+                    failed += 1
+                    fail(f"{object_id}: {error}")
+                    step()
+                    continue
                 line = {
                     "qom-type": "secret", "id": object_id, "data": sealed.data, "format": "base64",
                     "keyid": options.keyid, "iv": sealed.iv,
                 }  # fmt: skip
                 left = every[object_id].expires_in if object_id in every else None
-                print(json.dumps(line if left is None else line | {"expires-in": left}))
+                print(json.dumps(line if left is None else line | {"expires-in": left}), flush=True)
+                exported += 1
                 step()
+    if failed:
+        return fail(f"{exported} exported, {failed} not: the export is not complete")
+    return 0
 
 
 @verb("watch", flag("--once", help="end after the first event"))
-async def watch(options: Options) -> None:
+def watch(options: Options) -> None:
     """Print what happens to secrets as it happens.
 
     On the control socket by whom, too; on the client socket what concerns secrets that the caller may
     read. A restart of secretd is waited for.
     """
-    async with client_of(options) as client:
+    with client_of(options) as client:
         if sys.stderr.isatty() and not options.json:
             print(f"watching {client.path}; Ctrl-C ends it", file=sys.stderr)
         events = client.events()
         while True:
-            print(_told(await anext(events), as_json=options.json), flush=True)
+            event = next(events, None)
+            if event is None:
+                return
+            print(_told(event, as_json=options.json), flush=True)
             if options.once:
                 return
 

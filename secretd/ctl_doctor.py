@@ -18,9 +18,11 @@ from typing import Final, Literal, NamedTuple
 
 import click
 
-from secretd import __version__, paths
-from secretd.client import Client, ExecuteError, QMPError, default_socket
-from secretd.ctl_frame import Options, verb
+from secretd import __version__, paths, peer
+from secretd import client as api
+from secretd.client import SyncClient, default_socket
+from secretd.client.types import figures
+from secretd.ctl_frame import Options, unsure_denials, verb
 from secretd.errors import MemoryLockError
 from secretd.memory import choose_level
 
@@ -33,6 +35,13 @@ default.
 
 _SO_PEERPIDFD: Final = 77
 _UNITS: Final = ("secretd-control.socket", "secretd-client.socket", "secretd-credentials.socket")
+
+
+ANSWER_SECONDS: Final = 3.0
+"""Seconds that the daemon may take for an answer."""
+
+COMMAND_SECONDS: Final = 0.4
+"""Seconds that systemctl may take for one."""
 
 
 class Finding(NamedTuple):
@@ -61,7 +70,7 @@ def _kernel(_options: Options) -> Iterator[Finding]:
             yield Finding(
                 "kernel",
                 "warning",
-                f"Linux {release} does not tell who is at a socket by pidfd (6.5 does)",
+                f"Linux {release} lacks SO_PEERPIDFD (added in 6.5)",
                 "client sockets are closed to all but root and secretd's user; use Linux 6.5 or newer",
             )
         else:
@@ -154,24 +163,41 @@ def _sockets(options: Options) -> Iterator[Finding]:
         yield Finding(
             "socket",
             "warning",
-            f"{directory} belongs to somebody else, who can put another socket there",
+            f"{directory} belongs to another user, who can put another socket there",
             "use a directory of root's or your own",
         )
     else:
         yield Finding("socket", "ok", path)
 
 
+def _namespace(_options: Options) -> Iterator[Finding]:
+    """Look whether this user namespace maps all ids, so that peers can be told apart."""
+    words = peer.unmapped_words()
+    if words:
+        yield Finding(
+            "user namespace",
+            "warning",
+            words,
+            "where secretd runs in it, peers with such ids are refused, and no rule can name them",
+        )
+
+
+def _systemctl(*words: str) -> str:
+    """Return what systemctl prints; nothing if it does not answer soon."""
+    try:
+        shown = subprocess.run(
+            [*words], capture_output=True, text=True, check=False, timeout=COMMAND_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        return ""
+    return shown.stdout
+
+
 def _units(_options: Options) -> Iterator[Finding]:
     if not os.path.isdir("/run/systemd/system") or shutil.which("systemctl") is None:
         return
     for unit in _UNITS:
-        show = subprocess.run(
-            ["systemctl", "show", "--property=LoadState,ActiveState,UnitFileState", unit],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        facts = dict(line.split("=", 1) for line in show.stdout.splitlines() if "=" in line)
+        facts = _facts(unit)
         if facts.get("LoadState") != "loaded":
             yield Finding(
                 "units",
@@ -186,102 +212,161 @@ def _units(_options: Options) -> Iterator[Finding]:
             )
         else:
             yield Finding(unit, "ok", f"active, {facts.get('UnitFileState')}")
+    service = _facts("secretd.service")
+    if service.get("ActiveState") == "failed" or service.get("SubState") == "auto-restart":
+        last = _systemctl("journalctl", "--quiet", "--unit=secretd", "--lines=1", "--output=cat")
+        yield Finding(
+            "secretd.service",
+            "failed",
+            f"{service.get('SubState')}, after {service.get('NRestarts')} restarts: {last.strip()}",
+            "journalctl -u secretd has the whole story",
+        )
 
 
-async def _daemon(options: Options) -> list[Finding]:
-    findings: list[Finding] = []
+def _facts(unit: str) -> dict[str, str]:
+    shown = _systemctl(
+        "systemctl",
+        "show",
+        "--property=LoadState,ActiveState,SubState,UnitFileState,NRestarts",
+        unit,
+    )
+    return dict(line.split("=", 1) for line in shown.splitlines() if "=" in line)
+
+
+def _daemon(options: Options) -> Iterator[Finding]:
+    path = options.socket or default_socket()
+    seconds = ANSWER_SECONDS if options.timeout is None else options.timeout
     try:
-        async with Client(options.socket, retry_seconds=0) as client:
-            version = await client.version()
-            if version != f"secretd {__version__}":
-                findings.append(
-                    Finding(
-                        "daemon",
-                        "warning",
-                        f"{version}, and this is secretctl {__version__}",
-                        "restart secretd: its secrets survive that under systemd",
-                    )
+        with SyncClient(path, retry_seconds=0, timeout=seconds) as client:
+            if not client.package.startswith("secretd"):
+                yield Finding(
+                    "daemon",
+                    "failed",
+                    f"{path} is the monitor of a QEMU",
+                    "name secretd's socket with --socket",
                 )
-            else:
-                findings.append(Finding("daemon", "ok", version))
-            secrets = await client.list()
-            levels = {s.memory for s in secrets}
-            if "none" in levels:
-                findings.append(
-                    Finding(
-                        "its memory", "failed", "not locked", "start it where memory can be locked"
-                    )
-                )
-            findings.append(Finding("secrets", "ok", str(len(secrets))))
-            findings += await _figures(client)
-    except QMPError as error:
-        findings.append(
-            Finding(
-                "daemon", "failed", f"no answer: {error}", "systemctl status secretd, or its stderr"
-            )
+                return
+            yield from _answers(client)
+    except api.ConnectError as error:
+        yield Finding(
+            "daemon", "failed", f"no answer: {error.exc}", "systemctl status secretd, or its stderr"
         )
-    return findings
+    except api.QMPError as error:
+        yield Finding("daemon", "failed", str(error), "systemctl status secretd, or its stderr")
 
 
-async def _figures(client: Client) -> list[Finding]:
-    """What query-secret-stats tells of limits that were reached; only on the control door."""
+def _answers(client: SyncClient) -> Iterator[Finding]:
+    version = client.version()
+    if version != f"secretd {__version__}":
+        yield Finding(
+            "daemon",
+            "warning",
+            f"{version}, and this is secretctl {__version__}",
+            "restart secretd: its secrets survive that under systemd",
+        )
+    else:
+        yield Finding("daemon", "ok", version)
+    control = paths.control_path()
+    if client.path != control:
+        yield Finding(
+            "its socket", "ok", f"{client.path}, which is not the control socket {control}"
+        )
+    secrets = client.list()
+    if "none" in {s.memory for s in secrets}:
+        yield Finding("its memory", "failed", "not locked", "start it where memory can be locked")
+    yield Finding("secrets", "ok", str(len(secrets)))
+    yield from _figures(client)
+    yield from _rules(client)
+
+
+def _figures(client: SyncClient) -> Iterator[Finding]:
+    """Look at the limits that were reached; only the control socket has them."""
     try:
-        parts = await client.execute("query-secret-stats")
-    except ExecuteError:
-        return []
-    assert isinstance(parts, list)
-    figures = {s["name"]: int(s["value"]) for part in parts for s in part["stats"]}
-    findings = [
-        Finding(
-            "limits", "warning", f"{name.removesuffix('-hits')} was reached {count} times",
-            "docs/protocol.md, 'Limits', says who may have how much",
+        found = figures(client.execute("query-secret-stats"))
+    except api.ExecuteError:
+        return
+    reached = [name for name, hits in found.items() if name.endswith("-hits") and hits]
+    for name in reached:
+        yield Finding(
+            "limits", "warning", f"{name.removesuffix('-hits')} was reached {found[name]} times",
+            "docs/protocol.md, 'Limits', lists the limits and what each is for",
+        )  # fmt: skip
+    if found.get("audit-dropped"):
+        yield Finding(
+            "audit",
+            "failed",
+            f"{found['audit-dropped']} records were lost",
+            "make room where --audit writes; --audit-policy=require releases nothing without a record",
         )
-        for name, count in figures.items()
-        if name.endswith("-hits") and count
-    ]  # fmt: skip
-    if figures.get("audit-dropped"):
-        findings.append(
-            Finding(
-                "audit",
-                "failed",
-                f"{figures['audit-dropped']} records were lost",
-                "make room where --audit writes; --audit-policy=require releases nothing without a record",
-            )
+    if found.get("log-dropped"):
+        yield Finding(
+            "log",
+            "warning",
+            f"{found['log-dropped']} lines were lost, since stderr took none",
+            "look at what reads secretd's stderr, such as systemd-journald",
         )
-    return findings or [Finding("limits", "ok", "none was reached")]
+    if not reached:
+        yield Finding("limits", "ok", "none was reached")
 
 
-CHECKS: Final[tuple[Check, ...]] = (_python, _kernel, _memory, _files, _units, _sockets)
+def _rules(client: SyncClient) -> Iterator[Finding]:
+    """Look for rules that deny something by what a process can drop."""
+    try:
+        listed = client.execute("qom-list", {"path": "/objects"})
+    except api.ExecuteError:  # the client socket, or too many objects
+        return
+    assert isinstance(listed, list)
+    for entry in listed:
+        if entry["type"] == "child<authz-list>":
+            for match in unsure_denials(client, entry["name"]):
+                yield Finding(
+                    "rules",
+                    "warning",
+                    f"'{entry['name']}' denies '{match}', which a process can drop",
+                    "allow by what it must have instead; only a denial of uid:N is certain",
+                )
+
+
+CHECKS: Final[tuple[Check, ...]] = (
+    _python, _kernel, _namespace, _memory, _files, _units, _sockets,
+)  # fmt: skip
 """What is looked at here; then the daemon is asked."""
 
 _MARKS: Final = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "failed": ("✗", "red")}
 
 
 @verb("doctor", examples=("secretctl doctor --json | jq '.[] | select(.state != \"ok\")'",))
-async def doctor(options: Options) -> int:
+def doctor(options: Options) -> int:
     """Check what secretd needs, and say how to mend it.
 
-    Memory locking, kernel, limits, units, sockets, and the daemon itself. The exit status is 1 if
-    something has failed; a warning is not a failure.
+    Memory locking, kernel, limits, units, sockets, and the daemon itself; it takes 5 seconds at most. The exit
+    status is 1 if something has failed; a warning is not a failure.
     """
-    findings = [finding for check in CHECKS for finding in check(options)]
+    findings: list[Finding] = []
+
+    def found(some: Iterator[Finding]) -> None:
+        for finding in some:
+            findings.append(finding)
+            if not options.json:
+                _print(finding)
+
+    for check in CHECKS:
+        found(check(options))
     if not any(f.check == "socket" and f.state == "failed" for f in findings):
-        findings += await _daemon(options)
+        found(_daemon(options))
     if options.json:
         print(json.dumps([f._asdict() for f in findings]))
-    else:
-        _print(findings)
     return int(any(f.state == "failed" for f in findings))
 
 
-def _print(findings: list[Finding]) -> None:
-    width = max(len(f.check) for f in findings)
-    plain = not sys.stdout.encoding.lower().startswith("utf")
-    for finding in findings:
-        mark, color = _MARKS[finding.state]
-        shown = click.style(finding.state.ljust(7) if plain else mark, fg=color)
-        click.echo(f"{shown} {finding.check:<{width}}  {finding.found}")
-        if finding.mend:
-            click.echo(
-                f"{'' if not plain else '      '}  {'':<{width}}  {'->' if plain else '→'} {finding.mend}"
-            )
+_WIDTH: Final = len("secretd-credentials.socket")
+
+
+def _print(finding: Finding) -> None:
+    plain = not (sys.stdout.encoding or "").lower().startswith("utf")
+    mark, color = _MARKS[finding.state]
+    shown = click.style(finding.state.ljust(7) if plain else mark, fg=color)
+    print(f"{shown} {finding.check:<{_WIDTH}}  {finding.found}", flush=True)
+    if finding.mend:
+        indent = "       " if plain else " "
+        print(f"{indent} {'':<{_WIDTH}}  {'->' if plain else '→'} {finding.mend}", flush=True)

@@ -6,26 +6,28 @@ rich is imported where a terminal is drawn on, and nowhere else: `secretctl read
 soon.
 """
 
-import asyncio
 import contextlib
+import errno
 import json
 import os
 import re
 import resource
 import sys
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import SimpleNamespace
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import click
 from click.shell_completion import CompletionItem
 
-from secretd import __version__
-from secretd.client import Client, ConnectError, ExecuteError, QMPError, default_socket
-from secretd.errors import SecretdError
+from secretd import __version__, paths
+from secretd import client as api
+from secretd.client import SyncClient, default_socket
+from secretd.client.channel import Refused
+from secretd.client.types import before
+from secretd.errors import SecretdError, UsageError
 from secretd.pages import forbid_dumps
-
-T = TypeVar("T")
 
 RETRY_SECONDS: Final = 5.0
 """Seconds for which a connection that was lost is made anew: a restart takes less."""
@@ -58,8 +60,8 @@ _NEXT_STEPS: Final = (
         r"root can let you: secretctl grant \1 --to user:NAME",
     ),
     (
-        r"attempt to add duplicate property '(.*)' to object",
-        r"the id is taken; 'secretctl del \1' removes what has it",
+        r"attempt to add duplicate property '.*' to object",
+        "the id is taken, so nothing was changed; choose another one",
     ),
     (r"The command (\S+) has not been found", "the control socket has it: --socket names that one"),
     (r"No locked memory left|\(object-bytes-per-uid\)", "'secretctl doctor' says how to get more"),
@@ -88,7 +90,7 @@ SECTIONS: Final = {
 }
 """The verbs, as the help lists them."""
 
-Verb = Callable[[Options], "Awaitable[int | None] | int | None"]
+Verb = Callable[[Options], "int | None"]
 
 
 class Sections(click.Group):
@@ -106,6 +108,7 @@ class Sections(click.Group):
                 formatter.write_dl(rows)
 
 
+_TIMEOUT = "give up after S seconds without an answer (default: wait, and say for what)"
 _SOCKET = "secretd's socket (default: $SECRETD_SOCKET, else the control or client socket)"
 
 
@@ -117,8 +120,9 @@ _SOCKET = "secretd's socket (default: $SECRETD_SOCKET, else the control or clien
     "they come from files, descriptors, pipes or a prompt, and go to pipes and files.",
 )
 @click.option("--socket", metavar="PATH", help=_SOCKET, type=click.Path(readable=False))
+@click.option("--timeout", metavar="S", type=click.FloatRange(min=0.001), help=_TIMEOUT)
 @click.version_option(__version__, prog_name="secretctl", message="%(prog)s %(version)s")
-def cli(socket: str | None) -> None:
+def cli(socket: str | None, timeout: float | None) -> None:
     """Add secrets to a running secretd, and hand them on without showing them."""
 
 
@@ -136,6 +140,12 @@ def verb(
                 metavar="PATH",
                 help="as before the verb",
                 type=click.Path(readable=False),
+            ),
+            click.Option(
+                ["--timeout"],
+                metavar="S",
+                type=click.FloatRange(min=0.001),
+                help="as before the verb",
             ),
         ]
         epilog = "\b\nExamples:\n" + "\n".join(f"  {e}" for e in examples) if examples else None
@@ -171,40 +181,86 @@ def flag(*names: str, **settings: Any) -> click.Option:
 def _carry_out(function: Verb, given: dict[str, Any]) -> int:
     parent = click.get_current_context().parent
     assert parent is not None
-    given["socket"] = given["socket"] or parent.params["socket"]
+    for name in ("socket", "timeout"):
+        given[name] = parent.params[name] if given[name] is None else given[name]
+    _check_socket(given["socket"])
     options = Options(connecting=None, core_limit=resource.getrlimit(resource.RLIMIT_CORE), **given)
     forbid_dumps()
     try:
-        result = function(options)
-        if not isinstance(result, Awaitable):
-            return result or DONE
-        return asyncio.run(_finish(result)) or DONE
-    except ConnectError as error:
-        return _cannot_connect(error, options)
-    except ExecuteError as error:
+        return function(options) or DONE
+    except SecretdError:
+        raise
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError):
+            raise
         return fail(str(error))
-    except QMPError as error:
-        return fail(f"the connection was lost: {error}")
+    except Exception as error:
+        # qemu.qmp is imported where one of its errors is raised, and nowhere else.
+        if "qemu.qmp" not in sys.modules or not isinstance(error, api.QMPError):
+            raise
+        if isinstance(error, api.ConnectError):
+            return _cannot_connect(error, options)
+        if isinstance(error, api.ExecuteError):
+            return fail(str(error))
+        return fail(
+            f"the connection was lost before the answer: {error}; it may have been carried out"
+        )
 
 
-async def _finish(result: Awaitable[int | None]) -> int | None:
-    return await result
+def _check_socket(path: str | None) -> None:
+    if path == "":
+        raise UsageError("--socket: the path is empty")
+    if path is not None and path.startswith("@"):
+        raise UsageError(f"--socket {path}: abstract sockets are not supported; give a path")
 
 
 def main() -> int:
     """Run `secretctl`; return the exit status."""
+    _open_closed()
     try:
         status: int | None = cli.main(prog_name="secretctl", standalone_mode=False)
+        sys.stdout.flush()
     except click.Abort:  # Ctrl-C; and click ends by itself where nobody reads what it prints
         return INTERRUPTED
     except click.UsageError as error:
         return _usage(error)
     except SecretdError as error:
         return fail(str(error))
+    except BrokenPipeError:  # nobody reads any more, as behind 'head'
+        _drop_output()
+        return REFUSED
     except OSError as error:
-        return fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        _drop_output()
+        where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
+        if error.errno in (errno.EBADF, errno.ENOSPC, errno.EIO) and not where:
+            where = "standard output: "
+        return fail(f"{where}{error.strerror or error}")
     else:
         return status or DONE
+
+
+def _open_closed() -> None:
+    """Give each closed standard descriptor an end: nothing that is opened later must be taken for it.
+
+    What is written to a closed standard output is an error then, not lost (as with the tools of GNU coreutils).
+    """
+    for fd, flags in ((0, os.O_WRONLY), (1, os.O_RDONLY), (2, os.O_RDWR)):
+        try:
+            os.fstat(fd)
+        except OSError:
+            opened = os.open(os.devnull, flags)  # the lowest free number
+            assert opened == fd
+            if fd == 1:
+                sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 - for as long as the process runs
+            elif fd == 2:
+                sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+
+
+def _drop_output() -> None:
+    """Have the interpreter not try once more, at its end, to write what could not be written."""
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, 1)
+    os.close(devnull)
 
 
 # --- errors
@@ -212,13 +268,23 @@ def main() -> int:
 
 def fail(message: str) -> int:
     """Say what went wrong, and what to do if that is known; return the exit status."""
-    print(f"secretctl: {message}", file=sys.stderr)
+    print(f"secretctl: {_shown(message)}", file=sys.stderr)
     for pattern, step in () if message.startswith("QEMU says") else _NEXT_STEPS:
         match = re.search(pattern, message)
         if match:
             print(f"secretctl: {match.expand(step)}", file=sys.stderr)
             break
     return REFUSED
+
+
+def _shown(text: str) -> str:
+    """Return a text as it can be printed: what is not UTF-8 as U+FFFD."""
+    return text.encode(errors="surrogateescape").decode(errors="replace")
+
+
+def note(message: str) -> None:
+    """Tell a person something besides the result."""
+    print(f"secretctl: {message}", file=sys.stderr)
 
 
 def warn(message: str) -> None:
@@ -231,9 +297,9 @@ def _usage(error: click.UsageError) -> int:
     context = error.ctx
     words = error.format_message()
     if isinstance(error, click.NoSuchOption):
-        words = f"unknown option {error.option_name} (secrets are not given as arguments)"
+        words = f"unknown option {error.option_name} (secrets must not be passed as arguments)"
     elif words.startswith("Got unexpected extra argument"):
-        words = "unknown argument (secrets are not given as arguments)"
+        words = "unknown argument (secrets must not be passed as arguments)"
     elif words.startswith("No such command"):
         near = getattr(error, "possibilities", None) or []
         words = "there is no such verb" + (f"; {' or '.join(near)}?" if near else "")
@@ -243,14 +309,15 @@ def _usage(error: click.UsageError) -> int:
     return USAGE
 
 
-def _cannot_connect(error: ConnectError, options: Options) -> int:
-    qemu: str | None = options.connecting
+def _cannot_connect(error: "api.ConnectError", options: Options) -> int:
     cause = error.exc
+    path = options.socket or default_socket()
+    if isinstance(cause, Refused):
+        return fail(f"{path}: {cause}")
     reason = os.strerror(cause.errno) if isinstance(cause, OSError) and cause.errno else cause
     absent = isinstance(cause, (FileNotFoundError, ConnectionRefusedError))
-    path = qemu or options.socket or default_socket()
     fail(f"cannot connect to {path}: {reason}{'; is it running?' if absent else ''}")
-    if absent and qemu is None:
+    if absent:
         print(
             "secretctl: start it with 'secretd', or name its socket with --socket; "
             "'secretctl doctor' looks for the reason",
@@ -264,18 +331,82 @@ def _cannot_connect(error: ConnectError, options: Options) -> int:
     return REFUSED
 
 
-def client_of(options: Options) -> Client:
+class _Client(SyncClient):
+    """The client of all verbs: it says which socket answers where that may be a surprise."""
+
+    def connect(self) -> None:
+        """See SyncClient."""
+        super().connect()
+        if not self.package.startswith("secretd"):
+            raise UsageError(
+                f"{self.path}: this is the monitor of a QEMU, not a socket of secretd; name that with --socket"
+            )
+
+
+def client_of(options: Options) -> SyncClient:
     """Return the client of all verbs."""
-    return Client(options.socket, retry_seconds=RETRY_SECONDS)
+    if options.socket is None and not os.environ.get("SECRETD_SOCKET"):
+        path = default_socket()
+        if path != paths.control_path():
+            note(f"no control socket at {paths.control_path()}; asking the client socket {path}")
+    return _Client(
+        options.socket,
+        retry_seconds=RETRY_SECONDS if options.timeout is None else options.timeout,
+        timeout=options.timeout,
+        on_wait=say_waiting,
+    )
+
+
+def say_waiting(what: str) -> None:
+    """Tell a person what takes so long."""
+    note(f"waiting for {what} ... (--timeout S gives up)")
+
+
+def unsure_denials(client: SyncClient, authz: str) -> list[str]:
+    """Return the matches of an authz-list's deny rules that a process can get around: it can drop a group in a
+    user namespace, and leave a unit. Only its uid stays.
+    """
+    try:
+        rules = client.execute("qom-get", {"path": f"/objects/{authz}", "property": "rules"})
+    except api.ExecuteError:
+        return []
+    assert isinstance(rules, list)
+    return [
+        r["match"] for r in rules if r["policy"] == "deny" and not r["match"].startswith("uid:")
+    ]
 
 
 # --- output
 
 
 def done(options: Options, **facts: object) -> None:
-    """Say in JSON what was done, if that was asked for; people are told nothing when all went well."""
+    """Print in JSON what was done, if that was asked for."""
     if options.json:
         print(json.dumps(facts))
+
+
+def count(number: int, noun: str) -> str:
+    """Return such as "5,000 bytes"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def duration(seconds: int | None) -> str:
+    """Return two of days, hours, minutes and seconds, such as "2d 3h"; "-" for no limit."""
+    if seconds is None:
+        return "-"
+    parts = []
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "m"), (1, "s")):
+        number, seconds = divmod(seconds, size)
+        if number:
+            parts.append(f"{number}{unit}")
+    return " ".join(parts[:2]) or "0s"
+
+
+def at_and_in(seconds: int) -> str:
+    """Return when so many seconds are over, such as "at 21:03, in 8h"."""
+    then = time.localtime(time.time() + seconds)
+    form = "%H:%M" if seconds < 12 * 3600 else "%Y-%m-%d %H:%M"
+    return f"at {time.strftime(form, then)}, in {duration(seconds)}"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, right: Iterable[int] = ()) -> None:
@@ -327,7 +458,11 @@ def progress(words: str, total: int | None) -> Iterator[Callable[[], None]]:
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    # rich would take standard output for the terminal's, and what goes to a file with it.
+    with Progress(
+        *columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False
+    ) as bar:
         task = bar.add_task(words, total=total)
         yield lambda: bar.advance(task)
 
@@ -342,15 +477,10 @@ def complete_ids(
     parent = context.parent
     socket = context.params.get("socket") or (parent.params.get("socket") if parent else None)
 
-    async def ask() -> list[dict[str, Any]]:
-        async with asyncio.timeout(COMPLETION_SECONDS), Client(socket, retry_seconds=0) as client:
-            # Whatever sorts just before what was begun.
-            after = f"{begun[:-1]}{chr(ord(begun[-1]) - 1)}~" if begun else ""
-            return await client.execute("query-secrets", {"after": after})  # type: ignore[return-value]
-
     try:
-        found = asyncio.run(ask())
-    except (QMPError, OSError, TimeoutError):
+        with SyncClient(socket, retry_seconds=0, timeout=COMPLETION_SECONDS) as client:
+            found: Any = client.execute("query-secrets", {"after": before(begun)})
+    except Exception:  # noqa: BLE001 - a shell that completes must not be disturbed
         return []
     return [CompletionItem(each["id"]) for each in found if each["id"].startswith(begun)]
 

@@ -28,19 +28,21 @@ from secretd.commands import COMMANDS
 from secretd.doors import DoorSpec, open_doors, wanted
 from secretd.errors import CommandError, SecretdError, UsageError
 from secretd.initial import Initial
+from secretd.log import LogHandler
 from secretd.loop import Loop
 from secretd.memory import SCRATCH_RESERVE, SCRATCH_WINDOW, Arena
 from secretd.monitor import log_internal
 from secretd.options import QuietParser
 from secretd.pages import forbid_dumps, limit_text
-from secretd.peer import Door
+from secretd.peer import Door, check_own_uid, unmapped_words
 from secretd.qom.object import ObjectTree
 from secretd.qom.secret import secret_plaintext
 from secretd.qom.types import TYPES
 from secretd.server import Listener, Server
 from secretd.service import Inherited, Reports, Store
+from secretd.sinks import Sink
 from secretd.state import Journal
-from secretd.systemd import JournalFormatter, Manager, journal_on_stderr
+from secretd.systemd import Manager
 
 lean.imported()
 
@@ -68,22 +70,23 @@ examples:
 
 def main() -> int:
     """Run the daemon; return the exit status."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(
-        JournalFormatter() if journal_on_stderr() else logging.Formatter("secretd: %(message)s")
-    )
+    handler = LogHandler()
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     gc.disable()  # what is made until it is ready stays, and is in no cycle
     gc.set_threshold(GARBAGE_OBJECTS, *gc.get_threshold()[1:])
     try:
         argv.hide_data()
         options = _parser().parse_args(argv.words())
-        return run(options)
+        if options.audit == "-" and "2" in os.environ.pop("SECRETD_CLOSED", "").split(","):
+            raise UsageError("--audit=-: stderr is closed; give --audit=FILE")
+        check_own_uid()
+        return run(options, handler)
     except (SecretdError, OSError) as error:
         log.error("%s", error)
         return 1
     finally:
         gc.enable()
+        logging.shutdown()
 
 
 def _parser() -> QuietParser:
@@ -147,7 +150,7 @@ def _parser() -> QuietParser:
 # --- start
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace, handler: LogHandler) -> int:
     """Start, serve, stop."""
     manager = Manager.from_environment()
     found = service.inherited()
@@ -155,7 +158,7 @@ def run(options: argparse.Namespace) -> int:
     _raise_descriptor_limit()
     specs = wanted(((door, getattr(options, door.value)) for door in Door), found.doors)
     journal, restored = service.open_journal(found, require_lock=options.memory_lock == "require")
-    process = _Process(journal, manager, found, restored=restored)
+    process = _Process(journal, manager, found, handler, restored=restored)
     try:
         process.run(options, specs)
     finally:
@@ -169,8 +172,15 @@ class _Process:
     """
 
     def __init__(
-        self, journal: Journal, manager: Manager | None, found: Inherited, *, restored: bool
+        self,
+        journal: Journal,
+        manager: Manager | None,
+        found: Inherited,
+        handler: LogHandler,
+        *,
+        restored: bool,
     ) -> None:
+        self._handler = handler
         self._journal = journal
         self._manager = manager
         self._found = found
@@ -198,6 +208,7 @@ class _Process:
             self._store = Store(self._manager, journal, restored=self._restored)
             self._keep = True
         audit = _audit(tree, options)
+        self._handler.is_held = audit.is_in_line_on_stderr
         try:
             with asyncio.Runner(loop_factory=_loop_factory(options.loop)) as runner:
                 runner.run(self._serve(tree, audit, specs, initial.made, expired))
@@ -217,6 +228,7 @@ class _Process:
         server = Server(
             tree, COMMANDS.by_name.values(), f"secretd {__version__}", audit, self._store
         )
+        server.daemon.log = self._handler
         listeners = open_doors(specs, self._found.doors)
         for listener in listeners:
             server.add(listener)
@@ -229,11 +241,16 @@ class _Process:
                 reports.stopping()
             server.stop()
 
-        def reload() -> None:
-            if reports is None:
-                _reopen(audit)
-            else:
-                reports.reload(lambda: _reopen(audit))
+        async def reload() -> None:
+            if reports is not None:
+                reports.reloading()
+            await _reopen(audit, server)
+            server.make_again()
+            if reports is not None:
+                reports.reloaded()
+
+        def on_hangup() -> None:
+            server.start(reload())
 
         def ready() -> None:
             audit.start(__version__, len(tree.journal))
@@ -255,7 +272,7 @@ class _Process:
 
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop)
-        loop.add_signal_handler(signal.SIGHUP, reload)
+        loop.add_signal_handler(signal.SIGHUP, on_hangup)
         await server.run(ready)
 
     def end(self) -> None:
@@ -341,12 +358,29 @@ def _raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _reopen(audit: Audit) -> None:
-    """SIGHUP: the audit file was moved away."""
+async def _reopen(audit: Audit, server: Server) -> None:
+    """SIGHUP: the audit file was moved away. Looking at it may wait for another machine."""
     try:
-        audit.reopen()
+        sink = await asyncio.wait_for(
+            server.daemon.offload.run(os.getuid(), _close_sink, audit.open_again), REOPEN_SECONDS
+        )
+        if sink is not None:
+            audit.switch(sink)
+    except TimeoutError:
+        log.error(
+            "the audit file was not opened within %g seconds; the old one goes on", REOPEN_SECONDS
+        )
     except UsageError as error:
         log.error("%s; the old file goes on", error)
+
+
+def _close_sink(sink: Sink | None) -> None:
+    if sink is not None:
+        sink.close()
+
+
+REOPEN_SECONDS = 10.0
+"""Seconds within which the audit file must be opened anew."""
 
 
 _MEMORY = {
@@ -364,6 +398,8 @@ def _say_ready(tree: ObjectTree, listeners: list[Listener], before: int) -> None
     lines.append(f"{'memory':<18} {_MEMORY[level]}")
     for line in lines:
         log.info("%s", line)
+    if words := unmapped_words():
+        log.warning("%s; such peers are refused, and no rule can name them", words)
     if level == "none":
         log.warning("%s", limit_text())
     control = next((ln for ln in listeners if ln.door is Door.CONTROL), None)

@@ -43,19 +43,25 @@ _GONE: Final = "the client has disconnected"
 
 
 class Content:
-    """What is to be written: the plaintext that a grant carries, or its base64. ``size``: bytes of that.
+    """What is to be written: the plaintext that a grant carries, its base64, or what was made of it, ``instead``.
+    ``size``: bytes of that.
 
     ``untaken`` is called with the reason once it is certain that the delivery has ended and the other end
     has taken no byte: at once, or when a write that was under way has returned.
     """
 
     def __init__(
-        self, grant: Grant, untaken: Callable[[str], object], *, base64: bool = False
+        self,
+        grant: Grant,
+        untaken: Callable[[str], object],
+        *,
+        base64: bool = False,
+        instead: bytes | None = None,
     ) -> None:
         self._untaken = untaken
         self.grant = grant
         self.base64 = base64
-        self.plaintext = grant.plaintext
+        self.plaintext = grant.plaintext if instead is None else memoryview(instead)
         self.size = -(-len(self.plaintext) // 3) * 4 if base64 else len(self.plaintext)
         self.view = self.plaintext
         self.written = 0  # bytes that the other end has taken

@@ -78,7 +78,7 @@ class _Selector(selectors.BaseSelector):
     def __init__(self, failed: Callable[[Exception], None]) -> None:
         self._epoll = select.epoll()
         self._keys: dict[Any, SelectorKey] = {}
-        self._watched: dict[int, Callable[[], None]] = {}
+        self._watched: dict[int, Callable[[], object]] = {}
         self._failed = failed
         self.turns = Turns(failed)
         self.undisturbed = True
@@ -100,7 +100,7 @@ class _Selector(selectors.BaseSelector):
         except FileNotFoundError:
             self._epoll.register(fd, events)
 
-    def watch(self, fd: int, callback: Callable[[], None]) -> None:
+    def watch(self, fd: int, callback: Callable[[], object]) -> None:
         """Call ``callback`` whenever there is something to read, or nothing will ever be."""
         self._watched[fd] = callback
         self._update(fd)
@@ -241,7 +241,7 @@ class Loop(asyncio.SelectorEventLoop):
 
 def readers(
     loop: asyncio.AbstractEventLoop,
-) -> tuple[Callable[[int, Callable[[], None]], object], Callable[[int], object]]:
+) -> tuple[Callable[[int, Callable[[], object]], object], Callable[[int], object]]:
     """Return how to have a function called when a descriptor can be read, and how to end that."""
     if isinstance(loop, Loop):
         return loop.watch, loop.unwatch

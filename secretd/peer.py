@@ -24,7 +24,7 @@ from enum import Enum
 from functools import lru_cache
 from typing import Final, NamedTuple
 
-from secretd.errors import PeerUnknown
+from secretd.errors import PeerUnknown, UsageError
 
 _UCRED: Final = struct.Struct("=iII")
 _SO_PEERGROUPS: Final = 59
@@ -44,12 +44,73 @@ _CGROUP_MOUNTS: Final = ("/sys/fs/cgroup", "/sys/fs/cgroup/unified")
 _CGROUPS_WALKED: Final = 4096
 """Cgroups looked through for one whose path /proc does not tell; with more the peer is not known."""
 
+_NOT_FOUND: Final = "its cgroup was not found"
 _ENDED: Final = "the process has ended, or is in a PID namespace that we do not see"
 
 _UNIT: Final = re.compile(
     r"[A-Za-z0-9:_.\\@-]{1,248}\.(?:service|scope|socket|mount|automount|swap|timer|path|target|device)"
 )
 _USER_MANAGER: Final = re.compile(r"user@([0-9]{1,10})\.service")
+
+
+_ALL_IDS: Final = (1 << 32) - 1
+
+
+class IdMap(NamedTuple):
+    """Which ids of one kind this user namespace maps (user_namespaces(7)).
+
+    ``overflow`` is what the kernel shows for every id that it does not map, None where it maps all: then it is an
+    id like others.
+    """
+
+    ranges: tuple[range, ...]
+    overflow: int | None
+
+    def is_mapped(self, number: int) -> bool:
+        """True if the map has this id."""
+        return any(number in each for each in self.ranges)
+
+
+def read_id_map(kind: str, root: str = "/proc") -> IdMap:
+    """Return the map of "uid" or "gid" of this process."""
+    try:
+        with open(f"{root}/self/{kind}_map", encoding="ascii") as file:
+            lines = [[int(word) for word in line.split()] for line in file]
+        with open(f"{root}/sys/kernel/overflow{kind}", encoding="ascii") as file:
+            overflow = int(file.read())
+    except FileNotFoundError:  # a kernel without user namespaces, or /proc with subset=pid
+        overflow = _OVERFLOW_ID
+        try:
+            with open(f"{root}/self/{kind}_map", encoding="ascii") as file:
+                lines = [[int(word) for word in line.split()] for line in file]
+        except FileNotFoundError:
+            return IdMap((range(_ALL_IDS),), None)
+    ranges = tuple(range(first, first + count) for first, _, count in lines)
+    return IdMap(ranges, None if sum(map(len, ranges)) >= _ALL_IDS else overflow)
+
+
+_OVERFLOW_ID: Final = 65534
+UIDS: Final = read_id_map("uid")
+GIDS: Final = read_id_map("gid")
+
+
+def unmapped_words(uids: IdMap = UIDS, gids: IdMap = GIDS) -> str:
+    """Say which ids this user namespace does not map; "" where it maps all."""
+    missing = [
+        f"{kind} {each.overflow} stands for all that are not"
+        for kind, each in (("uid", uids), ("gid", gids))
+        if each.overflow is not None
+    ]
+    return f"this user namespace does not map all ids: {', '.join(missing)}" if missing else ""
+
+
+def check_own_uid(uids: IdMap = UIDS) -> None:
+    """Raise UsageError if the daemon's own uid cannot be told from others: it would trust them all."""
+    if os.getuid() == uids.overflow:
+        raise UsageError(
+            f"uid {os.getuid()}, under which secretd runs, stands for every uid that this user namespace does "
+            "not map; run it under one that is mapped and is not the overflow uid (user_namespaces(7))"
+        )
 
 
 _TRUSTED: Final = (0, os.getuid())
@@ -105,9 +166,14 @@ def identify(sock: socket.socket, door: Door, authz: str | None = None) -> Peer:
     except OSError as error:
         raise PeerUnknown(_why(error)) from None
     pid, uid, gid = _UCRED.unpack(credentials)
-    peer = Peer(uid, gid, pid, door, frozenset((f"uid:{uid}", f"gid:{gid}")), None, authz)
+    if uid == UIDS.overflow:
+        raise PeerUnknown(
+            f"uid {uid} stands for every uid that the daemon's user namespace does not map", uid
+        )
+    own = frozenset((f"uid:{uid}",) if gid == GIDS.overflow else (f"uid:{uid}", f"gid:{gid}"))
+    peer = Peer(uid, gid, pid, door, own, None, authz)
     try:
-        identities = [f"gid:{group}" for group in _groups(sock)]
+        identities = [f"gid:{group}" for group in _groups(sock) if group != GIDS.overflow]
         units = units_of(_cgroup(sock, pid if door is Door.CREDENTIALS and uid == 0 else -1))
     except (PeerUnknown, OSError) as error:
         if door is Door.CONTROL and peer.trusted:
@@ -173,7 +239,7 @@ def cgroup_of(pidfd: int) -> str | None:
     """
     mount = _mount()
     try:
-        told = _told_by_kernel(pidfd)
+        told = None if _is_zombie(pidfd) else _told_by_kernel(pidfd)
     except ProcessLookupError:
         raise PeerUnknown(_ENDED) from None
     except OSError as error:
@@ -191,6 +257,13 @@ def cgroup_of(pidfd: int) -> str | None:
     if path is not None and _outside(path):
         return None
     return _walk(mount, number)
+
+
+def _is_zombie(pidfd: int) -> bool:
+    """True if a process has ended, whether it was waited for or not: a pidfd is readable then."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def _told_by_kernel(pidfd: int) -> tuple[int, int] | None:
@@ -245,11 +318,28 @@ def _mount() -> str | None:
     return next((m for m in _CGROUP_MOUNTS if os.path.exists(f"{m}/cgroup.procs")), None)
 
 
-@lru_cache(1024)
+MISSES_KEPT: Final = 1024
+"""Numbers of cgroups that were not found and are not looked for again."""
+
+_missed: Final[dict[int, None]] = {}
+
+
 def _walk(mount: str, number: int) -> str:
-    """Find a cgroup by its number, which no other ever gets, where /proc does not tell of others'
-    processes.
-    """
+    """Find a cgroup by its number, which no other ever gets; where there is none of it, only once."""
+    if number in _missed:
+        raise PeerUnknown(_NOT_FOUND)
+    try:
+        return _walk_once(mount, number)
+    except PeerUnknown:
+        if len(_missed) >= MISSES_KEPT:
+            del _missed[next(iter(_missed))]
+        _missed[number] = None
+        raise
+
+
+@lru_cache(1024)
+def _walk_once(mount: str, number: int) -> str:
+    """Look through the hierarchy, where /proc does not tell of others' processes."""
     # Level by level, so that what users make inside their own cgroups comes last.
     waiting = deque([mount])
     for _ in range(_CGROUPS_WALKED):
@@ -263,7 +353,7 @@ def _walk(mount: str, number: int) -> str:
                 waiting += [e.path for e in entries if e.is_dir(follow_symlinks=False)]
         except OSError:
             continue
-    raise PeerUnknown("its cgroup was not found")
+    raise PeerUnknown(_NOT_FOUND)
 
 
 def units_of(path: str | None) -> list[str]:

@@ -8,6 +8,7 @@ and runs it.
 import asyncio
 import contextlib
 import errno
+import logging
 import os
 import socket
 import stat
@@ -17,6 +18,7 @@ from typing import Final
 from secretd.audit import Audit, Who
 from secretd.credentials import Credentials, Store
 from secretd.errors import AccessDenied, LimitReached, PeerUnknown, UsageError
+from secretd.inotify import DirectoryWatch
 from secretd.monitor import close_connection
 from secretd.offload import Offload
 from secretd.peer import Door, Peer, identify
@@ -27,6 +29,8 @@ from secretd.session import Session
 from secretd.shared import Daemon, wire_event
 from secretd.sockopt import keep_urgent_inline, permit_descriptors
 from secretd.wire import message as wire
+
+log = logging.getLogger("secretd")
 
 LISTEN_BACKLOG: Final = 128
 """Connections that may wait to be accepted."""
@@ -68,6 +72,18 @@ class Listener:
             # Until a peer is admitted its descriptors could only be closed, and that may never return.
             permit_descriptors(sock, permit=False)
         self._inode = os.stat(path).st_ino if owned else -1
+        self.mode = stat.S_IMODE(os.stat(path).st_mode) if owned else 0
+        self.gid = -1
+
+    @property
+    def is_reachable(self) -> bool:
+        """True while the socket's file is there and is the one that was made."""
+        if not self.owned:
+            return True
+        try:
+            return os.lstat(self.path).st_ino == self._inode
+        except OSError:
+            return False
 
     def close(self, offload: Offload | None = None) -> None:
         """Stop listening; remove the socket's file if it is still ours.
@@ -97,16 +113,22 @@ def listen(path: str, door: Door, mode: int, gid: int = -1, authz: str | None = 
     """Bind and listen. A stale socket is replaced; a live one, or another file, is a UsageError."""
     if len(os.fsencode(path)) > PATH_BYTES:
         raise UsageError(f"{path}: the path of a socket may have {PATH_BYTES} bytes at most")
+    if path.startswith("@"):
+        raise UsageError(f"{path}: abstract sockets have no mode that protects them; give a path")
+    check_directory(os.path.dirname(os.path.abspath(path)))
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
         _remove_stale(path)
-        umask = os.umask(0o777)
+        # The mode comes with the file: chmod(2) later would follow a link that was put in its place.
+        umask = os.umask(0o777 & ~mode)
         try:
             sock.bind(path)
         finally:
             os.umask(umask)
-        os.chown(path, -1, gid)
-        os.chmod(path, mode)
+        if gid != -1:
+            os.chown(path, -1, gid, follow_symlinks=False)
+        if door is not Door.CONTROL or authz is not None or mode & 0o077:
+            permit_descriptors(sock, permit=False)
         sock.listen(LISTEN_BACKLOG)
     except OSError as error:
         sock.close()
@@ -114,7 +136,34 @@ def listen(path: str, door: Door, mode: int, gid: int = -1, authz: str | None = 
     except BaseException:
         sock.close()
         raise
-    return Listener(sock, door, path, authz)
+    listener = Listener(sock, door, path, authz)
+    listener.gid = gid
+    return listener
+
+
+def check_directory(directory: str) -> None:
+    """Raise UsageError if other users can replace files in a directory, or the directory itself.
+
+    Those that only the owner of a file can replace it in, such as /tmp, are taken (chmod(2), sticky bit).
+    """
+    own = (0, os.getuid())
+    while True:
+        try:
+            status = os.stat(directory)
+        except OSError as error:
+            raise UsageError(f"{directory}: {os.strerror(error.errno or 0)}") from None
+        others = stat.S_IWOTH | (0 if status.st_gid in (0, os.getgid()) else stat.S_IWGRP)
+        if status.st_uid not in own or (
+            status.st_mode & others and not status.st_mode & stat.S_ISVTX
+        ):
+            raise UsageError(
+                f"{directory}: other users can replace what is in it (uid {status.st_uid}, mode "
+                f"{stat.S_IMODE(status.st_mode):04o}); choose a directory of root's or your own"
+            )
+        parent = os.path.dirname(directory)
+        if parent == directory:
+            return
+        directory = parent
 
 
 def _remove_stale(path: str) -> None:
@@ -157,11 +206,38 @@ class Server:
         self._idle = asyncio.Event()
         self._listeners: list[Listener] = []
         self._tasks = asyncio.TaskGroup()
+        self._files: DirectoryWatch | None = None
+        with contextlib.suppress(OSError):  # too many are watched already; a reload looks, too
+            self._files = DirectoryWatch()
 
     def add(self, listener: Listener) -> None:
         """Accept on a listener from now on."""
         self._listeners.append(listener)
         self._watch(listener)
+        if listener.owned and self._files is not None:
+            self._files.add(os.path.dirname(os.path.abspath(listener.path)))
+
+    def make_again(self) -> None:
+        """Make the files of sockets again that were removed: nobody can reach the daemon without."""
+        for number, listener in enumerate(self._listeners):
+            if listener.is_reachable or self._stopped.is_set():
+                continue
+            try:
+                fresh = listen(
+                    listener.path, listener.door, listener.mode, listener.gid, listener.authz
+                )
+            except UsageError as error:
+                log.error("the file of a socket is gone and cannot be made again: %s", error)
+                continue
+            asyncio.get_running_loop().remove_reader(listener.sock.fileno())
+            listener.close(self.daemon.offload)
+            self._listeners[number] = fresh
+            self._watch(fresh)
+            log.warning("%s was removed, and is made again", listener.path)
+
+    def _files_changed(self, files: DirectoryWatch) -> None:
+        files.clear()
+        self.make_again()
 
     def _watch(self, listener: Listener) -> None:
         if not self._stopped.is_set():
@@ -265,10 +341,15 @@ class Server:
         lifetimes = self.daemon.tree.lifetimes
         async with self._tasks:
             lifetimes.start(self.daemon.expire)
+            loop = asyncio.get_running_loop()
+            if self._files is not None:
+                loop.add_reader(self._files.fileno(), self._files_changed, self._files)
             ready()
             await self._stopped.wait()
             self.daemon.broadcaster.flush()
-            loop = asyncio.get_running_loop()
+            if self._files is not None:
+                loop.remove_reader(self._files.fileno())
+                self._files.close()
             for listener in self._listeners:
                 loop.remove_reader(listener.sock.fileno())
                 listener.close(self.daemon.offload)

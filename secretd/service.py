@@ -250,10 +250,12 @@ class Reports:
         kept = "kept over restarts" if self._store.kept else "not kept over restarts"
         return f"{secrets} secret{'' if secrets == 1 else 's'}, memory: {level}, {kept}"
 
-    def reload(self, function: Callable[[], None]) -> None:
-        """Carry out what a reload is, and tell when it begins and ends."""
+    def reloading(self) -> None:
+        """Report that a reload begins."""
         self._manager.reloading()
-        function()
+
+    def reloaded(self) -> None:
+        """Report that a reload has ended."""
         self._manager.ready(self.status())
 
     def stopping(self) -> None:

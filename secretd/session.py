@@ -287,7 +287,7 @@ class Session:
                     self._answer(self.monitor.handle(request))
             else:
                 self._answer(kept)
-            if self._queue and self._task is None and not self._trusted:
+            if self._queue and not self._trusted:
                 self._flush()
                 self.transport.later(self._go_on_safely)
                 return

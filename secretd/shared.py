@@ -16,6 +16,7 @@ from secretd.broadcast import Broadcaster
 from secretd.deliver import Deliveries
 from secretd.events import EVENTS
 from secretd.introspect import schema
+from secretd.log import LogHandler
 from secretd.offload import Offload
 from secretd.peer import Door, Peer
 from secretd.qom.object import ID_BYTES, ObjectTree
@@ -63,6 +64,7 @@ class Daemon:
         self.version = encode.Verbatim(encode.value(wire.version(QEMU_VERSION, package)))
         self.audit = audit
         self.owner = owner
+        self.log: LogHandler | None = None
         self.access = Access(tree, audit)
         self.broadcaster = Broadcaster(self.access)
         self.offload = Offload()

@@ -22,7 +22,13 @@ _SIOCINQ: Final = 0x541B
 _PEEKS: Final = 64  # more than a socket's buffer holds, at 8 KiB each
 
 _libc = ctypes.CDLL(None, use_errno=True)
-_libc.getsockopt.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p]
+_libc.getsockopt.argtypes = [
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_void_p,
+    ctypes.c_void_p,
+]
 
 
 def domain(fd: int) -> int:

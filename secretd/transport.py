@@ -133,11 +133,9 @@ class Transport:
         self._closer = closer
         self.share = share
         self._in_turn = None if uid is None else turns(loop, uid)
-        self._on_readable = (
-            self._readable
-            if self._in_turn is None
-            else partial(self._in_turn, self._readable_in_turn)
-        )
+        self._on_readable: Callable[[], object] = self._readable
+        if self._in_turn is not None:
+            self._on_readable = partial(self._in_turn, self._readable_in_turn)
         self._tail: LockedBuffer | None = None
         self._fill = 0  # bytes in the tail
         self._position = 0  # how far of them was read

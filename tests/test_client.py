@@ -330,7 +330,7 @@ def test_events_come_as_an_iterator_also_after_a_lost_connection(daemon: Daemon,
         async with Client(daemon.control, retry_seconds=10) as client:
             events = client.events()
             waiting = asyncio.ensure_future(anext(events))
-            await asyncio.sleep(0)
+            await asyncio.to_thread(subscribed, daemon)
             await asyncio.to_thread(lambda: qmp.add("a", data="letmein"))
             event = await waiting
             seen.append((event.name, event.id))
@@ -343,8 +343,7 @@ def test_events_come_as_an_iterator_also_after_a_lost_connection(daemon: Daemon,
             mine = [s for s in daemon.server.sessions if s.peer.pid == os.getpid()]
             assert len(mine) == 2
             await asyncio.to_thread(daemon.call, lambda: drop_other(daemon))
-            while not await asyncio.to_thread(daemon.call, lambda: listening(daemon)):
-                pass
+            await asyncio.to_thread(subscribed, daemon)
             await asyncio.to_thread(qmp.ok, "object-del", {"id": "a"})
             event = await waiting
             seen.append((event.name, event.id))
@@ -363,9 +362,10 @@ def drop_other(daemon: Daemon) -> None:
     newest.transport.close()
 
 
-def listening(daemon: Daemon) -> bool:
-    """True once both are connected again."""
-    return sum(s.listening for s in daemon.server.sessions) == 2
+def subscribed(daemon: Daemon) -> None:
+    """Wait until a connection gets events."""
+    while not daemon.call(lambda: list(daemon.server.daemon.broadcaster.subscribers)):
+        pass
 
 
 def test_the_client_without_asyncio_does_the_same(daemon: Daemon, tmp_path: Path) -> None:

@@ -316,7 +316,9 @@ def test_many_events_are_spread_over_ticks_and_none_is_lost(
     monkeypatch.setattr(broadcast, "TICK_EVENTS", 2)
     watching = daemon.connect().watch()
     sent: list[int] = []
-    sessions = [s for s in daemon.server.sessions if s in daemon.server.daemon.broadcaster.subscribers]
+    sessions = [
+        s for s in daemon.server.sessions if s in daemon.server.daemon.broadcaster.subscribers
+    ]
     (session,) = sessions
     send = session.send_events
 

@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 import pytest
 
-from secretd import deliver, limits, server
+from secretd import deliver, limits
 from secretd.errors import LimitReached
 from secretd.limits import Limits, Pool
-from tests.conftest import Client, Daemon, connect_as, need_root
+from tests.conftest import Client, Daemon, need_root
 from tests.test_access import allow, grant
 
 A, B = 1000, 1001

@@ -3,24 +3,35 @@
 `SyncClient` for the rest.
 
 Both have the same methods. Plaintext never stands in JSON: it goes through descriptors, into buffers in
-locked memory that are wiped when they are freed. Errors are qemu.qmp's, and all of them are QMPError.
+locked memory that are wiped when they are freed. Errors are qemu.qmp's, and all of them are QMPError; text that
+is not UTF-8 is a ValueError.
 """
 
-from qemu.qmp import ConnectError, ExecInterruptedError, ExecuteError, QMPError, StateError
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from secretd.client.aio import (
+from secretd.client.socket_path import default_socket
+from secretd.client.sync import SyncClient
+from secretd.client.types import (
     PLAIN,
-    Client,
     Encoding,
     Event,
     Format,
     Sealed,
     SecretInfo,
-    readable,
 )
-from secretd.client.connection import default_socket
-from secretd.client.sync import SyncClient
 from secretd.memory import LockedBuffer
+
+if TYPE_CHECKING:
+    from qemu.qmp import (
+        ConnectError,
+        ExecInterruptedError,
+        ExecuteError,
+        QMPError,
+        StateError,
+    )
+
+    from secretd.client.aio import Client
 
 __all__ = [
     "PLAIN",
@@ -38,5 +49,19 @@ __all__ = [
     "StateError",
     "SyncClient",
     "default_socket",
-    "readable",
 ]
+
+_LATER = {
+    "Client": "secretd.client.aio",
+    **dict.fromkeys(
+        ("ConnectError", "ExecInterruptedError", "ExecuteError", "QMPError", "StateError"),
+        "qemu.qmp",
+    ),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import asyncio's part and qemu.qmp when they are first used: SyncClient needs neither."""
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_LATER[name]), name)

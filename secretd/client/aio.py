@@ -19,63 +19,20 @@ been done. (Of a grant with max-reads a read that is done again uses up two.)
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Callable, Mapping
-from typing import Any, Final, Literal, NamedTuple, Self, cast
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from typing import Final, Self, cast
 
 from qemu.qmp import ExecInterruptedError, StateError
 
-from secretd.client.connection import RETRY_SECONDS, Connection, default_socket
+from secretd.client import types
+from secretd.client.connection import Connection
+from secretd.client.socket_path import default_socket
+from secretd.client.sync import RETRY_SECONDS, give_memory
+from secretd.client.types import PLAIN, Encoding, Event, Format, Sealed, SecretInfo
 from secretd.fds import Fd
 from secretd.memory import SCRATCH_WINDOW, Arena, LockedBuffer, choose_level
 
-Format = Literal["raw", "base64"]
-
 _CHUNK_BYTES: Final = 64 << 10
-
-
-class SecretInfo(NamedTuple):
-    """One line of query-secrets. ``size`` is bytes, ``memory`` secretmem, mlock or none; ``expires_in`` the
-    seconds that are left, None where time is not limited.
-    """
-
-    id: str
-    qom_type: str
-    size: int
-    memory: str
-    expires_in: int | None = None
-
-
-class Sealed(NamedTuple):
-    """What secret-seal returns: AES-256-CBC ciphertext and its IV, both in base64."""
-
-    data: str
-    iv: str
-
-
-class Event(NamedTuple):
-    """Something that happened (docs/protocol.md, "Events"). ``id``: of the secret, "" where it is about
-    none; ``peer``: who did it, as uid, gid, pid and unit, None if nobody did or it is not told;
-    ``time``: seconds since the epoch.
-    """
-
-    name: str
-    id: str
-    peer: dict[str, object] | None
-    time: float
-    data: dict[str, object]
-
-
-class Encoding(NamedTuple):
-    """How the content of a secret to be added is encoded: base64 or not, encrypted under ``keyid`` or
-    not. ``iv`` is base64.
-    """
-
-    format: Format = "raw"
-    keyid: str | None = None
-    iv: str | None = None
-
-
-PLAIN: Final = Encoding()
 
 
 class Client:
@@ -85,7 +42,7 @@ class Client:
         """``path``: the socket; default $SECRETD_SOCKET, else the control or the client socket.
         ``retry_seconds``: for how long a connection that was lost is made anew; 0 for not at all.
         """
-        self.path = path or default_socket()
+        self.path = default_socket() if path is None else path
         self._connection = Connection(self.path, retry_seconds)
         self._names = 0
         self._arena: Arena | None = None
@@ -116,7 +73,8 @@ class Client:
         """Add a secret whose content the daemon reads from ``fd`` (borrowed): a file or memfd from its
         start, a pipe or socket to its end.
         """
-        options = {n: value for n, value in encoding._asdict().items() if value is not None}
+        options = {"id": object_id, **encoding.members()}
+        types.check_text(options)
 
         async def once() -> None:
             added = await self._connection.again(lambda: self._connection.pass_fd(fd, "add-fd"))
@@ -125,7 +83,7 @@ class Client:
             file = {"file": f"/dev/fdset/{set_id}"}
             try:
                 await self._connection.qmp.execute(
-                    "object-add", {"qom-type": "secret", "id": object_id, **file, **options}
+                    "object-add", {"qom-type": "secret", **file, **options}
                 )
             finally:
                 with contextlib.suppress(StateError, ExecInterruptedError):
@@ -137,9 +95,10 @@ class Client:
         self, object_id: str, plaintext: memoryview, encoding: Encoding = PLAIN
     ) -> None:
         """Add a secret from memory, through a pipe."""
+        content = memoryview(plaintext)
         source, number = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         sink = Fd(number)
-        writing = asyncio.ensure_future(_write_all(sink, plaintext))
+        writing = asyncio.ensure_future(_write_all(sink, content))
         try:
             await self.add(object_id, source, encoding)
         finally:
@@ -156,9 +115,10 @@ class Client:
         """Remove an object; its plaintext is wiped when this returns."""
         await self._connection.execute("object-del", {"id": object_id})
 
-    async def expire(self, object_id: str, seconds: int) -> None:
-        """Have a secret wiped after so many seconds from now."""
-        await self._connection.execute("secret-expire", {"id": object_id, "after": seconds})
+    async def expire(self, object_id: str, seconds: int | None) -> None:
+        """Have a secret wiped after so many seconds from now; None for never."""
+        lifetime: dict[str, object] = {} if seconds is None else {"after": seconds}
+        await self._connection.execute("secret-expire", {"id": object_id, **lifetime})
 
     async def explain(self, object_id: str, identities: "list[str]") -> dict[str, object]:
         """Return secret-explain's answer: may a client with these identities read a secret, and why?"""
@@ -167,11 +127,7 @@ class Client:
 
     async def stat(self, name: str) -> int:
         """Return one figure of query-secret-stats; KeyError if there is none of that name."""
-        parts = cast(
-            "list[dict[str, list[dict[str, Any]]]]",
-            await self._connection.execute("query-secret-stats"),
-        )
-        return {s["name"]: int(s["value"]) for part in parts for s in part["stats"]}[name]
+        return types.figures(await self._connection.execute("query-secret-stats"))[name]
 
     async def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> object:
         """Execute any command; return what it returns."""
@@ -182,15 +138,16 @@ class Client:
         found: list[SecretInfo] = []
         while True:
             after: dict[str, object] = {"after": found[-1].id} if found else {}
-            secrets = cast(
-                "list[dict[str, Any]]", await self._connection.execute("query-secrets", after)
-            )
-            if not secrets:
+            page = types.secret_infos(await self._connection.execute("query-secrets", after))
+            if not page:
                 return found
-            found += [
-                SecretInfo(s["id"], s["qom-type"], s["size"], s["memory"], s.get("expires-in"))
-                for s in secrets
-            ]
+            found += page
+
+    async def info(self, object_id: str) -> SecretInfo | None:
+        """Return one entry of `list`, None if this connection may know of no such secret."""
+        arguments = {"after": types.before(object_id)}
+        page = types.secret_infos(await self._connection.execute("query-secrets", arguments))
+        return next((secret for secret in page if secret.id == object_id), None)
 
     async def version(self) -> str:
         """Return the daemon's own version, such as "secretd 0.1.0"."""
@@ -200,19 +157,21 @@ class Client:
 
     async def read(self, object_id: str, *, format: Format = "raw") -> LockedBuffer:  # noqa: A002
         """Return a secret in locked memory; free it, or use it as a context manager, to wipe it."""
-        return await self._connection.again(lambda: self._read(object_id, format))
+        types.check_text(object_id)
+        return await self._connection.again(
+            lambda: self._collect(lambda sink: self._read_into(object_id, sink, format))
+        )
 
-    async def _read(self, object_id: str, format: Format) -> LockedBuffer:  # noqa: A002
+    async def _collect(self, deliver: Callable[[int], Awaitable[object]]) -> LockedBuffer:
+        """Return what ``deliver`` has secretd write to the descriptor it is given."""
         source, sink = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         reading = asyncio.ensure_future(self._read_all(source))
         try:
             try:
-                size = await self._read_into(object_id, sink, format)
+                await deliver(sink)
             finally:
                 os.close(sink)
-            buffer = await reading
-            assert buffer.size == size
-            return buffer
+            return await reading
         finally:
             reading.cancel()
             await asyncio.gather(reading, return_exceptions=True)
@@ -226,8 +185,10 @@ class Client:
         format: Format = "raw",  # noqa: A002 - QEMU's word
     ) -> int:
         """Have the daemon write a secret to ``fd`` (borrowed): the write end of a pipe, an end of a
-        stream socket pair, or a memfd. Returns its size in bytes.
+        stream socket pair, or a memfd, which is given its memory here. Returns the secret's size in bytes.
         """
+        types.check_text(object_id)
+        give_memory(fd, format)
         name = await self._connection.again(lambda: self._named(fd))
         return await self._deliver(object_id, name, format)
 
@@ -249,32 +210,48 @@ class Client:
 
     async def seal(self, object_id: str, keyid: str) -> Sealed:
         """Return a secret encrypted under another, for QEMU's object-add."""
-        arguments = {"id": object_id, "keyid": keyid}
-        reply = cast(dict[str, str], await self._connection.execute("secret-seal", arguments))
-        return Sealed(reply["data"], reply["iv"])
+        types.check_text([object_id, keyid])
+
+        async def once() -> Sealed:
+            replies: list[dict[str, str]] = []
+
+            async def deliver(sink: int) -> None:
+                name = await self._named(sink)
+                arguments = {"id": object_id, "keyid": keyid, "fdname": name}
+                reply = await self._connection.qmp.execute("secret-seal", arguments)
+                replies.append(cast(dict[str, str], reply))
+
+            with await self._collect(deliver) as data:
+                return Sealed(str(data.view, "ascii"), replies[0]["iv"])
+
+        return await self._connection.again(once)
 
     # --- events
 
-    async def events(self) -> AsyncIterator[Event]:
-        """Return the events as they come, from now on, until the client is closed. What happened while
-        the connection was made anew is missing; SECRET_EVENTS_LOST tells of what secretd has dropped.
+    async def events(self, *, names: Sequence[str] = ()) -> AsyncIterator[Event]:
+        """Return the events as they come, from now on, until the client is closed; with ``names`` only those.
+        What happened while the connection was made anew is missing; SECRET_EVENTS_LOST tells of what secretd
+        has dropped.
         """
+        arguments: dict[str, object] = {"enable": True, **({"events": [*names]} if names else {})}
+        subscribed = -1
         with self._connection.qmp.listener() as listener:
             while not self._connection.is_closed:
+                if subscribed != self._connection.number:
+                    # Which connects again, or says why not.
+                    await self._connection.execute("secret-events", arguments)
+                    subscribed = self._connection.number
                 coming = asyncio.ensure_future(listener.get())
                 ending = asyncio.ensure_future(self._connection.qmp.runstate_changed())
                 try:
                     await asyncio.wait({coming, ending}, return_when="FIRST_COMPLETED")
                     if coming.done():
-                        yield _event(coming.result())
+                        yield types.event_of(coming.result())
                         continue
                 finally:
                     coming.cancel()
                     ending.cancel()
-                if not self._connection.is_closed:
-                    await self._connection.execute(
-                        "query-version"
-                    )  # which connects again, or says why not
+                subscribed = -1
 
     # --- inside
 
@@ -306,13 +283,6 @@ class Client:
                 fill += count
         finally:
             buffer.free()
-
-
-def _event(message: Mapping[str, object]) -> Event:
-    data = cast("dict[str, Any]", message.get("data", {}))
-    stamp = cast("dict[str, int]", message["timestamp"])
-    seconds = stamp["seconds"] + stamp["microseconds"] / 1e6
-    return Event(str(message["event"]), str(data.get("id", "")), data.get("peer"), seconds, data)
 
 
 async def _write_all(sink: Fd, data: memoryview) -> None:

@@ -6,23 +6,18 @@ It knows which commands may be carried out twice; what they mean is said in aio.
 
 import asyncio
 import contextlib
-import os
-import re
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, Final, TypeVar
 
 from qemu.qmp import ConnectError, ExecInterruptedError, QMPClient, QMPError, StateError
 
-from secretd import paths
+from secretd.client import types
+from secretd.client.channel import Refused
+from secretd.client.sync import SAFE, SAME_FAILURES
 
 R = TypeVar("R")
 
-RETRY_SECONDS: Final = 30.0
-"""Seconds for which a connection that was lost is made anew before that is an error."""
-
 _RETRY_EACH: Final = 0.05
-_SAFE: Final = re.compile("query-.*|qom-(list|get).*|secret-(seal|explain|expire)")
-"""Commands that may be carried out twice."""
 
 
 class Connection:
@@ -47,7 +42,21 @@ class Connection:
     async def connect(self) -> None:
         """Connect and negotiate. Raises qemu.qmp's ConnectError; the first time nothing is tried again."""
         self._closed.clear()
-        await self.qmp.connect(self.path)
+        await self._connect()
+
+    async def _connect(self) -> None:
+        try:
+            await self.qmp.connect(self.path)
+        except ConnectError as error:
+            words = _refusal(error)
+            if words is None:
+                raise
+            raise ConnectError("Refused by the server", Refused(words)) from None
+
+    @property
+    def number(self) -> int:
+        """How often the connection was made anew."""
+        return self._number
 
     async def close(self) -> None:
         """Disconnect."""
@@ -57,8 +66,9 @@ class Connection:
 
     async def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> object:
         """Execute a command, connecting again if need be; return what it returns."""
+        types.check_text(arguments)
         return await self.again(
-            lambda: self.qmp.execute(command, arguments), twice=bool(_SAFE.fullmatch(command))
+            lambda: self.qmp.execute(command, arguments), twice=bool(SAFE.fullmatch(command))
         )
 
     async def pass_fd(
@@ -75,6 +85,7 @@ class Connection:
         """
         loop = asyncio.get_running_loop()
         deadline: float | None = None
+        failures = 0
         while True:
             number = self._number
             try:
@@ -83,8 +94,13 @@ class Connection:
                 if deadline is None:
                     deadline = loop.time() + self._retry_seconds
                 sent = isinstance(error, ExecInterruptedError)
+                failures += sent
                 if self.is_closed or loop.time() >= deadline or (sent and not twice):
                     raise
+                if failures >= SAME_FAILURES:
+                    raise
+                if failures > 1:
+                    await asyncio.sleep(_RETRY_EACH * failures)
                 await self._reconnect(number, deadline)
 
     async def _reconnect(self, number: int, deadline: float) -> None:
@@ -94,9 +110,11 @@ class Connection:
                 await self._disconnect()
                 try:
                     # A socket of systemd's takes connections that nobody answers yet.
-                    await self._unless_closed(self.qmp.connect(self.path), deadline)
+                    await self._unless_closed(self._connect(), deadline)
                     self._number += 1
-                except ConnectError:
+                except ConnectError as error:
+                    if isinstance(error.exc, Refused):
+                        raise
                     closed = self._closed.wait()
                     with contextlib.suppress(ConnectError):
                         await self._unless_closed(closed, self._loop_time() + _RETRY_EACH)
@@ -130,15 +148,16 @@ class Connection:
             await self.qmp.disconnect()
 
 
-def default_socket() -> str:
-    """Return $SECRETD_SOCKET, else the control socket's default path if this user may use it, else
-    the client socket's.
+def _refusal(error: ConnectError) -> str | None:
+    """Return the words of a server that sent an error where its greeting should be, None if it sent none.
+
+    qemu.qmp has them only in what it did not understand.
     """
-    given = os.environ.get("SECRETD_SOCKET")
-    if given:
-        return given
-    control = paths.control_path()
-    for path in (control, paths.client_path(), "/run/secretd/client.sock"):
-        if os.access(path, os.W_OK) and paths.is_trusted(os.path.dirname(path)):
-            return path
-    return control
+    cause: BaseException | None = error.exc
+    while cause is not None:
+        for value in (*cause.args, *vars(cause).values()):
+            message = getattr(value, "_raw", value)
+            if isinstance(message, Mapping) and isinstance(message.get("error"), Mapping):
+                return str(message["error"].get("desc", ""))
+        cause = cause.__cause__
+    return None

@@ -165,6 +165,10 @@ class ObjectTree:
     def pin(self, object_id: str) -> None:
         """Keep an object from being deleted, and from ending by itself."""
         self.pinned.add(object_id)
+        self.keep(object_id)
+
+    def keep(self, object_id: str) -> None:
+        """Take back the lifetime of an existing object."""
         record = self.journal.get(object_id)
         assert record is not None
         if DEADLINE in record.properties:

@@ -13,7 +13,7 @@ from typing import Any, Final, Literal
 from msgspec import UNSET, Raw, UnsetType
 
 from secretd import crypto
-from secretd.errors import CommandError, LimitReached
+from secretd.errors import AccessDenied, CommandError, LimitReached
 from secretd.memory import LockedBuffer
 from secretd.qom.object import ObjectTree
 from secretd.qom.source import printable, use_content
@@ -91,14 +91,18 @@ class Secret(ObjectType):
             if options.data is not UNSET:
                 raise CommandError("'file' and 'data' are mutually exclusive")
             return _load(
-                tree, options, partial(sources.file, options.file), printable(options.file)
+                tree,
+                options,
+                partial(sources.file, options.file),
+                printable(options.file),
+                sources.uid,
             )
         if options.data is UNSET:
             raise CommandError("Either 'file' or 'data' must be provided")
         quoted = memoryview(options.data)
         if options.keyid is UNSET and options.format != "base64":
             return _copy(tree, quoted)
-        return _decode(tree, options, quoted)
+        return _decode(tree, options, quoted, sources.uid)
 
     def stored(self, options: ObjectOptions) -> dict[str, object]:
         """All that was given but ``data``: the journal is not locked memory."""
@@ -150,7 +154,7 @@ class SecretKeyring(ObjectType):
         if options.serial == 0:
             raise CommandError(_NO_SERIAL)
         name = f"serial key {options.serial & 0xFFFFFFFF:08x}"
-        return _load(tree, options, partial(sources.key, options.serial), name)
+        return _load(tree, options, partial(sources.key, options.serial), name, sources.uid)
 
     def set(self, name: str, value: JSON) -> dict[str, object]:
         """As qcrypto_secret_prop_set_key(), which stores a 0 and reports it then."""
@@ -169,9 +173,18 @@ def _load(
     options: SecretCommonOptions,
     read: "Callable[[], LockedBuffer | Awaitable[LockedBuffer]]",
     what: str,
+    uid: int,
 ) -> LockedBuffer | Awaitable[LockedBuffer]:
-    """Return the plaintext of what ``read`` returns; ``what`` is what errors call it."""
-    return use_content(read, lambda content: _decode(tree, options, content.view), what)
+    """Return the plaintext of what ``read`` returns, for ``uid``; ``what`` is what errors call it."""
+    return use_content(read, lambda content: _decode(tree, options, content.view, uid), what)
+
+
+def check_key_use(tree: ObjectTree, keyid: str, uid: int) -> None:
+    """Raise AccessDenied where a uid must not have something done with a key: with the audit's, which what it
+    encrypts and decrypts would disclose.
+    """
+    if keyid in tree.pinned and uid not in tree.limits.trusted:
+        raise AccessDenied(f"Reading secret '{keyid}' is not permitted")
 
 
 def secret_plaintext(tree: ObjectTree, object_id: str, loading: str | None = None) -> memoryview:
@@ -211,9 +224,12 @@ def generate(tree: ObjectTree, object_id: str, size: int, uid: int) -> tuple[Obj
     return options, tree.store(options, plaintext, uid)
 
 
-def _decode(tree: ObjectTree, options: SecretCommonOptions, quoted: memoryview) -> LockedBuffer:
+def _decode(
+    tree: ObjectTree, options: SecretCommonOptions, quoted: memoryview, uid: int
+) -> LockedBuffer:
     """Return the plaintext of the input between the quotes."""
     if options.keyid is not UNSET:
+        check_key_use(tree, options.keyid, uid)
         key = secret_plaintext(tree, options.keyid, options.id)
         crypto.check_key(key)
         if options.iv is UNSET:

@@ -36,7 +36,7 @@ def qdict_bucket(name: str) -> int:
     """Where QDict keeps a member: tdb_hash() % 512."""
     encoded = _bytes(name)
     number = 0x238F13AF * len(encoded) + sum(map(lshift, encoded, cycle(_TDB_SHIFTS)))
-    return (1103515243 * number + 12345 & 0xFFFFFFFF) % _QDICT_BUCKETS
+    return int(1103515243 * number + 12345 & 0xFFFFFFFF) % _QDICT_BUCKETS
 
 
 def qdict_items(members: Mapping[str, T]) -> list[tuple[str, T]]:

@@ -7,7 +7,7 @@ It does not cut messages out of a stream; wire.qjson does, and calls it.
 
 import re
 from collections.abc import Iterator
-from json.decoder import scanstring
+from json.decoder import scanstring  # type: ignore[attr-defined]  # which typeshed leaves out
 from typing import Final, NamedTuple, TypeAlias
 
 # Token kinds.

@@ -125,12 +125,8 @@ _TABLE: Final = {
 
 # Where a state usually lasts for many bytes, one regular expression steps over them.
 _RUNS: Final = {
-    _DQ: re.compile(
-        rb'[^"\\\x00-\x1f\xfe\xff]*(?:\\[\x20-\xfd][^"\\\x00-\x1f\xfe\xff]*){0,64}'
-    ),
-    _SQ: re.compile(
-        rb"[^'\\\x00-\x1f\xfe\xff]*(?:\\[\x20-\xfd][^'\\\x00-\x1f\xfe\xff]*){0,64}"
-    ),
+    _DQ: re.compile(rb'[^"\\\x00-\x1f\xfe\xff]*(?:\\[\x20-\xfd][^"\\\x00-\x1f\xfe\xff]*){0,64}'),
+    _SQ: re.compile(rb"[^'\\\x00-\x1f\xfe\xff]*(?:\\[\x20-\xfd][^'\\\x00-\x1f\xfe\xff]*){0,64}"),
     _RECOVERY: re.compile(rb"[^{}\[\]:,\x00-\x08\x0a-\x1f\xfe\xff]*"),
     _START: re.compile(rb"[ \t\r\n]*"),
     _KEYWORD: re.compile(rb"[a-z]*"),
@@ -154,9 +150,7 @@ class Streamer:
     it tells by how much with `moved`.
     """
 
-    def __init__(
-        self, max_bytes: int = MAX_MESSAGE_BYTES, max_tokens: int | None = None
-    ) -> None:
+    def __init__(self, max_bytes: int = MAX_MESSAGE_BYTES, max_tokens: int | None = None) -> None:
         self._max_bytes = max_bytes
         self._max_tokens = MAX_TOKENS if max_tokens is None else max_tokens
         self._state = _START

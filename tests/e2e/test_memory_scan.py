@@ -119,7 +119,7 @@ def scene(request: pytest.FixtureRequest, start: Callable[..., Process], tmp_pat
     level: str = request.param
     need_level(level)
     python = f"{Path(SECRETD).parent}/python"
-    code = "import sys; from secretd.daemon import main; "
+    code = "import sys; from secretd.start import main; "
     if level == "mlock":
         code += f"sys.path.insert(0, {HERE!r}); from seccomp import refuse; refuse(447); "
     (tmp_path / "daemon.py").write_text(code + "sys.exit(main())\n")

@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""One QMP connection for programs without an event loop: connect, exchange messages, pass descriptors.
+
+A `Channel` connects once and is lost once; sync makes another one. It speaks to QEMU as well, since it knows
+no command but qmp_capabilities. While it waits it calls ``on_wait``, so that a person learns what for, and it
+waits no longer than ``timeout`` seconds.
+"""
+
+import array
+import contextlib
+import json
+import os
+import select
+import socket
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+PATIENCE_SECONDS: Final = 2.0
+"""Seconds after which a person should learn what is waited for."""
+
+_SEND: Final = int(socket.MSG_NOSIGNAL) | int(socket.MSG_DONTWAIT)
+
+Message = dict[str, Any]
+OnWait = Callable[[str], object]
+
+
+class Refused(Exception):
+    """The server said in its first line why it does not serve this client; the text is its words."""
+
+
+class Lost(Exception):
+    """The connection has ended. ``sent``: the command had been sent, and may have been carried out."""
+
+    def __init__(self, words: str, *, sent: bool) -> None:
+        super().__init__(words)
+        self.sent = sent
+
+
+class Pump:
+    """A descriptor that has to be served while a reply is waited for: read from, or written to.
+
+    ``step`` reads or writes some and returns True when it is done.
+    """
+
+    def __init__(self, fd: int, events: int, step: Callable[[], bool]) -> None:
+        self.fd = fd
+        self.events = events
+        self.step = step
+
+
+class Channel:
+    """A connection to ``path``. ``greeting``: the server's; ``events``: those that came between replies."""
+
+    def __init__(self, path: str, timeout: float | None, on_wait: OnWait | None = None) -> None:
+        self.path = path
+        self._timeout = timeout
+        self._on_wait = on_wait
+        self._buffer = bytearray()
+        self.events: deque[Message] = deque()
+        self.greeting: Message = {}
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            self._sock.setblocking(False)
+            self._connect()
+            self._negotiate()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def package(self) -> str:
+        """What the server calls itself, such as "secretd 0.1.0"; another text is QEMU's."""
+        version = self.greeting.get("QMP", {}).get("version", {})
+        return str(version.get("package", ""))
+
+    def close(self) -> None:
+        """Disconnect."""
+        self._sock.close()
+
+    # --- connecting
+
+    def _connect(self) -> None:
+        until = _Deadline(self._timeout, self._on_wait, f"a place in the queue of {self.path}")
+        while True:
+            try:
+                self._sock.connect(self.path)
+            except BlockingIOError:  # the backlog is full (unix(7)); nothing tells of a free place
+                until.sleep()
+            else:
+                return
+
+    def _negotiate(self) -> None:
+        greeting = self._line(f"an answer on {self.path}")
+        if greeting is None:
+            raise ConnectionResetError("The connection was closed without a word")
+        if "QMP" not in greeting:
+            words = greeting.get("error", {}).get("desc")
+            raise Refused(str(words) if words else "This is not a QMP server")
+        self.greeting = greeting
+        reply = self.exchange("qmp_capabilities", None)
+        if "error" in reply:
+            raise Refused(str(reply["error"].get("desc", "")))
+
+    # --- exchanging
+
+    def exchange(
+        self,
+        command: str,
+        arguments: object,
+        fds: Sequence[int] = (),
+        pump: Pump | None = None,
+    ) -> Message:
+        """Execute a command and return the whole reply, with ``fds`` passed along and ``pump`` served
+        meanwhile. Raises Lost, or TimeoutError.
+        """
+        message = {"execute": command}
+        if arguments is not None:
+            message["arguments"] = arguments  # type: ignore[assignment]
+        self.notice_end()
+        self._send(json.dumps(message).encode() + b"\n", fds)
+        try:
+            while True:
+                reply = self._line(f"the reply to {command}", pump)
+                if reply is None:
+                    raise Lost("The connection was closed", sent=True)
+                if "event" not in reply:
+                    return reply
+                self.events.append(reply)
+        except ConnectionError as error:
+            raise Lost(os.strerror(error.errno or 0), sent=True) from None
+
+    def notice_end(self) -> None:
+        """Raise Lost if the server has closed the connection meanwhile; take what it has sent."""
+        try:
+            while self._receive():
+                pass
+        except BlockingIOError:
+            return
+        except ConnectionError:
+            pass
+        raise Lost("The connection was closed", sent=False)
+
+    def event(self, timeout: float | None = None) -> Message | None:
+        """Return the next event; None at the end of the connection, or after ``timeout`` seconds."""
+        if self.events:
+            return self.events.popleft()
+        try:
+            while True:
+                message = self._next()
+                if message is not None:
+                    if "event" in message:
+                        return message
+                    continue
+                if not _wait(self._sock.fileno(), select.POLLIN, timeout) or not self._receive():
+                    return None
+        except ConnectionError:
+            return None
+
+    def fileno(self) -> int:
+        """The socket, borrowed."""
+        return self._sock.fileno()
+
+    def _send(self, data: bytes, fds: Sequence[int]) -> None:
+        until = _Deadline(self._timeout, self._on_wait, f"room to send to {self.path}")
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        view = memoryview(data)
+        sent = 0
+        while sent < len(view):
+            try:
+                sent += self._sock.sendmsg([view[sent:]], rights, _SEND)
+                rights = []
+            except BlockingIOError:
+                until.wait(self._sock.fileno(), select.POLLOUT)
+            except OSError as error:
+                # A line that is not whole is not carried out.
+                raise Lost(os.strerror(error.errno or 0), sent=False) from None
+
+    def _line(self, what: str, pump: Pump | None = None) -> Message | None:
+        """Return the next message, None at the end of the connection."""
+        until = _Deadline(self._timeout, self._on_wait, what)
+        while (message := self._next()) is None:
+            if pump is None:
+                until.wait(self._sock.fileno(), select.POLLIN)
+            elif not until.wait_for(self._sock.fileno(), pump):
+                if pump.step():
+                    pump = None
+                continue
+            with contextlib.suppress(BlockingIOError):
+                if not self._receive():
+                    return None
+        # What is left in a pipe after the reply comes without waiting for the server.
+        return message
+
+    def _next(self) -> Message | None:
+        end = self._buffer.find(b"\n")
+        if end < 0:
+            return None
+        line = bytes(self._buffer[:end])
+        del self._buffer[: end + 1]
+        try:
+            message = json.loads(line)
+        except ValueError:
+            message = None
+        return message if isinstance(message, dict) else {"error": {"desc": "This is no QMP"}}
+
+    def _receive(self) -> int:
+        data = self._sock.recv(1 << 16)
+        self._buffer += data
+        return len(data)
+
+
+class _Deadline:
+    """The end of a wait, and who is to be told of it before."""
+
+    def __init__(self, timeout: float | None, on_wait: OnWait | None, what: str) -> None:
+        self._begin = time.monotonic()
+        self._timeout = timeout
+        self._on_wait = on_wait
+        self._what = what
+
+    def _left(self) -> float | None:
+        """Return the seconds until something is to be done; raises TimeoutError."""
+        passed = time.monotonic() - self._begin
+        if self._timeout is not None and passed >= self._timeout:
+            raise TimeoutError(
+                f"No answer within {self._timeout:g} seconds: waited for {self._what}"
+            )
+        left = None if self._timeout is None else self._timeout - passed
+        if self._on_wait is None:
+            return left
+        if passed >= PATIENCE_SECONDS:
+            self._on_wait(self._what)
+            self._on_wait = None
+            return left
+        patience = PATIENCE_SECONDS - passed
+        return patience if left is None else min(patience, left)
+
+    def wait(self, fd: int, events: int) -> None:
+        """Wait for a descriptor."""
+        while not _wait(fd, events, self._left()):
+            pass
+
+    def wait_for(self, sock: int, pump: Pump) -> bool:
+        """Wait for the socket or a pump; True if it is the socket."""
+        poll = select.poll()
+        poll.register(sock, select.POLLIN)
+        poll.register(pump.fd, pump.events)
+        while True:
+            left = self._left()
+            ready = dict(poll.poll(None if left is None else left * 1000))
+            if pump.fd in ready:
+                return False
+            if ready:
+                return True
+
+    def sleep(self) -> None:
+        """Wait a little."""
+        left = self._left()
+        time.sleep(0.05 if left is None else min(0.05, left))
+
+
+def _wait(fd: int, events: int, timeout: float | None) -> bool:
+    poll = select.poll()
+    poll.register(fd, events)
+    return bool(poll.poll(None if timeout is None else timeout * 1000))

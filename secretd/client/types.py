@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The values that both clients take and return."""
+
+from collections.abc import Mapping
+from typing import Any, Final, Literal, NamedTuple, cast
+
+Format = Literal["raw", "base64"]
+
+
+class SecretInfo(NamedTuple):
+    """An entry of query-secrets. ``size``: bytes; ``memory``: secretmem, mlock or none; ``expires_in``: the
+    seconds that are left, None where the lifetime is not limited.
+    """
+
+    id: str
+    qom_type: str
+    size: int
+    memory: str
+    expires_in: int | None = None
+
+
+class Sealed(NamedTuple):
+    """What secret-seal returns: AES-256-CBC ciphertext and its IV, both in base64."""
+
+    data: str
+    iv: str
+
+
+class Event(NamedTuple):
+    """An event (docs/protocol.md, "Events"). ``id``: of the secret, "" where the event is about none;
+    ``peer``: the uid, gid, pid and unit that caused it, None where secretd does not name it; ``time``: seconds
+    since the epoch.
+    """
+
+    name: str
+    id: str
+    peer: dict[str, object] | None
+    time: float
+    data: dict[str, object]
+
+
+class Encoding(NamedTuple):
+    """How the content of a secret to be added is encoded: base64 or not, encrypted under ``keyid`` or
+    not. ``iv`` is base64.
+    """
+
+    format: Format = "raw"
+    keyid: str | None = None
+    iv: str | None = None
+
+    def members(self) -> dict[str, object]:
+        """Return the members of object-add that say so."""
+        return {name: value for name, value in self._asdict().items() if value is not None}
+
+
+PLAIN: Final = Encoding()
+
+
+def secret_infos(entries: object) -> list[SecretInfo]:
+    """Return what query-secrets has returned."""
+    return [
+        SecretInfo(s["id"], s["qom-type"], s["size"], s["memory"], s.get("expires-in"))
+        for s in cast("list[dict[str, Any]]", entries)
+    ]
+
+
+def event_of(message: Mapping[str, object]) -> Event:
+    """Return a message with an event."""
+    data = cast("dict[str, Any]", message.get("data", {}))
+    stamp = cast("dict[str, int]", message["timestamp"])
+    seconds = stamp["seconds"] + stamp["microseconds"] / 1e6
+    return Event(str(message["event"]), str(data.get("id", "")), data.get("peer"), seconds, data)
+
+
+def figures(parts: object) -> dict[str, int]:
+    """Return what query-secret-stats has returned, by name."""
+    listed = cast("list[dict[str, list[dict[str, Any]]]]", parts)
+    return {s["name"]: int(s["value"]) for part in listed for s in part["stats"]}
+
+
+def check_text(value: object) -> None:
+    """Raise ValueError for text that is not UTF-8, such as a name that came from a command line: JSON cannot
+    carry it.
+    """
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{value!a} is not UTF-8 text") from None
+    elif isinstance(value, Mapping):
+        for name, member in value.items():
+            check_text(name)
+            check_text(member)
+    elif isinstance(value, list | tuple):
+        for member in value:
+            check_text(member)
+
+
+def before(beginning: str) -> str:
+    """Return a text that sorts just before all ids that begin so: "~" sorts behind all that an id can have."""
+    return f"{beginning[:-1]}{chr(ord(beginning[-1]) - 1)}~" if beginning else ""
