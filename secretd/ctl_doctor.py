@@ -366,7 +366,7 @@ def _print(finding: Finding) -> None:
     plain = not (sys.stdout.encoding or "").lower().startswith("utf")
     mark, color = _MARKS[finding.state]
     shown = click.style(finding.state.ljust(7) if plain else mark, fg=color)
-    print(f"{shown} {finding.check:<{_WIDTH}}  {finding.found}", flush=True)
+    click.echo(f"{shown} {finding.check:<{_WIDTH}}  {finding.found}")
     if finding.mend:
         indent = "       " if plain else " "
-        print(f"{indent} {'':<{_WIDTH}}  {'->' if plain else '→'} {finding.mend}", flush=True)
+        click.echo(f"{indent} {'':<{_WIDTH}}  {'->' if plain else '→'} {finding.mend}")

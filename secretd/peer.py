@@ -263,7 +263,7 @@ def _is_zombie(pidfd: int) -> bool:
     """True if a process has ended, whether it was waited for or not: a pidfd is readable then."""
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
-    return bool(poll.poll(0))
+    return any(events & select.POLLIN for _, events in poll.poll(0))
 
 
 def _told_by_kernel(pidfd: int) -> tuple[int, int] | None:

@@ -28,6 +28,13 @@ KEY = memoryview(bytearray(b"k" * 32))
 PEER = Who("client", {"uid": 1000})
 
 
+def reopen(audit: Audit) -> None:
+    """What SIGHUP does."""
+    sink = audit.open_again()
+    if sink is not None:
+        audit.switch(sink)
+
+
 def records(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -246,7 +253,7 @@ def test_without_an_audit_nothing_is_kept() -> None:
     inside(lambda: audit.note("add", id="s"))
     audit.release("read", PEER, "grant g", "s", 7)
     audit.refuse("read", 1, PEER)
-    audit.reopen()
+    reopen(audit)
     audit.stop()
     assert (audit.records, audit.dropped, audit.target) == (0, 0, "none")
     with pytest.raises(UsageError, match="--audit-policy=require needs --audit"):
@@ -291,7 +298,7 @@ def test_a_full_pipe_never_blocks_and_what_is_dropped_is_counted(
             assert [f.number for f in found] == [1]  # there was no start
 
         asyncio.run(act())
-        audit.reopen()
+        reopen(audit)
         audit.stop()
         assert os.fstat(2)
     finally:
@@ -399,7 +406,7 @@ def test_a_new_file_must_serve_as_the_old_one_did(
     with monkeypatch.context() as patch:
         patch.setattr(sinks, "_is_remote", lambda _device: True)
         with pytest.raises(UsageError, match="it may block, so nothing can be required of it"):
-            audit.reopen()
+            reopen(audit)
     audit.release("read", PEER, "grant g", "s", 7)
     audit.stop()
     assert [r["event"] for r in records(tmp_path / "a.1")] == ["read"]
@@ -427,7 +434,7 @@ def test_a_line_that_was_begun_is_whole_in_the_new_file(tmp_path: Path) -> None:
             audit.note("add", id=f"s{number}")
         audit._flush()
         (tmp_path / "a").rename(tmp_path / "a.1")
-        audit.reopen()
+        reopen(audit)
 
     inside(act)
     audit.stop()
@@ -568,10 +575,10 @@ def test_a_file_that_nobody_touched_is_found_whole(tmp_path: Path, key: memoryvi
 
     def rotate() -> None:
         audit.start("1.0", 0)
-        audit.reopen()  # not moved away
+        reopen(audit)  # not moved away
         path.rename(old)
         audit.note("add", id="before")
-        audit.reopen()
+        reopen(audit)
         audit.note("add", id="after")
 
     inside(rotate)
@@ -595,7 +602,7 @@ def test_a_file_that_cannot_be_opened_anew_leaves_the_old_one(tmp_path: Path) ->
     audit = Audit(str(path))
     path.parent.rename(tmp_path / "e")
     with pytest.raises(UsageError, match="No such file or directory"):
-        audit.reopen()
+        reopen(audit)
     inside(lambda: audit.note("add", id="s"))
     audit.stop()
     assert [r["event"] for r in records(tmp_path / "e" / "a")] == ["add"]

@@ -619,6 +619,7 @@ def test_the_client_door_refuses_every_read_and_shows_nothing(daemon: Daemon, qm
     assert names == {
         "qmp_capabilities", "query-version", "query-commands", "query-qmp-schema", "add-fd",
         "remove-fd", "query-fdsets", "getfd", "closefd", "secret-read", "query-secrets",
+        "query-status", "secret-events",
     }  # fmt: skip
 
 

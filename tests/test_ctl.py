@@ -53,10 +53,10 @@ def test_a_secret_is_added_from_a_file_and_read_to_a_pipe(run: Ctl, tmp_path: Pa
     plain.write_text("letmein")
     newline.write_text("bGV0bWVpbg==\n")
     empty.touch()
-    assert run("add", "a", "--file", str(plain)) == ("", "")
+    assert run("add", "a", "--file", str(plain)) == ("added a, 7 bytes\n", "")
     _, err = run("add", "b", "--file", str(newline))
     assert "warning: the secret ends in a newline" in err
-    assert run("add", "c", "--file", str(newline), "--format", "base64") == ("", "")
+    assert run("add", "c", "--file", str(newline), "--format", "base64")[0] == "added c, 7 bytes\n"
     assert run("add", "d", "--file", str(empty))[1] == "secretctl: warning: the secret is empty\n"
     assert run("read", "a") == ("letmein", "")
     assert run("read", "b") == ("bGV0bWVpbg==\n", "")
@@ -80,12 +80,14 @@ def test_a_secret_is_added_from_a_pipe(run: Ctl, monkeypatch: pytest.MonkeyPatch
         return source
 
     source = piped(b"letmein")
-    assert run("add", "a", "--fd", str(source)) == ("", "")
+    assert run("add", "a", "--fd", str(source)) == ("added a, 7 bytes\n", "")
     os.close(source)
     assert run("read", "a") == ("letmein", "")
     source = piped(b"x" * (3 << 20))
     _, err = run("add", "b", "--fd", str(source), status=1)
-    assert err == "secretctl: more than 2097152 bytes were given\n"
+    assert (
+        err == "secretctl: more than 2,097,152 bytes were given, and a secret may have 1,048,576\n"
+    )
     os.close(source)
     saved = os.dup(0)
     for words in (["--stdin"], []):
@@ -101,8 +103,12 @@ def test_a_secret_is_added_from_a_pipe(run: Ctl, monkeypatch: pytest.MonkeyPatch
         writer.join(10)
 
 
-def in_terminal(words: list[str], typed: bytes, *, expect: bytes) -> tuple[int, bytes]:
-    """Run secretctl in a terminal of its own; type when it has printed what is expected."""
+def in_terminal(
+    words: list[str], typed: bytes, *, expect: bytes, again: bytes = b""
+) -> tuple[int, bytes]:
+    """Run secretctl in a terminal of its own; type when it has printed what is expected, and once more when it
+    asks for it.
+    """
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
         # What was started in the background ignores interrupts, and so do its children.
@@ -120,6 +126,9 @@ def in_terminal(words: list[str], typed: bytes, *, expect: bytes) -> tuple[int, 
         while typed and termios.tcgetattr(ours)[3] & termios.ECHO:
             pass
         os.write(ours, typed)
+        while again and b"Again: " not in seen:
+            seen += os.read(ours, 1000)
+        os.write(ours, again)
         while True:
             seen += os.read(ours, 1000)
     except OSError:  # EIO: nobody has the terminal open any more
@@ -136,10 +145,12 @@ def test_a_secret_is_asked_for_on_the_terminal_without_echo(
 ) -> None:
     """It does not show, and its newline does not count."""
     status, seen = in_terminal(
-        ["--socket", daemon.control, "add", "asked", *words], b"letmein\n", expect=b"Secret asked: "
-    )
+        ["--socket", daemon.control, "add", "asked", *words], b"letmein\n", expect=b"Secret asked: ",
+        again=b"letmein\n",
+    )  # fmt: skip
     assert status == 0
     assert b"letmein" not in seen
+    assert b"added asked, 7 bytes" in seen
     assert qmp.read("asked") == b"letmein"
 
 
@@ -217,7 +228,7 @@ def test_a_secret_is_pushed_into_another_qmp_server(run: Ctl, qmp: Client, tmp_p
         _, err = run("push", "s", "--keyid", "k", "--qmp", str(tmp_path / "no"), status=1)
         assert err == (
             f"secretctl: cannot connect to {tmp_path / 'no'}: No such file or directory; "
-            "is it running?\n"
+            "is QEMU running?\n"
         )
     finally:
         other.stop()
@@ -315,7 +326,9 @@ def test_a_daemon_that_goes_away_is_said(
         "listed",
         lambda *_a, **_k: [s.transport.close() for s in daemon.server.sessions.copy()],
     )
-    monkeypatch.setattr("secretd.client.Client.list", lambda self: self.execute("qom-list-types"))
+    monkeypatch.setattr(
+        "secretd.client.SyncClient.list", lambda self: self.execute("qom-list-types")
+    )
     monkeypatch.setattr("secretd.ctl_frame.RETRY_SECONDS", 0)
     _, err = run("list", status=1)
     assert err.startswith("secretctl: the connection was lost")
@@ -324,10 +337,10 @@ def test_a_daemon_that_goes_away_is_said(
 def test_an_interrupt_is_status_130(run: Ctl, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a shell has it."""
 
-    async def interrupted(_client: object) -> None:
+    def interrupted(_client: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("secretd.client.Client.list", interrupted)
+    monkeypatch.setattr("secretd.client.SyncClient.list", interrupted)
     run("list", status=130)
 
 

@@ -3,6 +3,7 @@
 
 import asyncio
 import json
+import re
 import os
 import subprocess
 import sys
@@ -138,13 +139,16 @@ def test_a_lifetime_is_set_and_listed(run: Ctl, qmp: Client) -> None:
     qmp.add("t", data="letmein")
     assert "EXPIRES" not in run("list")[0]
     for time, shown in (
-        ("90", "1m 30s"),
+        ("90s", "1m 30s"),
         ("2d", "2d"),
         ("26h", "1d 2h"),
         ("15m", "15m"),
         ("1s", "1s"),
     ):
-        assert run("expire", "t", "--after", time) == ("", "")
+        out, err = run("expire", "t", "--after", time)
+        assert out.startswith("t will be wiped at ")
+        assert out.endswith(f", in {shown}\n")
+        assert err == ""
         lines = run("list")[0].splitlines()
         assert lines[0].endswith("EXPIRES IN")
         assert lines[1].endswith("  -")
@@ -152,7 +156,17 @@ def test_a_lifetime_is_set_and_listed(run: Ctl, qmp: Client) -> None:
     qmp.ok("secret-expire", {"id": "s", "after": 5000})
     listed = json.loads(run("list", "--json")[0])
     assert listed[0]["expires-in"] == 5000
-    assert ctl._duration(0) == "0s"
+    assert ctl_frame.duration(0) == "0s"
+    assert run("expire", "t", "--never") == ("t will not expire\n", "")
+    assert "expires-in" not in json.loads(run("list", "--json")[0])[1]
+    for wrong in ([], ["--never", "--after", "8h"]):
+        assert "either --after TIME or --never" in run("expire", "t", *wrong, status=2)[1]
+    words = "secretctl: '8': a time needs its unit, such as 90s, 15m, 8h or 30d\n"
+    assert run("expire", "t", "--after", "8", status=1) == ("", words)
+    assert run("grant", "t", "--to", "uid:1", "--for", "8", status=1) == ("", words)
+    out, err = run("grant", "t", "--to", "uid:1", "--for", "8h")
+    assert out == "grant-t-uid_1\n"
+    assert re.fullmatch(r"secretctl: it ends at [0-9]{2}:[0-9]{2}, in 8h\n", err)
     for text in ("x", "", "-1", "1w", "1.5h"):
         assert (
             "a time is expected, such as 90s" in run("expire", "s", f"--after={text}", status=1)[1]

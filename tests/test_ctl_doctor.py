@@ -38,7 +38,7 @@ def test_where_all_is_well_it_says_so(
     out, err = run("doctor")
     assert err == ""
     assert "✓ daemon" in out
-    assert "limits         none was reached" in out
+    assert "none was reached" in out
     listed = json.loads(run("doctor", "--json")[0])
     assert {"python", "kernel", "memory", "locked memory", "socket", "daemon"} <= {
         f["check"] for f in listed
@@ -63,7 +63,8 @@ def test_a_terminal_that_has_no_such_marks_gets_words(
         encoding = "ANSI_X3.4-1968"
 
     monkeypatch.setattr(ctl_doctor.sys, "stdout", Ascii())
-    ctl_doctor._print(findings)
+    for finding in findings:
+        ctl_doctor._print(finding)
     monkeypatch.undo()
     text = "\n".join(lines)
     assert text.isascii()
@@ -169,9 +170,21 @@ def test_units_are_looked_at_where_systemd_runs(monkeypatch: pytest.MonkeyPatch)
     ]
     answers += ["LoadState=loaded\nActiveState=active\nUnitFileState=enabled\n"] * 2
     answers += ["LoadState=loaded\nActiveState=inactive\nUnitFileState=disabled\n"]
+    answers += ["ActiveState=active\nSubState=running\n"]
     findings = found(ctl_doctor._units)
     assert [f.state for f in findings] == ["ok", "ok", "warning"]
     assert findings[2].mend == "systemctl enable --now secretd-credentials.socket"
+    answers += ["LoadState=loaded\nActiveState=active\nUnitFileState=enabled\n"] * 3
+    answers += ["ActiveState=activating\nSubState=auto-restart\nNRestarts=7\n", "no such file\n"]
+    (failing,) = found(ctl_doctor._units)[3:]
+    assert failing.state == "failed"
+    assert failing.found == "auto-restart, after 7 restarts: no such file"
+
+    def too_slow(*_words: object, **_named: object) -> None:
+        raise subprocess.TimeoutExpired("systemctl", 1)
+
+    monkeypatch.setattr(subprocess, "run", too_slow)
+    assert [f.state for f in found(ctl_doctor._units)] == ["warning"]
     monkeypatch.setattr(os.path, "isdir", lambda _path: False)
     assert found(ctl_doctor._units) == []
 

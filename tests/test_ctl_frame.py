@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from secretd import ctl_frame
+from secretd.client import ConnectError
 from secretd.ctl_frame import cli
 from tests.conftest import Client, Daemon, need_program
 from tests.test_ctl import SECRETCTL, Ctl, run
@@ -45,7 +46,7 @@ def test_json_says_what_was_done(run: Ctl, qmp: Client, tmp_path: Path) -> None:
         ["del", "a"],
     )
     assert [json.loads(run(*words, "--json")[0]) for words in given] == [
-        {"id": "a"},
+        {"id": "a", "size": 7},
         {"id": "k", "size": 32},
         {"id": "a", "after": 3600},
         {"id": "g"},
@@ -146,10 +147,10 @@ def test_a_connection_that_is_refused_names_who_may(
 ) -> None:
     """As the file's permissions have it."""
 
-    async def refused(_client: object) -> None:
-        raise ctl_frame.ConnectError("no", PermissionError(13, "Permission denied"))
+    def refused(_client: object) -> None:
+        raise ConnectError("no", PermissionError(13, "Permission denied"))
 
-    monkeypatch.setattr("secretd.client.Client.connect", refused)
+    monkeypatch.setattr("secretd.client.SyncClient.connect", refused)
     _, err = run("list", status=1)
     assert "Permission denied\nsecretctl: only root and secretd's own user may" in err
 

@@ -62,7 +62,7 @@ def test_odd_lines_are_answered_as_qemu_does(qmp: Client) -> None:
     """NULs, keys without end, numbers without end."""
     assert hmp(qmp, "object_add authz-simple,id=a,identity=x\0y") == ""
     assert qmp.ok("qom-get", {"path": "a", "property": "identity"}) == "x\0y"
-    assert hmp(qmp, "unk\0abc") == "unknown command: 'unk\0abc'\r\n"
+    assert hmp(qmp, "un\0abc") == "unknown command: 'un\0abc'\r\n"
     assert hmp(qmp, "object_del a\0b") == "Error: object 'a\0b' not found\r\n"
     number = "9" * 5000
     assert hmp(qmp, f"object_add secret_keyring,id=k,serial={number}") == (

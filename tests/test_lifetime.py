@@ -21,7 +21,8 @@ def end_soon(daemon: Daemon, object_id: str, nanoseconds: int = 1_000_000) -> No
 
 def test_a_secret_with_a_lifetime_is_wiped_at_its_end(daemon: Daemon, qmp: Client) -> None:
     """An event says so; the time that is left is listed until then."""
-    other = daemon.connect()
+    other = daemon.connect().watch()
+    qmp.watch()
     qmp.add("s", data="letmein")
     assert "expires-in" not in qmp.secrets()[0]
     assert qmp.ok("secret-expire", {"id": "s", "after": 1}) == {}
