@@ -246,11 +246,13 @@ class Access:
             return any(map(self._is_usable, itertools.chain(granted.naming(object_id), rules)))
 
         prefixes = granted.prefixes.union(literal_prefix(rule.secret) for rule in allowed)
-        found = _in_order(granted.exact_after(after), self._tree.secrets_after(after, prefixes))
+        found = _in_order(granted.exact_after(after), self._tree.ids_after(after, prefixes))
+        names, is_secret = granted.names, self._tree.is_secret
         return (
             object_id
             for object_id in found
-            if object_id is None or (self._tree.is_secret(object_id) and permitted(object_id))
+            if object_id is None
+            or ((allowed or names(object_id)) and is_secret(object_id) and permitted(object_id))
         )
 
     def _is_usable(self, rule: Rule) -> bool:

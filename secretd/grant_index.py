@@ -103,6 +103,16 @@ class Granted:
             yield None
             object_id = found[-1]
 
+    def names(self, object_id: str) -> bool:
+        """True if a cacheable grant is for this secret."""
+        if object_id in self._exact:
+            return True
+        for length in self._lengths:
+            rules = self._patterns.get(object_id[:length])
+            if rules is not None and any(matcher(r.secret)(object_id) for r in rules.values()):
+                return True
+        return False
+
     def naming(self, object_id: str) -> Iterator[Rule]:
         """Return the cacheable grants for a secret."""
         yield from self._exact.get(object_id, {}).values()

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Final, Literal, Protocol
 
 from secretd.access import Access
-from secretd.audit import Audit
+from secretd.audit import AUDIT_ID_CHARACTERS, Audit
 from secretd.broadcast import Broadcaster
 from secretd.deliver import Deliveries
 from secretd.events import EVENTS
@@ -19,7 +19,7 @@ from secretd.introspect import schema
 from secretd.log import LogHandler
 from secretd.offload import Offload
 from secretd.peer import Door, Peer
-from secretd.qom.object import ID_BYTES, ObjectTree
+from secretd.qom.object import ObjectTree
 from secretd.qom.path import Paths
 from secretd.schema import Command, FastDecoder
 from secretd.wire import encode
@@ -94,8 +94,9 @@ class Daemon:
         uid = None if peer is None or peer.trusted else peer.uid
         if not self.broadcaster.accepts(name, object_id, uid, origin):
             return
-        # An identifier is plain ASCII; what clients ask for may be anything, and of any length.
-        quoted = encode.value(object_id if len(object_id) <= ID_BYTES else "?")
+        # An identifier is plain ASCII; what clients ask for may be anything, and is cut as in the audit.
+        shown = object_id[:AUDIT_ID_CHARACTERS] if name == "SECRET_DENIED" else object_id
+        quoted = encode.value(shown)
         bare = wire_event(name, f'{{"id": {quoted}}}')
         full = bare
         if peer is not None:

@@ -317,8 +317,13 @@ class ObjectTree:
     def secrets_after(
         self, object_id: str, prefixes: Collection[str] = ("",)
     ) -> Iterator[str | None]:
-        """Return the ids of the secrets that come after ``object_id``, in order; those that begin with one of
-        ``prefixes``, each once. After each IDS_PER_LOOK ids it returns None: objects may come and go then.
+        """Return the ids of the secrets that come after ``object_id``, as `ids_after` does."""
+        found = self.ids_after(object_id, prefixes)
+        return (each for each in found if each is None or self.is_secret(each))
+
+    def ids_after(self, object_id: str, prefixes: Collection[str]) -> Iterator[str | None]:
+        """Return the ids that come after ``object_id``, in order; those that begin with one of ``prefixes``, each
+        once. After each IDS_PER_LOOK ids it returns None: objects may come and go then.
         """
         last = object_id
         for prefix in sorted(prefixes):
@@ -332,8 +337,7 @@ class ObjectTree:
                     if not each.startswith(prefix):
                         break
                     last = each
-                    if self.is_secret(each):
-                        yield each
+                    yield each
                 else:
                     if len(looked_at) < IDS_PER_LOOK:
                         break
