@@ -74,6 +74,10 @@ def _in_order(first: Iterator[str | None], second: Iterator[str | None]) -> Iter
                     yield None
                 else:
                     heads[index] = head
+        if len(streams) == 1:
+            yield heads[0]
+            yield from streams[0]
+            return
         if heads:
             least = min(heads)
             yield least

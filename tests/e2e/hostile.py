@@ -2,10 +2,12 @@
 """A client of another uid that passes descriptors which block whoever touches them. Run as a program.
 
 hostile.py SOCKET KIND ACT UID prints a line when it has done what it can, and holds on until its stdin
-ends. KIND: mutex (a pipe whose mutex is held by a splice from a terminal), linger (a TCP socket with
-SO_LINGER and unsent data), fuse (a file of a file system that never answers), opath (an O_PATH descriptor of
-a file that this uid cannot read). ACT: write (secret-read to it), read (object-add from it, on a control
-door), drop (pass it and let it go).
+ends. KIND: mutex (a pipe whose mutex is held by a splice from a terminal), linger, mptcp, vsock (a connected
+socket of TCP, MPTCP or vsock with SO_LINGER and unsent data), locked (a TCP socket whose lock is held by a thread
+that waits for a page of a FUSE file), fuse (a file of a file system that never answers), opath (an O_PATH
+descriptor of a file that this uid cannot read). ACT: write (secret-read to it), read (object-add from it, on a
+control socket), drop (pass it and let it go), oob (pass it with an urgent byte), crowd (let four go, then pass 253
+on each of many connections), knock (connect again and again, pass it at once and hang up).
 """
 
 import contextlib
@@ -47,14 +49,23 @@ def wchans() -> list[str]:
     return found
 
 
-def linger() -> int:
-    """A TCP socket whose close waits for data to be sent that nobody takes."""
-    listener = socket.socket()
-    listener.bind(("127.0.0.1", 0))
+SOCKETS = {
+    "linger": (socket.AF_INET, 0, ("127.0.0.1", 0)),
+    "mptcp": (socket.AF_INET, 262, ("127.0.0.1", 0)),
+    "vsock": (socket.AF_VSOCK, 0, (1, 0xFFFFFFFF)),  # VMADDR_CID_LOCAL, VMADDR_PORT_ANY
+}
+
+
+def linger(kind: str = "linger") -> int:
+    """A socket whose close waits for data to be sent that nobody takes."""
+    family, protocol, address = SOCKETS[kind]
+    listener = socket.socket(family, socket.SOCK_STREAM, protocol)
+    listener.bind(address)
     listener.listen()
-    sock = socket.socket()
+    sock = socket.socket(family, socket.SOCK_STREAM, protocol)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 30))
-    sock.connect(listener.getsockname())
+    name = listener.getsockname()
+    sock.connect((1, name[1]) if family == socket.AF_VSOCK else name)
     other, _ = listener.accept()
     other.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
     sock.setblocking(False)
@@ -81,13 +92,34 @@ def let_go() -> bytes:
     return received
 
 
+def locked(file: int) -> int:
+    """A TCP socket that a thread sends a page of a FUSE file on: it holds the lock until that is read."""
+    libc = ctypes.CDLL(None)
+    libc.mmap.restype = ctypes.c_void_p
+    page = libc.mmap(None, 4096, 1, 2, file, 0)
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    listener.listen()
+    sock = socket.socket()
+    sock.connect(listener.getsockname())
+    KEPT.extend((listener, listener.accept()[0], sock))
+    libc.send.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    threading.Thread(target=lambda: libc.send(sock.fileno(), page, 100, 0), daemon=True).start()
+    libc.prctl(4, 1)
+    while not any("request_wait" in state or "folio" in state for state in wchans()):
+        pass
+    return os.dup(sock.fileno())
+
+
 def fuse(prepared: str) -> int:
     """A file of a FUSE file system whose server answers no more, opened before that."""
     return int(prepared)
 
 
-def serve_fuse(mountpoint: str) -> int:
-    """Mount a file system (as root), open its file, answer nothing from then on; return the file."""
+def serve_fuse(mountpoint: str, *, direct: bool = True) -> int:
+    """Mount a file system (as root), open its file, answer nothing from then on; return the file. Without
+    ``direct`` I/O it can be mapped.
+    """
     device = os.open("/dev/fuse", os.O_RDWR)
     libc = ctypes.CDLL(None, use_errno=True)
     options = f"fd={device},rootmode=40000,user_id=0,group_id=0,allow_other".encode()
@@ -118,7 +150,7 @@ def serve_fuse(mountpoint: str) -> int:
             )
             answer = struct.pack("<QII", 1 << 20, 0, 0) + (directory if node == 1 else attributes)
         elif opcode == 14:  # FUSE_OPEN
-            answer = struct.pack("<QII", 1, 1, 0)  # with direct I/O
+            answer = struct.pack("<QII", 1, int(direct), 0)  # FOPEN_DIRECT_IO
         else:
             answer = b""
         os.write(device, struct.pack("<IiQ", 16 + len(answer), 0, unique) + answer)
@@ -138,8 +170,40 @@ def ask(sock: socket.socket, command: str, arguments: dict, fds: list[int]) -> N
         sock.sendall(data)
 
 
+def knock(path: str, fd: int) -> None:
+    """Connect, pass the descriptor before anybody has looked, and hang up; many times."""
+    for _ in range(600):
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as sock:
+            sock.settimeout(5)
+            sock.connect(path)
+            socket.send_fds(sock, [b"x"], [fd])
+    with open(os.devnull) as null:
+        for _ in range(600):
+            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as sock:
+                sock.settimeout(5)
+                sock.connect(path)
+                socket.send_fds(sock, [b"x"], [null.fileno()])
+
+
+def crowd(path: str) -> None:
+    """Pass as many descriptors as a message takes, on as many connections as fill a table."""
+    with open(os.devnull) as null:
+        for _ in range(40):
+            sock = socket.socket(socket.AF_UNIX)
+            sock.settimeout(5)
+            with contextlib.suppress(OSError):
+                sock.connect(path)
+                sock.recv(1 << 16)
+                data = b'{"execute":"query-version"}\n'
+                socket.send_fds(sock, [data], [null.fileno()] * DESCRIPTORS_PER_MESSAGE)
+            KEPT.append(sock)
+
+
 def act(path: str, act_name: str, fd: int) -> None:
     """Do it four times over and more, so that all threads that this uid may have are stuck."""
+    if act_name == "knock":
+        knock(path, fd)
+        return
     for number in range(8):
         sock = socket.socket(socket.AF_UNIX)
         sock.connect(path)
@@ -159,11 +223,20 @@ def act(path: str, act_name: str, fd: int) -> None:
                     {"qom-type": "secret", "id": f"h{number}", "file": "/dev/fdset/0"},
                     [],
                 )
+            elif act_name == "oob":
+                sock.sendmsg(
+                    [b"x"],
+                    [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", fd))],
+                    socket.MSG_OOB,
+                )
+                sock.send(b" ")
             else:
                 ask(sock, "getfd", {"fdname": "x"}, [fd])
                 ask(sock, "closefd", {"fdname": "x"}, [])
                 ask(sock, "query-version", {}, [fd] * DESCRIPTORS_PER_MESSAGE)
         KEPT.append(sock)
+    if act_name == "crowd":
+        crowd(path)
 
 
 def main() -> None:
@@ -171,6 +244,7 @@ def main() -> None:
     path, kind, act_name, uid = sys.argv[1:5]
     prepare: dict[str, Callable[[], int]] = {
         "fuse": lambda: serve_fuse(sys.argv[5]),
+        "locked": lambda: serve_fuse(sys.argv[5], direct=False),
         "opath": lambda: os.open(sys.argv[5], os.O_PATH),
     }
     fd = prepare[kind]() if kind in prepare else -1
@@ -179,11 +253,13 @@ def main() -> None:
     os.setresuid(int(uid), int(uid), int(uid))
     if kind == "mutex":
         fd = mutex()
-    elif kind == "linger":
-        fd = linger()
+    elif kind in SOCKETS:
+        fd = linger(kind)
+    elif kind == "locked":
+        fd = locked(fd)
     act(path, act_name, fd)
-    if act_name == "drop" and kind != "fuse":  # whose close would hold up this process too
-        os.close(fd)
+    if act_name not in ("write", "read") and kind not in ("fuse", "locked"):  # whose close would hold up this process too
+        threading.Thread(target=os.close, args=(fd,), daemon=True).start()
     print("done", flush=True)
     if sys.stdin.readline():
         print(let_go().hex(), flush=True)

@@ -7,14 +7,19 @@ other. A daemon that waits for what never comes is a test that does not end.
 
 import contextlib
 import os
+import signal
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from secretd.sockopt import SO_PASSRIGHTS
 from tests.conftest import Client, connect_as, need, need_root
+from tests.e2e import hostile as hostile_module
 from tests.e2e.conftest import Process
 
 HOSTILE = Path(__file__).parent / "hostile.py"
@@ -47,11 +52,14 @@ def guarded(start: Callable[..., Process], tmp_path: Path) -> Process:
 
 
 @contextlib.contextmanager
-def hostile(daemon: Process, kind: str, act: str, *more: str) -> Iterator[subprocess.Popen[bytes]]:
+def hostile(
+    daemon: Process, kind: str, act: str, *more: str, door: str = "client", uid: int | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
     """A hostile client that has done its worst and holds on."""
-    door = "admins.sock" if act == "read" else "client.sock"
+    door = "admins.sock" if act == "read" or door == "admins" else "client.sock"
+    uid = UID if uid is None else uid
     process = subprocess.Popen(
-        [sys.executable, "-S", str(HOSTILE), str(daemon.directory / door), kind, act, str(UID), *more],
+        [sys.executable, "-S", str(HOSTILE), str(daemon.directory / door), kind, act, str(uid), *more],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE,
     )  # fmt: skip
     assert process.stdout is not None
@@ -59,7 +67,7 @@ def hostile(daemon: Process, kind: str, act: str, *more: str) -> Iterator[subpro
         assert process.stdout.readline() == b"done\n"
         yield process
     finally:
-        if kind == "fuse":
+        if kind in ("fuse", "locked"):
             # By force, which ends all that waits for an answer, also of the processes' ends.
             for how in ("-f", "-l"):
                 subprocess.run(["umount", how, more[0]], check=False, capture_output=True)
@@ -97,6 +105,105 @@ def test_what_blocks_holds_up_nobody_else(
         if kind != "fuse":
             assert threads_of(guarded) <= 4 + 4 + 8
     served(guarded)
+
+
+def need_socket(kind: str) -> None:
+    """Skip or fail where the kernel has no such sockets, or no loopback for them."""
+    if kind in hostile_module.SOCKETS:
+        family, protocol, address = hostile_module.SOCKETS[kind]
+        try:
+            with (
+                socket.socket(family, socket.SOCK_STREAM, protocol) as listener,
+                socket.socket(family, socket.SOCK_STREAM, protocol) as client,
+            ):
+                listener.bind(address)
+                listener.listen()
+                name = listener.getsockname()
+                client.connect((1, name[1]) if kind == "vsock" else name)
+        except OSError as error:
+            pytest.skip(f"this kernel has no {kind} loopback: {error.strerror}")
+
+
+@pytest.mark.parametrize("door", ["client", "admins"])
+@pytest.mark.parametrize("act", ["oob", "crowd", "drop", "write"])
+@pytest.mark.parametrize("kind", ["linger", "mptcp", "vsock"])
+def test_a_lingering_socket_stops_no_other_client(
+    guarded: Process, kind: str, act: str, door: str
+) -> None:
+    """With an urgent byte, by the hundred, dropped, or written to; on both sockets that others reach."""
+    need_socket(kind)
+    before = guarded.fds()
+    with hostile(guarded, kind, act, door=door):
+        served(guarded)
+        assert guarded.fds() - before < 1500  # what one uid may hold, and its connections
+    served(guarded)
+
+
+@pytest.mark.parametrize("uid", [UID, OTHER])
+def test_knocking_leaves_nothing_in_the_descriptor_table(guarded: Process, uid: int) -> None:
+    """A uid that is admitted, and one that is refused, with descriptors that block when they are closed."""
+    need(permits_no_rights(), "this kernel has no SO_PASSRIGHTS (6.16)")
+    before = guarded.fds()
+    with hostile(guarded, "linger", "knock", door="admins", uid=uid):
+        served(guarded)
+        assert guarded.fds() - before < 100
+    served(guarded)
+
+
+def permits_no_rights() -> bool:
+    """Whether a socket can refuse descriptors."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, 0)
+        except OSError:
+            return False
+    return True
+
+
+def test_a_socket_whose_lock_is_held_stops_no_other_client(
+    guarded: Process, tmp_path: Path
+) -> None:
+    """Not even its name is asked for, which takes the lock."""
+    need(os.path.exists("/dev/fuse"), "there is no /dev/fuse")
+    (tmp_path / "mnt").mkdir()
+    with hostile(guarded, "locked", "write", str(tmp_path / "mnt")):
+        served(guarded)
+    served(guarded)
+
+
+def test_a_stop_does_not_wait_for_descriptors_that_nobody_accepted(
+    guarded: Process,
+) -> None:
+    """They lie in connections of the backlog; nor for a client that goes on sending."""
+    guarded.popen.send_signal(signal.SIGSTOP)
+    with hostile(guarded, "linger", "knock"):
+        guarded.popen.send_signal(signal.SIGCONT)
+        path = str(guarded.directory / "client.sock")
+        client = Client(path, sock=connect_as(path, UID, UID))
+        stop = threading.Event()
+
+        def flood() -> None:
+            with contextlib.suppress(OSError):
+                while not stop.is_set():
+                    client.send(b'{"execute":"query-version"}\n' * 50)
+
+        def drain() -> None:
+            with contextlib.suppress(OSError):
+                while client.sock.recv(1 << 16):
+                    pass
+
+        threads = [threading.Thread(target=each) for each in (flood, drain)]
+        for thread in threads:
+            thread.start()
+        guarded.popen.send_signal(signal.SIGTERM)
+        try:
+            guarded.popen.wait(8)  # less than STOP_SECONDS, which it would take to wait for them
+        finally:
+            stop.set()
+            client.sock.shutdown(socket.SHUT_RDWR)
+            for thread in threads:
+                thread.join(10)
+            client.close()
 
 
 def threads_of(daemon: Process) -> int:
