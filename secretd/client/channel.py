@@ -194,16 +194,20 @@ class Channel:
         return message
 
     def _next(self) -> Message | None:
-        end = self._buffer.find(b"\n")
-        if end < 0:
-            return None
-        line = bytes(self._buffer[:end])
-        del self._buffer[: end + 1]
+        line = b""
+        while not line:
+            end = self._buffer.find(b"\n")
+            if end < 0:
+                return None
+            line = bytes(self._buffer[:end]).strip()
+            del self._buffer[: end + 1]
         try:
             message = json.loads(line)
         except ValueError:
             message = None
-        return message if isinstance(message, dict) else {"error": {"desc": "This is no QMP"}}
+        if isinstance(message, dict):
+            return message
+        return {"error": {"class": "GenericError", "desc": "This is no QMP"}}
 
     def _receive(self) -> int:
         data = self._sock.recv(1 << 16)

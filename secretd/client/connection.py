@@ -10,14 +10,16 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, Final, TypeVar
 
 from qemu.qmp import ConnectError, ExecInterruptedError, QMPClient, QMPError, StateError
+from qemu.qmp.qmp_client import GreetingError
 
 from secretd.client import types
-from secretd.client.channel import Refused
+from secretd.client.channel import Channel, Lost, Refused
 from secretd.client.sync import SAFE, SAME_FAILURES
 
 R = TypeVar("R")
 
 _RETRY_EACH: Final = 0.05
+_REFUSAL_SECONDS: Final = 2.0
 
 
 class Connection:
@@ -48,7 +50,9 @@ class Connection:
         try:
             await self.qmp.connect(self.path)
         except ConnectError as error:
-            words = _refusal(error)
+            if not isinstance(error.exc, GreetingError):
+                raise
+            words = await asyncio.to_thread(_refusal, self.path)
             if words is None:
                 raise
             raise ConnectError("Refused by the server", Refused(words)) from None
@@ -148,16 +152,15 @@ class Connection:
             await self.qmp.disconnect()
 
 
-def _refusal(error: ConnectError) -> str | None:
-    """Return the words of a server that sent an error where its greeting should be, None if it sent none.
+def _refusal(path: str) -> str | None:
+    """Return the words of a server that sends an error where its greeting should be, None if it does not.
 
-    qemu.qmp has them only in what it did not understand.
+    qemu.qmp drops what it did not understand, so the server is asked once more.
     """
-    cause: BaseException | None = error.exc
-    while cause is not None:
-        for value in (*cause.args, *vars(cause).values()):
-            message = getattr(value, "_raw", value)
-            if isinstance(message, Mapping) and isinstance(message.get("error"), Mapping):
-                return str(message["error"].get("desc", ""))
-        cause = cause.__cause__
+    try:
+        Channel(path, _REFUSAL_SECONDS).close()
+    except Refused as error:
+        return str(error)
+    except (OSError, Lost):
+        return None
     return None

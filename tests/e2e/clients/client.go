@@ -54,6 +54,7 @@ func main() {
 		fmt.Println("schema")
 	}
 	add := `{"execute": "object-add", "arguments": {"qom-type": "secret", "id": "go", "data": "letmein"}}`
+	run(`{"execute": "secret-events", "arguments": {"enable": true}}`)
 	run(add)
 	run(add)
 	fmt.Println("added")

@@ -26,7 +26,10 @@ qmp.connect(process.argv[2], (error) => {
       fail(error);
       qmp.execute('object-add', secret, (error) => {
         console.log('error', error.message);
-        console.log('added');
+        qmp.execute('secret-events', {enable: true}, (error) => {
+          fail(error);
+          console.log('added');
+        });
       });
     });
   });
