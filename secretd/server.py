@@ -115,9 +115,9 @@ def listen(path: str, door: Door, mode: int, gid: int = -1, authz: str | None = 
         raise UsageError(f"{path}: the path of a socket may have {PATH_BYTES} bytes at most")
     if path.startswith("@"):
         raise UsageError(f"{path}: abstract sockets have no mode that protects them; give a path")
-    check_directory(os.path.dirname(os.path.abspath(path)))
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
+        check_directory(os.path.dirname(os.path.abspath(path)))
         _remove_stale(path)
         # The mode comes with the file: chmod(2) later would follow a link that was put in its place.
         umask = os.umask(0o777 & ~mode)
@@ -148,10 +148,7 @@ def check_directory(directory: str) -> None:
     """
     own = (0, os.getuid())
     while True:
-        try:
-            status = os.stat(directory)
-        except OSError as error:
-            raise UsageError(f"{directory}: {os.strerror(error.errno or 0)}") from None
+        status = os.stat(directory)
         others = stat.S_IWOTH | (0 if status.st_gid in (0, os.getgid()) else stat.S_IWGRP)
         if status.st_uid not in own or (
             status.st_mode & others and not status.st_mode & stat.S_ISVTX

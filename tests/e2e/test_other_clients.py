@@ -39,6 +39,7 @@ def test_qmpclient(secretd: Process) -> None:
         assert any(e["name"] == "object-add" for e in schema)
         listed = await qmp.execute_msg(qmp.make_execute_msg("query-secrets", oob=True))
         assert [s["id"] for s in listed] == ["py"]
+        await qmp.execute("secret-events", {"enable": True})
         with qmp.listener("SECRET_ADDED") as listener:
             await asyncio.to_thread(secretd.connect().add, "other", data="x")
             event = await listener.get()
