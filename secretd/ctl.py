@@ -129,9 +129,7 @@ def _add_fd(client: SyncClient, options: Options, fd: int, encoding: Encoding) -
                 raise UsageError(
                     f"more than {_STDIN_BYTES:,} bytes were given, and a secret may have 1,048,576"
                 )
-        if not fill:
-            raise UsageError("nothing was given, so nothing was added")
-        _check_end(buffer.view[fill - 1], options.format)
+        _check_end(buffer.view[fill - 1] if fill else None, options.format)
         client.add_bytes(options.id, buffer.view[:fill], encoding)
 
 
