@@ -6,6 +6,7 @@ It reads nothing and knows no message; each connection's Transport asks for room
 """
 
 import asyncio
+from collections import Counter
 from typing import Final, Protocol
 
 from secretd.errors import LockedMemoryExhausted
@@ -67,6 +68,8 @@ class ReceiveSpace:
         self.small = self.large[: SMALL_TAIL_BYTES - 1]
         self.held = 0  # bytes of connections' own buffers
         self.starved: set[Holder] = set()
+        self.unhandled: Counter[int] = Counter()
+        """By uid: connections whose own buffer waits for their uid's turn, to be handled or to be filled."""
         self._beyond: Holder | None = None  # who may go beyond LARGE_TAILS_BYTES
 
     def allocate(self, size: int, owner: Holder) -> LockedBuffer:

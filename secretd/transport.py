@@ -13,7 +13,6 @@ import contextlib
 import socket
 from collections import deque
 from collections.abc import Callable
-from functools import partial
 from typing import Final, NamedTuple, Protocol
 
 from secretd.errors import LimitReached, LockedMemoryExhausted
@@ -133,14 +132,13 @@ class Transport:
         self._closer = closer
         self.share = share
         self._in_turn = None if uid is None else turns(loop, uid)
-        self._on_readable: Callable[[], object] = self._readable
-        if self._in_turn is not None:
-            self._on_readable = partial(self._in_turn, self._readable_in_turn)
+        self._on_readable = self._readable if self._in_turn is None else self._wait_for_turn
         self._tail: LockedBuffer | None = None
         self._fill = 0  # bytes in the tail
         self._position = 0  # how far of them was read
         self._paused: set[str] = set()
         self._reading = False
+        self._unhandled = False
         self._ended = False  # the client will send no more
         self._finishing = False  # what was sent until now is answered, and no more
         self._left = 0  # bytes of that which were not received yet
@@ -165,6 +163,7 @@ class Transport:
     def give_way(self) -> None:
         """Stop until all others have had their turn."""
         self.pause("turn")
+        self._note_unhandled(waiting=True)
         self.later(self._next_turn)
 
     def later(self, work: Callable[[], None]) -> None:
@@ -175,7 +174,13 @@ class Transport:
             self._in_turn(work)
 
     def _next_turn(self) -> None:
+        self._note_unhandled(waiting=False)
         self.resume("turn")
+
+    def _note_unhandled(self, *, waiting: bool) -> None:
+        if self.share is not None and waiting != self._unhandled:
+            self._unhandled = waiting
+            self._space.unhandled[self.share[1]] += 1 if waiting else -1
 
     def others_wait(self) -> bool:
         """True if there is something else to do than to handle what this connection has sent."""
@@ -220,9 +225,23 @@ class Transport:
             self._unwatch(self._sock.fileno())
         self._reading = wanted
 
+    def _wait_for_turn(self) -> None:
+        if self._tail is not None:
+            self._note_unhandled(waiting=True)
+        self.later(self._readable_in_turn)
+
     def _readable_in_turn(self) -> None:
-        if self._reading:  # still
-            self._readable()
+        if not self._reading:  # any more
+            return
+        if self._tail is not None:
+            self._note_unhandled(waiting=False)
+        elif self.share is not None and self._space.unhandled[self.share[1]]:
+            share, uid = self.share
+            if share.held(uid) + SMALL_TAIL_BYTES > share.limit:
+                # What fills the uid's room is finished or handled in its next turns: receive later.
+                self.later(self._readable_in_turn)
+                return
+        self._readable()
 
     def _readable(self) -> None:
         tail, space, start = self._tail, self._space, self._fill
@@ -478,6 +497,7 @@ class Transport:
             return
         self.is_closed = True
         self._reading = False
+        self._note_unhandled(waiting=False)
         self._space.starved.discard(self)
         for timer in (self._timer, self._retry):
             if timer is not None:

@@ -134,7 +134,10 @@ class Client:
     def line(self) -> bytes:
         """The next line; b"" at the end."""
         while b"\n" not in self._buffer:
-            data = self.sock.recv(1 << 16)
+            try:
+                data = self.sock.recv(1 << 16)
+            except ConnectionResetError:  # the end, where the daemon has left something unread
+                return b""
             if not data:
                 return b""
             self._buffer += data

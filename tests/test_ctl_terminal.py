@@ -107,7 +107,9 @@ def test_an_import_of_nothing_is_an_error(run: Ctl, tmp_path: Path) -> None:
     """Most likely it was not meant."""
     (tmp_path / "empty").write_text("\n\n")
     _, err = run("import", str(tmp_path / "empty"), status=1)
-    assert err == f"secretctl: {tmp_path}/empty: it has no line with a secret, so nothing was added\n"
+    assert (
+        err == f"secretctl: {tmp_path}/empty: it has no line with a secret, so nothing was added\n"
+    )
 
 
 # --- the prompt
@@ -235,7 +237,9 @@ def test_a_taken_id_is_never_answered_with_deletion(run: Ctl, qmp: Client, tmp_p
 
 def test_a_qemu_is_told_from_secretd(run: Ctl, tmp_path: Path) -> None:
     """By its greeting."""
-    greeting = b'{"QMP": {"version": {"qemu": {}, "package": "Debian 1:7.2"}, "capabilities": []}}\n'
+    greeting = (
+        b'{"QMP": {"version": {"qemu": {}, "package": "Debian 1:7.2"}, "capabilities": []}}\n'
+    )
     path = str(tmp_path / "qemu")
     with server(path, greeting, b'{"return": {}}\n', b""):
         _, err = run("list", status=1, socket=path)
@@ -275,7 +279,10 @@ def test_the_client_socket_does_not_answer_unnamed(
     run._capfd.readouterr()
     assert ctl_frame.main() == 0
     _, err = run._capfd.readouterr()
-    assert err == f"secretctl: no control socket at {control}; asking the client socket {daemon.client}\n"
+    assert (
+        err
+        == f"secretctl: no control socket at {control}; asking the client socket {daemon.client}\n"
+    )
     monkeypatch.setattr("sys.argv", ["secretctl", "doctor"])
     assert ctl_frame.main() == 0
     out, _ = run._capfd.readouterr()

@@ -41,7 +41,9 @@ def ready(process: "subprocess.Popen[str]") -> str:
 
 
 @pytest.mark.parametrize("closed", [(0,), (1,), (0, 1), (0, 1, 2)])
-def test_closed_descriptors_are_not_taken_for_others(tmp_path: Path, closed: tuple[int, ...]) -> None:
+def test_closed_descriptors_are_not_taken_for_others(
+    tmp_path: Path, closed: tuple[int, ...]
+) -> None:
     """The daemon writes its audit to the file, and its journal stays as it is."""
     audit = tmp_path / "audit"
     control = str(tmp_path / "s")

@@ -242,7 +242,9 @@ def test_secrets_of_the_largest_size_are_sealed(daemon: Daemon, qmp: Qmp) -> Non
             await client.expire("s", None)
 
     asyncio.run(other())
-    assert "more than the limit of 65536 bytes" in qmp.fail("secret-seal", {"id": "s", "keyid": "k"})
+    assert "more than the limit of 65536 bytes" in qmp.fail(
+        "secret-seal", {"id": "s", "keyid": "k"}
+    )
 
 
 def test_what_is_no_qmp_is_said(tmp_path: Path) -> None:

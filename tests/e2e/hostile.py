@@ -258,7 +258,10 @@ def main() -> None:
     elif kind == "locked":
         fd = locked(fd)
     act(path, act_name, fd)
-    if act_name not in ("write", "read") and kind not in ("fuse", "locked"):  # whose close would hold up this process too
+    if act_name not in ("write", "read") and kind not in (
+        "fuse",
+        "locked",
+    ):  # whose close would hold up this process too
         threading.Thread(target=os.close, args=(fd,), daemon=True).start()
     print("done", flush=True)
     if sys.stdin.readline():
