@@ -1,21 +1,22 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Events about secrets: which connections get them, how often, and when.
 
-A connection gets events after `secret-events` has turned them on. Control connections get every event, with the
-peer that caused it; client connections get events about secrets that they may read, without the peer. The
-connection that caused an event does not get it: it has the reply. The broadcaster decides nothing (access
-does) and sends through its subscribers.
+A connection gets events after `secret-events` has turned them on. Control connections get every event,
+with the peer that caused it; client connections get events about secrets that they may read, without
+the peer. The connection that caused an event does not get it: it has the reply. The broadcaster decides
+nothing (access does) and sends through its subscribers.
 
 Theory of operation. An event goes through three places:
 
-1. `publish` puts it into the queue of the uid that caused it. Events of the trusted share one queue. Each other
-   uid has a small one of its own, and its refusals are thinned out before they get there. So a uid that floods
-   fills its own queue only.
+1. `publish` puts it into the queue of the uid that caused it. Events of the trusted share one queue.
+Each other
+   uid has a small one of its own, and its refusals are thinned out before they get there. So a uid that
+   floods fills its own queue only.
 2. At each tick of a clock, so that the time of an event tells nothing of others, a fair share of every queue
    moves to the log, with the number of its position.
 3. Each subscriber has a position in the log. `_deliver` sends to one subscriber after the other all that lies
-   behind its position, for SLICE_SECONDS at a time, and then lets requests have their turn. An entry leaves the
-   log when every subscriber has got it.
+   behind its position, for SLICE_SECONDS at a time, and then lets requests have their turn. An entry
+   leaves the log when every subscriber has got it.
 
 What finds no room is counted, and subscribers on the control socket are told how many events they lost.
 """

@@ -69,19 +69,22 @@ def import_(options: Options) -> int:
 
 def _import(options: Options, fd: int) -> int:
     added = skipped = 0
-    with client_of(options) as client:
-        with client.buffer(2 * LINE_BYTES) as buffer, progress("importing", None) as step:
-            for number, line in enumerate(_lines(fd, buffer), 1):
-                where = f"{options.file}:{number}"
-                try:
-                    if line:
-                        _add(client, line, where)
-                        added += 1
-                except api.ExecuteError as error:
-                    if not (options.skip_existing and "duplicate property" in str(error)):
-                        return fail(f"{where}: {error} ({added} added before it)")
-                    skipped += 1
-                step()
+    with (
+        client_of(options) as client,
+        client.buffer(2 * LINE_BYTES) as buffer,
+        progress("importing", None) as step,
+    ):
+        for number, line in enumerate(_lines(fd, buffer), 1):
+            where = f"{options.file}:{number}"
+            try:
+                if line:
+                    _add(client, line, where)
+                    added += 1
+            except api.ExecuteError as error:
+                if not (options.skip_existing and "duplicate property" in str(error)):
+                    return fail(f"{where}: {error} ({added} added before it)")
+                skipped += 1
+            step()
     if not added and not skipped:
         return fail(f"{options.file}: it has no line with a secret, so nothing was added")
     if options.json:

@@ -339,8 +339,8 @@ _MARKS: Final = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "failed": (
 def doctor(options: Options) -> int:
     """Check what secretd needs, and say how to mend it.
 
-    Memory locking, kernel, limits, units, sockets, and the daemon itself; it takes 5 seconds at most. The exit
-    status is 1 if something has failed; a warning is not a failure.
+    Memory locking, kernel, limits, units, sockets, and the daemon itself; it takes 5 seconds at most.
+    The exit status is 1 if something has failed; a warning is not a failure.
     """
     findings: list[Finding] = []
 

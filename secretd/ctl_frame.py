@@ -242,7 +242,8 @@ def main() -> int:
 def _open_closed() -> None:
     """Give each closed standard descriptor an end: nothing that is opened later must be taken for it.
 
-    What is written to a closed standard output is an error then, not lost (as with the tools of GNU coreutils).
+    What is written to a closed standard output is an error then, not lost (as with the tools of GNU
+    coreutils).
     """
     for fd, flags in ((0, os.O_WRONLY), (1, os.O_RDONLY), (2, os.O_RDWR)):
         try:
@@ -339,7 +340,8 @@ class _Client(SyncClient):
         super().connect()
         if not self.package.startswith("secretd"):
             raise UsageError(
-                f"{self.path}: this is the monitor of a QEMU, not a socket of secretd; name that with --socket"
+                f"{self.path}: this is the monitor of a QEMU, not a socket of secretd; "
+                "name that with --socket"
             )
 
 
@@ -363,8 +365,8 @@ def say_waiting(what: str) -> None:
 
 
 def unsure_denials(client: SyncClient, authz: str) -> list[str]:
-    """Return the matches of an authz-list's deny rules that a process can get around: it can drop a group in a
-    user namespace, and leave a unit. Only its uid stays.
+    """Return the matches of an authz-list's deny rules that a process can get around: it can drop a
+    group in a user namespace, and leave a unit. Only its uid stays.
     """
     try:
         rules = client.execute("qom-get", {"path": f"/objects/{authz}", "property": "rules"})

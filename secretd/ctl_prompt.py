@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Asking for a secret on the terminal: without echo, of any length, into locked memory.
 
-The terminal's line editing is off, since it cuts a line at 4,095 bytes (termios(3)); backspace, Ctrl-U and Ctrl-D
-work as in it. A paste may have several lines: it is marked as one by terminals with bracketed paste, and is
-recognised elsewhere since it comes in one piece. ctl calls `ask_twice`.
+The terminal's line editing is off, since it cuts a line at 4,095 bytes (termios(3)); backspace, Ctrl-U
+and Ctrl-D work as in it. A paste may have several lines: it is marked as one by terminals with bracketed
+paste, and is recognised elsewhere since it comes in one piece. ctl calls `ask_twice`.
 """
 
 import os
@@ -11,7 +11,7 @@ import select
 import termios
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Final
+from typing import Final, Self
 
 from secretd.client import SyncClient
 from secretd.errors import UsageError
@@ -88,7 +88,7 @@ class _Entry:
         self._text = text
         self.fill = 0
 
-    def __enter__(self) -> "_Entry":
+    def __enter__(self) -> Self:
         self._buffer = self._client.buffer(SECRET_BYTES + _READ_BYTES)
         self._chunk = self._client.buffer(_READ_BYTES)
         return self

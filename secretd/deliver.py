@@ -43,8 +43,8 @@ _GONE: Final = "the client has disconnected"
 
 
 class Content:
-    """What is to be written: the plaintext that a grant carries, its base64, or what was made of it, ``instead``.
-    ``size``: bytes of that.
+    """What is to be written: the plaintext that a grant carries, its base64, or what was made of it,
+    ``instead``. ``size``: bytes of that.
 
     ``untaken`` is called with the reason once it is certain that the delivery has ended and the other end
     has taken no byte: at once, or when a write that was under way has returned.

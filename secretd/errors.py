@@ -62,8 +62,8 @@ class LockedMemoryExhausted(CommandError):
 
 
 class PeerUnknown(SecretdError):
-    """The kernel does not identify the peer completely; the text is the reason. ``uid``: the peer's, as far as
-    it is known, else -1.
+    """The kernel does not identify the peer completely; the text is the reason. ``uid``: the peer's, as
+    far as it is known, else -1.
     """
 
     def __init__(self, words: str, uid: int = -1) -> None:

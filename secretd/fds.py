@@ -266,7 +266,9 @@ def _kind(fd: int) -> Kind:
 
 @lru_cache(1)
 def _memfd_device() -> tuple[int, int]:
-    """Return the device of the kernel's own tmpfs. An unlinked file of any other may be on one that is full."""
+    """Return the device of the kernel's own tmpfs. An unlinked file of any other may be on one that is
+    full.
+    """
     fd = os.memfd_create("secretd-device", os.MFD_CLOEXEC)
     try:
         return device(fd)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Which secret-grant objects apply to which peers, so that a question costs only a peer's own grants.
 
-`GrantIndex` knows each grant, and for each authz object which identities it can allow at all: exact ones, such
-that begin with a text, or any. A peer's `Granted` is made from the candidates of its identities, and kept. A
-change of a grant or authz object touches only the kept entries with one of its identities; where a pattern or
-a list file may allow any identity, entries catch up from a list of changes when they are asked next. The index
-decides nothing: access asks it, and asks the authz objects.
+`GrantIndex` knows each grant, and for each authz object which identities it can allow at all: exact
+ones, such that begin with a text, or any. A peer's `Granted` is made from the candidates of its
+identities, and kept. A change of a grant or authz object touches only the kept entries with one of its
+identities; where a pattern or a list file may allow any identity, entries catch up from a list of
+changes when they are asked next. The index decides nothing: access asks it, and asks the authz objects.
 """
 
 from collections import Counter

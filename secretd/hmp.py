@@ -22,8 +22,8 @@ QUOTED_BYTES: Final = 4
 """Bytes of a line's own text that an error about it quotes: it may be of a secret. QEMU quotes all."""
 
 QUOTED_WORD_BYTES: Final = 7
-"""Bytes of an unknown command that is quoted whole; of a longer one, which may be part of a secret, as much as
-of anything else."""
+"""Bytes of an unknown command that is quoted whole; of a longer one, which may be part of a secret, as
+much as of anything else."""
 
 SECRETS_PER_LISTING: Final = 1000
 """Secrets that `info secrets` lists: more would not fit into a reply."""

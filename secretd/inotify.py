@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""inotify(7) by ctypes, which Python does not have: learn that files of a directory were removed, without looking
-again and again. server uses it for the files of its sockets.
+"""inotify(7) by ctypes, which Python does not have: learn that files of a directory were removed,
+without looking again and again. server uses it for the files of its sockets.
 """
 
 import ctypes

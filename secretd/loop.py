@@ -5,10 +5,10 @@ asyncio makes a list of what is ready, from that a queue of handles, and runs ea
 fifteen calls before the one that counts. A callback given to `Loop.watch` is called as soon as epoll reports
 its descriptor, and as long as that leaves asyncio nothing to do, epoll is asked again at once.
 
-Work for peers that are not trusted goes through `Turns`: a little of it at a time, in turn by uid, between two
-looks at epoll. So neither the number of a uid's connections nor what they send delays the trusted, or
-another uid, by more than a few messages. transport uses this where it finds it, and `add_reader` on any other
-loop.
+Work for peers that are not trusted goes through `Turns`: a little of it at a time, in turn by uid,
+between two looks at epoll. So neither the number of a uid's connections nor what they send delays the
+trusted, or another uid, by more than a few messages. transport uses this where it finds it, and
+`add_reader` on any other loop.
 """
 
 import asyncio

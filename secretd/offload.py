@@ -58,7 +58,7 @@ class Offload:
         return not self._threads
 
     def close(self, uid: int, fd: int) -> None:
-        """Close a descriptor in a thread of its uid, which it counts for until close(2) has returned."""
+        """Close a descriptor in a thread of its uid; it counts as that uid's until it is closed."""
         self._count_closing(uid, 1)
         self._submit(uid, lambda: self._close(uid, fd))
 

@@ -59,8 +59,8 @@ _ALL_IDS: Final = (1 << 32) - 1
 class IdMap(NamedTuple):
     """Which ids of one kind this user namespace maps (user_namespaces(7)).
 
-    ``overflow`` is what the kernel shows for every id that it does not map, None where it maps all: then it is an
-    id like others.
+    ``overflow`` is what the kernel shows for every id that it does not map, None where it maps all: then
+    it is an id like others.
     """
 
     ranges: tuple[range, ...]
@@ -108,8 +108,9 @@ def check_own_uid(uids: IdMap = UIDS) -> None:
     """Raise UsageError if the daemon's own uid cannot be told from others: it would trust them all."""
     if os.getuid() == uids.overflow:
         raise UsageError(
-            f"uid {os.getuid()}, under which secretd runs, stands for every uid that this user namespace does "
-            "not map; run it under one that is mapped and is not the overflow uid (user_namespaces(7))"
+            f"uid {os.getuid()}, under which secretd runs, stands for every uid that this user "
+            "namespace does not map; run it under one that is mapped and is not the overflow uid "
+            "(user_namespaces(7))"
         )
 
 

@@ -242,7 +242,6 @@ class Server:
             loop.add_reader(listener.sock.fileno(), self._accept, listener)
 
     def _accept(self, listener: Listener) -> None:
-        daemon = self.daemon
         for _ in range(ACCEPTS_PER_TURN):
             try:
                 sock, _ = listener.sock.accept()

@@ -79,7 +79,9 @@ def peek(sock: socket.socket, into: memoryview) -> tuple[int, bool]:
 
 
 def holds_descriptors(sock: socket.socket, scratch: memoryview) -> bool:
-    """True if descriptors lie unread in a connection that was shut down; its bytes pass through ``scratch``."""
+    """True if descriptors lie unread in a connection that was shut down; its bytes pass through
+    ``scratch``.
+    """
     try:
         sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, 0)
         for _ in range(_PEEKS):

@@ -2,10 +2,10 @@
 """Where the program `secretd` begins: what has to be so before anything else is imported.
 
 Descriptors 0 to 2 are open, so that nothing is taken for one of them later. The C library binds functions at
-once: bound lazily, the resolver leaves the vector registers on the stack when a function is called for the first
-time, and with them what was copied last (_dl_runtime_resolve_xsavec() of glibc's dl-trampoline.h). That is decided
-when a program starts, so it is started anew where the environment does not say so; the units do. Then
-daemon.main() is called.
+once: bound lazily, the resolver leaves the vector registers on the stack when a function is called for
+the first time, and with them what was copied last (_dl_runtime_resolve_xsavec() of glibc's
+dl-trampoline.h). That is decided when a program starts, so it is started anew where the environment does
+not say so; the units do. Then daemon.main() is called.
 """
 
 import os

@@ -114,7 +114,8 @@ class Memfd(Target):
         """
         if self.may_block and (own := allocated_bytes(self.fd)) < size:
             raise CommandError(
-                f"The memfd has {own} bytes of memory and the secret has {size}; call fallocate(2) on it first"
+                f"The memfd has {own} bytes of memory and the secret has {size}; "
+                "call fallocate(2) on it first"
             )
         os.ftruncate(self.fd, size)
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A read is counted and recorded exactly when a byte was taken: each kind of descriptor, each error, each byte."""
+"""A read is counted and recorded exactly when a byte was taken: each kind of descriptor, each error,
+each byte.
+"""
 
 import errno
 import fcntl
@@ -45,7 +47,7 @@ def limited(audited: Daemon) -> Client:
 
 
 def counted(qmp: Client) -> int:
-    return qmp.ok("qom-get", {"path": "/objects/g", "property": "reads"})  # type: ignore[no-any-return]
+    return qmp.ok("qom-get", {"path": "/objects/g", "property": "reads"})
 
 
 def recorded(directory: Path, event: str) -> int:

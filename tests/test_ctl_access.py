@@ -3,8 +3,8 @@
 
 import asyncio
 import json
-import re
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from secretd import chain, ctl, ctl_access, ctl_frame
+from secretd import chain, ctl_access, ctl_frame
 from secretd.audit import Audit
 from secretd.errors import UsageError
 from tests.conftest import Client, Daemon, need_root

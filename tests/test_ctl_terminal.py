@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""secretctl where people and scripts use it: terminals, pipes and files in any combination, odd input, silence."""
+"""secretctl where people and scripts use it: terminals, pipes and files in any combination, odd input,
+silence.
+"""
 
 import json
 import os
@@ -24,8 +26,8 @@ __all__ = ["run"]
 def with_terminals(
     words: list[str], tmp_path: Path, *, stdin: str, stdout: str, stderr: str
 ) -> tuple[int, bytes, bytes]:
-    """Run secretctl with each standard descriptor a terminal, a pipe, a file or /dev/null; return its status and
-    what it wrote to stdout and stderr.
+    """Run secretctl with each standard descriptor a terminal, a pipe, a file or /dev/null; return its
+    status and what it wrote to stdout and stderr.
     """
     ours: dict[str, int] = {}
     theirs: dict[str, int] = {}
@@ -134,8 +136,9 @@ def prompted(
                 seen += os.read(ours, 1 << 16)
             while termios.tcgetattr(ours)[3] & termios.ECHO:
                 pass
-            while typed:  # more than the terminal takes at once
-                typed = typed[os.write(ours, typed[:1024]) :]
+            rest = typed
+            while rest:  # more than the terminal takes at once
+                rest = rest[os.write(ours, rest[:1024]) :]
         while True:
             seen += os.read(ours, 1 << 16)
     except OSError:  # EIO: it has ended

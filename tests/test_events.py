@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Events about secrets: which connections get them, what is in them, what becomes of those that do not read."""
+"""Events about secrets: which connections get them, what is in them, what becomes of those that do not
+read.
+"""
 
 import os
 import time
@@ -354,7 +356,9 @@ def test_what_is_lost_is_reported_while_it_goes_on(
 
 
 def test_events_come_only_to_those_that_ask(daemon: Daemon, qmp: Client) -> None:
-    """QEMU sends its clients nothing about secrets, and some take an event for a reply. SHUTDOWN comes to all."""
+    """QEMU sends its clients nothing about secrets, and some take an event for a reply. SHUTDOWN comes
+    to all.
+    """
     silent, asking = daemon.connect(), daemon.connect().watch()
     qmp.add("s", data="x")
     assert asking.event()["event"] == "SECRET_ADDED"

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Shares are per uid: what one uid sends, asks for and is granted costs the others nothing. Work is counted."""
+"""Shares are per uid: what one uid sends, asks for and is granted costs the others nothing. Work is
+counted.
+"""
 
 import asyncio
 import json

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Ids that stay sorted."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,8 +19,8 @@ def test_it_is_as_a_sorted_list(
     first: set[str], changes: list[str], after: str, count: int
 ) -> None:
     """Whatever comes and goes, with blocks of two."""
-    before, sorted_ids.BLOCK_IDS = sorted_ids.BLOCK_IDS, 2
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sorted_ids, "BLOCK_IDS", 2)
         ids, model = SortedIds(first), set(first)
         for each in changes:
             if each in model:
@@ -30,5 +31,3 @@ def test_it_is_as_a_sorted_list(
         expected = sorted(model)
         assert ids.after(after, count) == [i for i in expected if i > after][:count]
         assert ids.after(after, count, included=True) == [i for i in expected if i >= after][:count]
-    finally:
-        sorted_ids.BLOCK_IDS = before

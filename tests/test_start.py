@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What has to be so before the daemon begins: standard descriptors, binding, ids, directories, its environment."""
+"""What has to be so before the daemon begins: standard descriptors, binding, ids, directories, its
+environment.
+"""
 
 import contextlib
 import json
@@ -23,7 +25,7 @@ SECRETD = str(Path(sys.executable).parent / "secretd")
 
 
 def run_secretd(*words: str, **more: object) -> "subprocess.Popen[str]":
-    return subprocess.Popen([SECRETD, *words], stderr=subprocess.PIPE, text=True, **more)  # type: ignore[call-overload,no-any-return]
+    return subprocess.Popen([SECRETD, *words], stderr=subprocess.PIPE, text=True, **more)  # type: ignore[call-overload]
 
 
 def ready(process: "subprocess.Popen[str]") -> str:
@@ -327,4 +329,4 @@ def test_a_stderr_that_nobody_reads_stops_nothing(tmp_path: Path) -> None:
 
 def stat(client: Client, name: str) -> int:
     parts = client.ok("query-secret-stats")
-    return {s["name"]: s["value"] for part in parts for s in part["stats"]}[name]  # type: ignore[no-any-return]
+    return {s["name"]: s["value"] for part in parts for s in part["stats"]}[name]

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The client without asyncio: what it does when the daemon refuses, restarts, stays silent or is another program."""
+"""The client without asyncio: what it does when the daemon refuses, restarts, stays silent or is another
+program.
+"""
 
 import asyncio
 import json
@@ -8,7 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -177,13 +179,14 @@ def test_text_that_is_not_utf8_is_refused_before_it_is_sent(daemon: Daemon) -> N
     """In names, anywhere in arguments; by both clients."""
     bad = "disk-\udce4"
     with SyncClient(daemon.control) as client:
-        for attempt in (
+        attempts: tuple[Callable[[], object], ...] = (
             lambda: client.read(bad),
             lambda: client.add_bytes(bad, memoryview(b"x")),
             lambda: client.seal(bad, "k"),
             lambda: client.execute("x", {"a": [{"b": bad}]}),
             lambda: client.execute("x", {bad: 1}),
-        ):
+        )
+        for attempt in attempts:
             with pytest.raises(ValueError, match=r"'disk-\\udce4' is not UTF-8 text"):
                 attempt()
         with pytest.raises(TypeError):
@@ -288,12 +291,17 @@ def test_events_go_on_over_a_lost_connection(daemon: Daemon, qmp: Qmp) -> None:
         qmp.ok("object-del", {"id": name})
         while ("SECRET_DELETED", name) not in seen:
             pass
-        ours = [s for s in daemon.server.sessions if s.wanted]
-        daemon.call(lambda: [s.transport.close() for s in ours])
+        drop_subscribers(daemon)
     subscribed()
     client._open = False
-    daemon.call(lambda: [s.transport.close() for s in list(daemon.server.sessions) if s.wanted])
+    drop_subscribers(daemon)
     thread.join(10)
     assert not thread.is_alive()
     client.close()
     assert seen == [("SECRET_DELETED", "a"), ("SECRET_DELETED", "b")]
+
+
+def drop_subscribers(daemon: Daemon) -> None:
+    """End the connections that get events."""
+    sessions = daemon.server.sessions
+    daemon.call(lambda: [s.transport.close() for s in list(sessions) if s.wanted])

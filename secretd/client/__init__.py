@@ -3,8 +3,8 @@
 `SyncClient` for the rest.
 
 Both have the same methods. Plaintext never stands in JSON: it goes through descriptors, into buffers in
-locked memory that are wiped when they are freed. Errors are qemu.qmp's, and all of them are QMPError; text that
-is not UTF-8 is a ValueError.
+locked memory that are wiped when they are freed. Errors are qemu.qmp's, and all of them are QMPError;
+text that is not UTF-8 is a ValueError.
 """
 
 import importlib

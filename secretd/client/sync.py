@@ -6,11 +6,12 @@
         with client.read("disk0") as plaintext:
             use(plaintext.view)
 
-It has the methods of `aio.Client`, and its errors are qemu.qmp's, too. It starts no event loop and no thread, and
-imports qemu.qmp only when it raises one of these errors. secretctl is made with it.
+It has the methods of `aio.Client`, and its errors are qemu.qmp's, too. It starts no event loop and no
+thread, and imports qemu.qmp only when it raises one of these errors. secretctl is made with it.
 
-A connection that was lost is made anew for ``retry_seconds``. A command that had not been sent is sent then; one
-that had been sent is sent again only where carrying it out twice does no harm, and a few times at most.
+A connection that was lost is made anew for ``retry_seconds``. A command that had not been sent is sent
+then; one that had been sent is sent again only where carrying it out twice does no harm, and a few times
+at most.
 """
 
 import contextlib
@@ -394,8 +395,8 @@ class _Collected:
 
 
 def give_memory(fd: int, form: Format) -> None:
-    """Allocate a memfd's pages, so that they are this process's: secretd refuses to allocate them for peers that
-    it does not trust. Does nothing to other descriptors.
+    """Allocate a memfd's pages, so that they are this process's: secretd refuses to allocate them for
+    peers that it does not trust. Does nothing to other descriptors.
     """
     with contextlib.suppress(OSError):
         fcntl.fcntl(fd, _F_GET_SEALS)

@@ -28,8 +28,8 @@ class Sealed(NamedTuple):
 
 class Event(NamedTuple):
     """An event (docs/protocol.md, "Events"). ``id``: of the secret, "" where the event is about none;
-    ``peer``: the uid, gid, pid and unit that caused it, None where secretd does not name it; ``time``: seconds
-    since the epoch.
+    ``peer``: the uid, gid, pid and unit that caused it, None where secretd does not name it; ``time``:
+    seconds since the epoch.
     """
 
     name: str
@@ -97,5 +97,7 @@ def check_text(value: object) -> None:
 
 
 def before(beginning: str) -> str:
-    """Return a text that sorts just before all ids that begin so: "~" sorts behind all that an id can have."""
+    """Return a text that sorts just before all ids that begin so: "~" sorts behind all that an id can
+    have.
+    """
     return f"{beginning[:-1]}{chr(ord(beginning[-1]) - 1)}~" if beginning else ""

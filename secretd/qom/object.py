@@ -322,8 +322,8 @@ class ObjectTree:
         return (each for each in found if each is None or self.is_secret(each))
 
     def ids_after(self, object_id: str, prefixes: Collection[str]) -> Iterator[str | None]:
-        """Return the ids that come after ``object_id``, in order; those that begin with one of ``prefixes``, each
-        once. After each IDS_PER_LOOK ids it returns None: objects may come and go then.
+        """Return the ids that come after ``object_id``, in order; those that begin with one of
+        ``prefixes``, each once. After each IDS_PER_LOOK ids it returns None: objects may come and go then.
         """
         last = object_id
         for prefix in sorted(prefixes):

@@ -57,8 +57,8 @@ class Sources(Protocol):
 
 
 class StoredInvalidValue(CommandError):
-    """A value is refused by words only, as some of QEMU's setters do: the property has it. ``changes``: what to
-    store.
+    """A value is refused by words only, as some of QEMU's setters do: the property has it. ``changes``:
+    what to store.
     """
 
     def __init__(self, desc: str, changes: dict[str, object]) -> None:

@@ -3,11 +3,11 @@
 
 hostile.py SOCKET KIND ACT UID prints a line when it has done what it can, and holds on until its stdin
 ends. KIND: mutex (a pipe whose mutex is held by a splice from a terminal), linger, mptcp, vsock (a connected
-socket of TCP, MPTCP or vsock with SO_LINGER and unsent data), locked (a TCP socket whose lock is held by a thread
-that waits for a page of a FUSE file), fuse (a file of a file system that never answers), opath (an O_PATH
-descriptor of a file that this uid cannot read). ACT: write (secret-read to it), read (object-add from it, on a
-control socket), drop (pass it and let it go), oob (pass it with an urgent byte), crowd (let four go, then pass 253
-on each of many connections), knock (connect again and again, pass it at once and hang up).
+socket of TCP, MPTCP or vsock with SO_LINGER and unsent data), locked (a TCP socket whose lock is held by
+a thread that waits for a page of a FUSE file), fuse (a file of a file system that never answers), opath
+(an O_PATH descriptor of a file that this uid cannot read). ACT: write (secret-read to it), read (object-add
+from it, on a control socket), drop (pass it and let it go), oob (pass it with an urgent byte), crowd (let
+four go, then pass 253 on each of many connections), knock (connect again and again, pass it at once and hang up).
 """
 
 import contextlib
