@@ -47,7 +47,7 @@ LIMITS = {
         "commands",
     ],
     "Descriptors and hand-over": ["fds", "deliver"],
-    "Events": ["announce"],
+    "Events": ["broadcast"],
     "Access and the audit": ["access", "audit", "peer"],
 }
 """Which modules have limits, under which heading."""

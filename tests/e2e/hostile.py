@@ -7,7 +7,8 @@ socket of TCP, MPTCP or vsock with SO_LINGER and unsent data), locked (a TCP soc
 a thread that waits for a page of a FUSE file), fuse (a file of a file system that never answers), opath
 (an O_PATH descriptor of a file that this uid cannot read). ACT: write (secret-read to it), read (object-add
 from it, on a control socket), drop (pass it and let it go), oob (pass it with an urgent byte), crowd (let
-four go, then pass 253 on each of many connections), knock (connect again and again, pass it at once and hang up).
+four go, then pass 253 on each of many connections), knock (connect again and again, pass it at once and hang
+up).
 """
 
 import contextlib
