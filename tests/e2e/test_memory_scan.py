@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Client, connect_as, need_level, need_program, need_root
+from tests.e2e.box import ROOT, wheels
 from tests.e2e.conftest import SECRETCTL, SECRETD, Process
 from tests.e2e.scan import SECRET_BYTES, parts, scan, secret
 from tests.manager import Manager, listening
@@ -515,3 +516,63 @@ def test_after_a_restart_there_is_one_copy_of_each_secret(level: str, tmp_path: 
             client.close()
             started.end()
     control.close()
+
+
+def interpreters() -> list[str]:
+    """Every CPython here that secretd runs on: two builds of one version bind functions differently."""
+    places = [*os.get_exec_path(), *map(str, sorted(Path.home().glob(".pyenv/versions/*/bin")))]
+    code = "import os, sys; print(sys.version_info >= (3, 11), os.path.realpath(sys.executable))"
+    found: dict[str, str] = {}
+    for place in places:
+        for path in sorted(Path(place).glob("python3.[0-9][0-9]")):
+            done = subprocess.run([path, "-c", code], capture_output=True, text=True, check=False)
+            new, _, real = done.stdout.strip().partition(" ")
+            if new == "True" and "/shims/" not in str(path) and ".venv" not in str(path):
+                found.setdefault(real, str(path))
+    return sorted(found.values()) or [sys.executable]
+
+
+@pytest.mark.parametrize(
+    "python", interpreters(), ids=lambda path: path.replace("/", "_").strip("_")
+)
+def test_no_python_leaves_a_copy_on_the_stack(
+    start: Callable[..., Process],
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    python: str,
+) -> None:
+    """Whether its C functions are bound at start or when they are first called."""
+    need_root()
+    code = "import sys; print('%d.%d' % sys.version_info[:2])"
+    version = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
+    libraries = tmp_path / "libraries"
+    subprocess.run(
+        [
+            python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-index",
+            f"--find-links={wheels(tmp_path_factory, version.stdout.strip())}",
+            f"--target={libraries}", "click", "cryptography", "msgspec", "qemu.qmp", "rich",
+        ],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    environment = {n: v for n, v in os.environ.items() if n not in ("LD_BIND_NOW", "PYTHONPATH")}
+    environment["PYTHONPATH"] = f"{libraries}:{ROOT}"
+    process = start("--audit=none", command=[python, "-m", "secretd.start"], env=environment)
+    scene = Scene(process, scene_level(process), {})
+    for add in (inline, escaped, inline_base64, by_hand, human_monitor, human_monitor_json, slowly):
+        for _ in range(5):
+            add(scene, tmp_path)
+        scene.check()
+    for object_id, content in list(scene.held.items()):
+        assert scene.client.read(object_id) == content
+        assert scene.client.ok("object-del", {"id": object_id}) == {}
+    scene.held.clear()
+    scene.check()
+
+
+def scene_level(process: Process) -> str:
+    """How that daemon protects its memory."""
+    client = process.connect()
+    client.add("level", data="x")
+    (found,) = client.secrets()
+    client.ok("object-del", {"id": "level"})
+    return str(found["memory"])
