@@ -12,6 +12,7 @@ import resource
 import shutil
 import socket
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -44,6 +45,22 @@ settings.load_profile("secretd")
 
 REQUIRE_REAL = bool(os.environ.get("SECRETD_REQUIRE_REAL"))
 ARENA_LEVEL = choose_level(require=False)
+
+
+def pytest_collection_modifyitems(items: "list[pytest.Item]") -> None:
+    """The tests that need no other process come first, so that progress shows from the first seconds."""
+    items.sort(key=lambda item: "/e2e/" in str(item.path))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Count what was skipped by reason."""
+    reasons = Counter(
+        report.longrepr[2].removeprefix("Skipped: ")
+        for report in terminalreporter.stats.get("skipped", ())
+        if isinstance(report.longrepr, tuple)
+    )
+    for reason, count in sorted(reasons.items()):
+        terminalreporter.write_line(f"skipped {count:4}: {reason}")
 
 
 def need(condition: bool, reason: str) -> None:

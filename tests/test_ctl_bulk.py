@@ -46,9 +46,9 @@ def test_many_secrets_are_imported_from_a_file_or_a_pipe(
 def test_lines_longer_than_a_read_are_put_together(run: Ctl, qmp: Client, tmp_path: Path) -> None:
     """Up to the largest secret; what is longer is refused."""
     path = tmp_path / "s.jsonl"
-    path.write_text("".join(line(f"l{n}", "x" * (1 << 20)) for n in range(5)) + line("last"))
-    assert run("import", str(path))[0] == "6 added\n"
-    assert len(qmp.read("l4")) == 1 << 20
+    path.write_text("".join(line(f"l{n}", "x" * (1 << 20)) for n in range(2)) + line("last"))
+    assert run("import", str(path))[0] == "3 added\n"
+    assert len(qmp.read("l1")) == 1 << 20
     path.write_text(line("long", "x" * (ctl_bulk.LINE_BYTES + 1)))
     assert "a line has more than 2097152 bytes" in run("import", str(path), status=1)[1]
     path.write_text("x" * (ctl_bulk.LINE_BYTES + 1))  # nor does it end

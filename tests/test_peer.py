@@ -20,6 +20,8 @@ from tests.conftest import Client, Daemon, connect_as, need, need_root
 @contextlib.contextmanager
 def accepted(path: Path, **who: object) -> Iterator[socket.socket]:
     """The server's end of a connection, made as another user if one is given."""
+    if who:
+        need_root()  # before anything is opened
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(path / "s"))
     listener.listen()
@@ -153,6 +155,7 @@ def running_in(directory: str, path: str) -> Iterator[None]:
 @contextlib.contextmanager
 def process_in(directory: str, path: Path) -> Iterator[socket.socket]:
     """The server's end of a connection by a process in a cgroup."""
+    need_root()
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path / "s"))
         listener.listen()

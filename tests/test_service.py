@@ -5,13 +5,13 @@ import json
 import os
 import signal
 import socket
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from secretd.doors import is_listening
+from secretd.lifetime import now
 from secretd.state import Journal
 from tests.conftest import ARENA_LEVEL, Client, need_root
 from tests.manager import Manager, Started, ask, listening
@@ -242,7 +242,9 @@ def test_what_is_over_at_a_start_is_gone_before_the_command_line_is_looked_at(
     client.close()
     started.end(signal.SIGKILL, -9)
     (tmp_path / "data").write_text(sealed["data"])
-    time.sleep(1.1)  # nothing runs that could tell
+    ends = now() + 1_000_000_000
+    while now() < ends:  # nothing runs that could report it
+        os.sched_yield()
     options += ["--object", f"secret,id=s,keyid=m,format=base64,iv={sealed['iv']},file=data"]
     started = manager.start(*options, doors={"control": control})
     client = qmp(control)

@@ -43,7 +43,7 @@ def wchans() -> list[str]:
     found = []
     for thread in os.listdir("/proc/self/task"):
         with (
-            contextlib.suppress(FileNotFoundError),  # it has ended
+            contextlib.suppress(OSError),  # it has ended
             open(f"/proc/self/task/{thread}/wchan") as file,
         ):
             found.append(file.read())

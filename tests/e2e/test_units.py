@@ -21,7 +21,7 @@ DENIED = (
 
 @pytest.fixture(scope="module")
 def box(installed: Path) -> Iterator[Box]:
-    """A box with a running daemon that holds web.key, granted to unit:nginx.service."""
+    """A box with a running daemon that holds web.key, granted to unit:webtest.service."""
     made = Box(f"secretd-units-{os.getpid()}", installed)
     try:
         made.run(
@@ -31,8 +31,8 @@ def box(installed: Path) -> Iterator[Box]:
         while made.run("test", "-S", CLIENT, check=False).returncode:
             pass
         made.run(*CTL, "add", "web.key", "--stdin", input="letmein")
-        out = made.run(*CTL, "grant", "web.*", "--to", "unit:nginx").stdout
-        assert out == "grant-web._-unit_nginx.service\n"
+        out = made.run(*CTL, "grant", "web.*", "--to", "unit:webtest").stdout
+        assert out == "grant-web._-unit_webtest.service\n"
         yield made
     finally:
         made.close()
@@ -52,33 +52,33 @@ def user_run(box: Box, *words: str, name: str) -> str:
 def test_the_unit_that_is_named_reads_and_no_other(box: Box) -> None:
     """Root's, or a dynamic user's; the same user outside of it is not it."""
     read = READ
-    assert box.unit(*read, name="nginx").stdout == "letmein"
-    assert box.unit(*read, name="nginx", properties=("DynamicUser=yes",)).stdout == "letmein"
-    refused = box.unit(*read, name="apache", check=False)
+    assert box.unit(*read, name="webtest").stdout == "letmein"
+    assert box.unit(*read, name="webtest", properties=("DynamicUser=yes",)).stdout == "letmein"
+    refused = box.unit(*read, name="othertest", check=False)
     assert (refused.returncode, refused.stdout, refused.stderr) == (1, "", DENIED)
     assert box.run(*read, check=False).stderr == DENIED
-    in_slice = box.unit(*read, name="nginx", properties=("Slice=web.slice",))
+    in_slice = box.unit(*read, name="webtest", properties=("Slice=web.slice",))
     assert in_slice.stdout == "letmein"
 
 
 def test_a_users_own_unit_of_that_name_is_not_it(box: Box) -> None:
-    """`systemd-run --user --unit=nginx` is not nginx; what it is can be granted too."""
-    assert user_run(box, *READ, name="nginx") == DENIED
-    to = "user-unit:65534/nginx"
+    """`systemd-run --user --unit=webtest` is not webtest; what it is can be granted too."""
+    assert user_run(box, *READ, name="webtest") == DENIED
+    to = "user-unit:65534/webtest"
     box.run(*CTL, "grant", "web.*", "--to", to, "--id", "theirs")
-    assert user_run(box, *READ, name="nginx") == "letmein"
-    assert user_run(box, *READ, name="apache") == DENIED
+    assert user_run(box, *READ, name="webtest") == "letmein"
+    assert user_run(box, *READ, name="othertest") == DENIED
     box.run(*CTL, "revoke", "theirs")
-    assert user_run(box, *READ, name="nginx") == DENIED
+    assert user_run(box, *READ, name="webtest") == DENIED
 
 
 def test_the_audit_says_which_unit_it_was(box: Box) -> None:
     """And is whole."""
-    box.unit(*READ, name="nginx")
+    box.unit(*READ, name="webtest")
     lines = [json.loads(line) for line in box.run("cat", AUDIT).stdout.splitlines()]
     last = [line for line in lines if line["event"] == "read"][-1]
-    assert last["peer"]["unit"] == "unit:nginx.service"
-    assert last["rule"] == "grant grant-web._-unit_nginx.service"
+    assert last["peer"]["unit"] == "unit:webtest.service"
+    assert last["rule"] == "grant grant-web._-unit_webtest.service"
     out = box.run(*CTL, "audit", "verify", AUDIT, "--live").stdout
     assert "records; the last is record" in out
     assert "missing" not in out
@@ -86,6 +86,6 @@ def test_the_audit_says_which_unit_it_was(box: Box) -> None:
 
 def test_explain_says_the_same_as_a_real_try(box: Box) -> None:
     """For those that may and those that may not."""
-    for unit, allowed in (("nginx", True), ("apache", False)):
+    for unit, allowed in (("webtest", True), ("othertest", False)):
         words = (*CTL, "explain", "web.key", "--as", f"unit:{unit}")
         assert (box.run(*words, check=False).returncode == 0) is allowed
