@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tests.conftest import Client  # noqa: E402
+from tests.conftest import Client, connect_as  # noqa: E402
 from tests.manager import Manager, listening  # noqa: E402
 
 CPU = "1" if (os.cpu_count() or 1) > 1 else "0"
@@ -673,6 +673,95 @@ def fair(machine: Machine) -> Iterator[Row]:
     yield ratio_row(name, mine, statistics.median(alone), 5.0, "µs", "alone", at_least=False)
 
 
+@contextlib.contextmanager
+def flooding(path: str, kind: str, connections: int) -> Iterator[None]:
+    """A uid without any grant that floods the client socket."""
+    program = str(Path(__file__).parent / "flood.py")
+    words = ["taskset", "-c", "0", sys.executable, program, path, kind, str(connections), "4242"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE) as flood:
+        assert flood.stdout is not None
+        assert flood.stdout.readline() == b"ready\n"
+        try:
+            yield
+        finally:
+            flood.kill()
+
+
+def flooded(machine: Machine) -> Iterator[Row]:
+    """What root and a subscriber notice of a uid that does its worst, and what 4,000 connected clients cost."""
+    names = (
+        "slowest new connection of root while 500 of one uid send costly messages",
+        "slowest event while one uid is refused without end",
+        "secret-read among 4,000 connected clients with a grant each, of the daemon's time",
+    )
+    if os.getuid() != 0:
+        for name in names:
+            yield Row(name, None, None, None, 0, False, "", "needs root")
+        return
+    machine.directory.chmod(0o711)
+    client = str(machine.directory / "flooded.sock")
+    server = machine.secretd("--client", client)
+    try:
+        wait_for(client)
+        times = []
+        with flooding(client, "costly", 500):
+            end = time.monotonic() + 5 * machine.seconds
+            while time.monotonic() < end:
+                began = time.monotonic()
+                with contextlib.closing(Client(server.path)) as fresh:
+                    fresh.ok("query-name")
+                times.append(time.monotonic() - began)
+        yield Row(names[0], max(times), None, max(times), 0.1, False, "s", f"{len(times)} tries")
+        delays = []
+        with (
+            contextlib.closing(Client(server.path)) as watching,
+            contextlib.closing(Client(server.path)) as acting,
+        ):
+            watching.watch("SECRET_ADDED")
+            with flooding(client, "refused", 1):
+                for number in range(round(20 * machine.seconds)):
+                    began = time.monotonic()
+                    acting.ok("secret-generate", {"id": f"e{number}", "size": 32})
+                    assert watching.event()["data"]["id"] == f"e{number}"
+                    delays.append(time.monotonic() - began)
+        yield Row(
+            names[1], max(delays), None, max(delays), 1.0, False, "s", f"{len(delays)} events"
+        )
+        yield reading_among_many(server, client, names[2], round(4000 * min(1, machine.seconds)))
+    finally:
+        server.stop()
+
+
+def reading_among_many(server: Server, path: str, name: str, count: int) -> Row:
+    """Clients of as many uids, each with a grant of its own, take turns in reading."""
+    clients: list[Client] = []
+    source, sink = os.pipe()
+    try:
+        with contextlib.closing(Client(server.path)) as root:
+            root.ok("secret-generate", {"id": "read", "size": 32})
+            for number in range(count):
+                uid = 100_000 + number
+                authz = {"qom-type": "authz-simple", "id": f"a{number}", "identity": f"uid:{uid}"}
+                root.ok("object-add", authz)
+                grant = {"qom-type": "secret-grant", "id": f"g{number}", "secret": "read"}
+                root.ok("object-add", {**grant, "authz": f"a{number}"})
+                clients.append(Client(path, sock=connect_as(path, uid, uid)))
+            for each in clients[: min(100, count)]:
+                each.ok("secret-read", {"id": "read"}, (sink,))
+                os.read(source, 100)
+            before = server.cpu()
+            for each in clients[: min(1000, count)]:
+                each.ok("secret-read", {"id": "read"}, (sink,))
+                os.read(source, 100)
+            spent = (server.cpu() - before) / min(1000, count)
+    finally:
+        for each in clients:
+            each.close()
+        os.close(source)
+        os.close(sink)
+    return Row(name, spent * 1e6, None, spent * 1e6, 1000, False, "µs", f"{count} clients")
+
+
 def idle(machine: Machine) -> Iterator[Row]:
     """How often a daemon wakes up that has a connection and a secret, and nothing to do."""
 
@@ -745,7 +834,7 @@ def unit(machine: Machine) -> Iterator[Row]:
 
 GROUPS = {
     "requests": against_qemu, "crowd": crowd, "resident": resident, "delivery": delivery, "start": starting,
-    "again": again, "unit": unit, "idle": idle, "fair": fair, "steady": steady,
+    "again": again, "unit": unit, "idle": idle, "fair": fair, "flooded": flooded, "steady": steady,
 }  # fmt: skip
 
 
