@@ -688,7 +688,7 @@ def flooding(path: str, kind: str, connections: int) -> Iterator[None]:
 
 
 def flooded(machine: Machine) -> Iterator[Row]:
-    """What root and a subscriber notice of a uid that does its worst, and what 4,000 connected clients cost."""
+    """What root and a subscriber notice of a uid that does its worst; what 4,000 connected clients cost."""
     names = (
         "slowest new connection of root while 500 of one uid send costly messages",
         "slowest event while one uid is refused without end",

@@ -474,6 +474,23 @@ def test_each_process_of_a_unit_fetches_it_and_reads_do_not_count(box: Box) -> N
     }
 
 
+def test_the_journal_keeps_each_record_of_a_busy_hour(box: Box) -> None:
+    """Its rate limit would drop what exceeds 10,000 lines in 30 seconds."""
+    qmp = box.qmp()
+    pair = (
+        b'{"execute":"object-add","arguments":{"qom-type":"secret","id":"s","data":"x"}}\n'
+        b'{"execute":"object-del","arguments":{"id":"s"}}\n'
+    )
+    pairs = 6500
+    for _ in range(pairs // 50):
+        qmp.send(pair * 50)
+        for _ in range(100):
+            assert qmp.reply() == {"return": {}}
+    records = [json.loads(line) for line in box.journal("secretd") if line.startswith("{")]
+    assert sum(r["event"] in ("add", "delete") for r in records) == 2 * pairs
+    assert not any("dropped" in r for r in records)
+
+
 def test_a_forged_address_is_refused_and_audited(box: Box) -> None:
     """Root outside of the unit, root in another unit, addresses of another form."""
     add(box, "k", "letmein", "app.service")
