@@ -53,6 +53,18 @@ class Qemu:
         self._pid = int(Path(pidfile).read_text())
         self._pidfd = os.pidfd_open(self._pid)
 
+    @property
+    def has_died(self) -> bool:
+        """True if the process has ended, as after an assertion."""
+        poll = select.poll()
+        poll.register(self._pidfd, select.POLLIN)
+        return bool(poll.poll(0))
+
+    def start_again(self) -> None:
+        """Start another process in the place of one that has died."""
+        os.close(self._pidfd)
+        self._start()
+
     def play(self, vector: Vector) -> None:
         """Play a vector; afterwards there is nothing left of it."""
         with contextlib.closing(Scene(vector)) as scene:

@@ -1,10 +1,18 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """A short run of the fuzzer that compares secretd with QEMU 10; scripts/fuzz-qemu makes long ones."""
 
+import contextlib
+import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
-from tests.real_qemu import ROOT, need_qemu
+import pytest
+
+from tests import fuzz
+from tests.conftest import Daemon
+from tests.real_qemu import ROOT, Qemu, need_qemu
 
 
 def test_no_difference_is_unexplained() -> None:
@@ -16,3 +24,31 @@ def test_no_difference_is_unexplained() -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count(": 0 differences unexplained") == 2
+
+
+def test_a_reference_that_dies_is_started_again_and_is_no_difference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """As QEMU 10.0.2 dies of one write with more than eight parse errors, with oob."""
+    need_qemu("qemu10")
+    daemon = Daemon(tmp_path)
+    play = fuzz.Side.play
+    killed: list[int] = []
+    with contextlib.closing(Qemu("qemu10")) as qemu:
+
+        def killing(self: fuzz.Side, *given: object, **named: object) -> object:
+            if self._path == qemu.path and not killed:
+                killed.append(qemu._pid)
+                os.kill(qemu._pid, signal.SIGKILL)
+                while not qemu.has_died:
+                    pass
+            return play(self, *given, **named)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(fuzz.Side, "play", killing)
+        ours = fuzz.Side(daemon.control)
+        try:
+            assert fuzz.fuzz(600, 7, qemu, ours) == 0
+        finally:
+            ours.close()
+            daemon.stop()
+    assert "QEMU has died, and was started again" in capsys.readouterr().out
