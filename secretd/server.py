@@ -21,7 +21,7 @@ from secretd.errors import AccessDenied, LimitReached, PeerUnknown, UsageError
 from secretd.inotify import DirectoryWatch
 from secretd.monitor import close_connection
 from secretd.offload import Offload
-from secretd.peer import Door, Peer, identify
+from secretd.peer import UIDS, Door, Peer, identify
 from secretd.qom.object import ObjectTree
 from secretd.receive import ReceiveSpace
 from secretd.schema import Command
@@ -146,7 +146,8 @@ def check_directory(directory: str) -> None:
 
     Those that only the owner of a file can replace it in, such as /tmp, are taken (chmod(2), sticky bit).
     """
-    own = (0, os.getuid())
+    # In a user namespace root's own directories may belong to an id that is not mapped.
+    own = (0, os.getuid(), UIDS.overflow)
     while True:
         status = os.stat(directory)
         others = stat.S_IWOTH | (0 if status.st_gid in (0, os.getgid()) else stat.S_IWGRP)

@@ -87,6 +87,13 @@ def need_root() -> None:
     need(os.getuid() == 0, "needs root")
 
 
+def need_locked_memory(size: int) -> None:
+    """Skip or fail where this process, daemon and client in one, may not lock so many bytes."""
+    soft = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    enough = os.getuid() == 0 or soft == resource.RLIM_INFINITY or soft >= size
+    need(enough, f"RLIMIT_MEMLOCK is {soft}, less than {size}")
+
+
 def open_fds() -> set[str]:
     """The descriptors of this process."""
     found = set()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from secretd import ctl_bulk
-from tests.conftest import Client, Daemon
+from tests.conftest import Client, Daemon, need_locked_memory
 from tests.test_ctl import SECRETCTL, Ctl, in_terminal, run
 
 __all__ = ["run"]
@@ -45,6 +45,7 @@ def test_many_secrets_are_imported_from_a_file_or_a_pipe(
 
 def test_lines_longer_than_a_read_are_put_together(run: Ctl, qmp: Client, tmp_path: Path) -> None:
     """Up to the largest secret; what is longer is refused."""
+    need_locked_memory(16 << 20)
     path = tmp_path / "s.jsonl"
     path.write_text("".join(line(f"l{n}", "x" * (1 << 20)) for n in range(2)) + line("last"))
     assert run("import", str(path))[0] == "3 added\n"

@@ -16,7 +16,7 @@ import pytest
 
 from secretd import ctl_doctor, ctl_frame, ctl_prompt, paths
 from secretd.client import channel
-from tests.conftest import Client, Daemon
+from tests.conftest import Client, Daemon, need_locked_memory
 from tests.test_ctl import SECRETCTL, Ctl, run
 from tests.test_sync_client import server
 
@@ -86,6 +86,7 @@ def test_what_cannot_be_exported_is_named_and_the_rest_follows(
     run: Ctl, qmp: Client, tmp_path: Path
 ) -> None:
     """The exit status says that it is not complete; the largest secrets are exported, too."""
+    need_locked_memory(16 << 20)
     qmp.ok("secret-generate", {"id": "k", "size": 32})
     qmp.add("a", data="letmein")
     qmp.ok("secret-generate", {"id": "z", "size": 1 << 20})

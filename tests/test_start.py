@@ -61,9 +61,10 @@ def test_closed_descriptors_are_not_taken_for_others(
                 assert process.poll() is None
         for number in range(50):
             assert client.add(f"s{number}", data="letmein") == {"return": {}}
-        for fd in closed:
-            assert os.readlink(f"/proc/{process.pid}/fd/{fd}") == os.devnull
         client.close()
+        if os.getuid() == 0:  # only root sees that of a process that is not dumpable
+            for fd in closed:
+                assert os.readlink(f"/proc/{process.pid}/fd/{fd}") == os.devnull
     finally:
         process.terminate()
         assert process.wait(20) == 0
@@ -125,11 +126,14 @@ def test_functions_are_bound_at_start(tmp_path: Path, monkeypatch: pytest.Monkey
     """Started without LD_BIND_NOW it starts itself anew, with the same arguments and process."""
     environment = {n: v for n, v in os.environ.items() if n != start.BIND_NOW}
     process = run_secretd("--control", str(tmp_path / "s"), "--audit=none", env=environment)
-    assert "control socket" in ready(process)
-    with open(f"/proc/{process.pid}/environ", "rb") as file:
-        assert b"LD_BIND_NOW=1" in file.read().split(b"\0")
-    process.terminate()
-    process.communicate(timeout=20)
+    try:
+        assert "control socket" in ready(process)
+        if os.getuid() == 0:  # only root sees that of a process that is not dumpable
+            with open(f"/proc/{process.pid}/environ", "rb") as file:
+                assert b"LD_BIND_NOW=1" in file.read().split(b"\0")
+    finally:
+        process.terminate()
+        process.communicate(timeout=20)
     assert process.returncode == 0
     calls: list[object] = []
     monkeypatch.setattr(os, "execv", lambda *given: calls.append(given))

@@ -26,7 +26,7 @@ from secretd.client import (
     channel,
 )
 from tests.conftest import Client as Qmp
-from tests.conftest import Daemon, need_root
+from tests.conftest import Daemon, need_locked_memory, need_root
 from tests.test_client import cut, restarted
 
 GREETING = b'{"QMP": {"version": {"qemu": {}, "package": "secretd x"}, "capabilities": []}}\n'
@@ -216,6 +216,7 @@ def test_every_method_of_the_asyncio_client_is_there() -> None:
 
 def test_secrets_of_the_largest_size_are_sealed(daemon: Daemon, qmp: Qmp) -> None:
     """Through a descriptor, by both clients; the reply has no room for them."""
+    need_locked_memory(16 << 20)
     largest = os.urandom(1 << 20)
     with SyncClient(daemon.control) as client:
         client.add_bytes("s", memoryview(largest))

@@ -7,6 +7,7 @@ of a line of that. Blocks ``python`` are checked by mypy.
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -70,22 +71,32 @@ def box(booted: Box) -> Iterator[Box]:
     booted.run("sh", "-c", "systemctl stop 'secretd-*.socket' secretd.service", check=False)
 
 
+@pytest.mark.parametrize("terminal", [False, True], ids=["pipe", "terminal"])
 @pytest.mark.parametrize("page", PAGES, ids=str)
-def test_what_a_page_says_works_as_it_stands_there(box: Box, page: Path) -> None:
-    """All blocks, one after the other, in one directory; each prints what the page shows."""
+def test_what_a_page_says_works_as_it_stands_there(box: Box, page: Path, terminal: bool) -> None:
+    """All blocks, one after the other, in one directory; each prints what the page shows, in a pipe and in a
+    terminal, where tables are drawn and progress is shown.
+    """
     found = blocks(ROOT / "docs" / page)
     assert found
-    directory = f"/srv/{page.stem}"
+    directory = f"/srv/{page.stem}-{terminal}"
     box.run("mkdir", "-p", directory)
     for block in found:
-        done = box.run(
-            "env", "HOME=/root", f"PATH={os.defpath}:/usr/sbin:/sbin", "bash", "-o", "pipefail", "-euc",
-            f"cd {directory}\n{block.code}", check=False,
-        )  # fmt: skip
-        printed = done.stdout + done.stderr
+        words = [
+            "env", "HOME=/root", f"PATH={os.defpath}:/usr/sbin:/sbin", "TERM=xterm",
+            "bash", "-o", "pipefail", "-euc",
+        ]  # fmt: skip
+        if terminal:
+            box.write("/run/typed", f"stty cols 200\ncd {directory}\n{block.code}")
+            words = ["script", "-qec", shlex.join([*words, ". /run/typed"]), "/dev/null"]
+            done = box.run(*words, check=False)
+        else:
+            done = box.run(*words, f"cd {directory}\n{block.code}", check=False)
+        printed = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", done.stdout + done.stderr)
         assert done.returncode == 0, f"{block.code}\n{printed}"
-        lines = printed.splitlines()
-        for wanted in block.prints:
+        lines = [" ".join(line.split()) if terminal else line for line in printed.splitlines()]
+        for shown in block.prints:
+            wanted = " ".join(shown.split()) if terminal else shown
             assert any(wanted in line for line in lines), (
                 f"{block.code}\n{wanted!r} is not in\n{printed}"
             )
