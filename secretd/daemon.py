@@ -244,8 +244,11 @@ class _Process:
         async def reload() -> None:
             if reports is not None:
                 reports.reloading()
-            await _reopen(audit, server)
-            server.make_again()
+            try:
+                await _reopen(audit, server)
+                server.make_again()
+            except Exception as error:  # noqa: BLE001 - a reload must not end the daemon
+                log_internal(error)
             if reports is not None:
                 reports.reloaded()
 

@@ -224,7 +224,7 @@ class Server:
                 fresh = listen(
                     listener.path, listener.door, listener.mode, listener.gid, listener.authz
                 )
-            except UsageError as error:
+            except (UsageError, OSError) as error:
                 log.error("the file of a socket is gone and cannot be made again: %s", error)
                 continue
             asyncio.get_running_loop().remove_reader(listener.sock.fileno())
