@@ -231,11 +231,11 @@ class Transport:
         self.later(self._readable_in_turn)
 
     def _readable_in_turn(self) -> None:
+        if "turn" not in self._paused:
+            self._note_unhandled(waiting=False)
         if not self._reading:  # any more
             return
-        if self._tail is not None:
-            self._note_unhandled(waiting=False)
-        elif self.share is not None and self._space.unhandled[self.share[1]]:
+        if self._tail is None and self.share is not None and self._space.unhandled[self.share[1]]:
             share, uid = self.share
             if share.held(uid) + SMALL_TAIL_BYTES > share.limit:
                 # What fills the uid's room is finished or handled in its next turns: receive later.

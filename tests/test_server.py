@@ -679,13 +679,15 @@ def test_a_uid_with_too_many_descriptors_is_shut_out(daemon: Daemon, qmp: Client
         other.send(NAME, (file.fileno(),))
         assert other.reply()["error"]["desc"] == words % 4
         assert other.line() == b""
+        closing = daemon.server.daemon.offload.closing
         refused = daemon.connect(door="client", uid=1000, negotiate=False)
-        assert refused.reply()["error"]["desc"] == words % 4
+        # The connection that was ended counts until it is closed: a descriptor lies in it.
+        assert refused.reply()["error"]["desc"] in (words % 4, words % 5)
         assert refused.line() == b""
         daemon.connect(door="client", uid=1001).ok("getfd", {"fdname": "a"}, (file.fileno(),))
         qmp.ok("getfd", {"fdname": "a"}, (file.fileno(),))
     holder.ok("closefd", {"fdname": "a"})
-    while share.held(1000) != 3:
+    while share.held(1000) != 3 or closing(1000):
         pass
     assert daemon.connect(door="client", uid=1000).ok("query-version")
 
