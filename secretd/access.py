@@ -17,7 +17,7 @@ from typing import Final, NamedTuple
 
 from secretd.audit import Audit, Who
 from secretd.errors import AccessDenied, CommandError
-from secretd.grant_index import GrantIndex, Rule
+from secretd.grant_index import Granted, GrantIndex, Rule
 from secretd.loop import turn
 from secretd.patterns import is_pattern, literal_prefix, matcher
 from secretd.peer import Door, Peer
@@ -238,26 +238,29 @@ class Access:
         """
         if peer.door is Door.CONTROL:
             return self._tree.secrets_after(after)
+        return self._granted_after(peer, after)
+
+    def _granted_after(self, peer: Peer, after: str) -> Iterator[str | None]:
+        granted, asked = self._granted_and_asked(peer)
+        prefixes = granted.prefixes.union(literal_prefix(rule.secret) for rule in asked)
+        is_secret = self._tree.is_secret
+        for object_id in _in_order(
+            granted.exact_after(after), self._tree.ids_after(after, prefixes)
+        ):
+            if object_id is None:
+                yield None
+                # Others had their turn, and may have taken a grant back.
+                granted, asked = self._granted_and_asked(peer)
+            elif (asked or granted.names(object_id)) and is_secret(object_id):
+                rules = (rule for rule in asked if matcher(rule.secret)(object_id))
+                if any(map(self._is_usable, itertools.chain(granted.naming(object_id), rules))):
+                    yield object_id
+
+    def _granted_and_asked(self, peer: Peer) -> tuple[Granted, list[Rule]]:
+        """Return what a peer is granted, and the grants whose authz object was asked, and allows it, now."""
         granted = self._index.granted_to(peer.identities)
-        allowed = [
-            rule
-            for rule in granted.uncacheable.values()
-            if self._allows(rule.authz, peer.identities)
-        ]
-
-        def permitted(object_id: str) -> bool:
-            rules = (rule for rule in allowed if matcher(rule.secret)(object_id))
-            return any(map(self._is_usable, itertools.chain(granted.naming(object_id), rules)))
-
-        prefixes = granted.prefixes.union(literal_prefix(rule.secret) for rule in allowed)
-        found = _in_order(granted.exact_after(after), self._tree.ids_after(after, prefixes))
-        names, is_secret = granted.names, self._tree.is_secret
-        return (
-            object_id
-            for object_id in found
-            if object_id is None
-            or ((allowed or names(object_id)) and is_secret(object_id) and permitted(object_id))
-        )
+        rules = granted.uncacheable.values()
+        return granted, [rule for rule in rules if self._allows(rule.authz, peer.identities)]
 
     def _is_usable(self, rule: Rule) -> bool:
         return not self._tree.lifetimes.ended(rule.id) and not (

@@ -84,14 +84,13 @@ def hide_data() -> None:
 def _clean_environment(values: list[bytes]) -> None:
     """Remove the variables that hold what was hidden, such as the one a unit's options came from.
 
-    A value of a few bytes occurs anywhere by chance, so it counts only as a whole, or behind ``data=``.
+    A value of a few bytes is the whole of a variable or a part of it by chance (``x``, ``/root``), so it
+    counts only behind ``data=``.
     """
     forms = {form for value in values for form in (value, value.replace(b",", b",,"))}
     for name, content in list(os.environb.items()):
         if any(
-            content == form
-            or b"data=" + form in content
-            or (len(form) >= _LONG and form in content)
+            b"data=" + form in content or (len(form) >= _LONG and form in content)
             for form in forms
             if form
         ):

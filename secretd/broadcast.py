@@ -25,6 +25,7 @@ import asyncio
 import math
 from collections import Counter, deque
 from collections.abc import Callable, Collection
+from itertools import islice
 from time import monotonic
 from typing import Final, NamedTuple, Protocol
 
@@ -45,6 +46,9 @@ QUEUED_EVENTS_PER_UID: Final = 1_000
 
 TICK_EVENTS: Final = 500
 """Events of the trusted that are sent at one tick."""
+
+LOG_EVENTS: Final = 2_000
+"""Events that are sent and have not reached every subscriber, above which none is added."""
 
 TICK_EVENTS_PER_UID: Final = 20
 """The same for each other uid."""
@@ -148,6 +152,8 @@ class Throttle:
             if when > now:
                 self._timer = loop.call_at(when, self._due)
                 return
+            if key not in self._next:  # sending has ended the connection, and this with it
+                return
             del self._next[key]
             event = self._held.pop(key, None)
             if event is None:
@@ -161,6 +167,8 @@ class Throttle:
 
     def close(self) -> None:
         """Forget all."""
+        self._next.clear()
+        self._held.clear()
         if self._timer is not None:
             self._timer.cancel()
 
@@ -182,6 +190,7 @@ class Broadcaster:
         self._log: deque[SecretEvent] = deque()
         self._first = 1  # the number of the first event in the log
         self._waiting: deque[Subscriber] = deque()  # that have not got all of the log
+        self._delivering = False  # `_deliver` is scheduled
         self._ticking = False
         self._overflowed = 0
         self._overflow_sent = 0.0
@@ -272,8 +281,12 @@ class Broadcaster:
         self._start()
 
     def _take(self, of_trusted: int, of_each: int) -> None:
-        """Move so many events of each queue to the log."""
+        """Move so many events of each queue to the log, unless that has much left to be sent: then the queues
+        fill, and count what is lost.
+        """
         log = self._log
+        if len(log) >= LOG_EVENTS:
+            return
         for _ in range(min(of_trusted, len(self._trusted))):
             log.append(self._trusted.popleft())
         for uid, queue in list(self._by_uid.items()):
@@ -286,7 +299,9 @@ class Broadcaster:
         """Send everything now."""
         self._take(len(self._trusted), QUEUED_EVENTS_PER_UID)
         self._start()
-        while self._waiting:
+        while self._trusted or self._by_uid or self._waiting:
+            self._take(len(self._trusted), QUEUED_EVENTS_PER_UID)
+            self._start()
             self._deliver()
 
     # --- from the log to the subscribers
@@ -296,36 +311,42 @@ class Broadcaster:
         self._report_lost()
         if not self._log:
             return
-        idle = not self._waiting
         last = self._last
         known = set(self._waiting)
         self._waiting += [s for s in self.subscribers if s.position < last and s not in known]
-        if idle and self._waiting:
+        if not self._delivering:
             self._deliver()
-        self._trim()
 
     def _deliver(self) -> None:
         """Send to one subscriber after the other, until SLICE_SECONDS have passed."""
+        self._delivering = False
         end = monotonic() + SLICE_SECONDS
         batch: _Batch | None = None
-        while self._waiting:
-            subscriber = self._waiting.popleft()
-            if subscriber in self.subscribers:
+        try:
+            while self._waiting:
+                subscriber = self._waiting.popleft()
+                # It may have gone, or have turned events on anew, since it was noted.
+                if subscriber not in self.subscribers or subscriber.position >= self._last:
+                    continue
                 if batch is None or batch.after != subscriber.position:
                     skipped = subscriber.position + 1 - self._first
-                    batch = _Batch(subscriber.position, list(self._log)[skipped:])
+                    batch = _Batch(subscriber.position, list(islice(self._log, skipped, None)))
                 subscriber.position = self._last
                 self._send(subscriber, batch)
-                if monotonic() > end and self._waiting:
-                    asyncio.get_running_loop().call_soon(self._deliver)
+                if monotonic() > end:
                     return
-        self._trim()
+        finally:
+            self._trim()
+            if self._waiting and not self._delivering:
+                self._delivering = True
+                asyncio.get_running_loop().call_soon(self._deliver)
 
     def _trim(self) -> None:
         """Forget what every subscriber has got."""
-        if not self._waiting:
-            self._first = self._last + 1
-            self._log.clear()
+        waiting = [s.position for s in self._waiting if s in self.subscribers]
+        for _ in range(min(waiting, default=self._last) + 1 - self._first):
+            self._log.popleft()
+            self._first += 1
 
     def _report_lost(self) -> None:
         """Count for the control connections what found no room: once it is over, and while it goes on."""

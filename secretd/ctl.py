@@ -95,7 +95,7 @@ def add(options: Options) -> None:
                 _add_fd(client, options, fd, encoding)
             finally:
                 os.close(fd)
-        elif options.prompt or (options.fd is None and not options.stdin and sys.stdin.isatty()):
+        elif options.prompt or (options.fd is None and not options.stdin and os.isatty(0)):
             with ask_twice(client, f"Secret {options.id}: ") as typed:
                 client.add_bytes(options.id, typed.view, encoding)
         else:
@@ -123,7 +123,7 @@ def _add_fd(client: SyncClient, options: Options, fd: int, encoding: Encoding) -
     # A pipe can be read only once: look at its end here, in locked memory.
     with client.buffer(_STDIN_BYTES + 1) as buffer:
         fill = 0
-        while got := os.readv(fd, [buffer.view[fill:]]):
+        while got := _read(fd, buffer.view[fill:]):
             fill += got
             if fill > _STDIN_BYTES:
                 raise UsageError(
@@ -131,6 +131,14 @@ def _add_fd(client: SyncClient, options: Options, fd: int, encoding: Encoding) -
                 )
         _check_end(buffer.view[fill - 1] if fill else None, options.format)
         client.add_bytes(options.id, buffer.view[:fill], encoding)
+
+
+def _read(fd: int, view: memoryview) -> int:
+    try:
+        return os.readv(fd, [view])
+    except OSError as error:
+        name = "standard input" if fd == 0 else f"descriptor {fd}"
+        raise UsageError(f"{name}: {error.strerror}") from None
 
 
 def _check_end(last: int | None, format: Format) -> None:  # noqa: A002

@@ -120,7 +120,10 @@ class _Entry:
                             rest = count - position
                             self._chunk.view[:rest] = self._chunk.view[position:count]
                             position = 0
-                            count = rest + os.readv(self._fd, [self._chunk.view[rest:]])
+                            more = os.readv(self._fd, [self._chunk.view[rest:]])
+                            count = rest + more
+                            if not more:  # the terminal was hung up
+                                break
                         mark = bytes(self._chunk.view[position : position + len(_PASTE_BEGINS)])
                         if mark in (_PASTE_BEGINS, _PASTE_ENDS):
                             pasting = mark == _PASTE_BEGINS

@@ -241,7 +241,13 @@ class _Process:
                 reports.stopping()
             server.stop()
 
+        reloading = asyncio.Lock()
+
         async def reload() -> None:
+            async with reloading:
+                await reload_once()
+
+        async def reload_once() -> None:
             if reports is not None:
                 reports.reloading()
             try:

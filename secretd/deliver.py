@@ -310,13 +310,13 @@ class _Job:
     def release(self) -> None:
         """The thread is done with it, or never began."""
         self._released = True
-        if self._reason is not None:
-            self.content.failed(self._reason)
         if self._piece is not None:
             self._piece.free()
         if self._bell >= 0:
             os.close(self._bell)
         _release(self.content, self._target, self._fd)
+        if self._reason is not None:
+            self.content.failed(self._reason)
 
     def write(self) -> OSError | CommandError | None:
         """Write it all, or until it is withdrawn; return what went wrong."""

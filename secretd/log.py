@@ -6,6 +6,7 @@ A line that finds no room is kept; beyond KEPT_LINES lines are counted, and the 
 there is room. daemon installs the handler, commands read its count.
 """
 
+import asyncio
 import contextlib
 import logging
 from collections import deque
@@ -18,6 +19,9 @@ from secretd.systemd import JournalFormatter, journal_on_stderr
 
 KEPT_LINES: Final = 64
 """Lines that wait until stderr takes them."""
+
+RETRY_SECONDS: Final = 1.0
+"""Seconds until what found no room is written again."""
 
 LINE_BYTES: Final = 4000
 """Bytes of a line, so that a pipe takes it whole or not at all (PIPE_BUF of pipe(7))."""
@@ -35,6 +39,7 @@ class LogHandler(logging.Handler):
         self.is_held: Callable[[], bool] = lambda: False
         self._unreported = 0
         self._waiting: deque[bytes] = deque()
+        self._timer: asyncio.TimerHandle | None = None
         self._sink: Sink | None = None
         with contextlib.suppress(UsageError, OSError):
             self._sink = open_sink("-")
@@ -62,6 +67,7 @@ class LogHandler(logging.Handler):
             try:
                 sink.write(self._waiting[0])
             except BlockingIOError:
+                self._try_later()
                 return
             except OSError:  # a disk that is full, a reader that is gone
                 self.lost += len(self._waiting)
@@ -70,6 +76,16 @@ class LogHandler(logging.Handler):
             self._waiting.popleft()
         if sink is None:
             self._waiting.clear()
+
+    def _try_later(self) -> None:
+        if self._timer is None:
+            with contextlib.suppress(RuntimeError):  # there is no loop yet, or any more
+                loop = asyncio.get_running_loop()
+                self._timer = loop.call_later(RETRY_SECONDS, self._retry)
+
+    def _retry(self) -> None:
+        self._timer = None
+        self._write()
 
     def flush(self) -> None:
         """Write what waits, as far as there is room."""

@@ -293,7 +293,7 @@ def _holds_descriptors(daemon: Daemon, sock: socket.socket) -> bool:
     try:
         with daemon.tree.scratch.allocate(_PEEK_BYTES) as scratch:
             return holds_descriptors(sock, scratch.view)
-    except LockedMemoryExhausted:
+    except (LockedMemoryExhausted, OSError):
         return True
 
 

@@ -238,7 +238,8 @@ class Server:
         self.make_again()
 
     def _watch(self, listener: Listener) -> None:
-        if not self._stopped.is_set():
+        # After a pause it may have been replaced, and its descriptor may be another's.
+        if not self._stopped.is_set() and any(listener is known for known in self._listeners):
             loop = asyncio.get_running_loop()
             loop.add_reader(listener.sock.fileno(), self._accept, listener)
 

@@ -10,7 +10,7 @@ import re
 import socket
 import time
 from collections import deque
-from collections.abc import Collection, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from typing import Final, Protocol
 
 from msgspec import Struct
@@ -136,7 +136,7 @@ class Session:
         audit.in_turn = self._consuming = True
         out, self._began = self._out, 0.0
         try:
-            while self._task is None and not self._server.stopping:
+            while self._task is None and not self._queue and not self._server.stopping:
                 position, request = self._next(view, position, end)
                 if isinstance(request, NeedData):
                     return position
@@ -147,7 +147,7 @@ class Session:
                 self._answer(reply)
                 if self.transport.is_closed or self.transport.backlogged or self._is_over():
                     return position
-            if self._task is not None:
+            if self._task is not None or self._queue:
                 position = self._consume_meanwhile(view, position, end)
             return position
         finally:
@@ -249,7 +249,7 @@ class Session:
         data = await reply
         self._task = None
         self._audit.end_turn()  # before the reply
-        self.transport.send(data)
+        self._safely(lambda: self.transport.send(data))
         if self._queue and not self._trusted:
             self.transport.later(self._go_on_safely)
         else:
@@ -260,15 +260,22 @@ class Session:
         data = await reply
         self._aside = None
         self._audit.end_turn()
-        self.transport.send(data)
-        self.transport.resume("aside")
+        self._safely(lambda: self.transport.send(data))
+        self._safely(lambda: self.transport.resume("aside"))
 
     def _go_on_safely(self) -> None:
+        self._safely(self._go_on)
+
+    def _safely(self, step: Callable[[], object]) -> None:
+        """Take a step whose failure ends this connection, and not the daemon."""
         try:
-            self._go_on()
-        except Exception as error:  # noqa: BLE001 - it ends this connection, not the daemon
+            step()
+        except Exception as error:  # noqa: BLE001 - see above
             log_internal(error)
-            self.transport.close()
+            try:
+                self.transport.close()
+            except Exception as again:  # noqa: BLE001 - it is closed as far as it can be
+                log_internal(again)
 
     def _go_on(self) -> None:
         """Carry out what was queued, until one must be waited for; then read again. For a peer that is not

@@ -90,6 +90,8 @@ def holds_descriptors(sock: socket.socket, scratch: memoryview) -> bool:
                 return descriptors
     except BlockingIOError:
         return False
+    except OSError:  # such as a reset, which a peer leaves that closed with something unread
+        return True
     return True
 
 

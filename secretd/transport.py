@@ -226,6 +226,8 @@ class Transport:
         self._reading = wanted
 
     def _wait_for_turn(self) -> None:
+        # Until then epoll must not report it again and again: others would be reported later for it.
+        self._unwatch(self._sock.fileno())
         if self._tail is not None:
             self._note_unhandled(waiting=True)
         self.later(self._readable_in_turn)
@@ -235,11 +237,12 @@ class Transport:
             self._note_unhandled(waiting=False)
         if not self._reading:  # any more
             return
+        self._watch(self._sock.fileno(), self._on_readable)
         if self._tail is None and self.share is not None and self._space.unhandled[self.share[1]]:
             share, uid = self.share
             if share.held(uid) + SMALL_TAIL_BYTES > share.limit:
                 # What fills the uid's room is finished or handled in its next turns: receive later.
-                self.later(self._readable_in_turn)
+                self._wait_for_turn()
                 return
         self._readable()
 
@@ -514,5 +517,7 @@ class Transport:
         # The client sees the end now, even if close(2) has to wait for its turn; and sends no more.
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
-        self._closer(self._sock)
-        self._receiver.closed()
+        try:
+            self._closer(self._sock)
+        finally:
+            self._receiver.closed()

@@ -153,7 +153,7 @@ class Channel:
                     if "event" in message:
                         return message
                     continue
-                if not _wait(self._sock.fileno(), select.POLLIN, timeout) or not self._receive():
+                if not wait(self._sock.fileno(), select.POLLIN, timeout) or not self._receive():
                     return None
         except ConnectionError:
             return None
@@ -243,7 +243,7 @@ class _Deadline:
 
     def wait(self, fd: int, events: int) -> None:
         """Wait for a descriptor."""
-        while not _wait(fd, events, self._left()):
+        while not wait(fd, events, self._left()):
             pass
 
     def wait_for(self, sock: int, pump: Pump) -> bool:
@@ -265,7 +265,8 @@ class _Deadline:
         time.sleep(0.05 if left is None else min(0.05, left))
 
 
-def _wait(fd: int, events: int, timeout: float | None) -> bool:
+def wait(fd: int, events: int, timeout: float | None) -> bool:
+    """Wait for a descriptor for so many seconds, None for any time; False if it is not ready by then."""
     poll = select.poll()
     poll.register(fd, events)
     return bool(poll.poll(None if timeout is None else timeout * 1000))

@@ -21,10 +21,10 @@ import re
 import select
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Final, NoReturn, Self, TypeVar, cast
+from typing import Any, Final, NoReturn, Self, TypeVar, cast
 
 from secretd.client import types
-from secretd.client.channel import Channel, Lost, Message, OnWait, Pump, Refused
+from secretd.client.channel import Channel, Lost, Message, OnWait, Pump, Refused, wait
 from secretd.client.socket_path import default_socket
 from secretd.client.types import PLAIN, Encoding, Event, Format, Sealed, SecretInfo
 from secretd.memory import SCRATCH_WINDOW, Arena, LockedBuffer, choose_level
@@ -265,10 +265,10 @@ class SyncClient:
         """Return a secret in locked memory; free it, or use it as a context manager, to wipe it."""
 
         def once(channel: Channel) -> LockedBuffer:
-            def deliver(sink: int, pump: Pump) -> object:
+            def deliver(sink: int, pump: Pump) -> int:
                 return self._deliver(channel, object_id, format, sink, pump)
 
-            return self._collect(deliver)[0]
+            return self._collect(deliver, lambda size: size)[0]
 
         types.check_text(object_id)
         return self._again(once)
@@ -303,19 +303,22 @@ class SyncClient:
         types.check_text([object_id, keyid])
 
         def once(channel: Channel) -> Sealed:
-            def deliver(sink: int, pump: Pump) -> object:
+            def deliver(sink: int, pump: Pump) -> dict[str, Any]:
                 arguments = {"id": object_id, "keyid": keyid, "fdname": self._pass(channel, sink)}
-                return _returned(channel.exchange("secret-seal", arguments, (), pump))
+                reply = _returned(channel.exchange("secret-seal", arguments, (), pump))
+                return cast("dict[str, Any]", reply)
 
-            data, reply = self._collect(deliver)
+            data, reply = self._collect(deliver, lambda reply: int(reply["size"]))
             with data:
-                return Sealed(str(data.view, "ascii"), cast(dict[str, str], reply)["iv"])
+                return Sealed(str(data.view, "ascii"), reply["iv"])
 
         return self._again(once)
 
-    def _collect(self, deliver: Callable[[int, Pump], T]) -> tuple[LockedBuffer, T]:
+    def _collect(
+        self, deliver: Callable[[int, Pump], T], size_of: Callable[[T], int]
+    ) -> tuple[LockedBuffer, T]:
         """Return what ``deliver`` has written to the descriptor it is given, in locked memory, and what it
-        returns.
+        returns, of which ``size_of`` is the number of bytes.
         """
         source, sink = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         ends = [source, sink]
@@ -324,8 +327,10 @@ class SyncClient:
             result = deliver(sink, Pump(source, select.POLLIN, lambda: collected.fill(source)))
             ends.remove(sink)
             os.close(sink)
-            while not collected.fill(source):
-                select.select([source], [], [])
+            size = size_of(result)
+            while not collected.fill(source) and collected.size < size:
+                if not wait(source, select.POLLIN, self._timeout):
+                    raise TimeoutError(f"No end of the secret within {self._timeout:g} seconds")
             return collected.take(), result
         finally:
             collected.free()
@@ -382,6 +387,11 @@ class _Collected:
             if not count:
                 return True
             self._fill += count
+
+    @property
+    def size(self) -> int:
+        """Bytes so far."""
+        return self._fill
 
     def take(self) -> LockedBuffer:
         """Return a buffer of just the size."""
