@@ -466,3 +466,58 @@ def test_many_subscribers_are_served_in_slices(
     qmp.add("t", data="x")
     for each in watching[2:]:
         assert each.event()["data"]["id"] == "t"
+
+
+def test_turning_events_on_anew_during_a_delivery_stops_it_for_nobody(
+    daemon: Daemon, qmp: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All get the next event, and nothing is kept any more."""
+    monkeypatch.setattr(broadcast, "SLICE_SECONDS", 0.0)
+    watching = [daemon.connect().watch() for _ in range(5)]
+    broadcaster = daemon.server.daemon.broadcaster
+
+    def again() -> None:
+        if len(broadcaster._waiting) == 3 and not anew:
+            first = broadcaster._waiting[0]
+            anew.append(first)
+            broadcaster.unsubscribe(first)
+            broadcaster.subscribe(first)
+        deliver()
+
+    anew: list[object] = []
+    deliver = broadcaster._deliver
+    broadcaster._deliver = again  # type: ignore[method-assign]
+    qmp.add("s", data="x")
+    while not daemon.call(lambda: anew and not broadcaster._waiting):
+        pass
+    qmp.add("t", data="x")
+    for each in watching:
+        while each.event()["data"]["id"] != "t":
+            pass
+    while daemon.call(lambda: len(broadcaster._waiting) + len(broadcaster._log)):
+        pass
+
+
+def test_events_that_are_being_sent_are_limited(
+    daemon: Daemon, qmp: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Further ones wait in the queues, and come after them."""
+    monkeypatch.setattr(broadcast, "LOG_EVENTS", 5)
+    monkeypatch.setattr(broadcast, "TICK_EVENTS", 5)
+    monkeypatch.setattr(broadcast, "SLICE_SECONDS", 0.0)
+    watching = [daemon.connect().watch() for _ in range(10)]
+    broadcaster = daemon.server.daemon.broadcaster
+    longest = 0
+    take = broadcaster._take
+
+    def measured(of_trusted: int, of_each: int) -> None:
+        nonlocal longest
+        take(of_trusted, of_each)
+        longest = max(longest, len(broadcaster._log))
+
+    broadcaster._take = measured  # type: ignore[method-assign]
+    for number in range(30):
+        qmp.add(f"s{number}", data="x")
+    for each in watching:
+        assert [each.event()["data"]["id"] for _ in range(30)] == [f"s{n}" for n in range(30)]
+    assert longest < 10

@@ -4,8 +4,10 @@ counted.
 """
 
 import asyncio
+import itertools
 import json
 import os
+from collections.abc import Callable
 
 import pytest
 
@@ -13,6 +15,7 @@ from secretd import loop as loop_module
 from secretd import monitor, session
 from secretd.loop import Loop, Turns, turn
 from secretd.qom.authz import Rules
+from secretd.transport import Transport
 from tests.conftest import Client, Daemon, need_root
 from tests.test_access import SECRET, allow, denied, grant
 
@@ -130,6 +133,104 @@ def test_queued_requests_are_carried_out_one_in_each_turn(
     assert len(turns) >= 5
     for fd in (source, sink):
         os.close(fd)
+
+
+def blocked_read(client: Client) -> tuple[int, int]:
+    """Start a delivery that waits; return its pipe."""
+    source, sink = os.pipe()
+    os.set_blocking(sink, False)
+    try:
+        while True:
+            os.write(sink, b"x" * 4096)
+    except BlockingIOError:
+        pass
+    client.send(b'{"execute":"secret-read","arguments":{"id":"s"},"id":0}\n', (sink,))
+    return source, sink
+
+
+def test_a_client_that_resets_ends_no_more_than_its_connection(daemon: Daemon, qmp: Client) -> None:
+    """During a delivery, with a greeting unread on its side and a request on ours."""
+    need_root()
+    qmp.add("s", data="letmein")
+    allow(qmp, "who", "uid:1000")
+    grant(qmp, "g", "s", "who")
+    for _ in range(3):
+        client = daemon.connect(door="client", uid=1000, negotiate=False)
+        client.send(b'{"execute":"qmp_capabilities"}\n')
+        while not daemon.call(lambda: [s for s in daemon.server.sessions if s.peer.uid == 1000]):
+            pass
+        source, sink = blocked_read(client)
+        while not daemon.call(lambda: len(daemon.server.daemon.deliveries._running)):
+            pass
+        client.send(b'{"execute":"query-version"}\n' * 3)
+        client.close()
+        os.read(source, 1 << 17)
+        while daemon.call(lambda: [s for s in daemon.server.sessions if s.peer.uid == 1000]):
+            pass
+        os.close(source)
+        os.close(sink)
+    assert qmp.cmd("query-version")["return"]
+    connections = daemon.server.daemon.limits.connections
+    assert daemon.call(lambda: connections.held(1000)) == 0
+
+
+def test_requests_that_come_while_others_are_queued_come_after_them(
+    daemon: Daemon, qmp: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With oob, when the command before them has ended and they wait for the uid's turn."""
+    need_root()
+    qmp.add("s", data="letmein")
+    allow(qmp, "who", "uid:1000")
+    grant(qmp, "g", "s", "who")
+    client = daemon.connect(door="client", uid=1000, negotiate=False)
+    client.reply()
+    assert client.cmd("qmp_capabilities", {"enable": ["oob"]}) == {"return": {}}
+    late: list[Callable[[], None]] = []
+    later = Transport.later
+
+    def only_others(self: Transport, step: Callable[[], None]) -> None:
+        if getattr(step, "__name__", "") == "_go_on_safely":
+            late.append(step)
+        else:
+            later(self, step)
+
+    monkeypatch.setattr(Transport, "later", only_others)
+    source, sink = blocked_read(client)
+    (ours,) = (s for s in daemon.server.sessions if s.peer.uid == 1000)
+    for number in range(1, 3):
+        client.send(b'{"execute":"query-version","id":%d}\n' % number)
+    while daemon.call(lambda: len(ours._queue)) < 2:
+        pass
+    os.read(source, 1 << 17)
+    assert client.reply()["id"] == 0
+    client.send(b'{"execute":"query-version","id":3}\n')
+    while daemon.call(lambda: len(ours._queue)) < 3:
+        pass
+    monkeypatch.undo()
+    daemon.call(lambda: [step() for step in late])
+    assert [client.reply()["id"] for _ in range(3)] == [1, 2, 3]
+    os.close(source)
+    os.close(sink)
+
+
+def test_a_grant_taken_back_ends_a_list_that_goes_on(
+    daemon: Daemon, qmp: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What comes after the next turn of others is not listed."""
+    need_root()
+    monkeypatch.setattr("secretd.qom.object.IDS_PER_LOOK", 4)
+    for number in range(30):
+        qmp.add(f"o{number:02}", data="x")
+    allow(qmp, "who", "uid:1000")
+    grant(qmp, "g", "o*", "who")
+    client = daemon.connect(door="client", uid=1000)
+    peer = next(s.peer for s in daemon.server.sessions if s.peer.uid == 1000)
+    found = daemon.server.daemon.access.readable_after(peer, "")
+    first = daemon.call(lambda: list(itertools.takewhile(lambda each: each is not None, found)))
+    assert first
+    qmp.ok("object-del", {"id": "g"})
+    assert [each for each in daemon.call(lambda: list(found)) if each is not None] == []
+    client.close()
 
 
 def test_a_list_that_looks_through_much_lets_others_go_first(

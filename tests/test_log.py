@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The log on stderr, which never waits."""
 
+import asyncio
 import contextlib
+import itertools
 import logging
 import os
 from collections.abc import Iterator
@@ -95,3 +97,24 @@ def test_without_a_stderr_nothing_is_written() -> None:
     handler.emit(record("x"))
     assert not handler._waiting
     handler.close()
+
+
+def test_what_found_no_room_is_written_when_there_is_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without another line to the log."""
+    monkeypatch.setattr("secretd.log.RETRY_SECONDS", 0.001)
+
+    async def written() -> bytes:
+        with stderr_pipe() as pipe:
+            handler = LogHandler()
+            for number in range(700):
+                handler.emit(record(f"{number} {'x' * 100}"))
+            read = os.read(pipe, 1 << 16)
+            turns = itertools.takewhile(lambda _: handler._waiting, itertools.count())
+            for _ in turns:
+                await asyncio.sleep(0)
+            handler.close()
+            return read + os.read(pipe, 1 << 16)
+
+    lines = asyncio.run(written()).decode().splitlines()
+    assert lines[-2].startswith("secretd: ")
+    assert any(line.endswith("xxx") for line in lines)

@@ -38,6 +38,16 @@ def test_descriptors_are_found_wherever_they_lie_unread() -> None:
             assert sockopt.holds_descriptors(ours, scratch)
 
 
+def test_a_socket_that_was_reset_may_hold_descriptors() -> None:
+    """The reset that a peer leaves which closes with something unread is no error here."""
+    ours, theirs = socket.socketpair()
+    with ours:
+        ours.send(b"unread")
+        theirs.send(b"x")
+        theirs.close()
+        assert sockopt.holds_descriptors(ours, memoryview(bytearray(4096)))
+
+
 def test_a_peek_tells_the_bytes_and_whether_descriptors_come_with_them() -> None:
     """And the end; where there is nothing it says so."""
     ours, theirs = socket.socketpair()
