@@ -59,12 +59,14 @@ class Worker:
         self._name = name
         self._rng = random.Random(seed)
         self._number = 0
+        self.connected = asyncio.Event()
         self.there: set[str] = set()
         self.added = self.deleted = self.read = self.interrupted = 0
 
     async def run(self, stop: asyncio.Event) -> None:
         """Work until ``stop``."""
         async with self._client:
+            self.connected.set()
             while not stop.is_set():
                 await self._step()
             found = {s.id for s in await self._client.list() if s.id.startswith(self._name)}
@@ -152,6 +154,8 @@ def test_nothing_that_was_acknowledged_is_lost(killed: tuple[Box, int]) -> None:
         async with asyncio.TaskGroup() as group:
             for worker in workers:
                 group.create_task(worker.run(stop))
+            for worker in workers:  # a client's first connection is not tried again
+                await worker.connected.wait()
             await kill(box, times, random.Random(seed))
             stop.set()
 
