@@ -8,10 +8,9 @@ nothing (access does) and sends through its subscribers.
 
 Theory of operation. An event goes through three places:
 
-1. `publish` puts it into the queue of the uid that caused it. Events of the trusted share one queue.
-Each other
-   uid has a small one of its own, and its refusals are thinned out before they get there. So a uid that
-   floods fills its own queue only.
+1. `publish` puts it into the queue of the uid that caused it. Events of the trusted share one queue. Each
+   other uid has a small one of its own, and its refusals are thinned out before they get there. So a uid
+   that floods fills its own queue only.
 2. At each tick of a clock, so that the time of an event tells nothing of others, a fair share of every queue
    moves to the log, with the number of its position.
 3. Each subscriber has a position in the log. `_deliver` sends to one subscriber after the other all that lies

@@ -22,6 +22,25 @@ from tests.test_access import SECRET, allow, denied, grant
 COSTLY = ('{"execute": "query-version", "id": "' + "\\n\u00e9" * 1200 + '"}\n').encode()
 
 
+def full_pipe() -> tuple[int, int]:
+    """Return a pipe that takes no byte more."""
+    source, sink = os.pipe()
+    os.set_blocking(sink, False)
+    try:
+        while True:
+            os.write(sink, b"x" * 4096)
+    except BlockingIOError:
+        os.set_blocking(sink, True)
+        return source, sink
+
+
+def blocked_read(client: Client) -> tuple[int, int]:
+    """Start a delivery that waits; return its pipe."""
+    source, sink = full_pipe()
+    client.send(b'{"execute":"secret-read","arguments":{"id":"s"},"id":0}\n', (sink,))
+    return source, sink
+
+
 def test_turns_go_round_by_uid() -> None:
     """Whatever a uid has to do waits behind one piece of each other; the same piece waits once."""
     done: list[str] = []
@@ -111,14 +130,7 @@ def test_queued_requests_are_carried_out_one_in_each_turn(
     client = daemon.connect(door="client", uid=1000, negotiate=False)
     client.reply()
     assert client.cmd("qmp_capabilities", {"enable": ["oob"]}) == {"return": {}}
-    source, sink = os.pipe()
-    os.set_blocking(sink, False)
-    try:
-        while True:
-            os.write(sink, b"x" * 4096)
-    except BlockingIOError:
-        pass
-    os.set_blocking(sink, True)
+    source, sink = full_pipe()
     turns: list[object] = []
     real = session.Session._go_on
     monkeypatch.setattr(session.Session, "_go_on", lambda self: (turns.append(self), real(self)))
@@ -133,19 +145,6 @@ def test_queued_requests_are_carried_out_one_in_each_turn(
     assert len(turns) >= 5
     for fd in (source, sink):
         os.close(fd)
-
-
-def blocked_read(client: Client) -> tuple[int, int]:
-    """Start a delivery that waits; return its pipe."""
-    source, sink = os.pipe()
-    os.set_blocking(sink, False)
-    try:
-        while True:
-            os.write(sink, b"x" * 4096)
-    except BlockingIOError:
-        pass
-    client.send(b'{"execute":"secret-read","arguments":{"id":"s"},"id":0}\n', (sink,))
-    return source, sink
 
 
 def test_a_client_that_resets_ends_no_more_than_its_connection(daemon: Daemon, qmp: Client) -> None:
@@ -251,13 +250,7 @@ def test_a_list_that_looks_through_much_lets_others_go_first(
     client.cmd("qmp_capabilities", {"enable": ["oob"]})
     assert [s["id"] for s in client.ok("query-secrets")] == ["o11.x", "o33.x", "z"]
     assert [s["id"] for s in client.ok("query-secrets", {"after": "o11.x"})] == ["o33.x", "z"]
-    source, sink = os.pipe()
-    os.set_blocking(sink, False)
-    try:
-        while True:
-            os.write(sink, b"x" * 4096)
-    except BlockingIOError:
-        pass
+    source, sink = full_pipe()
     client.send(b'{"execute":"secret-read","arguments":{"id":"z"},"id":"slow"}\n', (sink,))
     for number in range(3):
         client.send(b'{"exec-oob":"query-secrets","id":%d}\n' % number)
