@@ -248,9 +248,10 @@ def test_directories_that_others_can_write_are_refused(
         listen("@secretd", Door.CONTROL, 0o600)
     with pytest.raises(UsageError, match="none/s: No such file or directory"):
         listen(str(tmp_path / "none" / "s"), Door.CONTROL, 0o600)
-    monkeypatch.setattr(os, "getuid", lambda: 4711)
-    if os.stat(tmp_path).st_uid == 0:
+    if os.getuid() == 0:
         os.chown(tmp_path, 1234, -1)
+    owner = os.stat(tmp_path).st_uid
+    monkeypatch.setattr(os, "getuid", lambda: owner + 1)
     with pytest.raises(UsageError, match="other users can replace"):
         server.check_directory(str(tmp_path))
 
