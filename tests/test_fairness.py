@@ -41,6 +41,18 @@ def blocked_read(client: Client) -> tuple[int, int]:
     return source, sink
 
 
+def granted_client(daemon: Daemon, qmp: Client) -> Client:
+    """Return a client of uid 1000, with oob, that may read the secret ``s``."""
+    need_root()
+    qmp.add("s", data="letmein")
+    allow(qmp, "who", "uid:1000")
+    grant(qmp, "g", "s", "who")
+    client = daemon.connect(door="client", uid=1000, negotiate=False)
+    client.reply()
+    assert client.cmd("qmp_capabilities", {"enable": ["oob"]}) == {"return": {}}
+    return client
+
+
 def test_turns_go_round_by_uid() -> None:
     """Whatever a uid has to do waits behind one piece of each other; the same piece waits once."""
     done: list[str] = []
@@ -123,18 +135,11 @@ def test_queued_requests_are_carried_out_one_in_each_turn(
     daemon: Daemon, qmp: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Behind a command that waits, with oob: also when many end at once. All are answered, in order."""
-    need_root()
-    qmp.add("s", data="letmein")
-    allow(qmp, "who", "uid:1000")
-    grant(qmp, "g", "s", "who")
-    client = daemon.connect(door="client", uid=1000, negotiate=False)
-    client.reply()
-    assert client.cmd("qmp_capabilities", {"enable": ["oob"]}) == {"return": {}}
-    source, sink = full_pipe()
+    client = granted_client(daemon, qmp)
     turns: list[object] = []
     real = session.Session._go_on
     monkeypatch.setattr(session.Session, "_go_on", lambda self: (turns.append(self), real(self)))
-    client.send(b'{"execute":"secret-read","arguments":{"id":"s"},"id":0}\n', (sink,))
+    source, sink = blocked_read(client)
     for number in range(1, 6):
         client.send(b'{"execute":"query-version","id":%d}\n' % number)
     ours = [s for s in daemon.server.sessions if s.peer.uid == 1000]
@@ -177,13 +182,7 @@ def test_requests_that_come_while_others_are_queued_come_after_them(
     daemon: Daemon, qmp: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With oob, when the command before them has ended and they wait for the uid's turn."""
-    need_root()
-    qmp.add("s", data="letmein")
-    allow(qmp, "who", "uid:1000")
-    grant(qmp, "g", "s", "who")
-    client = daemon.connect(door="client", uid=1000, negotiate=False)
-    client.reply()
-    assert client.cmd("qmp_capabilities", {"enable": ["oob"]}) == {"return": {}}
+    client = granted_client(daemon, qmp)
     late: list[Callable[[], None]] = []
     later = Transport.later
 
