@@ -21,20 +21,25 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-from secretd import initial
-from secretd.audit import Audit
-from secretd.commands import COMMANDS
+from secretd.access.peer import Door
+from secretd.audit.log import Audit
+from secretd.daemon import initial_objects
+from secretd.descriptors.source import StartSources
 from secretd.errors import CommandError, UsageError
-from secretd.loop import Loop
-from secretd.memory import SCRATCH_RESERVE, SCRATCH_WINDOW, Arena, choose_level
-from secretd.pages import Level
-from secretd.peer import Door
-from secretd.qom.object import ObjectTree, with_hint
-from secretd.qom.source import StartSources
-from secretd.qom.typeinfo import ObjectOptions
-from secretd.qom.types import TYPES
-from secretd.server import Server, listen
-from secretd.state import Journal
+from secretd.journal.journal import Journal
+from secretd.linux.locked_pages import Level
+from secretd.memory.arena import (
+    SCRATCH_RESERVE,
+    SCRATCH_WINDOW,
+    Arena,
+    choose_level,
+)
+from secretd.monitor.commands import COMMANDS
+from secretd.net.loop import Loop
+from secretd.qom.object_type import ObjectOptions
+from secretd.qom.registry import TYPES
+from secretd.qom.tree import ObjectTree, with_hint
+from secretd.server.server import Server, listen
 
 # As the daemon does: 1024 descriptors, the usual soft limit, are few where messages bring 253.
 _hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -116,7 +121,7 @@ def _no_leaked_fds() -> Iterator[None]:
 
 def add_object(tree: ObjectTree, text: str) -> ObjectOptions | None:
     """Make the object of ``--object TEXT``; UsageError has QEMU's words and nothing else."""
-    options = initial.parse(tree, text)
+    options = initial_objects.parse(tree, text)
     if options is not None:
         try:
             tree.add(options, StartSources(tree.scratch))

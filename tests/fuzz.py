@@ -22,10 +22,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from secretd.errors import UsageError
-from secretd.memory import Arena, choose_level
-from secretd.qom.object import ObjectTree
-from secretd.qom.types import TYPES
-from secretd.state import Journal
+from secretd.journal.journal import Journal
+from secretd.memory.arena import Arena, choose_level
+from secretd.qom.registry import TYPES
+from secretd.qom.tree import ObjectTree
 from tests.conftest import add_object
 from tests.real_qemu import Qemu, ask, storage_daemon
 from tests.transcript import FILES, SocketPeer, load

@@ -18,17 +18,19 @@ from typing import Any, Final
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from secretd import keyval, pages, records
-from secretd.commands import COMMANDS
 from secretd.errors import LockedMemoryExhausted, StateError, UsageError
-from secretd.memory import Arena
-from secretd.schema import FastDecoder
-from secretd.state import Journal
-from secretd.systemd import credential_address
-from secretd.wire.message import Malformed, Request
+from secretd.journal import loader
+from secretd.journal.journal import Journal
+from secretd.linux import locked_pages
+from secretd.memory.arena import Arena
+from secretd.monitor.commands import COMMANDS
+from secretd.qapi import keyval
+from secretd.qapi.command import FastDecoder
+from secretd.systemd.notify import credential_address
+from secretd.wire.connection import Connection
+from secretd.wire.lexer import NeedData
+from secretd.wire.messages import Malformed, Request
 from secretd.wire.parser import Number, Text
-from secretd.wire.qjson import NeedData
-from secretd.wire.qmp import Connection
 
 CORPORA: Final = Path(__file__).parent / "corpora"
 _FAST: Final = FastDecoder(COMMANDS.by_name.values())
@@ -114,7 +116,7 @@ def address(data: bytes, _cuts: list[int]) -> None:
 def left(data: bytes, _cuts: list[int]) -> None:
     """A journal that an earlier process left, with any content: taken over, or refused, and then works."""
     arena = os.memfd_create("fuzz")
-    os.ftruncate(arena, pages.FILE_BYTES)
+    os.ftruncate(arena, locked_pages.FILE_BYTES)
     inode = struct.pack("<Q", os.fstat(arena).st_ino)
     file = os.memfd_create("fuzz")
     whole = len(data) > _INODE_OFFSET + 8
@@ -143,7 +145,7 @@ def journal_file() -> bytes:
         journal.add("rule", 5, {"identity": "uid:1"}, None, 0)
         journal.set_properties("s1", {"format": "base64"})
         journal.remove("s2")
-        return os.pread(journal.filenos()[0], records.FILE.size + 600, 0)
+        return os.pread(journal.filenos()[0], loader.FILE.size + 600, 0)
     finally:
         journal.close()
         journal.arena.close()

@@ -8,8 +8,8 @@ import json
 import sys
 from pathlib import Path
 
-from secretd.commands import COMMANDS
-from secretd.events import EVENTS
+from secretd.monitor.commands import COMMANDS
+from secretd.monitor.events import EVENTS
 from tests.real_qemu import Qemu, ask, storage_daemon
 from tests.transcript import FILES, OPTIONS, SCHEMA, SocketPeer, expanded, load
 

@@ -14,17 +14,17 @@ from pathlib import Path
 
 import pytest
 
-from secretd import deliver
-from secretd.access import Access
-from secretd.audit import Audit
-from secretd.commands import COMMANDS
+from secretd.access.decision import Access
+from secretd.access.peer import Door, Peer, identify
+from secretd.audit.log import Audit
+from secretd.descriptors import delivery
 from secretd.errors import LockedMemoryExhausted
-from secretd.lifetime import LIFETIME_SECONDS, now
-from secretd.peer import Door, Peer, identify
+from secretd.journal.journal import Journal
+from secretd.monitor.commands import COMMANDS
 from secretd.qom import authz
-from secretd.qom.object import ObjectTree
-from secretd.qom.path import Paths
-from secretd.state import Journal
+from secretd.qom.deadlines import LIFETIME_SECONDS, now
+from secretd.qom.paths import Paths
+from secretd.qom.tree import ObjectTree
 from tests.conftest import Client, Daemon, need_root
 from tests.test_peer import cgroup, process_in, running_in
 
@@ -587,7 +587,7 @@ def test_what_was_taken_before_the_end_is_a_prefix_of_the_secret(
 ) -> None:
     """Wherever the delivery is when it is withdrawn: no byte is wrong, and none comes afterwards."""
     # Nobody holds a write up here, but where all tests run at once a thread may have to wait for a processor.
-    monkeypatch.setattr(deliver, "WRITE_SECONDS", 20.0)
+    monkeypatch.setattr(delivery, "WRITE_SECONDS", 20.0)
     allow(loaded, "web", "uid:1000")
     clients = [daemon.connect(door="client", uid=1000)]
     if how != "revoke":
@@ -883,7 +883,7 @@ def test_peers_and_changes_that_are_forgotten_are_worked_out_anew(
     daemon: Daemon, loaded: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is remembered is bounded, and never stale."""
-    from secretd import grant_index
+    from secretd.access import grant_index
 
     monkeypatch.setattr(grant_index, "IDENTITIES_KEPT", 8)
     monkeypatch.setattr(grant_index, "CHANGES_KEPT", 3)

@@ -12,17 +12,17 @@ import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from secretd.access import Access
-from secretd.audit import Audit, Who
+from secretd.access.decision import Access
+from secretd.access.peer import Door, Peer
+from secretd.audit.log import Audit, Who
+from secretd.descriptors.source import StartSources
 from secretd.errors import AccessDenied, CommandError
-from secretd.memory import Arena
-from secretd.patterns import is_pattern, matcher
-from secretd.peer import Door, Peer
-from secretd.qom.object import ObjectTree
-from secretd.qom.path import Paths
-from secretd.qom.source import StartSources
-from secretd.qom.types import TYPES, AnyOptions
-from secretd.state import Journal
+from secretd.journal.journal import Journal
+from secretd.memory.arena import Arena
+from secretd.qom.paths import Paths
+from secretd.qom.patterns import is_pattern, matcher
+from secretd.qom.registry import TYPES, AnyOptions
+from secretd.qom.tree import ObjectTree
 from secretd.wire.parser import Text
 from tests.conftest import ARENA_LEVEL
 

@@ -16,12 +16,18 @@ from pathlib import Path
 
 import pytest
 
-from secretd import audit as module
-from secretd import chain, sinks
-from secretd import session as session_module
-from secretd.audit import Audit, Who
+from secretd.audit import chain, sinks
+from secretd.audit import log as module
+from secretd.audit.log import Audit, Who
+from secretd.audit.sinks import (
+    FileSink,
+    PipeSink,
+    SocketSink,
+    ThreadSink,
+    open_sink,
+)
 from secretd.errors import CommandError, UsageError
-from secretd.sinks import FileSink, PipeSink, SocketSink, ThreadSink, open_sink
+from secretd.monitor import session as session_module
 from tests.conftest import Daemon, need_root
 
 KEY = memoryview(bytearray(b"k" * 32))

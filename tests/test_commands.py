@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from secretd.descriptors import source
 from secretd.errors import CommandError
-from secretd.monitor import MAX_REPLY_BYTES
-from secretd.qom import source
-from secretd.qom.path import CHILDREN_PER_REPLY
-from secretd.wire.qmp import MAX_ID_BYTES
+from secretd.monitor.monitor import MAX_REPLY_BYTES
+from secretd.qom.paths import CHILDREN_PER_REPLY
+from secretd.wire.connection import MAX_ID_BYTES
 from tests.conftest import ARENA_LEVEL, Client, Daemon
 
 KEY = base64.b64encode(bytes(range(32))).decode()

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from secretd import target
-from secretd.audit import Audit
-from secretd.target import Target
+from secretd.audit.log import Audit
+from secretd.descriptors import target
+from secretd.descriptors.target import Target
 from tests.conftest import Client, Daemon, need_root
 from tests.test_access import allow, grant
 from tests.test_credentials import address, app, fetch

@@ -16,12 +16,13 @@ from pathlib import Path
 
 import pytest
 
-from secretd import deliver, server
-from secretd import peer as peer_module
-from secretd.audit import Audit
-from secretd.credentials import _REFUSAL, _REFUSAL_TIMES
-from secretd.peer import Door, PeerUnknown, identify
-from secretd.systemd import CREDENTIAL_BYTES
+from secretd.access import peer as peer_module
+from secretd.access.peer import Door, PeerUnknown, identify
+from secretd.audit.log import Audit
+from secretd.descriptors import delivery
+from secretd.server import server
+from secretd.server.credentials import _REFUSAL, _REFUSAL_TIMES
+from secretd.systemd.notify import CREDENTIAL_BYTES
 from tests.conftest import Client, Daemon, need_root
 from tests.test_peer import accepted, cgroup, process_in
 
@@ -328,7 +329,7 @@ def test_one_that_takes_nothing_for_too_long_is_not_ended(
     daemon: Daemon, qmp: Client, app: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It gets too much in the end, however late it reads."""
-    monkeypatch.setattr(deliver, "DELIVERY_SECONDS", 0.05)
+    monkeypatch.setattr(delivery, "DELIVERY_SECONDS", 0.05)
     fd = os.memfd_create("x")
     os.write(fd, b"x" * 1_000_000)
     added = qmp.ok("add-fd", None, (fd,))
@@ -371,15 +372,15 @@ class _Full:
     certain = True
 
     def write(self, _data: bytes) -> int:
-        """See secretd.sinks.Sink."""
+        """See secretd.audit.sinks.Sink."""
         raise OSError(28, "No space left on device")
 
     def status(self) -> os.stat_result:
-        """See secretd.sinks.Sink."""
+        """See secretd.audit.sinks.Sink."""
         return os.stat("/dev/full")
 
     def close(self) -> None:
-        """See secretd.sinks.Sink."""
+        """See secretd.audit.sinks.Sink."""
 
 
 def test_an_error_of_our_own_is_a_refusal_too(
@@ -397,7 +398,7 @@ def test_an_error_of_our_own_is_a_refusal_too(
         raise OSError(24, "Too many open files")
 
     with monkeypatch.context() as patched:
-        patched.setattr("secretd.credentials.os.dup", none)
+        patched.setattr("secretd.server.credentials.os.dup", none)
         assert len(fetch(daemon, app, address("app.service", "a"))) == REFUSED
     assert "internal error: OSError" in caplog.text
     assert fetch(daemon, app, address("app.service", "a")) == b"letmein"

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from secretd import crypto
+from secretd.crypto import cipher
 from secretd.errors import CommandError
-from secretd.memory import Arena, LockedBuffer
+from secretd.memory.arena import Arena, LockedBuffer
 from tests.conftest import ARENA_LEVEL, need_program
 
 KEY = bytes(range(32))
@@ -32,9 +32,9 @@ def test_base64_is_decoded_with_newlines_anywhere(content: bytes, columns: int) 
     lines = b"\n".join(text[i : i + columns] for i in range(0, len(text), columns)) + b"\n"
     for form in (text, lines):
         with buffer(arena, b'"' + form + b'"') as quoted:
-            with crypto.decode_base64(quoted.view, arena, arena) as decoded:
+            with cipher.decode_base64(quoted.view, arena, arena) as decoded:
                 assert bytes(decoded.view) == content
-    with buffer(arena, content) as plain, crypto.encode_base64(plain.view, arena) as encoded:
+    with buffer(arena, content) as plain, cipher.encode_base64(plain.view, arena) as encoded:
         assert bytes(encoded.view) == text
     assert arena.held == 0
     arena.close()
@@ -60,7 +60,7 @@ def test_bad_base64_is_refused_in_qemus_words(arena: Arena, text: bytes) -> None
     """Where QEMU drops an incomplete group or takes stray padding, this is refused too."""
     with buffer(arena, b'"' + text + b'"') as quoted:
         with pytest.raises(CommandError, match="^Base64 data contains invalid characters$"):
-            crypto.decode_base64(quoted.view, arena, arena)
+            cipher.decode_base64(quoted.view, arena, arena)
 
 
 @pytest.mark.parametrize("text", [b"AAAA\0", b"AA\0A"])
@@ -68,19 +68,19 @@ def test_nul_in_base64_has_words_of_its_own(arena: Arena, text: bytes) -> None:
     """In a file; JSON brings it as C0 80, which is simply no base64."""
     with buffer(arena, b'"' + text + b'"') as quoted:
         with pytest.raises(CommandError, match="^Base64 data contains embedded NUL characters$"):
-            crypto.decode_base64(quoted.view, arena, arena)
+            cipher.decode_base64(quoted.view, arena, arena)
 
 
 def test_the_iv_is_checked_in_qemus_order() -> None:
     """Base64 first, then the length."""
-    assert crypto.decode_iv(base64.encodebytes(IV).decode()) == IV
+    assert cipher.decode_iv(base64.encodebytes(IV).decode()) == IV
     for text in ("é", "A", "!!!!"):
         with pytest.raises(CommandError, match="^Base64 data contains invalid characters$"):
-            crypto.decode_iv(text)
+            cipher.decode_iv(text)
     with pytest.raises(CommandError, match="^IV should be 16 bytes in length not 12$"):
-        crypto.decode_iv(base64.b64encode(bytes(12)).decode())
+        cipher.decode_iv(base64.b64encode(bytes(12)).decode())
     with pytest.raises(CommandError, match="^IV should be 16 bytes in length not 0$"):
-        crypto.decode_iv("")
+        cipher.decode_iv("")
 
 
 def encrypt(arena: Arena, padded: bytes) -> LockedBuffer:
@@ -106,7 +106,7 @@ def test_wrong_padding_is_named_by_its_last_byte(arena: Arena, padded: bytes, nu
     """All of PKCS#7 is checked, not only the last byte as in QEMU."""
     with encrypt(arena, padded) as ciphertext, buffer(arena, KEY) as key:
         with pytest.raises(CommandError) as caught:
-            crypto.decrypt(ciphertext.view, key.view, IV, arena, arena)
+            cipher.decrypt(ciphertext.view, key.view, IV, arena, arena)
     assert (
         caught.value.desc == f"Incorrect number of padding bytes ({number}) found on decrypted data"
     )
@@ -116,14 +116,14 @@ def test_a_ciphertext_must_be_whole_blocks(arena: Arena) -> None:
     """QEMU's words."""
     with buffer(arena, bytes(24)) as ciphertext, buffer(arena, KEY) as key:
         with pytest.raises(CommandError, match="^Length 24 must be a multiple of block size 16$"):
-            crypto.decrypt(ciphertext.view, key.view, IV, arena, arena)
+            cipher.decrypt(ciphertext.view, key.view, IV, arena, arena)
 
 
 def test_a_key_has_32_bytes() -> None:
     """QEMU's words."""
-    crypto.check_key(memoryview(KEY))
+    cipher.check_key(memoryview(KEY))
     with pytest.raises(CommandError, match="^Key should be 32 bytes in length$"):
-        crypto.check_key(memoryview(KEY[1:]))
+        cipher.check_key(memoryview(KEY[1:]))
 
 
 @given(st.binary(max_size=100))
@@ -131,11 +131,11 @@ def test_what_is_sealed_is_decrypted_again(content: bytes) -> None:
     """Of every length, and under a new IV each time."""
     arena = Arena(ARENA_LEVEL)
     with buffer(arena, content) as plain, buffer(arena, KEY) as key:
-        data, iv = crypto.seal(plain.view, key.view, arena)
-        assert crypto.seal(plain.view, key.view, arena) != (data, iv)
+        data, iv = cipher.seal(plain.view, key.view, arena)
+        assert cipher.seal(plain.view, key.view, arena) != (data, iv)
         with (
             buffer(arena, base64.b64decode(data)) as ciphertext,
-            crypto.decrypt(ciphertext.view, key.view, crypto.decode_iv(iv), arena, arena) as found,
+            cipher.decrypt(ciphertext.view, key.view, cipher.decode_iv(iv), arena, arena) as found,
         ):
             assert bytes(found.view) == content
     assert arena.held == 0
@@ -147,7 +147,7 @@ def test_openssl_reads_what_was_sealed(arena: Arena) -> None:
     need_program("openssl")
     content = os.urandom(1000)
     with buffer(arena, content) as plain, buffer(arena, KEY) as key:
-        data, iv = crypto.seal(plain.view, key.view, arena)
+        data, iv = cipher.seal(plain.view, key.view, arena)
     done = subprocess.run(
         [
             "openssl",

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from secretd import ctl, ctl_frame
+from secretd.ctl import secrets, verb
 from tests.conftest import ARENA_LEVEL, Client, Daemon
 
 BIN = os.path.dirname(sys.executable)
@@ -36,14 +36,14 @@ class Ctl:
         monkeypatch = self._monkeypatch
         monkeypatch.setattr(sys, "argv", ["secretctl", "--socket", socket or self._socket, *words])
         self._capfd.readouterr()
-        assert ctl.main() == status
+        assert secrets.main() == status
         captured = self._capfd.readouterr()
         return captured.out, captured.err
 
 
 @pytest.fixture
 def run(daemon: Daemon, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> Ctl:
-    monkeypatch.setattr(ctl_frame, "forbid_dumps", lambda: None)
+    monkeypatch.setattr(verb, "forbid_dumps", lambda: None)
     return Ctl(daemon, monkeypatch, capfd)
 
 
@@ -329,7 +329,7 @@ def test_a_daemon_that_goes_away_is_said(
     monkeypatch.setattr(
         "secretd.client.SyncClient.list", lambda self: self.execute("qom-list-types")
     )
-    monkeypatch.setattr("secretd.ctl_frame.RETRY_SECONDS", 0)
+    monkeypatch.setattr("secretd.ctl.verb.RETRY_SECONDS", 0)
     _, err = run("list", status=1)
     assert err.startswith("secretctl: the connection was lost")
 

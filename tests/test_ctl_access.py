@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from secretd import chain, ctl_access, ctl_frame
-from secretd.audit import Audit
+from secretd.audit import chain
+from secretd.audit.log import Audit
+from secretd.ctl import access, verb
 from secretd.errors import UsageError
 from tests.conftest import Client, Daemon, need_root
 from tests.test_ctl import Ctl, run
@@ -156,7 +157,7 @@ def test_a_lifetime_is_set_and_listed(run: Ctl, qmp: Client) -> None:
     qmp.ok("secret-expire", {"id": "s", "after": 5000})
     listed = json.loads(run("list", "--json")[0])
     assert listed[0]["expires-in"] == 5000
-    assert ctl_frame.duration(0) == "0s"
+    assert verb.duration(0) == "0s"
     assert run("expire", "t", "--never") == ("t will not expire\n", "")
     assert "expires-in" not in json.loads(run("list", "--json")[0])[1]
     for wrong in ([], ["--never", "--after", "8h"]):
@@ -191,7 +192,7 @@ def test_a_lifetime_is_set_and_listed(run: Ctl, qmp: Client) -> None:
 )
 def test_names_become_what_the_daemon_calls_them(who: str, wanted: list[str]) -> None:
     """Users and groups numbers, units whole names."""
-    assert ctl_access.identities(who) == wanted
+    assert access.identities(who) == wanted
 
 
 @pytest.mark.parametrize(
@@ -210,7 +211,7 @@ def test_names_become_what_the_daemon_calls_them(who: str, wanted: list[str]) ->
 def test_who_is_not_known_is_said(who: str, words: str) -> None:
     """Nothing is guessed."""
     with pytest.raises(UsageError) as caught:
-        ctl_access.identities(who)
+        access.identities(who)
     assert words in str(caught.value)
 
 
@@ -224,7 +225,7 @@ def audited(
     """A server with an audit under the key "k", and secretctl for it."""
     key = memoryview(bytearray(b"k" * 32))
     made = Daemon(tmp_path, make_audit=lambda: Audit(str(tmp_path / "audit"), key=lambda: key))
-    monkeypatch.setattr(ctl_frame, "forbid_dumps", lambda: None)
+    monkeypatch.setattr(verb, "forbid_dumps", lambda: None)
     made.call(lambda: made.server.daemon.audit.start("1", 0))
     made.connect().add("k", data="k" * 32)
     yield made, Ctl(made, monkeypatch, capfd)
@@ -307,8 +308,8 @@ def test_the_help_names_all_verbs() -> None:
     """As a person would ask."""
     secretctl = os.path.join(os.path.dirname(sys.executable), "secretctl")
     text = subprocess.run([secretctl, "--help"], capture_output=True, text=True, check=True).stdout
-    for verb in ("grant", "revoke", "explain", "expire", "audit"):
-        assert f"\n  {verb} " in text
+    for name in ("grant", "revoke", "explain", "expire", "audit"):
+        assert f"\n  {name} " in text
 
 
 def test_a_verification_is_json_for_programs(run: Ctl, tmp_path: Path) -> None:

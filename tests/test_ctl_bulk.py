@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from secretd import ctl_bulk
+from secretd.ctl import bulk
 from tests.conftest import Client, Daemon, need_locked_memory
 from tests.test_ctl import SECRETCTL, Ctl, in_terminal, run
 
@@ -50,9 +50,9 @@ def test_lines_longer_than_a_read_are_put_together(run: Ctl, qmp: Client, tmp_pa
     path.write_text("".join(line(f"l{n}", "x" * (1 << 20)) for n in range(2)) + line("last"))
     assert run("import", str(path))[0] == "3 added\n"
     assert len(qmp.read("l1")) == 1 << 20
-    path.write_text(line("long", "x" * (ctl_bulk.LINE_BYTES + 1)))
+    path.write_text(line("long", "x" * (bulk.LINE_BYTES + 1)))
     assert "a line has more than 2097152 bytes" in run("import", str(path), status=1)[1]
-    path.write_text("x" * (ctl_bulk.LINE_BYTES + 1))  # nor does it end
+    path.write_text("x" * (bulk.LINE_BYTES + 1))  # nor does it end
     assert "a line has more than 2097152 bytes" in run("import", str(path), status=1)[1]
 
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from secretd import ctl_doctor
-from secretd.ctl_frame import Options
+from secretd.ctl import doctor
+from secretd.ctl.verb import Options
 from secretd.errors import MemoryLockError
 from tests.conftest import Client, Daemon
 from tests.test_ctl import Ctl, run
@@ -24,7 +24,7 @@ __all__ = ["run"]
 NONE = Options(socket=None)
 
 
-def found(check: Callable[[Options], Any], options: Options = NONE) -> list[ctl_doctor.Finding]:
+def found(check: Callable[[Options], Any], options: Options = NONE) -> list[doctor.Finding]:
     """What a check finds."""
     return list(check(options))
 
@@ -34,7 +34,7 @@ def test_where_all_is_well_it_says_so(
 ) -> None:
     """For people, a line each; for programs as JSON; the exit status is 0."""
     version = qmp.ok("query-version")["package"].removeprefix("secretd ")
-    monkeypatch.setattr(ctl_doctor, "__version__", version)
+    monkeypatch.setattr(doctor, "__version__", version)
     out, err = run("doctor")
     assert err == ""
     assert "✓ daemon" in out
@@ -53,18 +53,18 @@ def test_a_terminal_that_has_no_such_marks_gets_words(
     """Nothing is lost."""
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
     findings = [
-        ctl_doctor.Finding("memory", "failed", "none", "do this"),
-        ctl_doctor.Finding("python", "ok", "3"),
+        doctor.Finding("memory", "failed", "none", "do this"),
+        doctor.Finding("python", "ok", "3"),
     ]
     lines: list[str] = []
-    monkeypatch.setattr(ctl_doctor.click, "echo", lines.append)
+    monkeypatch.setattr(doctor.click, "echo", lines.append)
 
     class Ascii:
         encoding = "ANSI_X3.4-1968"
 
-    monkeypatch.setattr(ctl_doctor.sys, "stdout", Ascii())
+    monkeypatch.setattr(doctor.sys, "stdout", Ascii())
     for finding in findings:
-        ctl_doctor._print(finding)
+        doctor._print(finding)
     monkeypatch.undo()
     text = "\n".join(lines)
     assert text.isascii()
@@ -91,8 +91,8 @@ def test_each_level_of_memory_is_told(
             raise MemoryLockError("no")
         return level
 
-    monkeypatch.setattr(ctl_doctor, "choose_level", choose)
-    first = found(ctl_doctor._memory)[0]
+    monkeypatch.setattr(doctor, "choose_level", choose)
+    first = found(doctor._memory)[0]
     assert first.state == state
     assert mend in first.mend
 
@@ -112,22 +112,22 @@ def test_how_much_may_be_locked_is_told(
     """There is none for root."""
     monkeypatch.setattr(resource, "getrlimit", lambda _what: (limit, limit))
     monkeypatch.setattr(os, "geteuid", lambda: uid)
-    assert found(ctl_doctor._memory)[1].state == state
-    assert found(ctl_doctor._files)[0].state == ("warning" if 0 <= limit < 4096 else "ok")
+    assert found(doctor._memory)[1].state == state
+    assert found(doctor._files)[0].state == ("warning" if 0 <= limit < 4096 else "ok")
 
 
 def test_few_descriptors_are_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a way to get more."""
     monkeypatch.setattr(resource, "getrlimit", lambda _what: (1024, 1024))
-    (finding,) = found(ctl_doctor._files)
+    (finding,) = found(doctor._files)
     assert finding.state == "warning"
     assert "LimitNOFILE" in finding.mend
 
 
 def test_a_kernel_without_pidfds_of_peers_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     """It says which has them."""
-    monkeypatch.setattr(ctl_doctor, "_SO_PEERPIDFD", 9999)
-    (finding,) = found(ctl_doctor._kernel)
+    monkeypatch.setattr(doctor, "_SO_PEERPIDFD", 9999)
+    (finding,) = found(doctor._kernel)
     assert finding.state == "warning"
     assert "6.5" in finding.mend
 
@@ -135,8 +135,8 @@ def test_a_kernel_without_pidfds_of_peers_is_a_warning(monkeypatch: pytest.Monke
 def test_the_socket_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Missing, no socket, in somebody else's directory, where one may not look."""
 
-    def at(path: Path) -> ctl_doctor.Finding:
-        (finding,) = found(ctl_doctor._sockets, Options(socket=str(path)))
+    def at(path: Path) -> doctor.Finding:
+        (finding,) = found(doctor._sockets, Options(socket=str(path)))
         return finding
 
     assert at(tmp_path / "no").found.endswith("does not exist")
@@ -144,7 +144,7 @@ def test_the_socket_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind(str(tmp_path / "s"))
         assert at(tmp_path / "s").state == "ok"
-        monkeypatch.setattr(ctl_doctor.paths, "is_trusted", lambda _path: False)
+        monkeypatch.setattr(doctor.paths, "is_trusted", lambda _path: False)
         assert at(tmp_path / "s").state == "warning"
 
     def forbidden(_path: str) -> None:
@@ -165,18 +165,16 @@ def test_units_are_looked_at_where_systemd_runs(monkeypatch: pytest.MonkeyPatch)
         subprocess, "run", lambda *_a, **_k: subprocess.CompletedProcess([], 0, answers.pop(0), "")
     )
     answers += ["LoadState=not-found\nActiveState=inactive\n"]
-    assert [f.found for f in found(ctl_doctor._units)] == [
-        "secretd-control.socket is not installed"
-    ]
+    assert [f.found for f in found(doctor._units)] == ["secretd-control.socket is not installed"]
     answers += ["LoadState=loaded\nActiveState=active\nUnitFileState=enabled\n"] * 2
     answers += ["LoadState=loaded\nActiveState=inactive\nUnitFileState=disabled\n"]
     answers += ["ActiveState=active\nSubState=running\n"]
-    findings = found(ctl_doctor._units)
+    findings = found(doctor._units)
     assert [f.state for f in findings] == ["ok", "ok", "warning"]
     assert findings[2].mend == "systemctl enable --now secretd-credentials.socket"
     answers += ["LoadState=loaded\nActiveState=active\nUnitFileState=enabled\n"] * 3
     answers += ["ActiveState=activating\nSubState=auto-restart\nNRestarts=7\n", "no such file\n"]
-    (failing,) = found(ctl_doctor._units)[3:]
+    (failing,) = found(doctor._units)[3:]
     assert failing.state == "failed"
     assert failing.found == "auto-restart, after 7 restarts: no such file"
 
@@ -184,9 +182,9 @@ def test_units_are_looked_at_where_systemd_runs(monkeypatch: pytest.MonkeyPatch)
         raise subprocess.TimeoutExpired("systemctl", 1)
 
     monkeypatch.setattr(subprocess, "run", too_slow)
-    assert [f.state for f in found(ctl_doctor._units)] == ["warning"]
+    assert [f.state for f in found(doctor._units)] == ["warning"]
     monkeypatch.setattr(os.path, "isdir", lambda _path: False)
-    assert found(ctl_doctor._units) == []
+    assert found(doctor._units) == []
 
 
 def test_a_daemon_that_does_not_answer_is_a_failure(run: Ctl, tmp_path: Path) -> None:
@@ -208,7 +206,7 @@ def test_what_the_daemon_tells_is_judged(
     qmp.add("a", data="letmein")
     daemon.server.daemon.limits.hit("objects-per-uid")
     daemon.server.daemon.audit.dropped = 3
-    monkeypatch.setattr(ctl_doctor, "__version__", "99")
+    monkeypatch.setattr(doctor, "__version__", "99")
     # The level of the daemon that these tests run in this process.
     monkeypatch.setattr(daemon.tree.journal.arena, "level", "none")
     out, _ = run("doctor", status=1)

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from secretd import ctl_frame
 from secretd.client import ConnectError
-from secretd.ctl_frame import cli
+from secretd.ctl import verb
+from secretd.ctl.verb import cli, complete_ids
 from tests.conftest import Client, Daemon, need_program
 from tests.test_ctl import SECRETCTL, Ctl, run
 
@@ -24,7 +24,7 @@ __all__ = ["run"]
 def test_each_verb_is_listed_once_and_has_help_that_fits(run: Ctl) -> None:
     """In the help of all, each with a whole sentence; its own help has more."""
     out, _ = run("--help")
-    listed = [name for names in ctl_frame.SECTIONS.values() for name in names]
+    listed = [name for names in verb.SECTIONS.values() for name in names]
     assert sorted(listed) == sorted(cli.commands)
     assert len(set(listed)) == len(listed)
     for name in listed:
@@ -113,8 +113,8 @@ def test_every_id_is_offered_where_nothing_was_begun(daemon: Daemon, qmp: Client
     qmp.add("a", data="letmein")
     context = cli.make_context("secretctl", ["--socket", daemon.control, "list"])
     verb = cli.commands["read"].make_context("read", [], parent=context, resilient_parsing=True)
-    assert [i.value for i in ctl_frame.complete_ids(verb, verb.command.params[0], "")] == ["a"]
-    assert ctl_frame.complete_ids(verb, verb.command.params[0], "b") == []
+    assert [i.value for i in complete_ids(verb, verb.command.params[0], "")] == ["a"]
+    assert complete_ids(verb, verb.command.params[0], "b") == []
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
@@ -134,8 +134,8 @@ def test_the_script_for_each_shell_is_one_that_it_takes(
 def test_it_starts_without_what_it_does_not_need() -> None:
     """Drawing is for terminals, cryptography and the daemon's modules for nobody here."""
     code = (
-        "import sys; from secretd import ctl\n"
-        "heavy = {'rich', 'cryptography', 'secretd.monitor', 'secretd.commands', 'secretd.audit'}\n"
+        "import sys; from secretd.ctl import secrets\n"
+        "heavy = {'rich', 'cryptography', 'secretd.monitor.monitor', 'secretd.audit.log'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -159,7 +159,7 @@ def test_an_abort_is_status_130(run: Ctl, monkeypatch: pytest.MonkeyPatch) -> No
     """As Ctrl-C is."""
 
     def abort(*_args: object, **_named: object) -> None:
-        raise ctl_frame.click.Abort
+        raise verb.click.Abort
 
     monkeypatch.setattr(cli, "main", abort)
     run("list", status=130)
@@ -168,4 +168,4 @@ def test_an_abort_is_status_130(run: Ctl, monkeypatch: pytest.MonkeyPatch) -> No
 def test_what_options_do_not_have_is_an_error() -> None:
     """And not None."""
     with pytest.raises(AttributeError):
-        _ = ctl_frame.Options(a=1).b
+        _ = verb.Options(a=1).b

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from secretd import ctl_doctor, ctl_frame, ctl_prompt, paths
+from secretd import paths
 from secretd.client import channel
+from secretd.ctl import doctor, prompt, verb
 from tests.conftest import Client, Daemon, need_locked_memory
 from tests.test_ctl import SECRETCTL, Ctl, run
 from tests.test_sync_client import server
@@ -257,7 +258,7 @@ def test_silence_is_broken_by_words(
 ) -> None:
     """Each verb says what it waits for, gives up when it is told to, and doctor by itself."""
     monkeypatch.setattr(channel, "PATIENCE_SECONDS", 0.02)
-    monkeypatch.setattr(ctl_doctor, "ANSWER_SECONDS", 0.1)
+    monkeypatch.setattr(doctor, "ANSWER_SECONDS", 0.1)
     path = str(tmp_path / "s")
     with socket.socket(socket.AF_UNIX) as silent:
         silent.bind(path)
@@ -278,17 +279,17 @@ def test_the_client_socket_does_not_answer_unnamed(
     monkeypatch.setattr(paths, "control_path", lambda: control)
     monkeypatch.setattr(paths, "client_path", lambda: daemon.client)
     monkeypatch.delenv("SECRETD_SOCKET", raising=False)
-    monkeypatch.setattr(ctl_frame, "_check_socket", lambda _path: None)
+    monkeypatch.setattr(verb, "_check_socket", lambda _path: None)
     monkeypatch.setattr("sys.argv", ["secretctl", "list"])
     run._capfd.readouterr()
-    assert ctl_frame.main() == 0
+    assert verb.main() == 0
     _, err = run._capfd.readouterr()
     assert (
         err
         == f"secretctl: no control socket at {control}; asking the client socket {daemon.client}\n"
     )
     monkeypatch.setattr("sys.argv", ["secretctl", "doctor"])
-    assert ctl_frame.main() == 0
+    assert verb.main() == 0
     out, _ = run._capfd.readouterr()
     assert f"{daemon.client}, which is not the control socket {control}" in out
 
@@ -339,7 +340,7 @@ def test_a_terminal_that_cannot_be_asked_is_said(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(os, "open", opening)
     monkeypatch.setattr(termios, "tcgetattr", no_terminal)
     with (
-        pytest.raises(ctl_frame.UsageError, match="give --stdin or --file"),
-        ctl_prompt.ask_twice(None, ""),  # type: ignore[arg-type]
+        pytest.raises(verb.UsageError, match="give --stdin or --file"),
+        prompt.ask_twice(None, ""),  # type: ignore[arg-type]
     ):
         pass

@@ -14,20 +14,23 @@ from pathlib import Path
 
 import pytest
 
-from secretd import __version__, chain, daemon, doors, paths
-from secretd.audit import Audit, Who
+from secretd import __version__, paths
+from secretd.access.peer import Door
+from secretd.audit import chain
+from secretd.audit.log import Audit, Who
+from secretd.daemon import process as daemon_process
+from secretd.daemon import sockets
+from secretd.daemon.initial_objects import Initial
 from secretd.errors import CommandError, UsageError
-from secretd.initial import Initial
-from secretd.loop import Loop
-from secretd.memory import Arena
-from secretd.peer import Door
-from secretd.qom.object import ObjectTree
-from secretd.qom.path import Paths
-from secretd.qom.types import TYPES
-from secretd.server import Listener
-from secretd.state import Journal
-from secretd.systemd import Passed
-from secretd.wire import encode
+from secretd.journal.journal import Journal
+from secretd.memory.arena import Arena
+from secretd.net.loop import Loop
+from secretd.qom.paths import Paths
+from secretd.qom.registry import TYPES
+from secretd.qom.tree import ObjectTree
+from secretd.server.server import Listener
+from secretd.systemd.notify import Passed
+from secretd.wire import encoder
 from tests.conftest import ARENA_LEVEL, Client, add_object
 
 
@@ -45,18 +48,18 @@ def test_without_options_both_doors_open_in_the_default_directory(
     """Which is made, open to others where the client door is to be reached, else private."""
     monkeypatch.setattr(paths, "has_runtime_directory", lambda: True)
     for _again in range(2):
-        assert [(s.door, s.path, s.mode) for s in doors.default_doors()] == [
+        assert [(s.door, s.path, s.mode) for s in sockets.default_doors()] == [
             (Door.CONTROL, str(directory / "control.sock"), 0o600),
             (Door.CLIENT, str(directory / "client.sock"), 0o666),
         ]
     assert directory.stat().st_mode & 0o777 == 0o755
     directory.rmdir()
     monkeypatch.setattr(paths, "has_runtime_directory", lambda: False)
-    doors.default_doors()
+    sockets.default_doors()
     assert directory.stat().st_mode & 0o777 == 0o700
     directory.chmod(0o755)
     with pytest.raises(UsageError, match="others may enter it; run 'chmod 700"):
-        doors.default_doors()
+        sockets.default_doors()
 
 
 def test_a_default_directory_that_is_not_ours_is_refused(
@@ -65,11 +68,11 @@ def test_a_default_directory_that_is_not_ours_is_refused(
     """A link, a file, or in no directory at all."""
     directory.symlink_to("/tmp")
     with pytest.raises(UsageError, match="is not a directory of uid"):
-        doors.default_doors()
+        sockets.default_doors()
     monkeypatch.setattr(paths, "default_directory", lambda: str(directory / "no" / "no"))
     directory.unlink()
     with pytest.raises(UsageError, match="No such file or directory"):
-        doors.default_doors()
+        sockets.default_doors()
 
 
 def test_the_defaults_open_where_nothing_else_is_said(
@@ -78,9 +81,9 @@ def test_the_defaults_open_where_nothing_else_is_said(
     """Neither an option nor a socket of the service manager."""
     passed = [Passed("control", 9)]
     nothing: list[tuple[Door, list[str]]] = [(door, []) for door in Door]
-    assert doors.wanted(nothing, passed) == []
-    assert [s.path for s in doors.wanted([(Door.CREDENTIALS, ["/x"])], [])] == ["/x"]
-    found = doors.wanted(nothing, [])
+    assert sockets.wanted(nothing, passed) == []
+    assert [s.path for s in sockets.wanted([(Door.CREDENTIALS, ["/x"])], [])] == ["/x"]
+    found = sockets.wanted(nothing, [])
     assert [s.path for s in found] == [
         str(directory / "control.sock"),
         str(directory / "client.sock"),
@@ -104,7 +107,7 @@ def test_what_to_type_next_works_as_it_is_printed(
         monkeypatch.setattr(shutil, "which", lambda _name, found=found: found)
         caplog.clear()
         with caplog.at_level("INFO"):
-            daemon._say_ready(tree, listeners, 0)
+            daemon_process._say_ready(tree, listeners, 0)
         said = caplog.text
         assert f"try: {shown} --socket {tmp_path}/c add disk0 --prompt   or: {shown} --help" in said
         assert f"version {__version__}, 0 objects" in said
@@ -181,7 +184,7 @@ def test_names_that_are_not_utf8_are_kept(tmp_path: Path) -> None:
     add_object(tree, "secret,id=s,file=" + os.fsdecode(name))
     assert Paths(tree).get("s", "file") == os.fsdecode(name)
     assert bytes(journal.plaintext("s")) == b"letmein"
-    assert encode.value(Paths(tree).get("s", "file")).endswith('/\\uFFFD"')
+    assert encoder.value(Paths(tree).get("s", "file")).endswith('/\\uFFFD"')
     journal.close()
     journal.arena.close()
     scratch.close()
@@ -256,7 +259,7 @@ def test_the_audits_options_are_checked(tmp_path: Path, arena: Arena) -> None:
 
     def audit(**options: str | None) -> Audit:
         given = {"audit": str(tmp_path / "audit"), "audit_policy": "best-effort", "audit_key": None}
-        return daemon._audit(tree, argparse.Namespace(**{**given, **options}))
+        return daemon_process._audit(tree, argparse.Namespace(**{**given, **options}))
 
     for options, words in (
         ({"audit_key": "nope"}, "--audit-key=nope: No secret with id 'nope'"),
@@ -288,12 +291,12 @@ def test_the_audits_options_are_checked(tmp_path: Path, arena: Arena) -> None:
 
 def test_a_control_door_for_others_has_a_mode_for_others() -> None:
     """Who may use it is decided at accept; a mode that is given counts."""
-    spec = doors.door_spec(Door.CONTROL, "/x,authz=admins")
+    spec = sockets.door_spec(Door.CONTROL, "/x,authz=admins")
     assert (spec.authz, spec.mode) == ("admins", 0o666)
-    spec = doors.door_spec(Door.CONTROL, "/x,authz=admins,mode=0660")
+    spec = sockets.door_spec(Door.CONTROL, "/x,authz=admins,mode=0660")
     assert (spec.authz, spec.mode) == ("admins", 0o660)
     with pytest.raises(UsageError, match="--client /x,authz=a: Parameter 'authz' is unexpected"):
-        doors.door_spec(Door.CLIENT, "/x,authz=a")
+        sockets.door_spec(Door.CLIENT, "/x,authz=a")
 
 
 def test_another_event_loop_may_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,10 +307,10 @@ def test_another_event_loop_may_be_used(tmp_path: Path, monkeypatch: pytest.Monk
     assert client.read("a") == b"letmein"
     client.close()
     assert "stopped" in ended(process)
-    assert daemon._loop_factory("asyncio") is Loop
+    assert daemon_process._loop_factory("asyncio") is Loop
     monkeypatch.setitem(sys.modules, "uvloop", None)
     with pytest.raises(UsageError, match="--loop=uvloop: it is not installed; pip install"):
-        daemon._loop_factory("uvloop")
+        daemon_process._loop_factory("uvloop")
 
 
 def test_an_object_that_cannot_be_replaced_stays(
@@ -347,7 +350,7 @@ def test_an_object_that_cannot_be_replaced_stays(
 def test_the_start_brings_along_nothing_that_is_not_needed() -> None:
     """What asyncio, msgspec and shutil only import where they find it; who wants it later gets it."""
     code = (
-        "import gc, sys, secretd.daemon\n"
+        "import gc, sys, secretd.daemon.process\n"
         "unneeded = {'bz2', 'lzma', 'ssl', 'tempfile', 'typing_extensions', 'cryptography'}\n"
         "assert not unneeded & set(sys.modules)\n"
         "assert gc.isenabled()\n"
@@ -365,7 +368,7 @@ def test_what_nobody_catches_is_logged_without_its_words(caplog: pytest.LogCaptu
 
     async def main() -> None:
         loop = asyncio.get_running_loop()
-        loop.set_exception_handler(daemon._unexpected)
+        loop.set_exception_handler(daemon_process._unexpected)
         loop.call_soon(fail, "letmein")
         await asyncio.sleep(0)
         loop.call_exception_handler({"message": "letmein"})

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from secretd import deliver, fds, statx, target
-from secretd.access import Grant
-from secretd.peer import Door, Peer
+from secretd.access.decision import Grant
+from secretd.access.peer import Door, Peer
+from secretd.descriptors import delivery, target
+from secretd.descriptors import fd as fd_module
+from secretd.linux import statx
 from tests.conftest import Client, Daemon, need_level
 
 SECRET = b"letmein-" * 4
@@ -232,7 +234,7 @@ def test_what_cannot_take_a_secret_is_refused_in_words(
     daemon: Daemon, loaded: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """Within the time limit, with flags and offset as they were, while others are answered."""
-    monkeypatch.setattr(deliver, "DELIVERY_SECONDS", 0.2)
+    monkeypatch.setattr(delivery, "DELIVERY_SECONDS", 0.2)
     make, words = REFUSED[name]
     fd, others = make(tmp_path) if make.__code__.co_argcount else make()
     try:
@@ -401,7 +403,7 @@ def test_a_descriptor_of_which_nothing_can_be_told_is_refused(
 
     with pytest.raises(OSError, match="Bad file descriptor"):
         statx.type_and_links(9999)
-    monkeypatch.setattr(fds, "type_and_links", nothing)
+    monkeypatch.setattr(fd_module, "type_and_links", nothing)
     monkeypatch.setattr(target, "type_and_links", nothing)
     source, sink = os.pipe()
     words = "The descriptor is a file that is closed to the daemon" + TAKES

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from secretd import broadcast
+from secretd.monitor import broadcast
 from tests.conftest import Client, Daemon, need_root
 from tests.test_access import allow, grant
 

@@ -11,11 +11,11 @@ from collections.abc import Callable
 
 import pytest
 
-from secretd import loop as loop_module
-from secretd import monitor, session
-from secretd.loop import Loop, Turns, turn
+from secretd.monitor import monitor, session
+from secretd.net import loop as loop_module
+from secretd.net.loop import Loop, Turns, turn
+from secretd.net.transport import Transport
 from secretd.qom.authz import Rules
-from secretd.transport import Transport
 from tests.conftest import Client, Daemon, need_root
 from tests.test_access import SECRET, allow, denied, grant
 
@@ -216,7 +216,7 @@ def test_a_grant_taken_back_ends_a_list_that_goes_on(
 ) -> None:
     """What comes after the next turn of others is not listed."""
     need_root()
-    monkeypatch.setattr("secretd.qom.object.IDS_PER_LOOK", 4)
+    monkeypatch.setattr("secretd.qom.tree.IDS_PER_LOOK", 4)
     for number in range(30):
         qmp.add(f"o{number:02}", data="x")
     allow(qmp, "who", "uid:1000")
@@ -236,7 +236,7 @@ def test_a_list_that_looks_through_much_lets_others_go_first(
 ) -> None:
     """Also out of band, beside a command that waits; what is deleted meanwhile is not listed."""
     need_root()
-    monkeypatch.setattr("secretd.qom.object.IDS_PER_LOOK", 4)
+    monkeypatch.setattr("secretd.qom.tree.IDS_PER_LOOK", 4)
     for number in range(50):
         qmp.add(f"o{number:02}", data="x")
     for name in ("o11.x", "o33.x", "z"):

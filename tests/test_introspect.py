@@ -7,10 +7,10 @@ from typing import TypedDict
 
 from msgspec import Raw
 
-from secretd.commands import COMMANDS
-from secretd.events import EVENTS
-from secretd.introspect import schema
-from secretd.schema import Commands
+from secretd.monitor.commands import COMMANDS
+from secretd.monitor.events import EVENTS
+from secretd.qapi.command import Commands
+from secretd.qapi.introspect import schema
 from tests.conftest import Client, Daemon
 from tests.transcript import SCHEMA, expanded
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from secretd import keyring
+from secretd.linux import keyctl as kernel_keyctl
 from tests.conftest import Client, need_program
 from tests.transcript import add_key, keyctl
 
@@ -48,7 +48,7 @@ def test_a_key_that_grows_while_it_is_read_is_read_whole(
     qmp: Client, key: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not the first part of it."""
-    real = keyring.read
+    real = kernel_keyctl.read
 
     def read(serial: int, into: memoryview | None) -> int:
         size = real(serial, into)
@@ -56,7 +56,7 @@ def test_a_key_that_grows_while_it_is_read_is_read_whole(
             keyctl("update", str(serial), "much longer than before")
         return size
 
-    monkeypatch.setattr(keyring, "read", read)
+    monkeypatch.setattr(kernel_keyctl, "read", read)
     assert add(qmp, key) == {"return": {}}
     assert qmp.read("k") == b"much longer than before"
 
@@ -65,14 +65,14 @@ def test_a_key_that_goes_while_it_is_read_is_an_error(
     qmp: Client, key: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And leaves no locked memory behind."""
-    real = keyring.read
+    real = kernel_keyctl.read
 
     def read(serial: int, into: memoryview | None) -> int:
         size = real(serial, into)
         keyctl("revoke", str(serial))
         return size
 
-    monkeypatch.setattr(keyring, "read", read)
+    monkeypatch.setattr(kernel_keyctl, "read", read)
     assert "Key has been revoked" in add(qmp, key)["error"]["desc"]
 
 

@@ -5,12 +5,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from secretd import keyval
 from secretd.errors import UsageError
-from secretd.memory import Arena
-from secretd.qom.object import ObjectTree
-from secretd.qom.types import TYPES
-from secretd.state import Journal
+from secretd.journal.journal import Journal
+from secretd.memory.arena import Arena
+from secretd.qapi import keyval
+from secretd.qom.registry import TYPES
+from secretd.qom.tree import ObjectTree
 from tests.conftest import ARENA_LEVEL, add_object
 from tests.transcript import Option, load_options
 

@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from secretd import lifetime as module
-from secretd.lifetime import LIFETIME_SECONDS, Lifetimes, now
+from secretd.qom import deadlines as module
+from secretd.qom.deadlines import LIFETIME_SECONDS, Lifetimes, now
 from tests.conftest import Client, Daemon, need_root
 from tests.test_access import allow, begin_delivery, denied, drained, grant
 

@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
-from secretd import deliver, limits
+from secretd import limits
+from secretd.descriptors import delivery
 from secretd.errors import LimitReached
 from secretd.limits import Limits, Pool
 from tests.conftest import Client, Daemon, need_root
@@ -296,7 +297,7 @@ def test_bytes_of_an_administrator(daemon: Daemon, qmp: Client, admin: Client) -
 
 def test_objects_in_all(qmp: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     """For everybody."""
-    from secretd.qom import object as tree_module
+    from secretd.qom import tree as tree_module
 
     monkeypatch.setattr(tree_module, "OBJECTS_IN_ALL", 2)
     qmp.add("a", data="x")
@@ -311,7 +312,7 @@ def test_the_size_of_a_secret_and_the_time_of_a_delivery_are_counted(
     daemon: Daemon, qmp: Client, monkeypatch: pytest.MonkeyPatch, tmp_path: object
 ) -> None:
     """As all limits are."""
-    monkeypatch.setattr(deliver, "DELIVERY_SECONDS", 0.05)
+    monkeypatch.setattr(delivery, "DELIVERY_SECONDS", 0.05)
     qmp.ok("secret-generate", {"id": "big", "size": 1 << 20})
     allow(qmp, "a", f"uid:{A}")
     grant(qmp, "ga", "big", "a")

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from secretd.log import KEPT_LINES, LINE_BYTES, LogHandler
+from secretd.daemon.log import KEPT_LINES, LINE_BYTES, LogHandler
 
 
 @contextlib.contextmanager
@@ -101,7 +101,7 @@ def test_without_a_stderr_nothing_is_written() -> None:
 
 def test_what_found_no_room_is_written_when_there_is_some(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without another line to the log."""
-    monkeypatch.setattr("secretd.log.RETRY_SECONDS", 0.001)
+    monkeypatch.setattr("secretd.daemon.log.RETRY_SECONDS", 0.001)
 
     async def written() -> bytes:
         with stderr_pipe() as pipe:

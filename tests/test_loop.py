@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from secretd.loop import Loop, crowded, readers
+from secretd.net.loop import Loop, crowded, readers
 
 
 def run(main: Coroutine[Any, Any, None]) -> None:

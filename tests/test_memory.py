@@ -11,16 +11,17 @@ from collections.abc import Iterator
 
 import pytest
 
-from secretd import memory, pages
 from secretd.errors import LockedMemoryExhausted as Exhausted
-from secretd.memory import Arena, LockedBuffer
+from secretd.linux import locked_pages
+from secretd.memory import arena
+from secretd.memory.arena import Arena, LockedBuffer
 from tests.conftest import ARENA_LEVEL, need_level
 
 
 @pytest.fixture(params=["secretmem", "mlock", "none"])
 def any_arena(request: pytest.FixtureRequest) -> Iterator[Arena]:
     need_level(request.param)
-    made = Arena(request.param, window=memory.SCRATCH_WINDOW)
+    made = Arena(request.param, window=arena.SCRATCH_WINDOW)
     yield made
     made.close()
 
@@ -61,7 +62,7 @@ def test_buffers_of_all_sizes_hold_their_bytes_and_are_zero_when_reused(any_aren
         with buffer:
             pass
     assert any_arena.held == 0
-    assert any_arena.mapped <= memory.SCRATCH_WINDOW
+    assert any_arena.mapped <= arena.SCRATCH_WINDOW
 
 
 def test_the_arenas_file_does_not_grow_over_many_cycles(arena: Arena) -> None:
@@ -102,10 +103,10 @@ def test_freed_bytes_are_wiped(arena: Arena) -> None:
 def test_wipe_zeroes_every_byte(size: int) -> None:
     """At and around the size of its step."""
     data = bytearray(b"x" * size)
-    pages.wipe(memoryview(data))
+    locked_pages.wipe(memoryview(data))
     assert data == bytes(size)
     data = bytearray(b"x" * size)
-    pages.wipe_bytearray(data)
+    locked_pages.wipe_bytearray(data)
     assert data == bytes(size)
 
 
@@ -158,7 +159,7 @@ def test_running_out_names_the_limit_and_leaves_the_rest_working(level: str) -> 
     done = in_subprocess(
         LIMIT.format(1 << 20)
         + f"""
-from secretd.memory import Arena
+from secretd.memory.arena import Arena
 from secretd.errors import LockedMemoryExhausted
 arena = Arena("{level}")
 buffers = [arena.allocate(200000) for _ in range(4)]
@@ -186,7 +187,7 @@ def test_without_any_lock_the_level_is_none_or_a_refusal() -> None:
     done = in_subprocess(
         LIMIT.format(0)
         + """
-from secretd.memory import choose_level
+from secretd.memory.arena import choose_level
 from secretd.errors import MemoryLockError
 print(choose_level(require=False))
 try:
@@ -204,13 +205,14 @@ except MemoryLockError as error:
 
 def test_the_best_level_is_chosen() -> None:
     """memfd_secret where the kernel has it."""
-    assert memory.choose_level(require=True) in ("secretmem", "mlock")
+    assert arena.choose_level(require=True) in ("secretmem", "mlock")
 
 
 def test_a_kernel_without_memfd_secret_falls_back_to_mlock() -> None:
     """Forced for real, by a seccomp filter."""
     done = in_subprocess(
-        NO_SECRETMEM + "from secretd.memory import choose_level; print(choose_level(require=True))"
+        NO_SECRETMEM
+        + "from secretd.memory.arena import choose_level; print(choose_level(require=True))"
     )
     assert done.stderr == ""
     assert done.stdout == "mlock\n"
@@ -228,11 +230,11 @@ def test_odd_mapping_errors_are_said_as_they_are(
     monkeypatch: pytest.MonkeyPatch, arena: Arena
 ) -> None:
     """Not every failure is the limit."""
-    assert "Bad file descriptor" in pages._exhausted(1, 9).desc
+    assert "Bad file descriptor" in locked_pages._exhausted(1, 9).desc
     monkeypatch.setattr(
         resource, "getrlimit", lambda _which: (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
     )
-    assert "RLIMIT_MEMLOCK is unlimited" in pages.limit_text()
+    assert "RLIMIT_MEMLOCK is unlimited" in locked_pages.limit_text()
 
 
 def test_a_closed_arena_can_be_closed_again() -> None:
@@ -245,7 +247,7 @@ def test_a_closed_arena_can_be_closed_again() -> None:
 def test_dumps_are_forbidden() -> None:
     """PR_GET_DUMPABLE and RLIMIT_CORE afterwards."""
     done = in_subprocess(
-        "import ctypes, resource; from secretd.pages import forbid_dumps; forbid_dumps();"
+        "import ctypes, resource; from secretd.linux.locked_pages import forbid_dumps; forbid_dumps();"
         "print(ctypes.CDLL(None).prctl(3), resource.getrlimit(resource.RLIMIT_CORE))"
     )
     assert done.stdout == f"0 (0, {resource.getrlimit(resource.RLIMIT_CORE)[1]})\n"
@@ -253,7 +255,7 @@ def test_dumps_are_forbidden() -> None:
 
 def test_a_file_that_cannot_have_its_size_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The failure is passed on; the leak check of the suite sees the rest."""
-    monkeypatch.setattr(pages, "FILE_BYTES", -1)
+    monkeypatch.setattr(locked_pages, "FILE_BYTES", -1)
     with pytest.raises(OSError, match="Invalid argument"):
         Arena("none")
 

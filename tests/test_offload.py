@@ -7,8 +7,8 @@ import threading
 
 import pytest
 
-from secretd import offload as module
-from secretd.offload import Offload
+from secretd.descriptors import threads as module
+from secretd.descriptors.threads import Offload
 
 OTHER = os.getuid() + 1000
 """A uid that is neither root's nor our own, which have more threads."""

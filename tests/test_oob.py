@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from secretd import session as session_module
 from secretd.errors import LockedMemoryExhausted
+from secretd.monitor import session as session_module
 from tests.conftest import Client, Daemon
 
 LIST = b'{"exec-oob": "query-secrets", "id": "oob"}'

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from secretd import openat2
+from secretd.linux import openat2
 from tests.conftest import need_root
 
 READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK

@@ -11,9 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from secretd import peer as module
+from secretd.access import peer as module
+from secretd.access.peer import (
+    Door,
+    Peer,
+    cgroup_of,
+    identify,
+    units_of,
+)
 from secretd.errors import PeerUnknown
-from secretd.peer import Door, Peer, cgroup_of, identify, units_of
 from tests.conftest import Client, Daemon, connect_as, need, need_root
 
 

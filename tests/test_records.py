@@ -8,9 +8,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from secretd import records
 from secretd.errors import StateError
-from secretd.records import CHECKED, FILE, GONE, LIVE, NO_SLOT, RECORD, UNCHECKED, WRITTEN, Loaded
+from secretd.journal import loader
+from secretd.journal.loader import (
+    CHECKED,
+    FILE,
+    GONE,
+    LIVE,
+    NO_SLOT,
+    RECORD,
+    UNCHECKED,
+    WRITTEN,
+    Loaded,
+)
 
 
 def record(
@@ -42,7 +52,7 @@ def outcome(data: bytes) -> object:
 def one_by_one(data: bytes) -> object:
     """The same without runs."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(records, "_RUN", 0)
+        patch.setattr(loader, "_RUN", 0)
         return outcome(data)
 
 

@@ -15,11 +15,13 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from secretd import memory, pages, records, state
 from secretd.errors import LockedMemoryExhausted, StateError
-from secretd.memory import Arena
-from secretd.pages import Level
-from secretd.state import Journal
+from secretd.journal import journal, loader
+from secretd.journal.journal import Journal
+from secretd.linux import locked_pages
+from secretd.linux.locked_pages import Level
+from secretd.memory import arena
+from secretd.memory.arena import Arena
 from tests.conftest import need_level
 from tests.test_state import put
 
@@ -52,7 +54,7 @@ def memfd(content: bytes, size: int = 0) -> int:
 
 def restored(was: Left) -> Journal:
     """Restore copies of what was left."""
-    arena = memfd(was.arena, pages.FILE_BYTES)
+    arena = memfd(was.arena, locked_pages.FILE_BYTES)
     inode = struct.pack("<Q", os.fstat(arena).st_ino)
     files = [
         memfd(file[:INODE_OFFSET] + inode + file[INODE_OFFSET + 8 :] if len(file) > 40 else file)
@@ -67,7 +69,7 @@ def content(journal: Journal) -> dict[str, tuple[bytes, dict[str, object]]]:
     for object_id in journal:
         record = journal.get(object_id)
         assert record is not None
-        plain = b"" if record.slot == records.NO_SLOT else bytes(journal.plaintext(object_id))
+        plain = b"" if record.slot == loader.NO_SLOT else bytes(journal.plaintext(object_id))
         found[object_id] = (plain, record.properties)
     return found
 
@@ -78,7 +80,7 @@ def check_unused_is_wiped(journal: Journal) -> None:
     for object_id in journal:
         record = journal.get(object_id)
         assert record is not None
-        if record.slot != records.NO_SLOT:
+        if record.slot != loader.NO_SLOT:
             data[record.slot : record.slot + record.size] = bytes(record.size)
     assert not any(data)
 
@@ -89,7 +91,7 @@ def discard(journal: Journal) -> None:
 
 
 WATCHED: frozenset[str] = frozenset(
-    (memory.__file__, pages.__file__, records.__file__, state.__file__)
+    (arena.__file__, locked_pages.__file__, loader.__file__, journal.__file__)
 )
 
 
@@ -119,8 +121,8 @@ def moments(action: Callable[[], object], look: Callable[[], object]) -> Iterato
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> Journal:
     """A journal that grows and is compacted often, over an arena of small windows."""
-    monkeypatch.setattr(state, "_COMPACT_BYTES", 1 << 8)
-    monkeypatch.setattr(state, "_INITIAL_BYTES", 1 << 9)
+    monkeypatch.setattr(journal, "_COMPACT_BYTES", 1 << 8)
+    monkeypatch.setattr(journal, "_INITIAL_BYTES", 1 << 9)
     return Journal(Arena("none", window=WINDOW))
 
 
@@ -206,7 +208,7 @@ def test_a_kill_while_restoring_loses_nothing_either(small: Journal) -> None:
         made.append(self)
         return original(self, end)
 
-    state.Journal._load = load  # type: ignore[method-assign]
+    Journal._load = load  # type: ignore[method-assign]
     try:
         seen = moments(
             lambda: restored(torn), lambda: left(made[0]) if made and made[0].arena._taken else None
@@ -220,7 +222,7 @@ def test_a_kill_while_restoring_loses_nothing_either(small: Journal) -> None:
             discard(other)
             looked += 1
     finally:
-        state.Journal._load = original  # type: ignore[method-assign]
+        Journal._load = original  # type: ignore[method-assign]
     assert looked > 5
     discard(made[0])
     for buffer in buffers:
@@ -305,7 +307,7 @@ def test_what_cannot_be_gone_on_with_is_refused(small: Journal) -> None:
     refused("two secrets lie in one place", with_slot(70, 0))
     refused("two secrets lie in one place", with_slot(70, 5))
     refused("two secrets lie in one place", with_slot(70, 900 * WINDOW))
-    arena = memfd(was.arena, pages.FILE_BYTES)
+    arena = memfd(was.arena, locked_pages.FILE_BYTES)
     with pytest.raises(StateError, match="belongs to another arena"):
         Journal.restore(arena, [memfd(first)])
     other = restored(was)

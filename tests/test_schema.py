@@ -11,13 +11,19 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from msgspec import UNSET, Raw, Struct
 
-from secretd.commands import COMMANDS
 from secretd.errors import CommandError
+from secretd.monitor.commands import COMMANDS
+from secretd.qapi.command import (
+    Command,
+    Commands,
+    FastDecoder,
+    check,
+    text_of,
+)
+from secretd.qapi.visitor import members
 from secretd.qom.secret import SecretOptions
-from secretd.schema import Command, Commands, FastDecoder, check, text_of
-from secretd.visitor import members
-from secretd.wire.message import Malformed, Request
-from secretd.wire.qmp import Connection
+from secretd.wire.connection import Connection
+from secretd.wire.messages import Malformed, Request
 
 ALL = list(COMMANDS.by_name.values())
 FAST = FastDecoder(ALL)

@@ -16,14 +16,15 @@ from typing import Any
 
 import pytest
 
-from secretd import server, transport
-from secretd import session as session_module
+from secretd.access.peer import Door
 from secretd.errors import LockedMemoryExhausted, PeerUnknown, UsageError
-from secretd.memory import Arena, LockedBuffer
-from secretd.peer import Door
-from secretd.server import listen
-from secretd.session import Session
-from secretd.transport import Transport
+from secretd.memory.arena import Arena, LockedBuffer
+from secretd.monitor import session as session_module
+from secretd.monitor.session import Session
+from secretd.net import transport
+from secretd.net.transport import Transport
+from secretd.server import server
+from secretd.server.server import listen
 from tests.conftest import Client, Daemon
 
 NAME = b'{"execute":"query-name"}'

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from secretd.doors import is_listening
-from secretd.lifetime import now
-from secretd.state import Journal
+from secretd.daemon.sockets import is_listening
+from secretd.journal.journal import Journal
+from secretd.qom.deadlines import now
 from tests.conftest import ARENA_LEVEL, Client, need_root
 from tests.manager import Manager, Started, ask, listening
 from tests.test_restore import memfd
@@ -336,11 +336,11 @@ def test_a_status_that_could_not_be_told_is_told_later(
     manager: Manager, door: Callable[[str], socket.socket]
 ) -> None:
     """The service manager may be busy."""
-    from secretd import service
-    from secretd.memory import Arena
-    from secretd.qom.object import ObjectTree
-    from secretd.qom.types import TYPES
-    from secretd.systemd import Manager as Ours
+    from secretd.daemon import fd_store
+    from secretd.memory.arena import Arena
+    from secretd.qom.registry import TYPES
+    from secretd.qom.tree import ObjectTree
+    from secretd.systemd.notify import Manager as Ours
 
     async def main() -> None:
         import asyncio
@@ -348,7 +348,7 @@ def test_a_status_that_could_not_be_told_is_told_later(
         journal = Journal(Arena(ARENA_LEVEL))
         tree = ObjectTree(journal, journal.arena, TYPES)
         ours = Ours(manager.path)
-        reports = service.Reports(service.Store(ours, journal, restored=False), tree)
+        reports = fd_store.Reports(fd_store.Store(ours, journal, restored=False), tree)
         reports.start()
         reports._tell()
         assert reports._due is None
@@ -510,7 +510,7 @@ def test_memory_that_is_not_locked_is_refused_where_it_must_be(
     manager: Manager, door: Callable[[str], socket.socket]
 ) -> None:
     """What an earlier process left without locking it does not become locked."""
-    from secretd.memory import Arena
+    from secretd.memory.arena import Arena
 
     journal = Journal(Arena("none"))
     manager.store += [("arena", os.dup(journal.arena.fileno()))]

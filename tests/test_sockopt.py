@@ -6,7 +6,8 @@ import socket
 
 import pytest
 
-from secretd import monitor, sockopt
+from secretd.linux import sockopt
+from secretd.monitor import monitor
 
 
 def test_the_family_is_asked_of_the_kernel_alone() -> None:

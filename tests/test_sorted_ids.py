@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from secretd import sorted_ids
-from secretd.sorted_ids import SortedIds
+from secretd.qom import sorted_ids
+from secretd.qom.sorted_ids import SortedIds
 
 
 @given(

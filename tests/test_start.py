@@ -14,10 +14,17 @@ from pathlib import Path
 
 import pytest
 
-from secretd import argv, peer, server, start
+from secretd.access import peer
+from secretd.access.peer import (
+    Door,
+    IdMap,
+    identify,
+    read_id_map,
+)
+from secretd.daemon import argv, main
 from secretd.errors import UsageError
-from secretd.peer import Door, IdMap, identify, read_id_map
-from secretd.server import listen
+from secretd.server import server
+from secretd.server.server import listen
 from tests.conftest import Client, Daemon, connect_as, need_program, need_root
 from tests.test_ctl import SECRETCTL
 
@@ -111,9 +118,9 @@ def test_opening_what_is_closed_opens_each(monkeypatch: pytest.MonkeyPatch) -> N
     saved = os.dup(0)
     os.close(0)
     try:
-        assert start.open_closed() == [0]
+        assert main.open_closed() == [0]
         assert os.get_inheritable(0)
-        assert start.open_closed() == []
+        assert main.open_closed() == []
     finally:
         os.dup2(saved, 0)
         os.close(saved)
@@ -124,7 +131,7 @@ def test_opening_what_is_closed_opens_each(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_functions_are_bound_at_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Started without LD_BIND_NOW it starts itself anew, with the same arguments and process."""
-    environment = {n: v for n, v in os.environ.items() if n != start.BIND_NOW}
+    environment = {n: v for n, v in os.environ.items() if n != main.BIND_NOW}
     process = run_secretd("--control", str(tmp_path / "s"), "--audit=none", env=environment)
     try:
         assert "control socket" in ready(process)
@@ -137,11 +144,11 @@ def test_functions_are_bound_at_start(tmp_path: Path, monkeypatch: pytest.Monkey
     assert process.returncode == 0
     calls: list[object] = []
     monkeypatch.setattr(os, "execv", lambda *given: calls.append(given))
-    monkeypatch.setenv(start.BIND_NOW, "1")
-    start.bind_now()
+    monkeypatch.setenv(main.BIND_NOW, "1")
+    main.bind_now()
     assert calls == []
-    monkeypatch.delenv(start.BIND_NOW)
-    start.bind_now()
+    monkeypatch.delenv(main.BIND_NOW)
+    main.bind_now()
     assert calls == [(sys.executable, [sys.executable, *sys.orig_argv[1:]])]
 
 

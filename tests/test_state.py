@@ -8,10 +8,9 @@ import zlib
 
 import pytest
 
-from secretd import state
 from secretd.errors import StateError
-from secretd.memory import SECRET_WINDOW, Arena
-from secretd.state import Journal, Record
+from secretd.journal.journal import Journal, Record
+from secretd.memory.arena import SECRET_WINDOW, Arena
 
 
 def put(journal: Journal, object_id: str, content: bytes, **properties: object) -> None:
@@ -81,7 +80,7 @@ def test_the_journal_is_compacted_when_most_of_it_is_dead(
     arena: Arena, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It does not grow with the number of changes, and nothing is lost."""
-    monkeypatch.setattr(state, "_COMPACT_BYTES", 1 << 12)
+    monkeypatch.setattr("secretd.journal.journal._COMPACT_BYTES", 1 << 12)
     journal = Journal(arena)
     rng = random.Random(2)
     expected: dict[str, bytes] = {}
@@ -110,7 +109,7 @@ def test_changing_properties_over_and_over_keeps_every_object_whole(
     arena: Arena, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Compaction in the middle of a change does not spoil another record."""
-    monkeypatch.setattr(state, "_COMPACT_BYTES", 1 << 10)
+    monkeypatch.setattr("secretd.journal.journal._COMPACT_BYTES", 1 << 10)
     journal = Journal(arena)
     for number in range(50):
         put(journal, f"s{number}", b"%d" % number, iv="x" * number)
@@ -137,7 +136,7 @@ def test_a_journal_that_cannot_be_mapped_leaves_no_descriptor(
     arena: Arena, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The failure is passed on; the leak check of the suite sees the rest."""
-    monkeypatch.setattr(state, "_INITIAL_BYTES", -1)
+    monkeypatch.setattr("secretd.journal.journal._INITIAL_BYTES", -1)
     with pytest.raises((OSError, ValueError)):
         Journal(arena)
 

@@ -8,8 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from secretd import systemd
-from secretd.systemd import CredentialAddress, JournalFormatter, Manager, Passed, credential_address
+from secretd.systemd import notify
+from secretd.systemd.notify import (
+    CredentialAddress,
+    JournalFormatter,
+    Manager,
+    Passed,
+    credential_address,
+)
 from tests.manager import Manager as Other
 
 
@@ -29,18 +35,18 @@ def test_descriptors_are_known_by_their_names(environment: pytest.MonkeyPatch) -
     assert fds == [first, first + 1, first + 2]
     for fd in fds:
         os.set_inheritable(fd, True)
-    environment.setattr(systemd, "FIRST_FD", first)
+    environment.setattr(notify, "FIRST_FD", first)
     environment.setenv("LISTEN_PID", str(os.getpid()))
     environment.setenv("LISTEN_FDS", "3")
     environment.setenv("LISTEN_FDNAMES", "b:a")
-    assert systemd.passed() == [
+    assert notify.passed() == [
         Passed("b", first),
         Passed("a", first + 1),
         Passed("unknown", first + 2),
     ]
     assert not any(os.get_inheritable(fd) for fd in fds)
     assert not {"LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"} & os.environ.keys()
-    assert systemd.passed() == []
+    assert notify.passed() == []
     for fd in fds:
         os.close(fd)
 
@@ -52,7 +58,7 @@ def test_descriptors_for_another_process_are_not_ours(
     """Nor what is no number."""
     environment.setenv("LISTEN_PID", pid.replace("self", str(os.getpid())))
     environment.setenv("LISTEN_FDS", count)
-    assert systemd.passed() == []
+    assert notify.passed() == []
     assert "LISTEN_PID" not in os.environ
 
 
@@ -109,7 +115,7 @@ def test_what_is_told_is_told_as_systemd_wants_it(tmp_path: Path) -> None:
 def kept(manager: Manager) -> bool:
     """Whether there was room for a probe."""
     source = manager.probe()
-    done = manager.barrier() and not systemd.has_ended(source)
+    done = manager.barrier() and not notify.has_ended(source)
     os.close(source)
     manager.drop("probe")
     return done
@@ -138,7 +144,7 @@ def test_a_service_manager_that_does_nothing_is_not_waited_for_without_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Then nothing counts as kept; nor with one that is not there."""
-    monkeypatch.setattr(systemd, "BARRIER_SECONDS", 0.01)
+    monkeypatch.setattr(notify, "BARRIER_SECONDS", 0.01)
     with Other(tmp_path, deaf=True) as other:
         manager = Manager(other.path)
         assert not kept(manager)
@@ -153,18 +159,18 @@ def test_stderr_is_the_journal_if_that_is_where_it_goes(
     environment: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """By device and inode; a child whose stderr goes elsewhere is not fooled."""
-    assert not systemd.journal_on_stderr()
+    assert not notify.journal_on_stderr()
     status = os.fstat(2)
     environment.setenv("JOURNAL_STREAM", f"{status.st_dev}:{status.st_ino}")
-    assert systemd.journal_on_stderr()
+    assert notify.journal_on_stderr()
     environment.setenv("JOURNAL_STREAM", f"{status.st_dev}:{status.st_ino + 1}")
-    assert not systemd.journal_on_stderr()
+    assert not notify.journal_on_stderr()
     closed = os.open("/dev/null", os.O_RDONLY)
     os.close(closed)
     real = os.fstat
     with environment.context() as patched:
         patched.setattr(os, "fstat", lambda _fd: real(closed))
-        assert not systemd.journal_on_stderr()
+        assert not notify.journal_on_stderr()
 
 
 def test_each_line_of_the_log_has_its_priority() -> None:

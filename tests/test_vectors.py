@@ -8,19 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from secretd.audit import Audit
-from secretd.commands import COMMANDS
-from secretd.memory import Arena
-from secretd.monitor import Monitor
-from secretd.peer import Door, Peer
-from secretd.qom.object import ObjectTree
-from secretd.qom.types import TYPES
-from secretd.shared import Daemon as Shared
-from secretd.state import Journal
-from secretd.transport import Locked
-from secretd.wire import message as wire
-from secretd.wire.qjson import NeedData
-from secretd.wire.qmp import Connection
+from secretd.access.peer import Door, Peer
+from secretd.audit.log import Audit
+from secretd.journal.journal import Journal
+from secretd.memory.arena import Arena
+from secretd.monitor.commands import COMMANDS
+from secretd.monitor.core import Daemon as Shared
+from secretd.monitor.monitor import Monitor
+from secretd.net.transport import Locked
+from secretd.qom.registry import TYPES
+from secretd.qom.tree import ObjectTree
+from secretd.wire import messages as wire
+from secretd.wire.connection import Connection
+from secretd.wire.lexer import NeedData
 from tests.conftest import ARENA_LEVEL, Daemon, need_program
 from tests.transcript import FILES, Mismatch, Scene, SocketPeer, Vector, load, play
 
@@ -47,7 +47,7 @@ class Codec:
         self._output = self.monitor.greeting()
 
     def quit(self, data: str) -> None:
-        """See secretd.shared.Owner."""
+        """See secretd.monitor.core.Owner."""
         self._output += wire.event("SHUTDOWN", data, 1, 2)
         self._ended = True
 

@@ -20,7 +20,7 @@ from secretd.client.types import (
     Sealed,
     SecretInfo,
 )
-from secretd.memory import LockedBuffer
+from secretd.memory.arena import LockedBuffer
 
 if TYPE_CHECKING:
     from qemu.qmp import (

@@ -29,8 +29,13 @@ from secretd.client.connection import Connection
 from secretd.client.socket_path import default_socket
 from secretd.client.sync import RETRY_SECONDS, give_memory
 from secretd.client.types import PLAIN, Encoding, Event, Format, Sealed, SecretInfo
-from secretd.fds import Fd
-from secretd.memory import SCRATCH_WINDOW, Arena, LockedBuffer, choose_level
+from secretd.descriptors.fd import Fd
+from secretd.memory.arena import (
+    SCRATCH_WINDOW,
+    Arena,
+    LockedBuffer,
+    choose_level,
+)
 
 _CHUNK_BYTES: Final = 64 << 10
 

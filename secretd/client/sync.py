@@ -27,7 +27,12 @@ from secretd.client import types
 from secretd.client.channel import Channel, Lost, Message, OnWait, Pump, Refused, wait
 from secretd.client.socket_path import default_socket
 from secretd.client.types import PLAIN, Encoding, Event, Format, Sealed, SecretInfo
-from secretd.memory import SCRATCH_WINDOW, Arena, LockedBuffer, choose_level
+from secretd.memory.arena import (
+    SCRATCH_WINDOW,
+    Arena,
+    LockedBuffer,
+    choose_level,
+)
 
 T = TypeVar("T")
 

@@ -14,17 +14,27 @@ from typing import Any, Final, Literal, NamedTuple
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
+from secretd.descriptors.source import use_content
 from secretd.errors import CommandError
-from secretd.memory import LockedBuffer
-from secretd.openat2 import open_without_magic_links
-from secretd.patterns import PATTERN_CHARACTERS, Match, literal_prefix, matcher
-from secretd.qom.object import ObjectTree
-from secretd.qom.source import use_content
-from secretd.qom.typeinfo import ObjectOptions, ObjectType, Sources, TypeInfo
-from secretd.visitor import JSON_VISITOR, members
-from secretd.wire.order import qdict_items
+from secretd.linux.openat2 import open_without_magic_links
+from secretd.memory.arena import LockedBuffer
+from secretd.qapi.visitor import JSON_VISITOR, members
+from secretd.qom.object_type import (
+    ObjectOptions,
+    ObjectType,
+    Sources,
+    TypeInfo,
+)
+from secretd.qom.patterns import (
+    PATTERN_CHARACTERS,
+    Match,
+    literal_prefix,
+    matcher,
+)
+from secretd.qom.tree import ObjectTree
+from secretd.wire.hash_order import qdict_items
+from secretd.wire.lexer import document
 from secretd.wire.parser import JSON, Fault
-from secretd.wire.qjson import document
 
 _ANCESTORS: Final = ("authz", "object", "user-creatable", "interface")
 

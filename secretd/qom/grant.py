@@ -13,13 +13,18 @@ from typing import Any, Final
 from msgspec import UNSET, UnsetType
 
 from secretd.errors import CommandError
-from secretd.lifetime import LIFETIME_SECONDS, now
-from secretd.memory import LockedBuffer
-from secretd.patterns import PATTERN_CHARACTERS
-from secretd.qom.object import DEADLINE, ObjectTree
-from secretd.qom.typeinfo import ObjectOptions, ObjectType, Sources, TypeInfo
-from secretd.state import Record
-from secretd.systemd import CREDENTIAL_ADDRESS_BYTES
+from secretd.journal.journal import Record
+from secretd.memory.arena import LockedBuffer
+from secretd.qom.deadlines import LIFETIME_SECONDS, now
+from secretd.qom.object_type import (
+    ObjectOptions,
+    ObjectType,
+    Sources,
+    TypeInfo,
+)
+from secretd.qom.patterns import PATTERN_CHARACTERS
+from secretd.qom.tree import DEADLINE, ObjectTree
+from secretd.systemd.notify import CREDENTIAL_ADDRESS_BYTES
 from secretd.wire.parser import JSON
 
 MAX_READS: Final = 1 << 31

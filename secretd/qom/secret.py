@@ -12,20 +12,20 @@ from typing import Any, Final, Literal
 
 from msgspec import UNSET, Raw, UnsetType
 
-from secretd import crypto
+from secretd.crypto import cipher
+from secretd.descriptors.source import printable, use_content
 from secretd.errors import AccessDenied, CommandError, LimitReached
-from secretd.memory import LockedBuffer
-from secretd.qom.object import ObjectTree
-from secretd.qom.source import printable, use_content
-from secretd.qom.typeinfo import (
+from secretd.journal.journal import Record
+from secretd.memory.arena import LockedBuffer
+from secretd.qapi.visitor import JSON_VISITOR, Int32
+from secretd.qom.object_type import (
     ObjectOptions,
     ObjectType,
     Sources,
     StoredInvalidValue,
     TypeInfo,
 )
-from secretd.state import Record
-from secretd.visitor import JSON_VISITOR, Int32
+from secretd.qom.tree import ObjectTree
 from secretd.wire.parser import JSON
 
 SECRET_BYTES: Final = 1 << 20
@@ -231,18 +231,18 @@ def _decode(
     if options.keyid is not UNSET:
         check_key_use(tree, options.keyid, uid)
         key = secret_plaintext(tree, options.keyid, options.id)
-        crypto.check_key(key)
+        cipher.check_key(key)
         if options.iv is UNSET:
             raise CommandError("IV is required to decrypt secret")
-        iv = crypto.decode_iv(options.iv)
+        iv = cipher.decode_iv(options.iv)
         if options.format != "base64":
-            return _limited(crypto.decrypt(quoted[1:-1], key, iv, tree.scratch, tree.journal.arena))
-        with crypto.decode_base64(quoted, tree.scratch, tree.scratch) as ciphertext:
+            return _limited(cipher.decrypt(quoted[1:-1], key, iv, tree.scratch, tree.journal.arena))
+        with cipher.decode_base64(quoted, tree.scratch, tree.scratch) as ciphertext:
             return _limited(
-                crypto.decrypt(ciphertext.view, key, iv, tree.scratch, tree.journal.arena)
+                cipher.decrypt(ciphertext.view, key, iv, tree.scratch, tree.journal.arena)
             )
     if options.format == "base64":
-        return _limited(crypto.decode_base64(quoted, tree.scratch, tree.journal.arena))
+        return _limited(cipher.decode_base64(quoted, tree.scratch, tree.journal.arena))
     return _copy(tree, quoted)
 
 

@@ -22,7 +22,7 @@ def limited(level: str) -> list[str]:
     code = f"import resource; resource.setrlimit(resource.RLIMIT_MEMLOCK, ({LIMIT}, {LIMIT})); "
     if level == "mlock":
         code += NO_SECRETMEM
-    code += "from secretd.start import main; sys.exit(main())"
+    code += "from secretd.daemon.main import main; sys.exit(main())"
     drop = WITHOUT_IPC_LOCK if os.getuid() == 0 else []
     return [*drop, str(Path(SECRETD).parent / "python"), "-c", "import sys; " + code]
 
@@ -70,7 +70,7 @@ def test_without_locked_memory_the_start_warns_or_is_refused(
 ) -> None:
     """--memory-lock=prefer goes on and says so; require does not."""
     code = "import resource, sys; resource.setrlimit(resource.RLIMIT_MEMLOCK, (0, 0)); "
-    code += "from secretd.start import main; sys.exit(main())"
+    code += "from secretd.daemon.main import main; sys.exit(main())"
     command = [
         *(WITHOUT_IPC_LOCK if os.getuid() == 0 else []), str(Path(SECRETD).parent / "python"), "-c", code,
     ]  # fmt: skip

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from secretd.sockopt import SO_PASSRIGHTS
+from secretd.linux.sockopt import SO_PASSRIGHTS
 from tests.conftest import Client, connect_as, need, need_root
 from tests.e2e import hostile as hostile_module
 from tests.e2e.conftest import Process

@@ -120,7 +120,7 @@ def scene(request: pytest.FixtureRequest, start: Callable[..., Process], tmp_pat
     level: str = request.param
     need_level(level)
     python = f"{Path(SECRETD).parent}/python"
-    code = "import sys; from secretd.start import main; "
+    code = "import sys; from secretd.daemon.main import main; "
     if level == "mlock":
         code += f"sys.path.insert(0, {HERE!r}); from seccomp import refuse; refuse(447); "
     (tmp_path / "daemon.py").write_text(code + "sys.exit(main())\n")
@@ -556,7 +556,7 @@ def test_no_python_leaves_a_copy_on_the_stack(
     )  # fmt: skip
     environment = {n: v for n, v in os.environ.items() if n not in ("LD_BIND_NOW", "PYTHONPATH")}
     environment["PYTHONPATH"] = f"{libraries}:{ROOT}"
-    process = start("--audit=none", command=[python, "-m", "secretd.start"], env=environment)
+    process = start("--audit=none", command=[python, "-m", "secretd.daemon.main"], env=environment)
     scene = Scene(process, scene_level(process), {})
     for add in (inline, escaped, inline_base64, by_hand, human_monitor, human_monitor_json, slowly):
         for _ in range(5):

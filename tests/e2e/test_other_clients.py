@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from qemu.qmp import ExecuteError, QMPClient
 
-from secretd.commands import COMMANDS
+from secretd.monitor.commands import COMMANDS
 from tests.conftest import need, need_program
 from tests.e2e.conftest import BIN, Process
 

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from secretd import __version__, chain
+from secretd import __version__
+from secretd.audit import chain
 from tests.conftest import need
 from tests.e2e.box import TRIXIE, Box, wheels
 

@@ -81,7 +81,8 @@ def test_five_commands_lead_from_nothing_to_a_units_first_secret(box: Box) -> No
     assert shell(box, "secretctl audit verify /var/log/secretd/audit --live")
     # And back.
     shell(
-        box, "systemctl disable --now secretd-{control,client,credentials}.socket secretd.service"
+        box,
+        "systemctl disable --now secretd-{control,client,credentials}.socket secretd.service",
     )
     shell(box, "scripts/install --uninstall")
     left = shell(

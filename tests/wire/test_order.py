@@ -4,15 +4,15 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from secretd.wire import encode
-from secretd.wire.order import GHashTable, qdict_bucket, qdict_items
+from secretd.wire import encoder
+from secretd.wire.hash_order import GHashTable, qdict_bucket, qdict_items
 
 NAMES = st.lists(st.text(max_size=5), unique=True, max_size=60)
 
 
 def test_members_come_by_bucket_and_in_a_bucket_the_latest_first() -> None:
     """The buckets are those of tdb_hash()."""
-    assert encode.value({"b": 1, "a": 2}) == '{"a": 2, "b": 1}'
+    assert encoder.value({"b": 1, "a": 2}) == '{"a": 2, "b": 1}'
     assert [name for name, _ in qdict_items({"id": 1, "return": 2, "error": 3})] == [
         "return", "id", "error"
     ]  # fmt: skip

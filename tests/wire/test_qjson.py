@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from secretd.wire import encode, qjson
+from secretd.wire import encoder, lexer
+from secretd.wire.lexer import NEED_DATA, Streamer
 from secretd.wire.parser import Fault, Number, Text
-from secretd.wire.qjson import NEED_DATA, Streamer
 
 
 def outcomes(data: bytes, cuts: list[int] | None = None) -> list[str]:
@@ -38,11 +38,11 @@ def outcomes(data: bytes, cuts: list[int] | None = None) -> list[str]:
 
 def describe(outcome: object) -> str:
     if not isinstance(outcome, Fault):
-        return encode.value(outcome)
+        return encoder.value(outcome)
     if outcome.quote is None:
         return outcome.before
     into = memoryview(bytearray(6 * len(outcome.quote)))
-    quoted = bytes(into[: encode.write_quoted(outcome.quote, into)]).decode()
+    quoted = bytes(into[: encoder.write_quoted(outcome.quote, into)]).decode()
     return outcome.before + json.loads(f'"{quoted}"') + outcome.after
 
 
@@ -159,17 +159,17 @@ def test_nesting_too_deep_is_one_error_and_one_for_each_closer() -> None:
 
 def test_a_message_of_too_many_tokens_is_refused() -> None:
     """The limit counts tokens, not bytes."""
-    fits = b"[" + b"1," * ((qjson.MAX_TOKENS - 3) // 2) + b"1]"
+    fits = b"[" + b"1," * ((lexer.MAX_TOKENS - 3) // 2) + b"1]"
     assert len(outcomes(fits)) == 1
     assert "limit" not in outcomes(fits)[0]
-    found = outcomes(b"[" + b"1," * qjson.MAX_TOKENS)
+    found = outcomes(b"[" + b"1," * lexer.MAX_TOKENS)
     assert found[0] == "JSON token count limit exceeded"
 
 
 @pytest.mark.parametrize("pieces", [1, 7])
 def test_a_message_too_long_is_refused_and_the_next_one_read(pieces: int) -> None:
     """Strings and white space inside a message count alike."""
-    limit = qjson.MAX_MESSAGE_BYTES
+    limit = lexer.MAX_MESSAGE_BYTES
     long_string = b'{"a": "' + b"x" * limit + b'"}'
     cuts = [len(long_string) * i // pieces for i in range(1, pieces)]
     found = outcomes(long_string + b'\xff\n{"b":1}', cuts)

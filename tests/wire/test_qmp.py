@@ -5,11 +5,11 @@ import json
 
 import pytest
 
-from secretd.wire import encode, message
-from secretd.wire.message import Malformed, Request
+from secretd.wire import encoder, messages
+from secretd.wire.connection import Connection
+from secretd.wire.lexer import NEED_DATA
+from secretd.wire.messages import Malformed, Request
 from secretd.wire.parser import Fault, Text
-from secretd.wire.qjson import NEED_DATA
-from secretd.wire.qmp import Connection
 
 
 def first(data: bytes) -> object:
@@ -92,16 +92,16 @@ def test_moving_the_bytes_lets_the_fast_path_try_again() -> None:
 
 def test_messages_have_qemus_bytes() -> None:
     """Separators, member order, CRLF and ASCII as QEMU writes them."""
-    assert message.success(None, None) == message.EMPTY_RETURN == b'{"return": {}}\r\n'
-    assert message.success([1, True], '"x"') == b'{"return": [1, true], "id": "x"}\r\n'
-    assert message.failure("GenericError", "é\x7f", "7") == (
+    assert messages.success(None, None) == messages.EMPTY_RETURN == b'{"return": {}}\r\n'
+    assert messages.success([1, True], '"x"') == b'{"return": [1, true], "id": "x"}\r\n'
+    assert messages.failure("GenericError", "é\x7f", "7") == (
         b'{"id": 7, "error": {"class": "GenericError", "desc": "\\u00E9\\u007F"}}\r\n'
     )
-    assert message.failure("DeviceNotFound", "x", None).startswith(b'{"error": ')
-    assert message.event("STOP", "{}", 1, 2) == (
+    assert messages.failure("DeviceNotFound", "x", None).startswith(b'{"error": ')
+    assert messages.event("STOP", "{}", 1, 2) == (
         b'{"timestamp": {"seconds": 1, "microseconds": 2}, "event": "STOP", "data": {}}\r\n'
     )
-    assert json.loads(message.greeting((10, 0, 0), "p", ["oob"])) == {
+    assert json.loads(messages.greeting((10, 0, 0), "p", ["oob"])) == {
         "QMP": {
             "version": {"qemu": {"major": 10, "minor": 0, "micro": 0}, "package": "p"},
             "capabilities": ["oob"],
@@ -113,15 +113,15 @@ def test_an_error_that_quotes_the_sender_is_built_in_the_given_buffer() -> None:
     """The sender's bytes, escaped: control bytes, quotes, UTF-8, NUL as the end of a C string."""
     quote = b'"a\\\n\x01\xc3\xa9\xf0\x9f\x98\x80\xff\xc0\x80z\0rest'
     fault = Fault("stray '", memoryview(quote), "'")
-    into = memoryview(bytearray(message.quoted_failure_size(fault)))
-    reply = json.loads(bytes(into[: message.write_quoted_failure(fault, into)]))
+    into = memoryview(bytearray(messages.quoted_failure_size(fault)))
+    reply = json.loads(bytes(into[: messages.write_quoted_failure(fault, into)]))
     assert reply["error"]["desc"] == "stray '\"a\\\n\x01é😀\ufffd\0z'"
 
 
 def test_values_without_a_json_form_are_refused() -> None:
     """A programming error shows itself instead of reaching a client."""
     with pytest.raises(TypeError, match="bytes has no JSON form"):
-        encode.value({"a": [b"x"]})
-    assert encode.value({"a": [], "b": {}, "c": [1, [2.5, None, False]]}) == (
+        encoder.value({"a": [b"x"]})
+    assert encoder.value({"a": [], "b": {}, "c": [1, [2.5, None, False]]}) == (
         '{"a": [], "b": {}, "c": [1, [2.5, null, false]]}'
     )

@@ -1,0 +1,348 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Who may read what, and who may connect where. The one place where that is decided.
+
+`Access.check` decides, writes the audit record and returns the `Grant` that deliver demands, or
+refuses; nothing else makes one, and nothing else gives out plaintext. It goes by the `secret-grant`
+and authz objects in the tree, as they are at that moment. commands and server ask; who a peer is
+says peer.
+
+On the control door everything is allowed. On the other doors reading needs a secret-grant whose
+pattern matches the id and whose authz object allows the peer. A refusal looks only at what that
+peer is granted: never at whether the secret exists, nor at what is granted to others.
+"""
+
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Final, NamedTuple
+
+from secretd.access.grant_index import Granted, GrantIndex, Rule
+from secretd.access.peer import Door, Peer
+from secretd.audit.log import Audit, Who
+from secretd.errors import AccessDenied, CommandError
+from secretd.net.loop import turn
+from secretd.qom.authz import Verdict
+from secretd.qom.grant import READS, used_up
+from secretd.qom.patterns import is_pattern, literal_prefix, matcher
+from secretd.qom.secret import secret_plaintext
+from secretd.qom.tree import ID_BYTES, ObjectTree
+from secretd.systemd.notify import CREDENTIAL_BYTES, CredentialAddress
+
+
+class Grant:
+    """Permission to release one secret to one peer, as `Access.check` gave it, and what it is.
+
+    ``plaintext`` is borrowed: good until the secret is removed. ``rule``: the id of the secret-grant
+    that permits it, None on the control door.
+    """
+
+    __slots__ = ("object_id", "peer", "plaintext", "rule", "terms")
+
+    def __init__(
+        self, key: object, peer: Peer, object_id: str, terms: "Rule | None", plaintext: memoryview
+    ) -> None:
+        if key is not _KEY:
+            raise TypeError("only access makes a Grant")
+        self.peer = peer
+        self.object_id = object_id
+        self.rule = None if terms is None else terms.id
+        self.terms = terms
+        self.plaintext = plaintext
+
+
+_KEY: Final = object()
+
+
+class Considered(NamedTuple):
+    """What one secret-grant says of a peer, and why."""
+
+    grant: str
+    allowed: bool
+    reason: str
+
+
+def _in_order(first: Iterator[str | None], second: Iterator[str | None]) -> Iterator[str | None]:
+    """Return what two sorted iterators have, in order and each once; None wherever one of them has it."""
+    streams, heads = [first, second], ["", ""]
+    while streams:
+        for index in reversed(range(len(streams))):
+            while not heads[index]:
+                head = next(streams[index], "")
+                if head == "":
+                    del streams[index], heads[index]
+                    break
+                if head is None:
+                    yield None
+                else:
+                    heads[index] = head
+        if len(streams) == 1:
+            yield heads[0]
+            yield from streams[0]
+            return
+        if heads:
+            least = min(heads)
+            yield least
+            heads = ["" if head == least else head for head in heads]
+
+
+class Access:
+    """The decisions for one object tree."""
+
+    def __init__(self, tree: ObjectTree, audit: Audit) -> None:
+        self._tree = tree
+        self._audit = audit
+        self._index = GrantIndex(tree)
+        tree.on_decision = self._index.changed
+
+    # --- decisions
+
+    def check(self, peer: Peer, who: Who, object_id: str, action: str = "read") -> Grant:
+        """Return leave to release a secret. ``who``: the peer, as the audit tells of it.
+
+        Raises AccessDenied, which tells nothing of whether the secret exists; CommandError if there
+        is none of that id, to who might have read it, or if the audit demands it. ``action``: read
+        or seal.
+        """
+        rule = None
+        if object_id in self._tree.pinned and not peer.trusted:
+            # The audit's key: whoever has it can make up records.
+            self._audit.refuse(action, peer.uid, who, id=object_id)
+            raise AccessDenied(f"Reading secret '{object_id}' is not permitted")
+        if peer.door is not Door.CONTROL:
+            rule = self._permitting(peer.identities, object_id)
+            if rule is None:
+                self._audit.refuse(action, peer.uid, who, id=object_id)
+                raise AccessDenied(f"Reading secret '{object_id}' is not permitted")
+        if rule is not None and not self._tree.is_secret(object_id):
+            # What there is beside secrets is no client's affair.
+            raise CommandError(f"No secret with id '{object_id}'")
+        plaintext = secret_plaintext(self._tree, object_id)
+        by = "control socket" if rule is None else f"grant {rule.id}"
+        self._audit.release(action, who, by, object_id, len(plaintext))
+        if rule is not None and rule.limited:
+            self._count(rule.id, 1)
+        return Grant(_KEY, peer, object_id, rule, plaintext)
+
+    async def credential(self, peer: Peer, who: Who, claimed: CredentialAddress | None) -> Grant:
+        """Return leave to give a unit the secret that its LoadCredential= asks for.
+
+        ``claimed``: what the address says. Anybody can say that, so the peer must be a service manager
+        that is in that very unit, by what the kernel says. The secret is the one whose id is the
+        credential's name, or that a grant maps it to. Raises AccessDenied with the reason, which is for
+        the administrator.
+        """
+        name = claimed.credential if claimed else ""
+        try:
+            object_id, rule = await self._mapped(peer, claimed)
+        except AccessDenied as error:
+            self._audit.refuse("credential", peer.uid, who, credential=name, reason=error.desc)
+            raise
+        plaintext = secret_plaintext(self._tree, object_id)
+        by = f"grant {rule.id}"
+        self._audit.release("credential", who, by, object_id, len(plaintext), name)
+        return Grant(_KEY, peer, object_id, rule, plaintext)
+
+    async def _mapped(self, peer: Peer, claimed: CredentialAddress | None) -> tuple[str, Rule]:
+        """Return the id of the secret that a unit asks for, and the grant that permits it."""
+        if claimed is None:
+            raise AccessDenied("the address it came from is not one of LoadCredential=")
+        unit, name = claimed
+        # A user's own manager has that user's uid, and so has root's.
+        if peer.unit not in (f"unit:{unit}", f"user-unit:{peer.uid}/{unit}"):
+            raise AccessDenied(f"it says that it is {unit}, and is in {peer.unit or 'no unit'}")
+        if peer.uid != 0 and not (peer.trusted and peer.unit.startswith("user-unit:")):
+            raise AccessDenied(f"uid {peer.uid} is not that of the service manager")
+        found: dict[str, Rule] = {}
+        missing = ""
+        for rule in self._living(peer.identities):
+            if matcher(rule.secret)(name):
+                missing = missing or name
+                if self._tree.is_secret(name):
+                    found[name] = rule
+            if rule.credential == name:
+                missing = rule.secret
+                for object_id in self._secrets(rule):
+                    if object_id is None:
+                        await turn(None)
+                    else:
+                        found[object_id] = rule
+                    if len(found) > 1:
+                        break
+        if len(found) > 1:
+            names = ", ".join(f"'{object_id}'" for object_id in sorted(found))
+            raise AccessDenied(f"it could be more than one secret: {names}")
+        if not found and missing:
+            raise AccessDenied(f"there is no secret '{missing}'")
+        if not found:
+            raise AccessDenied(f"no grant lets {peer.unit} have it")
+        ((object_id, rule),) = found.items()
+        if object_id in self._tree.pinned:
+            raise AccessDenied(f"secret '{object_id}' is the audit's key")
+        if self._index.rules.get(rule.id) is not rule or not self._tree.is_secret(object_id):
+            raise AccessDenied(f"no grant lets {peer.unit} have it")  # any more
+        size = self._tree.secret(object_id)[1]
+        if len(name.encode()) + size > CREDENTIAL_BYTES:
+            raise AccessDenied(
+                f"secret '{object_id}' has {size} bytes, which with the credential's name is more than "
+                f"the {CREDENTIAL_BYTES} that systemd takes"
+            )
+        return object_id, rule
+
+    def _secrets(self, rule: Rule) -> Iterator[str | None]:
+        """Return the secrets that a grant is for; None wherever others should have their turn."""
+        if not is_pattern(rule.secret):
+            return iter([rule.secret] if self._tree.is_secret(rule.secret) else [])
+        fits = matcher(rule.secret)
+        found = self._tree.secrets_after("", [literal_prefix(rule.secret)])
+        return (object_id for object_id in found if object_id is None or fits(object_id))
+
+    def _living(self, identities: frozenset[str]) -> list[Rule]:
+        """Return the grants that have not expired, whether they have reads left or not."""
+        granted = self._index.granted_to(identities)
+        return [
+            rule
+            for rule in granted.all.values()
+            if (rule.id not in granted.uncacheable or self._allows(rule.authz, identities))
+            and not self._tree.lifetimes.ended(rule.id)
+        ]
+
+    def take_back(self, grant: Grant, who: Who, reason: str) -> None:
+        """Undo a read of which no byte was taken: record it as withheld, and give the count back.
+
+        A grant that was changed or made anew meanwhile keeps its count, which is another one's.
+        """
+        self._audit.note("withheld", who, id=grant.object_id, reason=reason)
+        rule = grant.terms
+        if (
+            rule is not None
+            and rule.limited
+            and grant.peer.door is Door.CLIENT
+            and self._index.rules.get(rule.id) is rule
+        ):
+            self._count(rule.id, -1)
+
+    def may_read(self, peer: Peer, object_id: str) -> bool:
+        """True if `check` would not refuse. Writes no record: it is for what peers are told without
+        asking.
+        """
+        return peer.door is Door.CONTROL or self._permitting(peer.identities, object_id) is not None
+
+    def readable(self, peer: Peer, object_ids: Iterable[str]) -> Iterator[str]:
+        """Return those that this peer may know of: the ones that it may read."""
+        return (object_id for object_id in object_ids if self.may_read(peer, object_id))
+
+    def readable_after(self, peer: Peer, after: str) -> Iterator[str | None]:
+        """Return the ids of the secrets that this peer may read and that come after one, in order; None
+        wherever others should have their turn.
+
+        It starts from what the peer is granted, so that its time tells nothing of other secrets.
+        """
+        if peer.door is Door.CONTROL:
+            return self._tree.secrets_after(after)
+        return self._granted_after(peer, after)
+
+    def _granted_after(self, peer: Peer, after: str) -> Iterator[str | None]:
+        granted, asked = self._granted_and_asked(peer)
+        prefixes = granted.prefixes.union(literal_prefix(rule.secret) for rule in asked)
+        is_secret = self._tree.is_secret
+        for object_id in _in_order(
+            granted.exact_after(after), self._tree.ids_after(after, prefixes)
+        ):
+            if object_id is None:
+                yield None
+                # Others had their turn, and may have taken a grant back.
+                granted, asked = self._granted_and_asked(peer)
+            elif (asked or granted.names(object_id)) and is_secret(object_id):
+                rules = (rule for rule in asked if matcher(rule.secret)(object_id))
+                if any(map(self._is_usable, itertools.chain(granted.naming(object_id), rules))):
+                    yield object_id
+
+    def _granted_and_asked(self, peer: Peer) -> tuple[Granted, list[Rule]]:
+        """Return what a peer is granted, and the grants whose authz object was asked, and allows it, now."""
+        granted = self._index.granted_to(peer.identities)
+        rules = granted.uncacheable.values()
+        return granted, [rule for rule in rules if self._allows(rule.authz, peer.identities)]
+
+    def _is_usable(self, rule: Rule) -> bool:
+        return not self._tree.lifetimes.ended(rule.id) and not (
+            rule.limited and self._used_up(rule.id)
+        )
+
+    def holds(self, grant: Grant) -> bool:
+        """True if the secret-grant by which a release was permitted still permits it."""
+        if grant.rule is None:
+            return self.admits(grant.peer)
+        rule = self._index.rules.get(grant.rule)
+        return (
+            rule is not None
+            and matcher(rule.secret)(grant.object_id)
+            and not self._tree.lifetimes.ended(rule.id)
+            and self._allows(rule.authz, grant.peer.identities)
+        )
+
+    def admits(self, peer: Peer) -> bool:
+        """May this peer use its door? The control door is for uid 0, the daemon's own uid, and whom the
+        door's authz object allows.
+        """
+        return (
+            peer.door is not Door.CONTROL
+            or peer.trusted
+            or (peer.authz is not None and self._allows(peer.authz, peer.identities))
+        )
+
+    def _permitting(self, identities: frozenset[str], object_id: str) -> Rule | None:
+        """Return the grant that permits; one without a limited number of reads if there is any."""
+        granted = self._index.granted_to(identities)
+        asked: Iterable[Rule] = ()
+        if granted.uncacheable:
+            asked = [
+                rule
+                for rule in granted.uncacheable.values()
+                if self._allows(rule.authz, identities)
+                and len(object_id) <= ID_BYTES
+                and matcher(rule.secret)(object_id)
+            ]
+        found = None
+        for rule in (*granted.naming(object_id), *asked):
+            if self._tree.lifetimes.ended(rule.id):
+                continue
+            if not rule.limited:
+                return rule
+            if found is None and not self._used_up(rule.id):
+                found = rule
+        return found
+
+    def _used_up(self, grant_id: str) -> bool:
+        record = self._tree.journal.get(grant_id)
+        return record is None or used_up(record)
+
+    def _count(self, grant_id: str, reads: int) -> None:
+        record = self._tree.journal.get(grant_id)
+        assert record is not None
+        before = record.properties.get(READS, 0)
+        assert isinstance(before, int)
+        self._tree.replace_properties(grant_id, record.properties | {READS: before + reads})
+
+    def _allows(self, authz: str, identities: frozenset[str]) -> bool:
+        judge = self._index.judge(authz)
+        return judge is not None and judge.judge(identities).allowed
+
+    # --- why
+
+    def explain(self, identities: frozenset[str], object_id: str) -> list[Considered]:
+        """Return what each secret-grant for this id says of a client with these identities."""
+        return [
+            Considered(rule.id, *self._explain(rule, identities))
+            for rule in sorted(self._index.rules.values())
+            if matcher(rule.secret)(object_id)
+        ]
+
+    def _explain(self, rule: Rule, identities: frozenset[str]) -> Verdict:
+        if self._tree.lifetimes.ended(rule.id):
+            return Verdict(False, "the grant has expired")
+        if rule.limited and self._used_up(rule.id):
+            return Verdict(False, "the grant has no reads left")
+        judge = self._index.judge(rule.authz)
+        if judge is None:
+            return Verdict(False, f"there is no authz object '{rule.authz}'")
+        verdict = judge.judge(identities)
+        return Verdict(verdict.allowed, f"'{rule.authz}': {verdict.why}")

@@ -1,0 +1,309 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Which secret-grant objects apply to which peers, so that a question costs only a peer's own grants.
+
+`GrantIndex` knows each grant, and for each authz object which identities it can allow at all: exact
+ones, such that begin with a text, or any. A peer's `Granted` is made from the candidates of its
+identities, and kept. A change of a grant or authz object touches only the kept entries with one of its
+identities; where a pattern or a list file may allow any identity, entries catch up from a list of
+changes when they are asked next. The index decides nothing: access asks it, and asks the authz objects.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Final, NamedTuple
+
+from secretd.qom.authz import AuthZ, FileRules, Reach, Rules
+from secretd.qom.grant import SecretGrant
+from secretd.qom.patterns import is_pattern, literal_prefix, matcher
+from secretd.qom.sorted_ids import SortedIds
+from secretd.qom.tree import ID_BYTES, IDS_PER_LOOK, ObjectTree
+
+IDENTITIES_KEPT: Final = 1 << 18
+"""Identities of all peers together for which it is kept what they are granted."""
+
+CHANGES_KEPT: Final = 4096
+"""Changes of grants to patterns and list files after which everything that is kept is worked out anew."""
+
+
+class Rule(NamedTuple):
+    """A secret-grant as the tree has it: which secrets, for whom; ``limited``: it counts reads;
+    ``credential``: the name that units know the secret by, "" for its id only.
+    """
+
+    id: str
+    secret: str
+    authz: str
+    limited: bool
+    credential: str
+
+
+class Granted:
+    """What peers with certain identities are granted.
+
+    ``all``: by the grant's id. ``uncacheable``: those of them whose authz object has to be asked each time.
+    """
+
+    def __init__(self, identities: frozenset[str], position: int) -> None:
+        self.identities = identities
+        self.position = position  # in the list of changes
+        self.doubtful: set[str] = set()  # ids of grants that have changed
+        self.all: dict[str, Rule] = {}
+        self.uncacheable: dict[str, Rule] = {}
+        self._exact: dict[str, dict[str, Rule]] = {}  # by the secret's id
+        self._patterns: dict[str, dict[str, Rule]] = {}  # by what the pattern begins with
+        self._lengths: Counter[int] = Counter()  # of these beginnings
+        self._sorted = SortedIds(())  # the keys of _exact
+
+    def remove(self, grant_id: str) -> None:
+        """Forget a grant."""
+        rule = self.all.pop(grant_id, None)
+        if rule is None or self.uncacheable.pop(grant_id, None) is not None:
+            return
+        key, place = self._place(rule)
+        place[key].pop(grant_id)
+        if not place[key]:
+            del place[key]
+            if place is self._exact:
+                self._sorted.remove(key)
+            else:
+                self._lengths[len(key)] -= 1
+                self._lengths += Counter()  # without zeros
+
+    def add(self, rule: Rule, *, cacheable: bool) -> None:
+        """Note a grant."""
+        self.all[rule.id] = rule
+        if not cacheable:
+            self.uncacheable[rule.id] = rule
+            return
+        key, place = self._place(rule)
+        if key not in place:
+            place[key] = {}
+            if place is self._exact:
+                self._sorted.add(key)
+            else:
+                self._lengths[len(key)] += 1
+        place[key][rule.id] = rule
+
+    def _place(self, rule: Rule) -> tuple[str, dict[str, dict[str, Rule]]]:
+        if is_pattern(rule.secret):
+            return literal_prefix(rule.secret), self._patterns
+        return rule.secret, self._exact
+
+    @property
+    def prefixes(self) -> set[str]:
+        """What the patterns of the cacheable grants begin with."""
+        return set(self._patterns)
+
+    def exact_after(self, object_id: str) -> Iterator[str | None]:
+        """Return the ids that cacheable grants name without a pattern and that come after one, in order; None
+        after each IDS_PER_LOOK.
+        """
+        while found := self._sorted.after(object_id, IDS_PER_LOOK):
+            yield from found
+            yield None
+            object_id = found[-1]
+
+    def names(self, object_id: str) -> bool:
+        """True if a cacheable grant is for this secret."""
+        if object_id in self._exact:
+            return True
+        for length in self._lengths:
+            rules = self._patterns.get(object_id[:length])
+            if rules is not None and any(matcher(r.secret)(object_id) for r in rules.values()):
+                return True
+        return False
+
+    def naming(self, object_id: str) -> Iterator[Rule]:
+        """Return the cacheable grants for a secret."""
+        yield from self._exact.get(object_id, {}).values()
+        if len(object_id) > ID_BYTES:
+            return  # there is no such object, and matching it would take long
+        for length in self._lengths:
+            for rule in self._patterns.get(object_id[:length], {}).values():
+                if matcher(rule.secret)(object_id):
+                    yield rule
+
+
+class _Keys(dict[str, set[str]]):
+    """Ids of authz objects by a key."""
+
+    def note(self, key: str, authz: str) -> None:
+        self.setdefault(key, set()).add(authz)
+
+    def drop(self, key: str, authz: str) -> None:
+        found = self[key]
+        found.discard(authz)
+        if not found:
+            del self[key]
+
+
+class GrantIndex:
+    """The grants of a tree."""
+
+    def __init__(self, tree: ObjectTree) -> None:
+        self._tree = tree
+        self.rules: dict[str, Rule] = {}
+        self._by_authz: dict[str, set[str]] = {}
+        self._judges: dict[str, Rules | FileRules] = {}
+        # Authz objects that a grant names, by what they can allow.
+        self._reach: dict[str, Reach] = {}
+        self._exact = _Keys()
+        self._prefixes = _Keys()
+        self._lengths: Counter[int] = Counter()  # of the prefixes
+        # What is kept of peers.
+        self._granted: dict[frozenset[str], Granted] = {}
+        self._interested: dict[str, dict[Granted, None]] = {}
+        self._kept = 0
+        self._changes: list[str] = []
+        for object_id in tree.deciding:
+            self.changed(object_id)
+
+    # --- changes
+
+    def changed(self, object_id: str) -> None:
+        """A grant or authz object came, went or changed."""
+        self._judges.pop(object_id, None)
+        old = self.rules.pop(object_id, None)
+        record = self._tree.journal.get(object_id)
+        new = None
+        if record is not None and record.type == SecretGrant.number:
+            properties = record.properties
+            new = self.rules[object_id] = Rule(
+                object_id,
+                str(properties["secret"]),
+                str(properties["authz"]),
+                "max-reads" in properties,
+                str(properties.get("credential", "")),
+            )
+        if old is None and new is None:
+            self._authz_changed(object_id)
+            return
+        for rule in filter(None, (old, new)):
+            self._notify(self._reach.get(rule.authz), (object_id,))
+        if old is not None:
+            grants = self._by_authz[old.authz]
+            grants.discard(object_id)
+            if not grants:
+                del self._by_authz[old.authz]
+                self._set_reach(old.authz, None)
+        if new is not None:
+            self._by_authz.setdefault(new.authz, set()).add(object_id)
+            if new.authz not in self._reach:
+                self._set_reach(new.authz, self._reach_of(new.authz))
+                self._notify(self._reach.get(new.authz), (object_id,))
+
+    def _authz_changed(self, authz: str) -> None:
+        grants = self._by_authz.get(authz)
+        if grants is None:
+            return
+        self._notify(self._reach.get(authz), grants)
+        self._set_reach(authz, self._reach_of(authz))
+        self._notify(self._reach.get(authz), grants)
+
+    def _reach_of(self, authz: str) -> Reach | None:
+        judge = self.judge(authz)
+        return None if judge is None else judge.reach()
+
+    def _set_reach(self, authz: str, reach: Reach | None) -> None:
+        """Note what an authz object can allow, instead of what was noted before."""
+        old = self._reach.pop(authz, None)
+        if old is not None:
+            for identity in old.exact:
+                self._exact.drop(identity, authz)
+            for prefix in old.prefixes:
+                self._prefixes.drop(prefix, authz)
+                self._lengths[len(prefix)] -= 1
+                if not self._lengths[len(prefix)]:
+                    del self._lengths[len(prefix)]
+        if reach is not None:
+            self._reach[authz] = reach
+            for identity in reach.exact:
+                self._exact.note(identity, authz)
+            for prefix in reach.prefixes:
+                self._prefixes.note(prefix, authz)
+                self._lengths[len(prefix)] += 1
+
+    def _notify(self, reach: Reach | None, grants: Iterable[str]) -> None:
+        """Have those peers look at grants again that an authz object can allow."""
+        if reach is None:
+            return
+        if reach.prefixes:
+            self._changes += grants
+            if len(self._changes) > CHANGES_KEPT:
+                self._forget()
+            return
+        for identity in reach.exact:
+            for granted in self._interested.get(identity, ()):
+                granted.doubtful.update(grants)
+
+    def _forget(self) -> None:
+        self._granted.clear()
+        self._interested.clear()
+        self._changes.clear()
+        self._kept = 0
+
+    # --- questions
+
+    def granted_to(self, identities: frozenset[str]) -> Granted:
+        """Return what peers with these identities are granted now."""
+        granted = self._granted.get(identities)
+        if granted is None:
+            return self._add(identities)
+        position = len(self._changes)
+        if granted.doubtful or granted.position < position:
+            doubtful = granted.doubtful.union(self._changes[granted.position :])
+            granted.doubtful.clear()
+            granted.position = position
+            for grant_id in doubtful:
+                granted.remove(grant_id)
+                self._consider(granted, grant_id)
+        return granted
+
+    def _add(self, identities: frozenset[str]) -> Granted:
+        while self._kept and self._kept + len(identities) > IDENTITIES_KEPT:
+            self._drop(next(iter(self._granted)))
+        granted = self._granted[identities] = Granted(identities, len(self._changes))
+        self._kept += len(identities)
+        for identity in identities:
+            self._interested.setdefault(identity, {})[granted] = None
+        for authz in self._candidates(identities):
+            for grant_id in self._by_authz[authz]:
+                self._consider(granted, grant_id)
+        return granted
+
+    def _drop(self, identities: frozenset[str]) -> None:
+        granted = self._granted.pop(identities)
+        self._kept -= len(identities)
+        for identity in identities:
+            entries = self._interested[identity]
+            del entries[granted]
+            if not entries:
+                del self._interested[identity]
+
+    def _candidates(self, identities: frozenset[str]) -> set[str]:
+        """Return the authz objects that can allow a peer with these identities."""
+        found: set[str] = set()
+        for identity in identities:
+            found |= self._exact.get(identity, set())
+            for length in self._lengths:
+                found |= self._prefixes.get(identity[:length], set())
+        return found
+
+    def _consider(self, granted: Granted, grant_id: str) -> None:
+        rule = self.rules.get(grant_id)
+        judge = None if rule is None else self.judge(rule.authz)
+        if rule is None or judge is None:
+            return
+        if not judge.steady or judge.judge(granted.identities).allowed:
+            granted.add(rule, cacheable=judge.steady)
+
+    def judge(self, authz: str) -> Rules | FileRules | None:
+        """Return what judges peers by an authz object, None if there is none of that id."""
+        judge = self._judges.get(authz)
+        if judge is None:
+            record = self._tree.journal.get(authz)
+            kind = self._tree.type_of(authz)
+            if record is None or not isinstance(kind, AuthZ):
+                return None
+            judge = self._judges[authz] = kind.rules(record.properties)
+        return judge

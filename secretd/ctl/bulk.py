@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The verbs of `secretctl` for many secrets: import, export, watch.
+
+What they read and write is a line of JSON for each secret, which is the arguments of QEMU's object-add.
+Nothing is exported in clear. ctl calls it.
+"""
+
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from functools import cache
+from typing import Any, Final
+
+import click
+
+from secretd import client as api
+from secretd.client import Encoding, Event, SyncClient
+from secretd.ctl.verb import (
+    Options,
+    argument,
+    client_of,
+    complete_ids,
+    done,
+    fail,
+    flag,
+    option,
+    progress,
+    verb,
+)
+from secretd.errors import UsageError
+from secretd.memory.arena import LockedBuffer
+
+LINE_BYTES: Final = 2 << 20
+"""Bytes of a line of `import`: a secret of the largest size in base64, and its names."""
+
+
+_NEWLINE: Final = re.compile(rb"\n")
+_QUOTE: Final = ord('"')
+_BACKSLASH: Final = ord("\\")
+_BLANK: Final = re.compile(rb"[ \t\r]*")
+
+
+@verb(
+    "import",
+    argument("file", default="-", type=click.Path(readable=False, allow_dash=True)),
+    flag("--skip-existing", help="leave alone what is there already"),
+    examples=(
+        "secretctl import secrets.jsonl",
+        "secretctl --socket old.sock export --keyid master | secretctl import",
+    ),
+)
+def import_(options: Options) -> int:
+    """Add many secrets from lines of JSON.
+
+    They come from FILE or standard input. A line has the members of object-add: id, data, and format,
+    keyid and iv as needed; and expires-in, in seconds. What 'export' writes is such. The first line that
+    is refused ends it, and is named; those before it are added.
+    """
+    fd = 0 if options.file == "-" else os.open(options.file, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return _import(options, fd)
+    finally:
+        if fd:
+            os.close(fd)
+
+
+def _import(options: Options, fd: int) -> int:
+    added = skipped = 0
+    with (
+        client_of(options) as client,
+        client.buffer(2 * LINE_BYTES) as buffer,
+        progress("importing", None) as step,
+    ):
+        for number, line in enumerate(_lines(fd, buffer), 1):
+            where = f"{options.file}:{number}"
+            try:
+                if line:
+                    _add(client, line, where)
+                    added += 1
+            except api.ExecuteError as error:
+                if not (options.skip_existing and "duplicate property" in str(error)):
+                    return fail(f"{where}: {error} ({added} added before it)")
+                skipped += 1
+            step()
+    if not added and not skipped:
+        return fail(f"{options.file}: it has no line with a secret, so nothing was added")
+    if options.json:
+        done(options, added=added, skipped=skipped)
+    else:
+        print(f"{added} added" + (f", {skipped} there already" if skipped else ""))
+    return 0
+
+
+def _lines(fd: int, buffer: LockedBuffer) -> Iterator[memoryview]:
+    """Return the lines, each in locked memory until the next is asked for; nothing of a blank one."""
+    view, fill, ended = buffer.view, 0, False
+    while not ended:
+        count = os.readv(fd, [view[fill:]])
+        ended = count == 0
+        fill += count
+        start = 0
+        for end in _ends(view[:fill], last=ended):
+            if end - start > LINE_BYTES:
+                raise UsageError(f"a line has more than {LINE_BYTES} bytes")
+            line = view[start:end]
+            yield line[:0] if _BLANK.fullmatch(line) else line
+            start = min(end + 1, fill)
+        if fill - start > LINE_BYTES:
+            raise UsageError(f"a line has more than {LINE_BYTES} bytes")
+        view[: fill - start] = view[start:fill]
+        fill -= start
+
+
+def _ends(view: memoryview, *, last: bool) -> Iterator[int]:
+    """Return where lines end."""
+    end = 0
+    for match in _NEWLINE.finditer(view):
+        end = match.end()
+        yield match.start()
+    if last and end < len(view):
+        yield len(view)
+
+
+@cache
+def _decoder() -> Any:
+    """Return what decodes a line and leaves its data where it is. msgspec is imported where it is needed."""
+    import msgspec
+
+    names = {"keyid": str, "iv": str, "format": str, "qom_type": str, "expires_in": int}
+    fields = [("id", str), ("data", msgspec.Raw)] + [
+        (n, kind | None, None) for n, kind in names.items()
+    ]
+    line = msgspec.defstruct("Line", fields, forbid_unknown_fields=True, rename="kebab")
+    decoder = msgspec.json.Decoder(line)
+
+    def decode(view: memoryview) -> Any:
+        try:
+            return decoder.decode(view)
+        except (msgspec.MsgspecError, UnicodeDecodeError):
+            return None  # what it says may quote the line
+
+    return decode
+
+
+def _add(client: SyncClient, line: memoryview, where: str) -> None:
+    """Add the secret of a line. Its data goes from locked memory into a pipe."""
+    found = _decoder()(line)
+    if found is None or found.qom_type not in (None, "secret"):
+        raise UsageError(
+            f"{where}: not a secret: a JSON object is expected with id, data and, as needed, format, "
+            "keyid, iv and expires-in"
+        )
+    quoted = memoryview(found.data)
+    if quoted[0] != _QUOTE:
+        raise UsageError(f"{where}: data must be a string")
+    if found.format not in (None, "raw", "base64"):
+        raise UsageError(f"{where}: format must be raw or base64")
+    if any(byte == _BACKSLASH for byte in quoted):
+        raise UsageError(f'{where}: data has escapes; give it in base64, with "format": "base64"')
+    encoding = Encoding(found.format or "raw", found.keyid, found.iv)
+    client.add_bytes(found.id, quoted[1:-1], encoding)
+    if found.expires_in is not None:
+        client.expire(found.id, found.expires_in)
+
+
+@verb(
+    "export",
+    argument("ids", nargs=-1, shell_complete=complete_ids),
+    option(
+        "--keyid",
+        metavar="K",
+        required=True,
+        help="the secret to encrypt them under",
+        shell_complete=complete_ids,
+    ),
+    examples=("secretctl export --keyid master > sealed.jsonl",),
+)
+def export(options: Options) -> int:
+    """Print many secrets, sealed, as lines of JSON.
+
+    All of them without IDS, but the one they are sealed under. They can be read with 'import', here or
+    elsewhere, where the key has the same id; each line is also the arguments of QEMU's object-add. A secret
+    that cannot be exported is named, the others follow, and the exit status is 1.
+    """
+    exported = failed = 0
+    with client_of(options) as client:
+        every = {s.id: s for s in client.list()}
+        ids = options.ids or [i for i in every if i != options.keyid]
+        with progress("exporting", len(ids)) as step:
+            for object_id in ids:
+                try:
+                    sealed = client.seal(object_id, options.keyid)
+                except api.ExecuteError as error:
+                    failed += 1
+                    fail(f"{object_id}: {error}")
+                    step()
+                    continue
+                line = {
+                    "qom-type": "secret", "id": object_id, "data": sealed.data, "format": "base64",
+                    "keyid": options.keyid, "iv": sealed.iv,
+                }  # fmt: skip
+                left = every[object_id].expires_in if object_id in every else None
+                print(json.dumps(line if left is None else line | {"expires-in": left}), flush=True)
+                exported += 1
+                step()
+    if failed:
+        return fail(f"{exported} exported, {failed} not: the export is not complete")
+    return 0
+
+
+@verb("watch", flag("--once", help="end after the first event"))
+def watch(options: Options) -> None:
+    """Print what happens to secrets as it happens.
+
+    On the control socket by whom, too; on the client socket what concerns secrets that the caller may
+    read. A restart of secretd is waited for.
+    """
+    with client_of(options) as client:
+        if sys.stderr.isatty() and not options.json:
+            print(f"watching {client.path}; Ctrl-C ends it", file=sys.stderr)
+        events = client.events()
+        while True:
+            event = next(events, None)
+            if event is None:
+                return
+            print(_told(event, as_json=options.json), flush=True)
+            if options.once:
+                return
+
+
+def _told(event: Event, *, as_json: bool) -> str:
+    if as_json:
+        return json.dumps({"time": event.time, "event": event.name, **event.data})
+    clock = time.strftime("%H:%M:%S", time.localtime(event.time))
+    by = ""
+    if event.peer is not None:
+        by = f"  by {event.peer.get('unit') or 'uid:' + str(event.peer['uid'])}, pid {event.peer['pid']}"
+    what = event.id or json.dumps(event.data)
+    return f"{clock}  {event.name:<18}  {what}{by}"

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What stands in argv: secrets given with ``--object …data=`` leave it before anything else is done.
+
+It makes no objects and knows no other option; daemon calls it first of all.
+"""
+
+import os
+import sys
+
+from secretd.errors import UsageError
+from secretd.qapi import keyval
+from secretd.wire import encoder
+from secretd.wire.parser import Text
+
+ARGV_FDS = "SECRETD_ARGV_FDS"
+"""Environment variable from one incarnation to the next: memfds that hold what ``data=`` had."""
+
+
+_LONG = 8
+"""Bytes of a value that does not occur in an environment variable by chance."""
+
+MEMBERS = frozenset(
+    {"qom-type", "id", "format", "keyid", "iv", "file", "serial"}
+    | {"identity", "policy", "rules", "filename", "refresh"}
+)
+"""Members of an object that hold no secret, and may be shown."""
+
+DOUBLED = "a comma in a value is written twice"
+
+
+def unnamed(number: int) -> str:
+    """Name an option whose text may hold a secret; ``number`` counts from 1."""
+    return f"--object number {number} (not shown, since it may hold a secret)"
+
+
+def words() -> list[str]:
+    """Return the arguments; QEMU's users type ``-object`` with one dash."""
+    one = ("-object", "-object=")
+    return [f"-{word}" if word.startswith(one) else word for word in sys.argv[1:]]
+
+
+def hide_data() -> None:
+    """Run this program anew without the values of ``--object …data=``.
+
+    They move to memfds that the next incarnation reads as files: the same process, but with no copy
+    of them in its memory or in /proc/PID/cmdline.
+    """
+    given_words = words()
+    fds: list[int] = []
+    values: list[bytes] = []
+    number = 0
+    for index, word in enumerate(given_words):
+        option, equals, text = word.partition("=")
+        if option != "--object":
+            continue
+        if not equals:
+            if index + 1 == len(given_words):
+                continue
+            text = given_words[index + 1]
+        number += 1
+        hidden = _without_data(text, number)
+        if hidden is not None:
+            values += (os.fsencode(text), hidden[2])
+            fd, text, _ = hidden
+            fds.append(fd)
+            if equals:
+                given_words[index] = f"--object={text}"
+            else:
+                given_words[index + 1] = text
+    if not fds:
+        return
+    print(
+        "secretd: warning: --object with data= shows the secret to every user of this machine until "
+        "secretd has started; use file= instead (a path, or <(command) in bash)",
+        file=sys.stderr,
+        flush=True,
+    )
+    _clean_environment(values)
+    os.environ[ARGV_FDS] = ",".join(map(str, fds))
+    interpreter = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
+    os.execv(sys.executable, [*interpreter, *given_words])
+
+
+def _clean_environment(values: list[bytes]) -> None:
+    """Remove the variables that hold what was hidden, such as the one a unit's options came from.
+
+    A value of a few bytes is the whole of a variable or a part of it by chance (``x``, ``/root``), so it
+    counts only behind ``data=``.
+    """
+    forms = {form for value in values for form in (value, value.replace(b",", b",,"))}
+    for name, content in list(os.environb.items()):
+        if any(
+            b"data=" + form in content or (len(form) >= _LONG and form in content)
+            for form in forms
+            if form
+        ):
+            del os.environb[name]
+
+
+def _without_data(text: str, number: int) -> tuple[int, str, bytes] | None:
+    """Return a memfd with the value of ``data``, the text that names it instead, and the value."""
+    try:
+        given = keyval.arguments(keyval.buffer(text)).members
+    except UsageError:
+        return None  # said again, with the option's name, when the objects are made
+    data = given.pop("data", None)
+    if not isinstance(data, Text):
+        return None
+    if "file" in given:
+        raise UsageError(f"{unnamed(number)}: 'file' and 'data' are mutually exclusive")
+    if not given.keys() <= MEMBERS:
+        # A comma that was not doubled: what follows it may be the rest of the secret.
+        raise UsageError(f"{unnamed(number)}: Parameter '…' is unexpected; {DOUBLED}")
+    value = bytes(data.decode_in_place()[1:-1])
+    fd = os.memfd_create("secretd-argv", 0)
+    with open(fd, "wb", closefd=False) as memfd:
+        memfd.write(value)
+    file = {"file": f"/dev/fd/{fd}"}
+    if text.startswith("{"):
+        return fd, encoder.value(given | file), value
+    members = keyval.parse(text, "qom-type")
+    del members["data"]
+    return fd, keyval.compose(members | file), value
+
+
+def hidden_fds() -> list[int]:
+    """Return the memfds that hold what ``data=`` had, of this incarnation."""
+    return [int(number) for number in filter(None, os.environ.pop(ARGV_FDS, "").split(","))]
+
+
+def close(fds: list[int]) -> None:
+    """Empty and close them, once the objects are made."""
+    for fd in fds:
+        os.ftruncate(fd, 0)
+        os.close(fd)

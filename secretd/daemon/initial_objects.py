@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What ``--object`` says, made before the first accept.
+
+It opens nothing but what the objects name. daemon calls it, with the texts that argv has left.
+"""
+
+import logging
+import os
+import re
+
+from secretd.daemon import argv
+from secretd.descriptors.source import StartSources
+from secretd.errors import CommandError, LockedMemoryExhausted, UsageError
+from secretd.monitor.commands import COMMANDS
+from secretd.qapi import keyval
+from secretd.qapi.command import check
+from secretd.qom.object_type import ObjectOptions
+from secretd.qom.secret import SecretOptions
+from secretd.qom.tree import ObjectTree, with_hint
+from secretd.wire.parser import Text
+
+log = logging.getLogger("secretd")
+
+
+class Initial:
+    """Makes the objects of ``--object``, one after the other.
+
+    ``hidden``: descriptors that stand for data=. ``required``: whether the start fails where what an object
+    needs is not there. ``made``: the ids of those that were made, and not found as an earlier process has
+    left them.
+    """
+
+    def __init__(self, tree: ObjectTree, hidden: list[int], *, required: bool = True) -> None:
+        self._tree = tree
+        self._hidden = [f"/dev/fd/{fd}" for fd in hidden]
+        self._required = required
+        self._number = 0
+        self._named: set[str] = set()
+        self.made: list[str] = []
+
+    def make(self, text: str) -> bool:
+        """Make the object that ``--object TEXT`` says, or raise UsageError naming the option.
+
+        Returns False if help was asked for, and printed.
+        """
+        self._number += 1
+        try:
+            options = parse(self._tree, text)
+            if options is None:
+                return False
+            try:
+                self._make(options)
+            except CommandError as error:
+                if self._required:
+                    raise UsageError(with_hint(error.desc) + _credential_hint(options)) from None
+                words = self._words(text, error.desc)
+                log.error("%s; started without it (--object-policy=best-effort)", words)
+        except UsageError as error:
+            raise UsageError(self._words(text, str(error))) from None
+        return True
+
+    def _make(self, options: ObjectOptions) -> None:
+        changes: dict[str, object] = {}
+        if isinstance(options, SecretOptions) and options.file in self._hidden:
+            changes["file"] = ""
+        if options.id in self._named:
+            self._tree.check_new(options.id)
+        try:
+            if self._tree.renew(options, StartSources(self._tree.scratch), changes):
+                self.made.append(options.id)
+        except LockedMemoryExhausted as error:
+            if options.id not in self._tree.journal:
+                raise
+            # There is no room to look whether it has changed.
+            log.warning("object '%s' stays as it was: %s", options.id, error.desc)
+        self._named.add(options.id)
+
+    def _words(self, text: str, words: str) -> str:
+        """Name the option, showing its text only if nothing in it may be a secret."""
+        if self._may_be_shown(text):
+            return f"--object {text}: {words}"
+        # Its words may quote a part of it.
+        words = f"{argv.unnamed(self._number)}: {_unquoted(words)}"
+        return f"{words}; {argv.DOUBLED}" if "…" in words else words
+
+    def _may_be_shown(self, text: str) -> bool:
+        """True if nothing in the text of an object, as it stands now or as it was typed, is a secret."""
+        try:
+            given = keyval.arguments(keyval.buffer(text)).members
+        except UsageError:
+            return False
+        file = given.get("file")
+        typed = not isinstance(file, Text) or file.to_str() not in self._hidden
+        return typed and given.keys() <= argv.MEMBERS
+
+
+def parse(tree: ObjectTree, text: str) -> ObjectOptions | None:
+    """Return the options in ``--object TEXT``; None if it asks for help, which is printed.
+
+    Raises UsageError in QEMU's words.
+    """
+    given = keyval.arguments(keyval.buffer(text))
+    if given.help:
+        print(tree.types.help(given.members.get("qom-type")), end="")
+        return None
+    try:
+        options = check(COMMANDS.by_name["object-add"], given.members, given.visitor)
+    except CommandError as error:
+        raise UsageError(error.desc) from None
+    assert isinstance(options, ObjectOptions)
+    return options
+
+
+def _credential_hint(options: ObjectOptions) -> str:
+    """Say what to look at where a credential of our own unit is missing: systemd starts units without."""
+    directory = os.environ.get("CREDENTIALS_DIRECTORY")
+    file = getattr(options, "file", None)
+    if not directory or not isinstance(file, str) or os.path.dirname(file) != directory:
+        return ""
+    name = os.path.basename(file)
+    return (
+        f"\nsystemd has set up no credential '{name}' for this unit: see LoadCredentialEncrypted= there "
+        f"and /etc/credstore.encrypted/{name}; --object-policy=best-effort starts without this object"
+    )
+
+
+def _unquoted(words: str) -> str:
+    known = {*argv.MEMBERS, "data", "="}
+    return re.sub("'([^']*)'", lambda m: m[0] if m[1] in known else "'…'", words)

@@ -1,0 +1,425 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The command `secretd`: its options, its start, its end.
+
+Builds what the other modules provide and runs it; the only module that reads the command line of the
+daemon. What it says on stderr is for the person who started it, or for the journal.
+"""
+
+# isort: off
+from secretd.daemon import fast_start  # first: it decides what the imports below bring along
+
+# isort: on
+import argparse
+import asyncio
+import contextlib
+import gc
+import logging
+import os
+import resource
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from secretd import __version__, paths
+from secretd.access.peer import Door, check_own_uid, unmapped_words
+from secretd.audit.log import Audit
+from secretd.audit.sinks import Sink
+from secretd.daemon import argv, fd_store
+from secretd.daemon.fd_store import Inherited, Reports, Store
+from secretd.daemon.initial_objects import Initial
+from secretd.daemon.log import LogHandler
+from secretd.daemon.options import QuietParser
+from secretd.daemon.sockets import DoorSpec, open_doors, wanted
+from secretd.errors import CommandError, SecretdError, UsageError
+from secretd.journal.journal import Journal
+from secretd.linux.locked_pages import forbid_dumps, limit_text
+from secretd.memory.arena import SCRATCH_RESERVE, SCRATCH_WINDOW, Arena
+from secretd.monitor.commands import COMMANDS
+from secretd.monitor.monitor import log_internal
+from secretd.net.loop import Loop
+from secretd.qom.registry import TYPES
+from secretd.qom.secret import secret_plaintext
+from secretd.qom.tree import ObjectTree
+from secretd.server.server import Listener, Server
+from secretd.systemd.notify import Manager
+
+fast_start.imported()
+
+log = logging.getLogger("secretd")
+
+_EPILOG = """\
+The control socket takes every command from uid 0 and the daemon's own uid; the client socket gives each
+program the secrets that secret-grant objects let it read; the credentials socket gives systemd's units what
+their LoadCredential= names. With none of these options, and no sockets from systemd, control and client
+open at their defaults, control.sock and client.sock in /run/secretd for root, else
+$XDG_RUNTIME_DIR/secretd, else $TMPDIR/secretd-UID.
+
+SPEC of a socket is PATH[,mode=OCTAL][,group=NAME], a comma in PATH doubled. With authz=ID in the SPEC
+of a control socket, those whom that authz object allows may use it too, with all rights.
+SPEC of an object is as in QEMU:  secret,id=NAME,file=PATH[,format=raw|base64][,keyid=ID,iv=BASE64]
+or the same as JSON; --object help lists the types, --object TYPE,help what each takes.
+
+examples:
+  secretd
+  secretd --object secret,id=sec0,file=passphrase.txt
+  secretd --object secret,id=master0,format=base64,file=key.b64 \\
+          --object secret,id=sec0,keyid=master0,format=base64,file=sec0.aes,iv=$(<iv.b64)
+"""
+
+
+def main() -> int:
+    """Run the daemon; return the exit status."""
+    handler = LogHandler()
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    gc.disable()  # what is made until it is ready stays, and is in no cycle
+    gc.set_threshold(GARBAGE_OBJECTS, *gc.get_threshold()[1:])
+    try:
+        argv.hide_data()
+        options = _parser().parse_args(argv.words())
+        if options.audit == "-" and "2" in os.environ.pop("SECRETD_CLOSED", "").split(","):
+            raise UsageError("--audit=-: stderr is closed; give --audit=FILE")
+        check_own_uid()
+        return run(options, handler)
+    except (SecretdError, OSError) as error:
+        log.error("%s", error)
+        return 1
+    finally:
+        gc.enable()
+        logging.shutdown()
+
+
+def _parser() -> QuietParser:
+    parser = QuietParser(
+        prog="secretd",
+        description="Keep secrets in locked memory and hand them out through descriptors, over QMP.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--control", action="append", default=[], metavar="SPEC", help="open a control socket")
+    add("--client", action="append", default=[], metavar="SPEC", help="open a client socket")
+    add(
+        "--credentials",
+        action="append",
+        default=[],
+        metavar="SPEC",
+        help="open one for systemd's units",
+    )
+    add("--object", action="append", default=[], metavar="SPEC", help="make an object at start")
+    add(
+        "--object-policy",
+        choices=("best-effort", "require"),
+        default="require",
+        help="best-effort: start without objects whose content cannot be had (default: require)",
+    )
+    add(
+        "--memory-lock",
+        choices=("prefer", "require"),
+        default="prefer",
+        help="require: refuse to start where memory cannot be locked (default: prefer)",
+    )
+    add(
+        "--audit",
+        default="-",
+        metavar="FILE|-|none",
+        help="where the audit goes, a line of JSON for each thing done (default: -, which is stderr)",
+    )
+    add(
+        "--audit-policy",
+        choices=("best-effort", "require"),
+        default="best-effort",
+        help="require: release a secret only when its audit record is written (default: best-effort)",
+    )
+    add(
+        "--audit-key",
+        metavar="ID",
+        help="the secret under which audit records are chained, so that nobody else can make some up",
+    )
+    add(
+        "--loop",
+        choices=("asyncio", "uvloop"),
+        default="asyncio",
+        help="uvloop: answers faster, starts later; it must be installed (default: asyncio)",
+    )
+    add("--version", action="version", version=f"secretd {__version__}")
+    return parser
+
+
+# --- start
+
+
+def run(options: argparse.Namespace, handler: LogHandler) -> int:
+    """Start, serve, stop."""
+    manager = Manager.from_environment()
+    found = fd_store.inherited()
+    forbid_dumps()
+    _raise_descriptor_limit()
+    specs = wanted(((door, getattr(options, door.value)) for door in Door), found.doors)
+    journal, restored = fd_store.open_journal(found, require_lock=options.memory_lock == "require")
+    process = _Process(journal, manager, found, handler, restored=restored)
+    try:
+        process.run(options, specs)
+    finally:
+        process.end()
+    return 0
+
+
+class _Process:
+    """What runs: started, serving, ended. ``found``: what the service manager passed; ``restored``: the
+    journal is an earlier process's.
+    """
+
+    def __init__(
+        self,
+        journal: Journal,
+        manager: Manager | None,
+        found: Inherited,
+        handler: LogHandler,
+        *,
+        restored: bool,
+    ) -> None:
+        self._handler = handler
+        self._journal = journal
+        self._manager = manager
+        self._found = found
+        self._restored = restored
+        self._before = len(journal)
+        self._keep = (
+            restored  # the secrets stay with the service manager at the end, whatever happens
+        )
+        self._store: Store | None = None
+        self._served = False
+        self._scratch: Arena | None = None
+
+    def run(self, options: argparse.Namespace, specs: list[DoorSpec]) -> None:
+        """Make the objects, then serve until the end."""
+        journal = self._journal
+        self._scratch = Arena(journal.arena.level, window=SCRATCH_WINDOW, reserve=SCRATCH_RESERVE)
+        tree = ObjectTree(journal, self._scratch, TYPES)
+        expired = tree.end_due()
+        hidden = argv.hidden_fds()
+        initial = Initial(tree, hidden, required=options.object_policy == "require")
+        if not all(map(initial.make, options.object)):
+            return
+        argv.close(hidden)
+        if self._manager is not None:
+            self._store = Store(self._manager, journal, restored=self._restored)
+            self._keep = True
+        audit = _audit(tree, options)
+        self._handler.is_held = audit.is_in_line_on_stderr
+        try:
+            with asyncio.Runner(loop_factory=_loop_factory(options.loop)) as runner:
+                runner.run(self._serve(tree, audit, specs, initial.made, expired))
+        finally:
+            audit.stop()
+        self._served = True
+
+    async def _serve(
+        self,
+        tree: ObjectTree,
+        audit: Audit,
+        specs: list[DoorSpec],
+        made: list[str],
+        expired: list[str],
+    ) -> None:
+        """Serve until the end. ``made``: by the command line; ``expired``: while nothing ran."""
+        server = Server(
+            tree, COMMANDS.by_name.values(), f"secretd {__version__}", audit, self._store
+        )
+        server.daemon.log = self._handler
+        listeners = open_doors(specs, self._found.doors)
+        for listener in listeners:
+            server.add(listener)
+        reports = None if self._store is None else Reports(self._store, tree)
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(_unexpected)
+
+        def stop() -> None:
+            if reports is not None:
+                reports.stopping()
+            server.stop()
+
+        reloading = asyncio.Lock()
+
+        async def reload() -> None:
+            async with reloading:
+                await reload_once()
+
+        async def reload_once() -> None:
+            if reports is not None:
+                reports.reloading()
+            try:
+                await _reopen(audit, server)
+                server.make_again()
+            except Exception as error:  # noqa: BLE001 - a reload must not end the daemon
+                log_internal(error)
+            if reports is not None:
+                reports.reloaded()
+
+        def on_hangup() -> None:
+            server.start(reload())
+
+        def ready() -> None:
+            audit.start(__version__, len(tree.journal))
+            if self._before:
+                audit.note("restore", count=self._before)
+            for object_id in expired:
+                audit.note("expire", id=object_id)
+            for object_id in made:
+                kind = tree.type_of(object_id)
+                assert kind is not None
+                audit.note("add", id=object_id, type=kind.info.name, door="command line")
+            for sock, name in fd_store.adopt(self._found.connections):
+                server.credentials.refuse(sock, name)
+            _say_ready(tree, listeners, self._before)
+            gc.freeze()
+            gc.enable()
+            if reports is not None:
+                reports.start()
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop)
+        loop.add_signal_handler(signal.SIGHUP, on_hangup)
+        await server.run(ready)
+
+    def end(self) -> None:
+        """Wipe everything, or leave the secrets to the next process."""
+        objects = len(self._journal)
+        if self._store is not None:
+            self._keep = self._store.holds
+            self._store.close()
+        if self._keep:
+            self._journal.leave()
+        else:
+            self._journal.close()
+            self._journal.arena.close()
+        if self._scratch is not None:
+            self._scratch.wipe()
+        if self._manager is not None:
+            self._manager.close()
+        if self._served and self._keep:
+            log.info("stopped; the service manager keeps %s", _objects(objects))
+        elif self._served:
+            log.info("stopped; all secrets are wiped")
+
+
+def _unexpected(_loop: asyncio.AbstractEventLoop, context: Mapping[str, Any]) -> None:
+    """Log what nothing else has caught. asyncio would quote it, and what was called with what."""
+    error = context.get("exception")
+    if isinstance(error, Exception):
+        log_internal(error)
+    else:
+        log.error("internal error: something went wrong in the event loop")
+
+
+def _loop_factory(name: str) -> Callable[[], asyncio.AbstractEventLoop]:
+    if name == "asyncio":
+        return Loop
+    try:
+        import uvloop
+    except ImportError:
+        raise UsageError(
+            "--loop=uvloop: it is not installed; pip install 'secretd[uvloop]'"
+        ) from None
+    return uvloop.new_event_loop
+
+
+def _objects(count: int) -> str:
+    return f"{count} object{'' if count == 1 else 's'}"
+
+
+GARBAGE_OBJECTS = 20_000
+"""Objects after which Python looks for cycles; its own 700 cost a tenth of a pipelined request."""
+
+AUDIT_KEY_BYTES = 16
+"""Bytes of the shortest audit key."""
+
+
+def _audit(tree: ObjectTree, options: argparse.Namespace) -> Audit:
+    """Open the audit. Its key cannot be deleted from then on."""
+    key_id: str | None = options.audit_key
+    key = None
+    if key_id is not None:
+        if options.audit == "none":
+            raise UsageError("--audit-key needs --audit")
+        try:
+            size = len(secret_plaintext(tree, key_id))
+        except CommandError as error:
+            raise UsageError(f"--audit-key={key_id}: {error.desc}") from None
+        if size < AUDIT_KEY_BYTES:
+            raise UsageError(
+                f"--audit-key={key_id}: the secret has {size} bytes; {AUDIT_KEY_BYTES} at least are needed"
+            )
+        tree.pin(key_id)
+
+        def key() -> memoryview:
+            return tree.journal.plaintext(key_id)
+
+    return Audit(options.audit, require=options.audit_policy == "require", key=key)
+
+
+def _raise_descriptor_limit() -> None:
+    """A message may bring 253 descriptors; the soft limit is often 1024."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError):  # a unit's SystemCallFilter= may forbid it
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+async def _reopen(audit: Audit, server: Server) -> None:
+    """SIGHUP: the audit file was moved away. Looking at it may wait for another machine."""
+    try:
+        sink = await asyncio.wait_for(
+            server.daemon.offload.run(os.getuid(), _close_sink, audit.open_again), REOPEN_SECONDS
+        )
+        if sink is not None:
+            audit.switch(sink)
+    except TimeoutError:
+        log.error(
+            "the audit file was not opened within %g seconds; the old one goes on", REOPEN_SECONDS
+        )
+    except UsageError as error:
+        log.error("%s; the old file goes on", error)
+
+
+def _close_sink(sink: Sink | None) -> None:
+    if sink is not None:
+        sink.close()
+
+
+REOPEN_SECONDS = 10.0
+"""Seconds within which the audit file must be opened anew."""
+
+
+_MEMORY = {
+    "secretmem": "secretmem (memfd_secret(2), unseen even by root's /proc/PID/mem)",
+    "mlock": "mlock (not in swap or a core dump while secretd runs; root can read one copy of each secret)",
+    "none": "none: MEMORY IS NOT LOCKED, secrets may reach swap (--memory-lock=require refuses this)",
+}
+
+
+def _say_ready(tree: ObjectTree, listeners: list[Listener], before: int) -> None:
+    kept = f", {before} of them from before" if before else ""
+    lines = [f"version {__version__}, {_objects(len(tree.journal))}{kept}"]
+    lines += [f"{listener.door.value + ' socket':<18} {listener.path}" for listener in listeners]
+    level = tree.journal.arena.level
+    lines.append(f"{'memory':<18} {_MEMORY[level]}")
+    for line in lines:
+        log.info("%s", line)
+    if words := unmapped_words():
+        log.warning("%s; such peers are refused, and no rule can name them", words)
+    if level == "none":
+        log.warning("%s", limit_text())
+    control = next((ln for ln in listeners if ln.door is Door.CONTROL), None)
+    if control is not None and control.owned:
+        tool = "secretctl"
+        if shutil.which(tool) is None:
+            tool = os.path.join(os.path.dirname(sys.executable), tool)
+        option = "" if control.path == paths.control_path() else f" --socket {control.path}"
+        log.info("try: %s%s add disk0 --prompt   or: %s --help", tool, option, tool)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The doors: which sockets there are, by the command line, the service manager, or by default.
+
+It opens them; what goes through them is server's. daemon calls it.
+"""
+
+import contextlib
+import grp
+import os
+import socket
+import stat
+from collections.abc import Collection, Iterable
+from typing import Final, NamedTuple
+
+from secretd import paths
+from secretd.access.peer import Door
+from secretd.errors import UsageError
+from secretd.qapi import keyval
+from secretd.server.server import Listener, listen
+from secretd.systemd.notify import Passed
+
+
+class DoorSpec(NamedTuple):
+    """What ``--control``, ``--client`` or ``--credentials`` says. ``mode`` is the socket's, ``gid`` -1 for
+    no change; ``authz``: the object that says who else may use a control socket.
+    """
+
+    door: Door
+    path: str
+    mode: int
+    gid: int
+    authz: str | None = None
+
+
+_MODES: Final = {Door.CONTROL: 0o600, Door.CLIENT: 0o666, Door.CREDENTIALS: 0o600}
+
+
+def door_spec(door: Door, text: str) -> DoorSpec:
+    """Read PATH[,mode=OCTAL][,group=NAME], or raise UsageError."""
+    option = f"--{door.value} {text}"
+    try:
+        # Unlike a type's name, a path may have commas.
+        members = keyval.parse(text if text.startswith("path=") else f"path={text}", "path")
+    except UsageError as error:
+        raise UsageError(f"{option}: {error}") from None
+    path = members.pop("path", "")
+    if not path:
+        raise UsageError(f"{option}: the path of the socket is missing")
+    mode, gid = _MODES[door], -1
+    authz = members.pop("authz", None) if door is Door.CONTROL else None
+    if authz is not None:
+        mode = 0o666  # who may use it is decided at accept
+    if "mode" in members:
+        try:
+            mode = int(members.pop("mode"), 8)
+        except ValueError:
+            raise UsageError(f"{option}: mode expects an octal number such as 0660") from None
+    if "group" in members:
+        name = members.pop("group")
+        try:
+            gid = int(name) if name.isdecimal() else grp.getgrnam(name).gr_gid
+        except KeyError:
+            raise UsageError(f"{option}: there is no group '{name}'") from None
+    if members:
+        raise UsageError(f"{option}: Parameter '{next(iter(members))}' is unexpected")
+    return DoorSpec(door, path, mode, gid, authz)
+
+
+def default_doors() -> list[DoorSpec]:
+    """Return those that open when nobody says otherwise, in a directory that is made for them."""
+    directory = paths.default_directory()
+    own = not paths.has_runtime_directory()
+    with contextlib.suppress(FileExistsError):
+        try:
+            os.mkdir(directory, 0o700 if own else 0o755)
+        except FileNotFoundError as error:
+            raise UsageError(f"{directory}: {os.strerror(error.errno or 0)}") from None
+    status = os.lstat(directory)
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+        raise UsageError(f"{directory}: is not a directory of uid {os.getuid()}; remove it")
+    if own and status.st_mode & 0o077:
+        raise UsageError(f"{directory}: others may enter it; run 'chmod 700 {directory}'")
+    return [
+        DoorSpec(Door.CONTROL, paths.control_path(), _MODES[Door.CONTROL], -1),
+        DoorSpec(Door.CLIENT, paths.client_path(), _MODES[Door.CLIENT], -1),
+    ]
+
+
+def wanted(
+    options: "Iterable[tuple[Door, list[str]]]", passed: "Collection[Passed]"
+) -> list[DoorSpec]:
+    """Return what the options of each door say; without any, and without passed sockets, the defaults."""
+    specs = [door_spec(door, text) for door, texts in options for text in texts]
+    return specs if specs or passed else default_doors()
+
+
+def is_listening(fd: int) -> bool:
+    """True if a borrowed descriptor is a listening stream socket of AF_UNIX."""
+    copy = os.dup(fd)
+    try:
+        borrowed = socket.socket(fileno=copy)
+    except OSError:
+        os.close(copy)
+        return False
+    with borrowed:
+        return (
+            borrowed.family == socket.AF_UNIX
+            and borrowed.type == socket.SOCK_STREAM
+            and bool(borrowed.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+        )
+
+
+def open_doors(specs: Iterable[DoorSpec], passed: Iterable[Passed]) -> list[Listener]:
+    """Open the sockets that are named; take over those that the service manager ``passed``, whose names say
+    which door each is. What a spec says of the path of such a socket counts for it (``authz``), but for mode
+    and group, which are the .socket unit's. Raises UsageError.
+    """
+    opened: list[Listener] = []
+    left = list(specs)
+    try:
+        for name, fd in passed:
+            sock = socket.socket(fileno=fd)
+            sock.setblocking(False)
+            path = _path(sock)
+            spec = next((spec for spec in left if spec.path == path), None)
+            if spec is None:
+                opened.append(Listener(sock, Door(name), path, owned=False))
+                continue
+            left.remove(spec)
+            if spec.door.value != name:
+                sock.close()
+                raise UsageError(
+                    f"--{spec.door.value} {path}: the service manager passed this socket as '{name}'"
+                )
+            opened.append(Listener(sock, spec.door, path, spec.authz, owned=False))
+        for spec in left:
+            opened.append(listen(spec.path, spec.door, spec.mode, spec.gid, spec.authz))  # noqa: PERF401
+    except BaseException:
+        for listener in opened:
+            listener.close()
+        raise
+    return opened
+
+
+def _path(sock: socket.socket) -> str:
+    name = sock.getsockname()
+    return name if isinstance(name, str) else f"@{os.fsdecode(name[1:])}"

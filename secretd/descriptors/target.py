@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What a secret can be written to: pipes, ends of stream socket pairs, and memfds.
+
+Each is written to without changing the flags or the offset of the client's open file description.
+Opening one never waits, whoever passed it; writing may, where a client holds what the kernel needs
+for it. deliver calls it.
+"""
+
+import errno
+import os
+import select
+import socket
+import stat
+from typing import Final
+
+from secretd.descriptors.fd import Kind, is_sealed, kind_and_flags
+from secretd.errors import CommandError
+from secretd.linux.statx import allocated_bytes, type_and_links
+
+_RWF_NOWAIT: Final = 0x8
+_SEND: Final = int(socket.MSG_DONTWAIT) | int(socket.MSG_NOSIGNAL)
+_SPLICE_BYTES: Final = 64 << 10
+_TAKES = "secret-read takes the write end of a pipe, an end of a stream socket pair, or a memfd"
+
+
+class Target:
+    """A pipe, by a descriptor that is borrowed. ``may_block``: it is written to by a thread that
+    may be held up, and then nothing may lie where it cannot be wiped.
+    """
+
+    may_block = False
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self._own: tuple[int, int] | None = None
+
+    def begin(self, size: int) -> None:
+        """Get ready for so many bytes."""
+
+    def write(self, data: memoryview, position: int) -> int:
+        """Write ``data``, which goes ``position`` bytes behind the start of all; return how much of
+        it was taken without waiting, which may be nothing. Raises OSError.
+        """
+        taken, size = 0, len(data)
+        while taken < size:
+            try:
+                taken += self._write_some(data[taken:] if taken else data, position + taken)
+            except OSError as error:
+                # What was taken before an error was taken: the next call meets the error again.
+                if not taken and not isinstance(error, BlockingIOError):
+                    raise
+                break
+        return taken
+
+    def _write_some(self, data: memoryview, _position: int) -> int:
+        if self._own is None:
+            try:
+                return os.pwritev(self.fd, [data], -1, _RWF_NOWAIT)
+            except OSError as error:
+                if error.errno != errno.EOPNOTSUPP:
+                    raise
+        return self._write_if_ready(data) if self.may_block else self._splice(data)
+
+    def _write_if_ready(self, data: memoryview) -> int:
+        """Write what one free page of the pipe takes (pipe(7)): what is spliced would wait in the kernel."""
+        poll = select.poll()
+        poll.register(self.fd, select.POLLOUT)
+        if not poll.poll(0):
+            raise BlockingIOError
+        return os.writev(self.fd, [data[: select.PIPE_BUF]])
+
+    def _splice(self, data: memoryview) -> int:
+        """A FIFO in a file system knows no RWF_NOWAIT: go through a pipe of our own."""
+        if self._own is None:
+            self._own = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        source, sink = self._own
+        size = os.writev(sink, [data[:_SPLICE_BYTES]])
+        moved = 0
+        try:
+            while moved < size:
+                moved += os.splice(source, self.fd, size - moved, flags=os.SPLICE_F_NONBLOCK)
+        except OSError:
+            # What was not taken must not stay: closing the pipe frees it without reading it back.
+            self.close()
+            if not moved:
+                raise
+        return moved
+
+    def close(self) -> None:
+        """Release what the target needed besides the descriptor."""
+        if self._own is not None:
+            own, self._own = self._own, None
+            for fd in own:
+                os.close(fd)
+
+
+class SocketPair(Target):
+    """One end of a stream socket pair."""
+
+    def _write_some(self, data: memoryview, _position: int) -> int:
+        borrowed = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, self.fd)
+        try:
+            return borrowed.send(data, _SEND)
+        finally:
+            borrowed.detach()
+
+
+class Memfd(Target):
+    """A memfd: given the secret's size, then filled from its start."""
+
+    def begin(self, size: int) -> None:
+        """See Target. A peer that is not trusted has to bring the memory: pages that the daemon's write
+        allocates are charged to the daemon's cgroup for as long as the peer keeps the memfd.
+        """
+        if self.may_block and (own := allocated_bytes(self.fd)) < size:
+            raise CommandError(
+                f"The memfd has {own} bytes of memory and the secret has {size}; "
+                "call fallocate(2) on it first"
+            )
+        os.ftruncate(self.fd, size)
+
+    def _write_some(self, data: memoryview, position: int) -> int:
+        return os.pwritev(self.fd, [data], position)
+
+
+def open_target(fd: int) -> Target:
+    """Return the target that a descriptor is, or raise CommandError. Never waits."""
+    kind, flags = kind_and_flags(fd)
+    writable = flags & os.O_ACCMODE in (os.O_WRONLY, os.O_RDWR)
+    if kind is Kind.PIPE and writable:
+        return Target(fd)
+    if kind in (Kind.OTHER, Kind.FILE):
+        raise CommandError(f"The descriptor is {_name(fd)}; {_TAKES}")
+    if not writable:
+        raise CommandError(f"The descriptor is {kind.value} not open for writing; {_TAKES}")
+    if kind is Kind.MEMFD:
+        if is_sealed(fd):
+            raise CommandError(f"The descriptor is a sealed memfd; {_TAKES}")
+        return Memfd(fd)
+    return SocketPair(fd)
+
+
+def _name(fd: int) -> str:
+    """Say what a descriptor is that cannot be taken."""
+    try:
+        mode, _ = type_and_links(fd)
+    except OSError:  # FUSE tells nothing to other users
+        return "a file that is closed to the daemon"
+    for test, name in (
+        (stat.S_ISREG, "a regular file"),
+        (stat.S_ISDIR, "a directory"),
+        (stat.S_ISCHR, "a character device"),
+        (stat.S_ISBLK, "a block device"),
+        (stat.S_ISSOCK, "a socket that is no end of a stream pair"),
+        (stat.S_ISFIFO, "a pipe opened with O_PATH"),
+    ):
+        if test(mode):
+            return name
+    return "of a kind that cannot be written to"

@@ -1,0 +1,421 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+r"""The property store of the objects: an append-only, checksummed journal in an ordinary memfd.
+
+It holds everything about an object but plaintext, which stays in the arena: a record names the slot. So
+arena and journal together are all that another process needs to go on: `Journal.restore` does. qom adds,
+reads and removes; nothing else writes here. daemon has the service manager keep the descriptors.
+
+Each object is whole or absent at every moment, whenever the process is killed: adding fills the slot, then
+the record, then the record's state byte; removing clears the state byte, then wipes the slot. In Python
+only a dict from id to record offset is kept.
+
+There are two files, so that compaction needs nobody else: it writes what lives into the other one, whose
+magic comes last. Of two files that have it the one of the later generation counts. records says how they are
+laid out.
+"""
+
+import json
+import mmap
+import os
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final, NamedTuple, Self
+from zlib import crc32
+
+import msgspec
+
+from secretd.errors import StateError
+from secretd.journal.loader import (
+    CHECKED,
+    END,
+    END_OFFSET,
+    FILE,
+    FORMAT,
+    GONE,
+    LENGTH,
+    LEVELS,
+    LIVE,
+    MAGIC,
+    NO_SLOT,
+    RECORD,
+    STATE_OFFSET,
+    UNCHECKED,
+    WINDOWS_OFFSET,
+    WRITTEN,
+    Header,
+    Loaded,
+    Survey,
+    latest,
+)
+from secretd.memory.arena import Arena, LockedBuffer
+
+_PACKS: Final = 64
+"""Sizes of records that are known at a time; in most cases it is one or two."""
+
+_INITIAL_BYTES: Final = 64 << 10
+_COMPACT_BYTES: Final = 256 << 10
+"""Bytes of dead records below which compaction is not worth its while."""
+
+
+class Record(NamedTuple):
+    """An object as the journal holds it. ``type`` is its type's number; sizes are bytes; ``uid`` added it."""
+
+    id: str
+    type: int
+    size: int
+    slot: int
+    properties: dict[str, object]
+    uid: int
+
+
+class _Kept(NamedTuple):
+    """Both files, the second -1 if there is none, and the first one's mapping."""
+
+    fd: int
+    spare: int
+    mapping: mmap.mmap
+
+
+class Journal:
+    """The objects' records, and through them their plaintext in ``arena``.
+
+    ``ids``: of all objects, at any time. ``survey``: what there was at first.
+    """
+
+    def __init__(self, arena: Arena, kept: "_Kept | None" = None) -> None:
+        self.arena = arena
+        self.fixed = False  # True: stay with this file
+        self._offsets: dict[str, int] = {}
+        self.ids = self._offsets.keys()
+        self.survey = Survey()
+        self._dead = 0
+        self._end = FILE.size
+        self._packs: dict[
+            int, Callable[..., bytes]
+        ] = {}  # by the bytes of a record behind its numbers
+        if kept is None:
+            self._spare = -1
+            self._fd = _memfd()
+            try:
+                self._map = self._begin(self._fd, _INITIAL_BYTES, 1, 0)
+            except BaseException:
+                os.close(self._fd)
+                raise
+            self._map[: len(MAGIC)] = MAGIC
+        else:
+            self._fd, self._spare, self._map = kept
+        arena.on_window = self._note_windows
+
+    @classmethod
+    def restore(cls, arena_fd: int, journal_fds: Sequence[int]) -> Self:
+        """Return the journal that an earlier process left, with its arena; takes over the descriptors.
+
+        Raises StateError or LockedMemoryExhausted; then all is as it was for who else keeps it.
+        """
+        try:
+            header, fd = latest(journal_fds)
+            if header.inode != os.fstat(arena_fd).st_ino:
+                raise StateError("the journal belongs to another arena")
+            mapping = mmap.mmap(fd, os.fstat(fd).st_size)
+        except BaseException:
+            for each in (arena_fd, *journal_fds):
+                os.close(each)
+            raise
+        others = [other for other in journal_fds if other != fd]
+        spare = others.pop() if others else -1
+        for other in others:
+            os.close(other)
+        arena = Arena(LEVELS[header.level], window=header.window, fd=arena_fd)
+        journal = cls(arena, _Kept(fd, spare, mapping))
+        # Compaction would go on in a file that nobody else keeps.
+        journal.fixed = spare < 0
+        try:
+            arena.adopt(header.windows, journal._load(header.end))
+            if spare >= 0:
+                os.ftruncate(spare, 0)
+        except BaseException:
+            journal.leave()
+            raise
+        return journal
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def __contains__(self, object_id: str) -> bool:
+        return object_id in self._offsets
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._offsets)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the journal in use."""
+        return self._end
+
+    @property
+    def paired(self) -> bool:
+        """True once there is a second file."""
+        return self._spare >= 0
+
+    def filenos(self) -> tuple[int, int]:
+        """The descriptors of both files, borrowed: with the arena's, all that another process needs."""
+        if not self.paired:
+            self._spare = _memfd()
+        return self._fd, self._spare
+
+    def add(
+        self,
+        object_id: str,
+        type_number: int,
+        properties: dict[str, object],
+        plaintext: LockedBuffer | None,
+        uid: int,
+    ) -> int:
+        """Store an object under an id that is free; takes over the plaintext buffer. Returns its size in
+        bytes: plaintext and record.
+        """
+        if object_id in self._offsets:
+            raise ValueError("the id is taken")
+        if self._dead > _COMPACT_BYTES:
+            self._compact_if_due()
+        if plaintext is None:
+            size, slot = 0, NO_SLOT
+        else:
+            size, slot = plaintext.size, plaintext.offset
+        offset = self._append(object_id, type_number, properties, size, slot, uid)
+        self._offsets[object_id] = offset
+        if plaintext is not None:
+            plaintext.disown()
+        return size + self._end - offset
+
+    def set_properties(self, object_id: str, properties: dict[str, object]) -> None:
+        """Replace an object's properties; its plaintext stays."""
+        self._compact_if_due()
+        old = self._offsets[object_id]
+        record = self._read(old)
+        # Two live records with one slot, for a moment: the later one counts.
+        self._offsets[object_id] = self._append(
+            object_id, record.type, properties, record.size, record.slot, record.uid
+        )
+        self._bury(old)
+
+    def replace(
+        self,
+        object_id: str,
+        type_number: int,
+        properties: dict[str, object],
+        plaintext: LockedBuffer | None,
+        uid: int,
+    ) -> tuple[int, int, int]:
+        """Put another object in the place of one that there is, and wipe that; takes over the plaintext
+        buffer. Returns the uid that added the old one, its size and the new one's.
+        """
+        size, slot = (0, NO_SLOT) if plaintext is None else (plaintext.size, plaintext.offset)
+        self._compact_if_due()
+        old = self._offsets[object_id]
+        length, _, _, _, _, old_size, old_slot, old_uid = RECORD.unpack_from(self._map, old)
+        new = self._append(object_id, type_number, properties, size, slot, uid)
+        self._offsets[object_id] = new
+        if plaintext is not None:
+            plaintext.disown()
+        self._bury(old)
+        if old_slot != NO_SLOT:
+            self.arena.free(old_slot, old_size)
+        return old_uid, old_size + length, size + self._end - new
+
+    def remove(self, object_id: str) -> tuple[int, int, int]:
+        """Forget an object and wipe its plaintext; return its type's number, the uid that added it, and
+        its size in bytes: plaintext and record.
+        """
+        offset = self._offsets.pop(object_id)
+        length, _, _, kind, _, size, slot, uid = RECORD.unpack_from(self._map, offset)
+        self._map[offset + STATE_OFFSET] = GONE
+        self._dead += length
+        if slot != NO_SLOT:
+            self.arena.free(slot, size)
+        return kind, uid, size + length
+
+    def get(self, object_id: str) -> Record | None:
+        """Return an object's record, or None."""
+        offset = self._offsets.get(object_id)
+        return None if offset is None else self._read(offset)
+
+    def summary(self, object_id: str) -> tuple[int, int] | None:
+        """Return an object's type number and plaintext size in bytes, or None; cheaper than `get`."""
+        offset = self._offsets.get(object_id)
+        if offset is None:
+            return None
+        fields = RECORD.unpack_from(self._map, offset)
+        return fields[3], fields[5]
+
+    def owner(self, object_id: str) -> tuple[int, int]:
+        """Return the uid that added an object that there is, and its size in bytes: plaintext and record."""
+        fields = RECORD.unpack_from(self._map, self._offsets[object_id])
+        return fields[7], fields[5] + fields[0]
+
+    def content(self, object_id: str) -> tuple[int, int, int] | None:
+        """Return an object's type number, plaintext size in bytes and the offset that `Arena.view` takes, or
+        None.
+        """
+        offset = self._offsets.get(object_id)
+        if offset is None:
+            return None
+        _, _, _, kind, _, size, slot, _ = RECORD.unpack_from(self._map, offset)
+        return kind, size, slot
+
+    def plaintext(self, object_id: str) -> memoryview:
+        """Return the plaintext in locked memory, borrowed until the object is removed."""
+        fields = RECORD.unpack_from(self._map, self._offsets[object_id])
+        return self.arena.view(fields[6], fields[5])
+
+    def close(self) -> None:
+        """Wipe all plaintext and close the journal."""
+        for object_id in list(self._offsets):
+            self.remove(object_id)
+        self._close_files()
+
+    def leave(self) -> None:
+        """Close journal and arena, and leave everything to the process that goes on with them."""
+        self.arena.leave()
+        self._close_files()
+
+    def _close_files(self) -> None:
+        self._map.close()
+        os.close(self._fd)
+        if self._spare >= 0:
+            os.close(self._spare)
+
+    def _append(  # noqa: PLR0917 - a record's members
+        self,
+        object_id: str,
+        type_number: int,
+        properties: dict[str, object],
+        size: int,
+        slot: int,
+        uid: int,
+    ) -> int:
+        encoded_id = object_id.encode()
+        content = encoded_id + _encode(properties) if properties else encoded_id
+        rest = (RECORD.size + len(content) + 7 & ~7) - RECORD.size
+        pack = self._packs.get(rest)
+        if pack is None:
+            if len(self._packs) == _PACKS:
+                self._packs.clear()
+            pack = self._packs[rest] = struct.Struct(CHECKED.format(rest)).pack
+        checked = pack(type_number, len(encoded_id), size, slot, uid, content)
+        length = RECORD.size + rest
+        mapping, offset = self._map, self._end
+        end = offset + length
+        if end > len(mapping):
+            mapping.resize(max(2 * len(mapping), end))
+        # Bytes behind the end are zeros, since the file only grows.
+        mapping[offset:end] = UNCHECKED.pack(length, crc32(checked), WRITTEN) + checked
+        mapping[offset + STATE_OFFSET] = LIVE
+        END.pack_into(mapping, END_OFFSET, end)
+        self._end = end
+        return offset
+
+    def _bury(self, offset: int) -> None:
+        self._map[offset + STATE_OFFSET] = GONE
+        self._dead += LENGTH.unpack_from(self._map, offset)[0]
+
+    def _read(self, offset: int) -> Record:
+        length, _, _, kind, id_length, size, slot, uid = RECORD.unpack_from(self._map, offset)
+        start = offset + RECORD.size
+        object_id = self._map[start : start + id_length].decode()
+        text = self._map[start + id_length : offset + length].rstrip(b"\0")
+        return Record(object_id, kind, size, slot, _decode(text) if text else {}, uid)
+
+    # --- files
+
+    def _begin(self, fd: int, size: int, generation: int, windows: int) -> mmap.mmap:
+        """Make a file that lacks only its magic, and map it."""
+        os.ftruncate(fd, 0)
+        os.ftruncate(fd, size)
+        mapping = mmap.mmap(fd, size)
+        arena = self.arena
+        mapping[: FILE.size] = FILE.pack(
+            b"",
+            FORMAT,
+            FILE.size,
+            generation,
+            os.fstat(arena.fileno()).st_ino,
+            arena.window,
+            LEVELS.index(arena.level),
+            windows,
+            0,
+            FILE.size,
+        )
+        return mapping
+
+    def _note_windows(self, count: int) -> None:
+        """So many windows of the arena will have been used: the next process wipes what is unused of them."""
+        struct.pack_into("<I", self._map, WINDOWS_OFFSET, count)
+
+    def _compact_if_due(self) -> None:
+        """Where most is dead, copy what lives into the other file and go on with that one.
+
+        Offsets noted before are void then.
+        """
+        if self._dead <= max(_COMPACT_BYTES, self._end // 2) or self.fixed:
+            return
+        fd = self.filenos()[1]
+        header = Header(*FILE.unpack_from(self._map))
+        fresh = self._begin(
+            fd,
+            max(_INITIAL_BYTES, 2 * (self._end - self._dead)),
+            header.generation + 1,
+            header.windows,
+        )
+        offsets = {}
+        end = FILE.size
+        for object_id, offset in self._offsets.items():
+            length = struct.unpack_from("<I", self._map, offset)[0]
+            fresh[end : end + length] = self._map[offset : offset + length]
+            offsets[object_id] = end
+            end += length
+        struct.pack_into("<Q", fresh, END_OFFSET, end)
+        fresh[: len(MAGIC)] = MAGIC
+        self._map.close()
+        self._fd, self._spare, self._map = fd, self._fd, fresh
+        self._offsets.update(offsets)
+        self._end, self._dead = end, 0
+        os.ftruncate(self._spare, 0)
+
+    def _load(self, end: int) -> dict[int, list[int]]:
+        """Find the records up to ``end``, and one that was finished behind it; return the offsets of all
+        plaintexts by size. Raises StateError.
+        """
+        data = self._map[:]
+        found = Loaded(self._offsets)
+        found.read(data)
+        if found.end < end:
+            raise StateError("the records end too early")
+        for old in found.superseded:
+            self._map[old + STATE_OFFSET] = GONE
+        self.survey = found.survey
+        self._dead = found.dead
+        self._end = found.end
+        END.pack_into(self._map, END_OFFSET, found.end)
+        if data.count(b"\0", found.end) != len(data) - found.end:
+            self._map[found.end :] = bytes(len(data) - found.end)
+        return found.buffers
+
+
+def _memfd() -> int:
+    return os.memfd_create("secretd-journal", os.MFD_CLOEXEC)
+
+
+def _encode(properties: dict[str, object]) -> bytes:
+    try:
+        return msgspec.json.encode(properties)
+    except UnicodeEncodeError:  # a file name that is not UTF-8, from a command line
+        return json.dumps(properties).encode()
+
+
+def _decode(text: bytes) -> dict[str, object]:
+    try:
+        return msgspec.json.decode(text, type=dict[str, object])
+    except msgspec.DecodeError:
+        properties: dict[str, object] = json.loads(text)
+        return properties

@@ -1,0 +1,390 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Locked memory: the only home of plaintext.
+
+An `Arena` hands out `LockedBuffer`s from memory that never reaches swap, a core dump or a child
+process. It is not a general allocator and knows nothing of secrets; state (property store),
+transport (receive space), crypto and the loaders call it.
+
+Rules
+- Code sees memoryviews of the mapping (pages makes them), nothing that gives bytes copies when sliced.
+- A buffer is wiped when it is freed; a window is unmapped only when all of it is free, since its
+  pages keep their content (memfd_secret has no hole punching).
+- The level is chosen once, when the process starts, and never degrades afterwards.
+"""
+
+import os
+import threading
+from bisect import bisect_left
+from collections.abc import Callable, Mapping
+from typing import Self
+
+from secretd.errors import LockedMemoryExhausted, MemoryLockError, StateError
+from secretd.linux.locked_pages import (
+    Level,
+    limit_text,
+    map_pages,
+    open_file,
+    unmap_pages,
+    wipe,
+)
+
+SMALLEST_SLOT = 64
+"""Bytes of the smallest size class: a 32-byte key fits, 100,000 of them in 6.2 MiB."""
+
+SECRET_WINDOW = 256 << 10
+"""Bytes mapped at once for secrets."""
+
+SCRATCH_WINDOW = 64 << 10
+"""Bytes mapped at once for receive and scratch space: small, so that each size class costs little."""
+
+SCRATCH_RESERVE = 1 << 20
+"""Bytes of receive and scratch space mapped at start. With it 114,688 secrets of up to 64 bytes fit
+in the 8 MiB RLIMIT_MEMLOCK of an ordinary user."""
+
+
+class _Slab:
+    """A window cut into ``count`` slots of one size, of which ``room`` are free."""
+
+    __slots__ = ("base", "count", "freed", "fresh", "room", "size", "view", "zeros")
+
+    def __init__(self, base: int, size: int, view: memoryview) -> None:
+        self.base = base  # where the window begins in the file
+        self.size = size
+        self.view = view
+        self.zeros = bytes(size)
+        self.count = self.room = len(view) // size
+        self.fresh = 0  # slots that begin here or behind were never used
+        self.freed: list[int] = []  # where those that were begin
+
+    def adopt(self, used: set[int]) -> None:
+        """Have just the slots in use that begin there in the file, and wipe all others."""
+        self.room = self.count - len(used)
+        self.fresh = max(used) - self.base + self.size
+        free = set(range(self.base, self.base + self.fresh, self.size)) - used
+        self.freed = sorted(offset - self.base for offset in free)
+        for start in self.freed:
+            self.view[start : start + self.size] = self.zeros
+        wipe(self.view[self.fresh :])
+
+
+class LockedBuffer:
+    """Bytes of an arena, owned until `free` or `disown`. It has no text form and cannot be pickled.
+
+    ``view`` is a writable memoryview of exactly the bytes asked for; ``offset`` is where they lie
+    in the arena's file.
+    """
+
+    __slots__ = ("_arena", "offset", "size", "view")
+
+    def __init__(self, arena: "Arena", offset: int, view: memoryview) -> None:
+        self._arena: Arena | None = arena
+        self.offset = offset
+        self.size = len(view)
+        self.view = view
+
+    def free(self) -> None:
+        """Wipe the bytes and give them back. Does nothing the second time."""
+        arena = self.disown()
+        if arena is not None:
+            arena.free(self.offset, self.size)
+
+    def disown(self) -> "Arena | None":
+        """Leave the bytes to whoever noted their offset and size; returns the arena they are in."""
+        arena, self._arena = self._arena, None
+        return arena
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.free()
+
+    def __repr__(self) -> str:
+        return f"<LockedBuffer of {self.size} bytes>"
+
+    def __reduce__(self) -> str:
+        raise TypeError("a LockedBuffer cannot be pickled")
+
+
+class Arena:
+    """Slots of power-of-two size classes in windows of one memory file.
+
+    ``level`` is how well the file's pages are protected; ``held`` what is given out, ``spare`` what is mapped
+    and not used, in bytes. Buffers of a window or more get windows of
+    their own. All sizes are bytes. ``fd``: the file of an earlier process's arena, taken over; `adopt`
+    says then what of it is in use. ``on_window`` is told how many windows of the file are needed before
+    one is used for the first time.
+    """
+
+    def __init__(
+        self,
+        level: Level,
+        *,
+        window: int = SECRET_WINDOW,
+        reserve: int = 0,
+        fd: int | None = None,
+    ) -> None:
+        self.level = level
+        self.held = 0
+        self.spare = 0
+        self.on_window: Callable[[int], None] = lambda _count: None
+        self._lock = threading.Lock()  # sources are read in threads
+        self._window = window
+        self._shift = window.bit_length() - 1
+        self._reserve = reserve // window
+        self._fd = open_file(level) if fd is None else fd
+        self._taken = bytearray()  # one byte a window of the file: 1 = in use
+        self._views: dict[int, memoryview] = {}  # windows in use
+        self._addresses: dict[int, int] = {}
+        self._slabs: dict[int, _Slab] = {}  # window -> slab
+        self._open: dict[int, list[_Slab]] = {}  # slot size -> slabs with a free slot
+        self._spare: dict[int, memoryview] = {}  # mapped windows that nothing uses
+        self._idle: _Slab | None = (
+            None  # the latest slab whose slots are all free, which is kept so
+        )
+        try:
+            for index in range(self._reserve):
+                self._spare[index] = self._map(index, 1)
+                self.spare += window
+        except BaseException:
+            self.close()
+            raise
+
+    def fileno(self) -> int:
+        """The file's descriptor, borrowed."""
+        return self._fd
+
+    def adopt(self, windows: int, buffers: Mapping[int, list[int]]) -> None:
+        """Take over what an earlier process left: ``buffers`` are the offsets of what is in use in the first
+        ``windows`` windows of the file, by size. All else there is wiped.
+
+        Raises StateError if they cannot be this arena's, LockedMemoryExhausted where they cannot be mapped.
+        """
+        window, shift = self._window, self._shift
+        large: dict[int, int] = {}  # by first window: how many
+        by_slot: dict[int, list[int]] = {}
+        for size, offsets in buffers.items():
+            self.held += size * len(offsets)
+            slot = max(SMALLEST_SLOT, 1 << (size - 1).bit_length())
+            if slot < window:
+                by_slot.setdefault(slot, []).extend(offsets)
+                continue
+            for offset in offsets:
+                index = offset >> shift
+                if offset & (window - 1) or index in large:
+                    raise StateError("two secrets lie in one place")
+                large[index] = -(-size // window)
+        slots: dict[
+            int, tuple[int, set[int]]
+        ] = {}  # by window: the slots' size, where they begin in it
+        for slot, offsets in by_slot.items():
+            offsets.sort()
+            last = 0
+            while last < len(offsets):
+                first, index = last, offsets[last] >> shift
+                base = index << shift
+                last = bisect_left(offsets, base + window, first)
+                begins = set(offsets[first:last])
+                if index in slots or len(begins) < last - first:
+                    raise StateError("two secrets lie in one place")
+                if not begins.issubset(range(base, base + window, slot)):
+                    raise StateError("two secrets lie in one place")
+                slots[index] = (slot, begins)
+        self._taken = bytearray(windows)
+        used = [*large.items(), *((index, 1) for index in slots)]
+        for index, count in used:
+            if index + count > windows or any(self._taken[index : index + count]):
+                raise StateError("two secrets lie in one place")
+            self._taken[index : index + count] = b"\1" * count
+        # First, one at a time, so that it takes no more locked memory than there was.
+        for index in range(windows):
+            if not self._taken[index]:
+                view = self._map(index, 1)
+                wipe(view)
+                self._unmap(index, view)
+        for index, count in used:
+            self._views[index] = self._map(index, count)
+        # Behind the end of each secret, up to that of its slot, nothing but zeros was ever written.
+        for index, (slot, begins) in slots.items():
+            slab = self._slabs[index] = _Slab(index << shift, slot, self._views[index])
+            slab.adopt(begins)
+            if slab.room:
+                self._open.setdefault(slot, []).append(slab)
+
+    @property
+    def window(self) -> int:
+        """Bytes of a window."""
+        return self._window
+
+    @property
+    def mapped(self) -> int:
+        """Bytes now mapped, and thus locked."""
+        return sum(map(len, self._views.values())) + sum(map(len, self._spare.values()))
+
+    def allocate(self, size: int) -> LockedBuffer:
+        """Return a zeroed buffer of ``size`` bytes, or raise LockedMemoryExhausted."""
+        slot = SMALLEST_SLOT if size <= SMALLEST_SLOT else 1 << (size - 1).bit_length()
+        with self._lock:
+            slabs = self._open.get(slot)
+            if slabs:
+                slab = slabs[-1]
+            elif slot < self._window:
+                slab = self._new_slab(slot)
+                slabs = self._open[slot]
+            else:
+                index = self._allocate_windows(-(-size // self._window))
+                self.held += size
+                return LockedBuffer(self, index << self._shift, self._views[index][:size])
+            if slab.freed:
+                start = slab.freed.pop()
+            else:
+                start = slab.fresh
+                slab.fresh = start + slot
+            if slab is self._idle:
+                self._idle = None
+            slab.room -= 1
+            if not slab.room:
+                slabs.pop()
+            self.held += size
+            return LockedBuffer(self, slab.base + start, slab.view[start : start + size])
+
+    def _new_slab(self, slot: int) -> _Slab:
+        index = self._allocate_windows(1)
+        slab = self._slabs[index] = _Slab(index << self._shift, slot, self._views[index])
+        self._open.setdefault(slot, []).append(slab)
+        return slab
+
+    def view(self, offset: int, size: int) -> memoryview:
+        """Return a writable view of bytes that an earlier `allocate` gave out."""
+        start = offset & (self._window - 1)
+        return self._views[offset >> self._shift][start : start + size]
+
+    def free(self, offset: int, size: int) -> None:
+        """Wipe and give back what `allocate` returned at ``offset`` for ``size``."""
+        with self._lock:
+            if self._fd < 0:
+                return
+            index = offset >> self._shift
+            slab = self._slabs.get(index)
+            self.held -= size
+            if slab is None:
+                view = self._views[index]
+                wipe(view[:size])
+                self._release_windows(index, len(view) >> self._shift)
+                return
+            start = offset - slab.base
+            slab.view[start : start + slab.size] = slab.zeros
+            if not slab.room:
+                self._open.setdefault(slab.size, []).append(slab)
+            slab.freed.append(start)
+            slab.room += 1
+            if slab.room == slab.count:
+                # Kept as it is, so that one that comes and goes alone costs no window each time.
+                self._release_idle(slab)
+
+    def wipe(self) -> None:
+        """Wipe all there is, at the end of a process whose threads may still hold views.
+
+        Spare windows were wiped when they were freed; touching them would only allocate pages.
+        """
+        for view in self._views.values():
+            wipe(view)
+
+    def close(self) -> None:
+        """Wipe and close everything. What nobody holds is unmapped; a buffer that is still held
+        stays readable, as zeros, until the process ends.
+        """
+        self.wipe()
+        if not self.held:
+            for index, view in (self._views | self._spare).items():
+                self._unmap(index, view)
+            for known in (self._views, self._spare, self._slabs, self._open):
+                known.clear()
+            self._idle = None
+        self._close_file()
+
+    def leave(self) -> None:
+        """Close the file and leave everything in it to the process that goes on with it."""
+        self._close_file()
+
+    def _close_file(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def _release_idle(self, instead: _Slab | None = None) -> None:
+        """Give back the window of the slab that is kept though nothing is in it, and keep another."""
+        slab, self._idle = self._idle, instead
+        if slab is not None:
+            index = slab.base >> self._shift
+            self._open[slab.size].remove(slab)
+            del self._slabs[index]
+            self._release_windows(index, 1)
+        elif len(self._spare) > self._reserve:
+            index, view = self._spare.popitem()
+            self.spare -= self._window
+            self._unmap(index, view)
+
+    def _allocate_windows(self, count: int) -> int:
+        if count > 1 or not self._spare:
+            self._release_idle()
+        if count == 1 and self._spare:
+            index, view = self._spare.popitem()
+            self.spare -= self._window
+        else:
+            free = bytes(count)
+            index = self._taken.find(free)
+            while index >= 0 and any(i in self._spare for i in range(index, index + count)):
+                index = self._taken.find(free, index + 1)
+            if index < 0:
+                index = max([len(self._taken), *(i + 1 for i in self._spare)])
+            view = self._map(index, count)
+        if len(self._taken) < index + count:
+            self.on_window(index + count)
+            self._taken.extend(bytes(index + count - len(self._taken)))
+        self._taken[index : index + count] = b"\1" * count
+        self._views[index] = view
+        return index
+
+    def _release_windows(self, index: int, count: int) -> None:
+        view = self._views.pop(index)
+        self._taken[index : index + count] = bytes(count)
+        # One beyond the reserve, idle or spare, so that adding and deleting at a boundary does not
+        # map and unmap every time.
+        if count == 1 and len(self._spare) + (self._idle is not None) <= self._reserve:
+            self._spare[index] = view
+            self.spare += self._window
+        else:
+            self._unmap(index, view)
+
+    def _map(self, index: int, count: int) -> memoryview:
+        self._addresses[index], view = map_pages(
+            self._fd, index << self._shift, count << self._shift, self.level
+        )
+        return view
+
+    def _unmap(self, index: int, view: memoryview) -> None:
+        unmap_pages(self._addresses.pop(index), len(view))
+
+
+def choose_level(*, require: bool) -> Level:
+    """Find out once how well this process can protect memory.
+
+    ``require``: raise MemoryLockError instead of returning ``none``.
+    """
+    levels: tuple[Level, ...] = ("secretmem", "mlock")
+    for level in levels:
+        try:
+            arena = Arena(level, window=SCRATCH_WINDOW, reserve=SCRATCH_RESERVE)
+        except (OSError, LockedMemoryExhausted):
+            continue
+        arena.close()
+        return level
+    if require:
+        raise MemoryLockError(
+            f"memory cannot be locked and --memory-lock=require was given: {limit_text()}"
+        )
+    return "none"

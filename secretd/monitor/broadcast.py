@@ -1,0 +1,421 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Events about secrets: which connections get them, how often, and when.
+
+A connection gets events after `secret-events` has turned them on. Control connections get every event,
+with the peer that caused it; client connections get events about secrets that they may read, without
+the peer. The connection that caused an event does not get it: it has the reply. The broadcaster decides
+nothing (access does) and sends through its subscribers.
+
+Theory of operation. An event goes through three places:
+
+1. `publish` puts it into the queue of the uid that caused it. Events of the trusted share one queue. Each
+   other uid has a small one of its own, and its refusals are thinned out before they get there. So a uid
+   that floods fills its own queue only.
+2. At each tick of a clock, so that the time of an event tells nothing of others, a fair share of every queue
+   moves to the log, with the number of its position.
+3. Each subscriber has a position in the log. `_deliver` sends to one subscriber after the other all that lies
+   behind its position, for SLICE_SECONDS at a time, and then lets requests have their turn. An entry
+   leaves the log when every subscriber has got it.
+
+What finds no room is counted, and subscribers on the control socket are told how many events they lost.
+"""
+
+import asyncio
+import math
+from collections import Counter, deque
+from collections.abc import Callable, Collection
+from itertools import islice
+from time import monotonic
+from typing import Final, NamedTuple, Protocol
+
+from secretd.access.decision import Access
+from secretd.access.peer import Door, Peer
+
+EVENTS_SECONDS: Final = 0.02
+"""Seconds between two ticks at which events are sent."""
+
+SLICE_SECONDS: Final = 0.000_5
+"""Seconds of sending after which requests get their turn."""
+
+QUEUED_EVENTS: Final = 10_000
+"""Events of the trusted that wait for a tick; of further ones the count is all that is kept."""
+
+QUEUED_EVENTS_PER_UID: Final = 1_000
+"""The same for each other uid."""
+
+TICK_EVENTS: Final = 500
+"""Events of the trusted that are sent at one tick."""
+
+LOG_EVENTS: Final = 2_000
+"""Events that are sent and have not reached every subscriber, above which none is added."""
+
+TICK_EVENTS_PER_UID: Final = 20
+"""The same for each other uid."""
+
+DENIED_IDS_PER_UID: Final = 16
+"""Ids of which SECRET_DENIED is sent within DENIED_SECONDS, where one uid that is not trusted is refused
+many. Of further ones only the audit tells."""
+
+DENIED_SECONDS: Final = 1.0
+"""Seconds within which one refusal of an id to one uid that is not trusted is an event."""
+
+LOST_SECONDS: Final = 1.0
+"""Seconds between two SECRET_EVENTS_LOST for want of room in a queue, while it goes on."""
+
+THROTTLED_SECONDS: Final = 1.0
+"""Seconds between two SECRET_READ, or SECRET_DENIED, of one id on one connection; of those between,
+the last is sent.
+"""
+
+THROTTLED_IDS: Final = 256
+"""Ids that are throttled at a time on one connection; events of further ones are lost."""
+
+THROTTLED: Final = frozenset({"SECRET_READ", "SECRET_DENIED"})
+
+
+class Subscriber(Protocol):
+    """A connection that has turned events on.
+
+    ``origin``: what events that it causes name as theirs; ``wanted``: the names of the events that it gets,
+    None for all; ``since``: the number of the last event before it turned them on; ``position``: how far in
+    the log it has got; ``throttle``: None where nothing was throttled yet.
+    """
+
+    origin: object
+    peer: Peer
+    wanted: Collection[str] | None
+    since: int
+    position: int
+    throttle: "Throttle | None"
+
+    def send_events(self, events: bytes, count: int) -> None:
+        """Send so many events, or count them as lost."""
+
+    def lose(self, count: int) -> None:
+        """Count so many events as lost."""
+
+
+class SecretEvent(NamedTuple):
+    """An event. ``full`` is what control connections get, ``bare`` what client connections get; ``origin``:
+    what caused it, None where nothing that could be a subscriber did; ``number``: in the order of publishing.
+    """
+
+    number: int
+    name: str
+    object_id: str
+    full: bytes
+    bare: bytes
+    origin: object
+
+
+class Throttle:
+    """What one connection gets of the events that are throttled."""
+
+    def __init__(self, subscriber: Subscriber, may_know: Callable[[Peer, str], bool]) -> None:
+        self._subscriber = subscriber
+        self._may_know = may_know
+        # When the next one may be sent, by name and id.
+        self._next: dict[tuple[str, str], float] = {}
+        self._held: dict[tuple[str, str], bytes] = {}
+        self._counts: Counter[str] = Counter()
+        self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def idle(self) -> bool:
+        """True if nothing is held back."""
+        return not self._next
+
+    def passes(self, name: str, object_id: str, event: bytes) -> bool:
+        """True if an event may be sent now; else it is kept, or lost if there are too many."""
+        key = (name, object_id)
+        loop = asyncio.get_running_loop()
+        if key in self._next:
+            self._held[key] = event
+            return False
+        # Each kind has room of its own: refusals of made-up names do not hide reads.
+        if self._counts[name] >= THROTTLED_IDS:
+            self._subscriber.lose(1)
+            return False
+        self._counts[name] += 1
+        self._next[key] = loop.time() + THROTTLED_SECONDS
+        if self._timer is None:
+            self._timer = loop.call_at(self._next[key], self._due)
+        return True
+
+    def _due(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._timer = None
+        now = loop.time()
+        # A dictionary keeps the order in which they came, and all wait for the same time.
+        for key, when in list(self._next.items()):
+            if when > now:
+                self._timer = loop.call_at(when, self._due)
+                return
+            if key not in self._next:  # sending has ended the connection, and this with it
+                return
+            del self._next[key]
+            event = self._held.pop(key, None)
+            if event is None:
+                self._counts[key[0]] -= 1
+            else:
+                self._next[key] = now + THROTTLED_SECONDS
+                if self._may_know(self._subscriber.peer, key[1]):
+                    self._subscriber.send_events(event, 1)
+        if self._next:
+            self._timer = loop.call_at(next(iter(self._next.values())), self._due)
+
+    def close(self) -> None:
+        """Forget all."""
+        self._next.clear()
+        self._held.clear()
+        if self._timer is not None:
+            self._timer.cancel()
+
+
+class Broadcaster:
+    """Collects events and sends them to the subscribers that may know.
+
+    ``subscribers``: those that have turned events on.
+    """
+
+    def __init__(self, access: Access) -> None:
+        self._access = access
+        self.subscribers: dict[Subscriber, None] = {}
+        self._trusted: deque[SecretEvent] = deque()
+        self._by_uid: dict[int, deque[SecretEvent]] = {}
+        self._denied: dict[int, set[str]] = {}
+        self._denied_until = 0.0
+        self._published = 0
+        self._log: deque[SecretEvent] = deque()
+        self._first = 1  # the number of the first event in the log
+        self._waiting: deque[Subscriber] = deque()  # that have not got all of the log
+        self._delivering = False  # `_deliver` is scheduled
+        self._ticking = False
+        self._overflowed = 0
+        self._overflow_sent = 0.0
+
+    @property
+    def _last(self) -> int:
+        """The number of the last event in the log."""
+        return self._first + len(self._log) - 1
+
+    def subscribe(self, subscriber: Subscriber) -> None:
+        """Send a connection the events from now on."""
+        subscriber.since = self._published
+        subscriber.position = self._last
+        self.subscribers[subscriber] = None
+
+    def unsubscribe(self, subscriber: Subscriber) -> None:
+        """Send a connection no events any more."""
+        self.subscribers.pop(subscriber, None)
+        if not self.subscribers:
+            self._forget()
+
+    def _forget(self) -> None:
+        """Drop everything: there is no subscriber."""
+        self._first = self._last + 1
+        for queue in (self._log, self._trusted, self._by_uid, self._denied, self._waiting):
+            queue.clear()
+        self._overflowed = 0
+
+    # --- in
+
+    def accepts(self, name: str, object_id: str, uid: int | None, origin: object) -> bool:
+        """True if somebody may get such an event and there is room for it; else it is dropped or counted.
+
+        ``uid``: of an untrusted peer that caused it, None for all others.
+        """
+        if not self.subscribers or (len(self.subscribers) == 1 and self._is_only(origin)):
+            return False
+        if uid is None:
+            room = len(self._trusted) < QUEUED_EVENTS
+        elif name == "SECRET_DENIED":
+            return self._is_news(uid, object_id)
+        else:
+            room = len(self._by_uid.get(uid, ())) < QUEUED_EVENTS_PER_UID
+        self._overflowed += not room
+        return room
+
+    def _is_only(self, origin: object) -> bool:
+        return next(iter(self.subscribers)).origin is origin
+
+    def _is_news(self, uid: int, object_id: str) -> bool:
+        """True unless this refusal, or enough others, of a uid are events already."""
+        now = monotonic()
+        if now > self._denied_until:
+            self._denied.clear()
+            self._denied_until = now + DENIED_SECONDS
+        ids = self._denied.setdefault(uid, set())
+        if object_id in ids or len(ids) >= DENIED_IDS_PER_UID:
+            return False
+        ids.add(object_id)
+        return True
+
+    def publish(  # noqa: PLR0917 - the members of a SecretEvent
+        self, name: str, object_id: str, full: bytes, bare: bytes, origin: object, uid: int | None
+    ) -> None:
+        """Send an event at the next tick; `accepts` has said that there is room. See SecretEvent."""
+        self._published += 1
+        event = SecretEvent(self._published, name, object_id, full, bare, origin)
+        if uid is None:
+            self._trusted.append(event)
+        else:
+            self._by_uid.setdefault(uid, deque()).append(event)
+        self._schedule()
+
+    def _schedule(self) -> None:
+        if not self._ticking:
+            self._ticking = True
+            loop = asyncio.get_running_loop()
+            tick = math.floor(loop.time() / EVENTS_SECONDS + 1) * EVENTS_SECONDS
+            loop.call_at(tick, self._tick)
+
+    # --- from the queues to the log
+
+    def _tick(self) -> None:
+        self._ticking = False
+        self._take(TICK_EVENTS, TICK_EVENTS_PER_UID)
+        if self._trusted or self._by_uid or self._overflowed:
+            self._schedule()
+        self._start()
+
+    def _take(self, of_trusted: int, of_each: int) -> None:
+        """Move so many events of each queue to the log, unless that has much left to be sent: then the queues
+        fill, and count what is lost.
+        """
+        log = self._log
+        if len(log) >= LOG_EVENTS:
+            return
+        for _ in range(min(of_trusted, len(self._trusted))):
+            log.append(self._trusted.popleft())
+        for uid, queue in list(self._by_uid.items()):
+            for _ in range(min(of_each, len(queue))):
+                log.append(queue.popleft())
+            if not queue:
+                del self._by_uid[uid]
+
+    def flush(self) -> None:
+        """Send everything now."""
+        self._take(len(self._trusted), QUEUED_EVENTS_PER_UID)
+        self._start()
+        while self._trusted or self._by_uid or self._waiting:
+            self._take(len(self._trusted), QUEUED_EVENTS_PER_UID)
+            self._start()
+            self._deliver()
+
+    # --- from the log to the subscribers
+
+    def _start(self) -> None:
+        """Begin to send what is new, or go on with what was begun."""
+        self._report_lost()
+        if not self._log:
+            return
+        last = self._last
+        known = set(self._waiting)
+        self._waiting += [s for s in self.subscribers if s.position < last and s not in known]
+        if not self._delivering:
+            self._deliver()
+
+    def _deliver(self) -> None:
+        """Send to one subscriber after the other, until SLICE_SECONDS have passed."""
+        self._delivering = False
+        end = monotonic() + SLICE_SECONDS
+        batch: _Batch | None = None
+        try:
+            while self._waiting:
+                subscriber = self._waiting.popleft()
+                # It may have gone, or have turned events on anew, since it was noted.
+                if subscriber not in self.subscribers or subscriber.position >= self._last:
+                    continue
+                if batch is None or batch.after != subscriber.position:
+                    skipped = subscriber.position + 1 - self._first
+                    batch = _Batch(subscriber.position, list(islice(self._log, skipped, None)))
+                subscriber.position = self._last
+                self._send(subscriber, batch)
+                if monotonic() > end:
+                    return
+        finally:
+            self._trim()
+            if self._waiting and not self._delivering:
+                self._delivering = True
+                asyncio.get_running_loop().call_soon(self._deliver)
+
+    def _trim(self) -> None:
+        """Forget what every subscriber has got."""
+        waiting = [s.position for s in self._waiting if s in self.subscribers]
+        for _ in range(min(waiting, default=self._last) + 1 - self._first):
+            self._log.popleft()
+            self._first += 1
+
+    def _report_lost(self) -> None:
+        """Count for the control connections what found no room: once it is over, and while it goes on."""
+        if not self._overflowed:
+            return
+        now = monotonic()
+        queued = self._trusted or self._by_uid
+        if queued and now < self._overflow_sent + LOST_SECONDS:
+            return
+        self._overflow_sent = now
+        lost, self._overflowed = self._overflowed, 0
+        for subscriber in self.subscribers:
+            if subscriber.peer.door is Door.CONTROL:
+                subscriber.lose(lost)
+
+    def _may_know(self, peer: Peer, object_id: str) -> bool:
+        return self._access.admits(peer) and self._access.may_read(peer, object_id)
+
+    def _send(self, subscriber: Subscriber, batch: "_Batch") -> None:
+        """Send what this subscriber may know, has not done itself and does not get too often."""
+        peer, origin, wanted = subscriber.peer, subscriber.origin, subscriber.wanted
+        control = peer.door is Door.CONTROL
+        if not self._access.admits(peer):
+            return
+        if (
+            control
+            and wanted is None
+            and batch.plain
+            and origin not in batch.origins
+            and batch.lowest > subscriber.since
+        ):
+            subscriber.send_events(batch.joined, len(batch.events))
+            return
+        sent: list[bytes] = []
+        latest: dict[tuple[str, str], bytes] = {}
+        readable: dict[str, bool] = {}
+        for event in batch.events:
+            number, name, object_id, full, bare, by = event
+            if by is origin or number <= subscriber.since:
+                continue
+            if wanted is not None and name not in wanted:
+                continue
+            if not control:
+                if object_id not in readable:
+                    readable[object_id] = self._access.may_read(peer, object_id)
+                if not readable[object_id]:
+                    continue
+            if name in THROTTLED:
+                latest[name, object_id] = full if control else bare
+            else:
+                sent.append(full if control else bare)
+        for (name, object_id), text in latest.items():
+            if subscriber.throttle is None:
+                subscriber.throttle = Throttle(subscriber, self._may_know)
+            if subscriber.throttle.passes(name, object_id, text):
+                sent.append(text)
+        if sent:
+            subscriber.send_events(b"".join(sent), len(sent))
+
+
+class _Batch:
+    """The events behind a position, and what is the same for all subscribers of the control socket.
+
+    ``plain``: none of them is throttled.
+    """
+
+    def __init__(self, after: int, events: list[SecretEvent]) -> None:
+        self.after = after
+        self.events = events
+        self.plain = all(event.name not in THROTTLED for event in events)
+        self.origins = {event.origin for event in events}
+        self.lowest = min(event.number for event in events)
+        self.joined = b"".join([event.full for event in events])

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What all connections share: the tree, the commands of each door, access, deliveries, events.
+
+`Daemon` makes and holds them, and answers nothing itself: monitor does, one for each connection. server makes
+it.
+"""
+
+import time
+from collections.abc import Iterable
+from functools import cached_property
+from typing import Final, Literal, Protocol
+
+from secretd.access.decision import Access
+from secretd.access.peer import Door, Peer
+from secretd.audit.log import AUDIT_ID_CHARACTERS, Audit
+from secretd.daemon.log import LogHandler
+from secretd.descriptors.delivery import Deliveries
+from secretd.descriptors.threads import Offload
+from secretd.monitor.broadcast import Broadcaster
+from secretd.monitor.events import EVENTS
+from secretd.qapi.command import Command, FastDecoder
+from secretd.qapi.introspect import schema
+from secretd.qom.paths import Paths
+from secretd.qom.tree import ObjectTree
+from secretd.wire import encoder
+from secretd.wire import messages as wire
+from secretd.wire.lexer import MAX_MESSAGE_BYTES
+
+QEMU_VERSION: Final = (10, 0, 0)
+"""The QEMU whose answers ours are: what the greeting says."""
+
+CLIENT_MESSAGE_BYTES: Final = 6 << 10
+"""Bytes of one message on the client door, where no command carries a secret: so little that its
+clients never compete for the room that large messages need."""
+
+
+CLIENT_MESSAGE_TOKENS: Final = 128
+"""Tokens of one message on the client socket: what is made of them takes a microsecond or more for each, of
+the time that all share, and a command there has three arguments at most."""
+
+
+class Owner(Protocol):
+    """What the daemon's state asks of the server."""
+
+    def quit(self, data: str) -> None:
+        """Send SHUTDOWN, its data as JSON text, to all, and end the daemon with all secrets."""
+
+
+class Daemon:
+    """What all sessions share."""
+
+    def __init__(
+        self,
+        tree: ObjectTree,
+        commands: Iterable[Command],
+        package: str,
+        audit: Audit,
+        owner: Owner,
+    ) -> None:
+        self.tree = tree
+        self.paths = Paths(tree)
+        self.limits = tree.limits
+        self.package = package
+        self.version = encoder.Verbatim(encoder.value(wire.version(QEMU_VERSION, package)))
+        self.audit = audit
+        self.owner = owner
+        self.log: LogHandler | None = None
+        self.access = Access(tree, audit)
+        self.broadcaster = Broadcaster(self.access)
+        self.offload = Offload()
+        self.deliveries = Deliveries(tree.scratch, self.offload)
+        self._decided = tree.on_decision
+        tree.on_decision = self._on_decision
+        tree.withdraw = self.deliveries.withdraw
+        every = list(commands)
+        self.tables = {
+            Door.CONTROL: Table(every, MAX_MESSAGE_BYTES),
+            Door.CLIENT: Table(
+                [c for c in every if c.client], CLIENT_MESSAGE_BYTES, CLIENT_MESSAGE_TOKENS
+            ),
+        }
+
+    @property
+    def memory(self) -> Literal["secretmem", "mlock", "none"]:
+        """How well secrets are protected."""
+        return self.tree.journal.arena.level
+
+    def _on_decision(self, object_id: str) -> None:
+        self._decided(object_id)
+        self.deliveries.recheck(self.access.holds)
+
+    def announce(self, name: str, object_id: str, peer: Peer | None, origin: object) -> None:
+        """Publish an event about a secret. ``peer`` caused it, None if none did; ``origin``: its session."""
+        uid = None if peer is None or peer.trusted else peer.uid
+        if not self.broadcaster.accepts(name, object_id, uid, origin):
+            return
+        # An identifier is plain ASCII; what clients ask for may be anything, and is cut as in the audit.
+        shown = object_id[:AUDIT_ID_CHARACTERS] if name == "SECRET_DENIED" else object_id
+        quoted = encoder.value(shown)
+        bare = wire_event(name, f'{{"id": {quoted}}}')
+        full = bare
+        if peer is not None:
+            full = wire_event(name, f'{{"id": {quoted}, "peer": {encoder.value(peer.info)}}}')
+        self.broadcaster.publish(name, object_id, full, bare, origin, uid)
+
+    def expire(self, object_id: str) -> None:
+        """The time of an object is over: end deliveries, wipe it, say so."""
+        kind = self.tree.delete(object_id)
+        self.audit.note("expire", id=object_id, type=kind.info.name)
+        if not kind.decides:
+            self.announce("SECRET_EXPIRED", object_id, None, None)
+
+
+def wire_event(name: str, data: str) -> bytes:
+    """Return an event of now, its data as JSON text."""
+    now = time.time_ns() // 1000
+    return wire.event(name, data, now // 1_000_000, now % 1_000_000)
+
+
+class Table:
+    """The commands of a door, by name and by the type of a decoded request; the largest message."""
+
+    def __init__(
+        self, commands: list[Command], max_bytes: int, max_tokens: int | None = None
+    ) -> None:
+        self._commands = commands
+        self.by_name = {command.name: command for command in commands}
+        self.by_request = {c.request: c for c in commands if c.request is not None}
+        self.decode = FastDecoder(commands)
+        self.max_bytes = max_bytes
+        self.max_tokens = max_tokens
+
+    @cached_property
+    def schema(self) -> str:
+        """What query-qmp-schema returns, as JSON text."""
+        return encoder.value(schema(self._commands, EVENTS))

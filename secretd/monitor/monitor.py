@@ -1,0 +1,313 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""One QMP session: which command a request means, its arguments, its reply (QEMU's monitor/qmp.c).
+
+A `Monitor` has the state of one connection: negotiation, and the descriptors it passed. Session state is
+which table a command is looked up in. It sees no socket; server feeds it requests and sends what it
+returns, commands carries them out. The only place where exceptions become replies.
+"""
+
+import logging
+import socket
+import traceback
+from collections.abc import Callable, Collection, Coroutine
+from types import CoroutineType
+from typing import Final, TypeAlias
+
+from msgspec import UNSET, Struct
+from msgspec.structs import astuple
+
+from secretd.access.decision import Grant
+from secretd.access.peer import Peer
+from secretd.audit.log import Who
+from secretd.descriptors.fd import (
+    DESCRIPTORS_PER_CONNECTION,
+    Fd,
+    FdSets,
+    NamedFds,
+    PendingFd,
+)
+from secretd.descriptors.source import Source
+from secretd.descriptors.threads import THREADS_PER_UID
+from secretd.errors import (
+    AccessDenied,
+    CommandError,
+    CommandNotFound,
+    LimitReached,
+    LockedMemoryExhausted,
+)
+from secretd.linux.sockopt import holds_descriptors, kernel_version, unread_bytes
+from secretd.memory.arena import Arena
+from secretd.monitor.core import QEMU_VERSION, Daemon
+from secretd.net.transport import Locked
+from secretd.qapi.command import Command, check
+from secretd.wire import messages as wire
+from secretd.wire.messages import Malformed, Request
+from secretd.wire.parser import Fault
+
+log = logging.getLogger("secretd")
+
+QUOTED_BYTES: Final = 1024
+"""Bytes of the sender's own text that an error quotes at most: it waits in locked memory until it is
+read. QEMU quotes all of it."""
+
+MAX_REPLY_BYTES: Final = 64 << 10
+"""Bytes of a reply: clients read lines, and some (go-qemu) none that are longer. QEMU: no limit."""
+
+WAITING_COMMANDS: Final = (
+    "secret_read", "object_add", "human_monitor_command", "query_secrets",
+)  # fmt: skip
+"""The functions of commands that may have to wait for something."""
+
+CLOSE_COLLECTS_GARBAGE: Final = kernel_version() < (6, 8)
+"""True where close(2) of an AF_UNIX socket may close descriptors that others have passed around in circles
+(unix_gc() of net/unix/garbage.c, a work queue's job since Linux 6.8)."""
+
+_PEEK_BYTES: Final = 8 << 10
+
+INTERNAL_ERROR: Final = "Internal error; the log of secretd has the details"
+
+Reply: TypeAlias = "bytes | Locked | Coroutine[object, object, bytes]"
+
+
+class Monitor:
+    """The session of ``peer``. ``on_negotiated`` is called when the client leaves negotiation mode."""
+
+    def __init__(self, daemon: Daemon, peer: Peer, on_negotiated: Callable[[], None]) -> None:
+        self.daemon = daemon
+        self._on_negotiated = on_negotiated
+        self.tree = daemon.tree
+        self.peer = peer
+        self.trusted = peer.trusted
+        self.table = daemon.tables[peer.door]
+        self._by_request = self.table.by_request
+        self.negotiated = False
+        self.pending = PendingFd()
+        self.named = NamedFds()
+        self._descriptors = daemon.limits.descriptors
+        self.fdsets = FdSets()
+        self.source = Source(
+            self.fdsets, self.scratch, daemon.offload, peer.uid, trusted=self.trusted
+        )
+        self.oob = False
+        self.on_events: Callable[[Collection[str] | None], None] | None = None
+        self.who = Who(peer.door.value, peer.info)
+
+    @property
+    def scratch(self) -> Arena:
+        """Locked memory for intermediate results."""
+        return self.tree.scratch
+
+    def greeting(self) -> bytes:
+        """Return the line that opens the session."""
+        return wire.greeting(QEMU_VERSION, self.daemon.package, ["oob"])
+
+    def negotiate(self, *, oob: bool) -> None:
+        """Leave negotiation mode; ``oob``: allow exec-oob from now on."""
+        self.oob = oob
+        self._on_negotiated()
+        self.negotiated = True
+
+    def announce(self, event: str, object_id: str) -> None:
+        """Tell the other sessions what this one did to a secret; its own has the reply."""
+        if self.daemon.broadcaster.subscribers:  # usually there is none
+            self.daemon.announce(event, object_id, self.peer, self)
+
+    def note(self, event: str, object_id: str, kind: str, size: int | None = None) -> None:
+        """Write an audit record of what this session did to an object of a type, ``kind``."""
+        self.daemon.audit.done(event, self.who, object_id, kind, size)
+
+    def note_connection(self) -> None:
+        """Write an audit record of who has connected."""
+        self.daemon.audit.note("connect", self.who)
+
+    def check(self, object_id: str, action: str) -> Grant:
+        """Return leave to release a secret; see access.Access.check."""
+        try:
+            return self.daemon.access.check(self.peer, self.who, object_id, action)
+        except AccessDenied:
+            self.announce("SECRET_DENIED", object_id)
+            raise
+
+    def pending_descriptor(self) -> Fd:
+        """Return the descriptor that was passed, unless all threads of its uid are stuck with such."""
+        fd = self.pending.take()
+        uid = self.peer.uid
+        if not self.trusted and self.daemon.offload.stuck(uid):
+            fd.close()
+            raise LimitReached(
+                "threads-per-uid",
+                f"uid {uid} has {THREADS_PER_UID} descriptors that block, and that is the limit "
+                "(threads-per-uid)",
+            )
+        return fd
+
+    def take_descriptor(self) -> Fd:
+        """Return the descriptor that was passed, if there is room to keep it."""
+        fd = self.pending_descriptor()
+        if len(self.named) + len(self.fdsets) >= DESCRIPTORS_PER_CONNECTION:
+            fd.close()
+            raise LimitReached(
+                "descriptors-per-connection",
+                f"This connection holds {DESCRIPTORS_PER_CONNECTION} descriptors, which is the "
+                "limit; close some with closefd or remove-fd",
+            )
+        return fd
+
+    def receive(self, numbers: list[int]) -> None:
+        """Take over descriptors that came with a message; raises LimitReached if the peer brings too many."""
+        if self.trusted:
+            self.pending.receive([Fd(number) for number in numbers])
+            return
+        fault = self.descriptors_fault(len(numbers))
+        self._descriptors.add(self.peer.uid, len(numbers))
+        self.pending.receive([Fd(number, self._close_received) for number in numbers])
+        if fault is not None:
+            raise fault
+
+    def descriptors_fault(self, more: int = 1) -> LimitReached | None:
+        """Return the limit that so many descriptors more of this peer would go beyond, None if there is none.
+
+        What waits to be closed counts too. Asked before each recvmsg(2), so a message of SCM_MAX_FD
+        descriptors goes beyond a limit by less than that.
+        """
+        offload, uid = self.daemon.offload, self.peer.uid
+        try:
+            self._descriptors.check(uid, more, offload.closing(uid))
+            self.daemon.limits.check_descriptors(offload.closing_of_others, more)
+        except LimitReached as error:
+            return error
+        return None
+
+    def _close_received(self, fd: int) -> None:
+        """Close what one who is not trusted has passed."""
+        self._descriptors.give(self.peer.uid)
+        self.daemon.offload.close(self.peer.uid, fd)
+
+    def close_connection(self, sock: socket.socket) -> None:
+        """Close the connection's own descriptor."""
+        close_connection(self.daemon, self.peer, sock)
+
+    def close(self) -> None:
+        """Close all descriptors of the session."""
+        self.pending.close()
+        self.named.close()
+        self.fdsets.close()
+
+    def handle(self, request: Request | Malformed | Struct) -> Reply:
+        """Carry out a request; return its reply, or a coroutine that ends with it."""
+        id_text: str | None = None
+        try:
+            if isinstance(request, Struct):
+                command = self._by_request[type(request)]
+                raw_id, arguments = request.id, request.arguments  # type: ignore[attr-defined]
+                if raw_id is not UNSET:
+                    id_text = str(memoryview(raw_id), "ascii")
+                if not self.negotiated:
+                    _check_negotiation(command.name)
+            elif isinstance(request, Malformed):
+                return self._malformed(request)
+            else:
+                id_text = request.id
+                command, arguments = self._find(request)
+            if not self.trusted:
+                self._check_peer(command)
+            if command.boxed:
+                result = command.function(self, arguments)
+            elif arguments is UNSET:
+                result = command.function(self)
+            else:
+                result = command.function(self, *astuple(arguments))
+            if result is None:
+                return wire.EMPTY_RETURN if id_text is None else wire.success(None, id_text)
+            if isinstance(result, CoroutineType):
+                self.daemon.limits.requests.add(self.peer.uid)
+                return self._later(result, id_text)
+            return _success(result, id_text)
+        except Exception as error:  # noqa: BLE001 - a reply must never be lost
+            return self._failure(error, id_text)
+
+    def _find(self, request: Request) -> tuple[Command, Struct]:
+        """Return the command that the reference parser has read, and its arguments, or raise CommandError."""
+        if not self.negotiated:
+            _check_negotiation(request.command)
+        command = self.table.by_name.get(request.command)
+        if command is None:
+            raise CommandNotFound(f"The command {request.command} has not been found")
+        if request.oob and not command.oob:
+            raise CommandError(f"The command {command.name} does not support OOB")
+        return command, check(command, request.arguments)
+
+    def _check_peer(self, command: Command) -> None:
+        """What is asked of those who are neither uid 0 nor the daemon's own uid, at each request."""
+        if not self.daemon.access.admits(self.peer):
+            raise AccessDenied(f"uid {self.peer.uid} may not use the control socket any more")
+        if command.function.__name__ in WAITING_COMMANDS:
+            self.daemon.limits.requests.check(self.peer.uid)
+
+    async def _later(self, result: Coroutine[object, object, object], id_text: str | None) -> bytes:
+        try:
+            return _success(await result, id_text)
+        except Exception as error:  # noqa: BLE001 - a reply must never be lost
+            return self._failure(error, id_text)
+        finally:
+            self.daemon.limits.requests.give(self.peer.uid)
+
+    def _failure(self, error: Exception, id_text: str | None) -> bytes:
+        if isinstance(error, CommandError):
+            if isinstance(error, LimitReached):
+                self.daemon.limits.hit(error.limit)
+            return wire.failure(error.error_class, error.desc, id_text)
+        log_internal(error)
+        return wire.failure("GenericError", INTERNAL_ERROR, id_text)
+
+    def _malformed(self, request: Malformed) -> bytes | Locked:
+        fault = request.fault
+        if fault.quote is None:
+            return wire.failure("GenericError", fault.before, request.id)
+        if len(fault.quote) > QUOTED_BYTES:
+            fault = Fault(fault.before, fault.quote[:QUOTED_BYTES], fault.after)
+        buffer = self.scratch.allocate(wire.quoted_failure_size(fault))
+        return Locked(buffer, wire.write_quoted_failure(fault, buffer.view))
+
+
+def _check_negotiation(name: str) -> None:
+    if name != "qmp_capabilities":
+        raise CommandNotFound("Expecting capabilities negotiation with 'qmp_capabilities'")
+
+
+def close_connection(daemon: Daemon, peer: Peer, sock: socket.socket) -> None:
+    """Close a connection that was shut down, so that nothing more comes on it.
+
+    close(2) also closes the descriptors that lie unread in it, and that may never return: then a thread of
+    the peer's uid does it, as it does on kernels that collect the garbage of all sockets there.
+    """
+    if CLOSE_COLLECTS_GARBAGE or (not peer.trusted and _holds_descriptors(daemon, sock)):
+        daemon.offload.close(peer.uid, sock.detach())
+    else:
+        sock.close()
+
+
+def _holds_descriptors(daemon: Daemon, sock: socket.socket) -> bool:
+    if not unread_bytes(sock.fileno()):
+        return False
+    try:
+        with daemon.tree.scratch.allocate(_PEEK_BYTES) as scratch:
+            return holds_descriptors(sock, scratch.view)
+    except (LockedMemoryExhausted, OSError):
+        return True
+
+
+def log_internal(error: Exception) -> None:
+    """Log an unknown exception: its type and place. Its own text may quote what it choked on."""
+    place = "".join(traceback.format_tb(error.__traceback__)).rstrip()
+    log.error("internal error: %s\n%s", type(error).__name__, place)
+
+
+def _success(result: object, id_text: str | None) -> bytes:
+    reply = wire.success(result, id_text)
+    if len(reply) > MAX_REPLY_BYTES:
+        raise LimitReached(
+            "reply-bytes",
+            f"The reply has {len(reply)} bytes, more than the limit of {MAX_REPLY_BYTES} bytes",
+        )
+    return reply

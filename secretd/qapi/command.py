@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Typed arguments: from a command's annotated function to checks in QEMU's words.
+
+The function is the single source. From its signature come a msgspec Struct of its arguments and one
+of the whole request; `check` fills the first from the reference parser's values (visitor does),
+and `FastDecoder` the second straight from the bytes. Both build the same Struct, so
+handlers see one type. Which commands exist is said in commands; this module knows none.
+
+What an annotation means:
+
+    str              a string
+    Literal["a","b"] an enumeration
+    int, Int32       an int64, an int32
+    bool             true or false
+    list[...]        an array of one of these
+    a Struct         an object with such members
+    msgspec.Raw      a string that carries a secret: the JSON text of its content in locked memory,
+                     between double quotes, good only until the handler returns or awaits
+    object           any JSON, undecoded (wire.parser.JSON)
+    SensitiveAny     the same, where it may carry a secret
+    … | UnsetType    optional; UNSET when not given
+"""
+
+import collections.abc
+import inspect
+import re
+import types
+import typing
+from collections.abc import Callable, Iterable
+from typing import Any, Final, Literal, NamedTuple, Union
+
+import msgspec
+from msgspec import UNSET, Raw, Struct, UnsetType
+
+from secretd.errors import CommandError
+from secretd.qapi.visitor import (
+    JSON_VISITOR,
+    Visitor,
+    alternatives,
+    check_enum,
+    check_members,
+    members,
+)
+from secretd.wire.parser import JSON
+
+
+class Command(NamedTuple):
+    """A QMP command. ``function(monitor, *arguments)`` carries it out and returns JSON or a coroutine.
+
+    ``arguments`` are the alternatives by the value of ``tag_field``; an untagged Struct stands under "".
+    ``request``: the Struct of what the fast path may decode, None if it may decode nothing of it.
+    ``boxed``: the function takes the Struct itself. ``client``: allowed on the client door. ``oob``:
+    may be executed out of band. ``returns``: the annotation of what it returns, None for nothing.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    tag_field: str
+    arguments: dict[str, type[Struct]]
+    request: type[Struct] | None
+    boxed: bool
+    client: bool
+    oob: bool
+    returns: Any
+
+
+class Commands:
+    """The commands that decorated functions define, by name in order of definition."""
+
+    def __init__(self) -> None:
+        self.by_name: dict[str, Command] = {}
+
+    def __call__(
+        self, *, name: str | None = None, client: bool = False, oob: bool = False
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Decorate a function: its first parameter is the monitor, the others are the arguments."""
+
+        def register(function: Callable[..., Any]) -> Callable[..., Any]:
+            wire_name = name or function.__name__.replace("_", "-")
+            self.by_name[wire_name] = _command(function, wire_name, client=client, oob=oob)
+            return function
+
+        return register
+
+
+def _command(function: Callable[..., Any], name: str, *, client: bool, oob: bool) -> Command:
+    hints = typing.get_type_hints(function)
+    parameters: list[inspect.Parameter] = list(inspect.signature(function).parameters.values())[1:]
+    boxed = len(parameters) == 1 and parameters[0].name == "arguments"
+    if boxed:
+        structs = list(typing.get_args(hints["arguments"])) or [hints["arguments"]]
+    else:
+        fields: list[Any] = [
+            (p.name, hints[p.name]) if p.default is p.empty else (p.name, hints[p.name], p.default)
+            for p in parameters
+        ]
+        structs = [
+            msgspec.defstruct(
+                _camel(name) + "Arguments",
+                fields,
+                forbid_unknown_fields=True,
+                rename="kebab",
+                omit_defaults=True,
+            )
+        ]
+    return Command(
+        name=name,
+        function=function,
+        tag_field=structs[0].__struct_config__.tag_field or "",
+        arguments={struct.__struct_config__.tag or "": struct for struct in structs},
+        # A type that QAPI does not have is an error now, not when it is asked for.
+        request=_request(name, list(filter(_is_fast, structs))),
+        boxed=boxed,
+        client=client,
+        oob=oob,
+        returns=_returned(hints["return"]),
+    )
+
+
+def _camel(name: str) -> str:
+    return "".join(map(str.capitalize, re.split("[-_]", name)))
+
+
+def _request(name: str, structs: list[type[Struct]]) -> type[Struct] | None:
+    """Return the Struct of the whole message, for those alternatives that the fast path may decode."""
+    if not structs:
+        return None
+    config = structs[0].__struct_config__
+    arguments: Any = structs[0]
+    if config.tag is not None:
+        # msgspec wants the tag only of a union: with one type, add one that cannot be asked for.
+        nothing = msgspec.defstruct("Nothing", [], tag_field=config.tag_field, tag="\0")
+        arguments = Union[(*structs, nothing)]
+    optional = all(not member.required for struct in structs for member in members(struct))
+    fields: list[Any] = [
+        ("arguments", arguments | UnsetType, UNSET) if optional else ("arguments", arguments),
+        ("id", Raw | UnsetType, UNSET),
+    ]
+    return msgspec.defstruct(
+        _camel(name) + "Request",
+        fields,
+        tag_field="execute",
+        tag=name,
+        forbid_unknown_fields=True,
+        omit_defaults=True,
+    )
+
+
+def _returned(hint: Any) -> Any:
+    """Return what a handler's annotation says it returns, at once or after waiting; None for nothing."""
+    for kind in typing.get_args(hint) if isinstance(hint, types.UnionType) else [hint]:
+        origin = typing.get_origin(kind)
+        if origin not in (collections.abc.Awaitable, collections.abc.Coroutine):
+            return None if kind is types.NoneType else kind
+    raise TypeError(f"{hint} does not say what is returned at once")
+
+
+def _is_fast(struct: type[Struct]) -> bool:
+    """Numbers, arrays and objects have spellings that msgspec and QEMU judge differently: those are
+    for the reference only.
+    """
+    for member in members(struct):
+        (kind,) = alternatives(member.hint)
+        if kind is not str and kind is not Raw and typing.get_origin(kind) is not Literal:
+            return False
+    return True
+
+
+def check(command: Command, arguments: dict[str, JSON], visitor: Visitor = JSON_VISITOR) -> Struct:
+    """Return the command's arguments Struct, or raise CommandError in QEMU's words."""
+    struct = command.arguments.get("")
+    if struct is not None:
+        return check_members(visitor, "", arguments, struct, ())
+    tag_field = command.tag_field
+    if tag_field not in arguments:
+        raise CommandError(f"Parameter '{tag_field}' is missing")
+    tag = visitor.text(tag_field, arguments[tag_field]).to_str()
+    struct = command.arguments[check_enum(tag_field, tag, tuple(command.arguments))]
+    return check_members(visitor, "", arguments, struct, (tag_field,))
+
+
+def text_of(raw: Raw) -> memoryview:
+    """Return the content of a sensitive string, still in locked memory."""
+    return memoryview(raw)[1:-1]
+
+
+_FAST_ID: Final = re.compile(rb'(?:0|-?[1-9][0-9]{0,17}|"[ !#-\[\]-~]{0,1024}")')
+_FAST_SENSITIVE: Final = re.compile(rb'"[ !#-\[\]-~]*"')
+_ORDINARY = rb'[^"\\\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\xff]*'
+_EMPTY: Final = Raw(b"")
+
+
+class FastDecoder:
+    """Decodes the line of one request where that is provably what the reference would do.
+
+    Everything in doubt is declined: escapes, bytes outside ASCII, duplicate members (they have more
+    quotes than what was understood has when it is written again), ids that QEMU prints otherwise.
+    """
+
+    def __init__(self, commands: Iterable[Command]) -> None:
+        fast = [command for command in commands if command.request is not None]
+        requests = tuple(command.request for command in fast)
+        structs = {struct for command in fast for struct in command.arguments.values()}
+        self._sensitive: dict[type, str | None] = {struct: _sensitive(struct) for struct in structs}
+        self._sensitive[UnsetType] = None
+        self._decode = msgspec.json.Decoder(Union[requests]).decode  # noqa: UP007 - built at run time
+        self._encode = msgspec.json.Encoder().encode
+        self._shapes: dict[int, re.Pattern[bytes]] = {}
+
+    def __call__(self, line: memoryview) -> Struct | None:
+        """Return the request, or None to decline. Raises nothing: msgspec's errors quote the text."""
+        try:
+            request = self._decode(line)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            return None
+        arguments, request_id = request.arguments, request.id
+        quotes = aside = 0
+        if request_id is not UNSET:
+            id_text = memoryview(request_id)
+            if not _FAST_ID.fullmatch(id_text):
+                return None
+            quotes = 2 if id_text[0] == 0x22 else 0
+            aside = len(id_text)
+            request.id = _EMPTY
+        secret: Raw | UnsetType = UNSET
+        name = self._sensitive.get(type(arguments), "")
+        if name == "":  # the type that nobody can ask for was asked for
+            return None
+        if name is not None:
+            secret = getattr(arguments, name)
+            if secret is not UNSET:
+                text = memoryview(secret)
+                if not _FAST_SENSITIVE.fullmatch(text):
+                    return None
+                quotes += 2
+                aside += len(text)
+                setattr(arguments, name, _EMPTY)
+        encoded = self._encode(request)
+        # Nothing was left out, twice, escaped or spaced? Each of these only makes a line longer.
+        whole = len(encoded) + aside + 1 == len(line) and line[-1] == 0x0A
+        if (
+            not (whole and encoded.isascii() and b"\x7f" not in encoded)
+            and not self._shape(quotes + encoded.count(b'"')).fullmatch(line)
+        ):  # fmt: skip
+            return None
+        if aside:
+            request.id = request_id
+            if name is not None:
+                setattr(arguments, name, secret)
+        return request  # type: ignore[no-any-return]
+
+    def _shape(self, quotes: int) -> re.Pattern[bytes]:
+        """Return what a line with so many quotes, and nothing that needs thought, looks like."""
+        shape = self._shapes.get(quotes)
+        if shape is None:
+            shape = re.compile(_ORDINARY + rb'(?:"' + _ORDINARY + b"){%d}" % quotes)
+            self._shapes[quotes] = shape
+        return shape
+
+
+def _sensitive(struct: type[Struct]) -> str | None:
+    """Return the name of the member that carries a secret; there is one at most."""
+    names = [member.name for member in members(struct) if Raw in alternatives(member.hint)]
+    assert len(names) < 2, struct
+    return names[0] if names else None

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What a type of objects is, and what is told of all of them (QEMU's TypeInfo and qom-list-types).
+
+Each type says its own in a file beside this one; which there are stands in qom.types. It holds no objects:
+the tree (qom.object) does, and calls it.
+"""
+
+from collections.abc import Awaitable, Mapping
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, NotRequired, Protocol, TypedDict
+
+import msgspec
+from msgspec import Struct
+
+from secretd.errors import CommandError, DeviceNotFound
+from secretd.journal.journal import Record
+from secretd.memory.arena import LockedBuffer
+from secretd.qapi.visitor import JSON_VISITOR, members
+from secretd.wire.parser import JSON, Text
+
+if TYPE_CHECKING:
+    from secretd.qom.tree import ObjectTree
+
+ObjectPropertyInfo = TypedDict(
+    "ObjectPropertyInfo",
+    {
+        "name": str,
+        "type": str,
+        "description": NotRequired[str],
+        "default-value": NotRequired[object],
+    },
+)
+"""An entry of qom-list and qom-list-properties (qapi/qom.json)."""
+
+
+class ObjectTypeInfo(TypedDict):
+    """An entry of qom-list-types (qapi/qom.json)."""
+
+    name: str
+    abstract: NotRequired[bool]
+    parent: NotRequired[str]
+
+
+class Sources(Protocol):
+    """Where the content of new objects comes from: what the one who makes them may name.
+
+    Both return the content between two spare bytes in scratch memory, and raise SourceError.
+    ``uid``: whose the objects are.
+    """
+
+    uid: int
+
+    def file(self, name: str) -> "LockedBuffer | Awaitable[LockedBuffer]":
+        """Read ``file=NAME``."""
+
+    def key(self, serial: int) -> "LockedBuffer | Awaitable[LockedBuffer]":
+        """Read a key of the kernel's keyrings."""
+
+
+class StoredInvalidValue(CommandError):
+    """A value is refused by words only, as some of QEMU's setters do: the property has it. ``changes``:
+    what to store.
+    """
+
+    def __init__(self, desc: str, changes: dict[str, object]) -> None:
+        super().__init__(desc)
+        self.changes = changes
+
+
+class TypeInfo(NamedTuple):
+    """A QOM type as qom-list-types shows it; ``ancestors`` are all it implements, itself too."""
+
+    name: str
+    parent: str | None
+    abstract: bool
+    ancestors: tuple[str, ...]
+    properties: tuple[tuple[str, str], ...] = (("type", "string"),)
+
+
+class ObjectOptions(Struct, tag_field="qom-type", forbid_unknown_fields=True, kw_only=True):
+    """The members that all types have in object-add (ObjectOptions of qapi/qom.json)."""
+
+    id: str
+
+
+class ObjectType:
+    """What can be made with object-add, said once for all objects of a type.
+
+    ``number`` stands in the journal and never changes. ``defaults`` are the values of properties that
+    were not given. ``decides``: access depends on such objects. What one type does differently it overrides.
+    """
+
+    info: TypeInfo
+    number: int
+    options: type[ObjectOptions]
+    defaults: Mapping[str, object]
+    decides: bool = False
+
+    def create(
+        self, _tree: "ObjectTree", _options: Any, _sources: Sources
+    ) -> LockedBuffer | Awaitable[LockedBuffer | None] | None:
+        """Return the plaintext that the options stand for, or raise CommandError."""
+        return None
+
+    def stored(self, options: ObjectOptions) -> dict[str, object]:
+        """Return the properties to store: what was given."""
+        given = msgspec.to_builtins(options)
+        return {name: given[name] for name, _ in self.info.properties if name in given}
+
+    def get(self, record: Record, name: str) -> object:
+        """Return a property's value."""
+        properties = record.properties
+        return properties[name] if name in properties else self.defaults[name]
+
+    def set(self, name: str, value: JSON) -> dict[str, object]:
+        """Check a new value; return what to store of it."""
+        (member,) = (m for m in members(self.options) if m.wire_name == name)
+        return {name: msgspec.to_builtins(member.check(JSON_VISITOR, name, name, value))}
+
+
+SECRET_COMMON: Final = "secret_common"  # noqa: S105 - a type's name
+"""The type that all secrets are of."""
+
+
+class Types:
+    """All types: those that objects can be made of, and what is told of these and others.
+
+    ``of``: the type by its options; ``numbered``: by the number that the journal knows it by.
+    """
+
+    def __init__(self, creatable: tuple[ObjectType, ...], infos: tuple[TypeInfo, ...]) -> None:
+        self.of: Mapping[type[ObjectOptions], ObjectType] = {k.options: k for k in creatable}
+        self.numbered: Mapping[int, ObjectType] = {kind.number: kind for kind in creatable}
+        self._infos = {info.name: info for info in infos}
+
+    def help(self, type_name: JSON) -> str:
+        """Return what ``--object TYPE,help`` prints (user_creatable_print_help())."""
+        name = type_name.to_str() if isinstance(type_name, Text) else ""
+        # People type the names of object-add, of which one differs from the type's own.
+        kinds = {kind.options.__struct_config__.tag: kind.info for kind in self.numbered.values()}
+        info = kinds.get(name) or self._infos.get(name)
+        if info is None:
+            head = "List of user creatable objects:"
+            lines = sorted(f"  {tag}" for tag in kinds)
+        else:
+            lines = [f"  {n}=<{kind}>" for n, kind in sorted(info.properties) if n != "type"]
+            head = f"{name} options:" if lines else f"There are no options for {name}."
+        return "\n".join((head, *lines, ""))
+
+    def listed(self, implements: str | None, *, abstract: bool) -> list[ObjectTypeInfo]:
+        """Return the ObjectTypeInfo list of qom-list-types."""
+        listed = []
+        for info in self._infos.values():
+            if info.abstract and not abstract:
+                continue
+            if implements is None or implements in info.ancestors:
+                entry: ObjectTypeInfo = {"name": info.name}
+                if info.abstract:
+                    entry["abstract"] = True
+                if info.parent is not None:
+                    entry["parent"] = info.parent
+                listed.append(entry)
+        return listed
+
+    def properties(self, name: str) -> list[ObjectPropertyInfo]:
+        """Return the ObjectPropertyInfo list of qom-list-properties."""
+        info = self._infos.get(name)
+        if info is None:
+            raise DeviceNotFound(f"Class '{name}' not found")
+        if "object" not in info.ancestors:
+            raise CommandError("Parameter 'typename' expects a QOM type")
+        return as_listed(info.properties)
+
+
+def as_listed(
+    properties: "list[tuple[str, str]] | tuple[tuple[str, str], ...]",
+) -> list[ObjectPropertyInfo]:
+    """Return properties, name and type, as qom-list and qom-list-properties list them."""
+    return [{"name": name, "type": kind} for name, kind in properties]

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The types of objects there are, in the order in which QEMU lists them.
+
+Says nothing about what they do; that is said where each is defined. daemon and commands ask.
+"""
+
+from typing import Final, TypeAlias
+
+from secretd.qom.authz import (
+    AUTHZ,
+    AuthZList,
+    AuthZListFile,
+    AuthZListFileOptions,
+    AuthZListOptions,
+    AuthZSimple,
+    AuthZSimpleOptions,
+)
+from secretd.qom.grant import SecretGrant, SecretGrantOptions
+from secretd.qom.object_type import ObjectType, TypeInfo, Types
+from secretd.qom.secret import (
+    SECRET_COMMON,
+    Secret,
+    SecretKeyring,
+    SecretKeyringOptions,
+    SecretOptions,
+)
+
+_CREATABLE: Final[tuple[ObjectType, ...]] = (
+    Secret(),
+    SecretKeyring(),
+    AuthZSimple(),
+    AuthZList(),
+    AuthZListFile(),
+    SecretGrant(),
+)
+
+AnyOptions: TypeAlias = (
+    AuthZListOptions
+    | AuthZListFileOptions
+    | AuthZSimpleOptions
+    | SecretOptions
+    | SecretKeyringOptions
+    | SecretGrantOptions
+)
+"""The arguments of object-add: ObjectOptions of qapi/qom.json, the types by name as there."""
+
+_INFOS: Final = (
+    SECRET_COMMON,
+    TypeInfo("user-creatable", "interface", True, ("user-creatable", "interface"), ()),
+    TypeInfo("container", "object", False, ("container", "object")),
+    TypeInfo("interface", None, True, ("interface",), ()),
+    Secret.info,
+    SecretKeyring.info,
+    AuthZListFile.info,
+    SecretGrant.info,
+    AuthZSimple.info,
+    TypeInfo("object", None, True, ("object",)),
+    AuthZList.info,
+    AUTHZ,
+)
+
+TYPES: Final = Types(_CREATABLE, _INFOS)
+"""All of them."""

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The server's side of a QMP connection, sans-IO: bytes in, requests out.
+
+A `Connection` finds where a message ends and whether it is a command object, with QEMU's words when
+it is not (monitor/qmp.c, qapi/qmp-dispatch.c). It does not know which commands exist and holds no
+bytes: the caller keeps the buffer and says what it moved. server feeds it; monitor answers.
+
+The fast path is an optimisation that may only accept or decline: it is given one line at a time,
+and whatever it declines is read by the reference, wire.qjson.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Final, Generic, TypeVar
+
+from secretd.wire import encoder
+from secretd.wire.hash_order import qdict_items
+from secretd.wire.lexer import (
+    MAX_MESSAGE_BYTES,
+    NEED_DATA,
+    NeedData,
+    Streamer,
+)
+from secretd.wire.messages import Malformed, Request
+from secretd.wire.parser import JSON, Fault, Text
+
+T = TypeVar("T")
+
+MAX_ID_BYTES: Final = 16 << 10
+"""Bytes of a command's id, as it is echoed. QEMU: no limit."""
+
+_NEWLINE: Final = re.compile(rb"\n")
+_BLANK: Final = re.compile(rb"[ \t\r\n]*")
+_BRACE: Final = 0x7B
+
+
+class Connection(Generic[T]):
+    """Requests out of a stream of bytes. ``fast`` takes the view of one line and returns the typed
+    request, or None to decline.
+    """
+
+    def __init__(
+        self,
+        fast: Callable[[memoryview], T | None],
+        max_bytes: int = MAX_MESSAGE_BYTES,
+        max_tokens: int | None = None,
+    ) -> None:
+        self._fast = fast
+        self._streamer = Streamer(max_bytes, max_tokens)
+        self.idle = True
+        """True if no message is unfinished."""
+        self._declined = 0  # up to here the fast path has said no
+        self.oob = False
+        """Whether the client has enabled out-of-band execution."""
+        self.kept_from = self._streamer.kept_from
+
+    def moved(self, distance: int) -> None:
+        """The bytes not yet consumed now lie ``distance`` lower in the view."""
+        self._streamer.moved(distance)
+        self._declined = 0
+
+    def next(
+        self, view: memoryview, position: int, end: int
+    ) -> tuple[int, Request | Malformed | T | NeedData]:
+        """Read on from ``position``; return where it stopped and what it found.
+
+        The views inside a request are good until the caller moves or wipes the bytes.
+        """
+        if self.idle:
+            first = view[position] if position < end else 0
+            if first <= 0x20:
+                position = _BLANK.match(view, position, end).end()  # type: ignore[union-attr]
+                if position == end:
+                    self._declined = 0
+                    return position, NEED_DATA
+                first = view[position]
+            if first == _BRACE and self._declined <= position:
+                newline = _NEWLINE.search(view, position, end)
+                line_end = end if newline is None else newline.end()
+                request = self._fast(view[position:line_end])
+                if request is not None:
+                    if line_end == end:
+                        self._declined = 0
+                    return line_end, request
+                self._declined = line_end
+        return self._reference(view, position, end)
+
+    def _reference(
+        self, view: memoryview, position: int, end: int
+    ) -> tuple[int, Request | Malformed | NeedData]:
+        position, message = self._streamer.next(view, position, end)
+        self.idle = self._streamer.idle
+        if message is NEED_DATA:
+            self._declined = 0
+            return position, NEED_DATA
+        if isinstance(message, Fault):
+            return position, Malformed(message)
+        return position, _check_object(message, oob=self.oob)  # type: ignore[arg-type]
+
+
+def _check_object(message: JSON, *, oob: bool) -> Request | Malformed:
+    """qmp_dispatch_check_obj(): is it a command object? ``oob``: exec-oob is one of its members."""
+    if not isinstance(message, dict):
+        return Malformed(Fault("QMP input must be a JSON object"))
+    id_text = encoder.value(message["id"]) if "id" in message else None
+    if id_text is not None and len(id_text) > MAX_ID_BYTES:
+        words = f"QMP input member 'id' is longer than the limit of {MAX_ID_BYTES} bytes"
+        return Malformed(Fault(words))
+    execute = ""
+    wrong = ""
+    for key, value in qdict_items(message):
+        if key == "execute" or (key == "exec-oob" and oob):
+            if not isinstance(value, Text):
+                wrong = f"QMP input member '{key}' must be a string"
+            elif execute:
+                wrong = f"QMP input member '{key}' clashes with '{execute}'"
+            execute = key
+        elif key == "arguments":
+            if not isinstance(value, dict):
+                wrong = "QMP input member 'arguments' must be an object"
+        elif key != "id":
+            wrong = f"QMP input member '{key}' is unexpected"
+        if wrong:
+            return Malformed(Fault(wrong), id_text)
+    if not execute:
+        return Malformed(Fault("QMP input lacks member 'execute'"), id_text)
+    command, arguments = message[execute], message.get("arguments", {})
+    assert isinstance(command, Text)
+    assert isinstance(arguments, dict)
+    return Request(command.to_str(), arguments, id_text, execute == "exec-oob")

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""JSON as QEMU writes it: qobject/json-writer.c and qjson.c, members in QDict's order.
+
+ASCII only, separators ", " and ": ", lines that end in CRLF. Not for anything sensitive but
+`write_quoted`, which stays in the buffer it is given. wire.qmp calls it.
+"""
+
+import re
+from typing import Final
+
+from secretd.wire.hash_order import qdict_items
+from secretd.wire.parser import Number, Text
+
+_PLAIN: Final = re.compile(r"[ !#-\[\]-~]*")
+_SHORT: Final = {
+    '"': '\\"',
+    "\\": "\\\\",
+    "\b": "\\b",
+    "\f": "\\f",
+    "\n": "\\n",
+    "\r": "\\r",
+    "\t": "\\t",
+}
+# What mod_utf8_codepoint() takes as one sequence, valid or not (util/unicode.c).
+_SEQUENCE: Final = re.compile(
+    rb"[\xc0-\xdf][\x80-\xbf]?|[\xe0-\xef][\x80-\xbf]{0,2}|[\xf0-\xf7][\x80-\xbf]{0,3}"
+    rb"|[\xf8-\xfb][\x80-\xbf]{0,4}|[\xfc\xfd][\x80-\xbf]{0,5}|.",
+    re.DOTALL,
+)
+
+
+def _character(character: str) -> str:
+    short = _SHORT.get(character)
+    if short is not None:
+        return short
+    code = ord(character)
+    if 0x20 <= code < 0x7F:
+        return character
+    if 0xD800 <= code < 0xE000:
+        return "\\uFFFD"  # of a command line that was not UTF-8
+    if code < 0x10000:
+        return f"\\u{code:04X}"
+    code -= 0x10000
+    return f"\\u{0xD800 + (code >> 10):04X}\\u{0xDC00 + (code & 0x3FF):04X}"
+
+
+_ESCAPES_KEPT: Final = 4096
+
+
+class _Escapes(dict[int, str]):
+    """How characters are written, by their code: for str.translate(), which fills it."""
+
+    def __missing__(self, code: int) -> str:
+        written = _character(chr(code))
+        if len(self) < _ESCAPES_KEPT:
+            self[code] = written
+        return written
+
+
+_ESCAPES: Final = _Escapes()
+
+
+def string(text: str) -> str:
+    """Return ``text`` as a JSON string."""
+    if _PLAIN.fullmatch(text):
+        return f'"{text}"'
+    return f'"{text.translate(_ESCAPES)}"'
+
+
+class Verbatim(str):
+    """JSON text that is ready."""
+
+    __slots__ = ()
+
+
+def value(data: object) -> str:
+    """Return the JSON text of None, bool, int, float, str, lists and dicts of them; and of what
+    wire.qjson parsed, unless that is sensitive. Members come in QDict's order.
+
+    Iterative, since 1024 levels are more than Python's stack takes.
+    """
+    parts: list[str] = []
+    stack = [data]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, Verbatim):
+            parts.append(item)
+        elif isinstance(item, dict):
+            stack.append(Verbatim("}"))
+            for key, member in reversed(qdict_items(item)):
+                stack += (member, Verbatim(f", {string(key)}: "))
+            if item:
+                stack[-1] = Verbatim(str(stack[-1])[2:])
+            parts.append("{")
+        elif isinstance(item, list):
+            stack.append(Verbatim("]"))
+            for element in reversed(item):
+                stack += (element, Verbatim(", "))
+            if item:
+                stack.pop()
+            parts.append("[")
+        else:
+            parts.append(_scalar(item))
+    return "".join(parts)
+
+
+def _scalar(data: object) -> str:
+    if isinstance(data, Text):
+        return string(data.to_str())
+    if isinstance(data, Number):
+        data = data.value()
+    if isinstance(data, str):
+        return string(data)
+    if data is None:
+        return "null"
+    if data is True:
+        return "true"
+    if data is False:
+        return "false"
+    if isinstance(data, int):
+        return str(data)
+    if isinstance(data, float):
+        return f"{data:.17g}"
+    raise TypeError(f"{type(data).__name__} has no JSON form")
+
+
+def line(data: object) -> bytes:
+    """Return one message: the JSON text and CRLF."""
+    return value(data).encode("ascii") + b"\r\n"
+
+
+def write_quoted(quote: memoryview, into: memoryview) -> int:
+    """Write the sender's bytes as the inside of a JSON string; return the bytes written.
+
+    As QEMU prints a C string: up to the first NUL, what is not UTF-8 as U+FFFD. ``into`` must hold six
+    bytes for each of ``quote``. Only single characters ever become Python objects.
+    """
+    at = 0
+    for match in _SEQUENCE.finditer(quote):
+        start = match.start()
+        first = quote[start]
+        if first == 0:
+            break
+        if 0x20 <= first < 0x7F and first not in b'"\\':
+            into[at] = first
+            at += 1
+            continue
+        encoded = _character(_decoded(match[0])).encode("ascii")
+        into[at : at + len(encoded)] = encoded
+        at += len(encoded)
+    return at
+
+
+def _decoded(sequence: bytes) -> str:
+    """Return the character, U+FFFD for what is none (noncharacters too)."""
+    if sequence == b"\xc0\x80":
+        return "\0"
+    try:
+        character = sequence.decode()
+    except UnicodeDecodeError:
+        return "\ufffd"
+    code = ord(character)
+    return "\ufffd" if code & 0xFFFE == 0xFFFE or 0xFDD0 <= code <= 0xFDEF else character

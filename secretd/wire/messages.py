@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The messages of QMP (QMP spec, section "Protocol Specification") as values and as bytes.
+
+It does not read a stream (wire.qmp does) and knows no command.
+"""
+
+from typing import NamedTuple, TypedDict
+
+from secretd.wire import encoder
+from secretd.wire.parser import JSON, Fault
+
+DESC_BYTES = 48_000
+"""Bytes of the words of an error, escapes included. With an id of the longest, the reply stays under
+64 KiB."""
+
+LONGEST_ESCAPE = 12
+"""Bytes that a character may become in JSON."""
+
+EMPTY_RETURN = b'{"return": {}}\r\n'
+
+
+class Request(NamedTuple):
+    """A well-formed command object. ``id`` is the JSON text of the member, None without one.
+    ``oob``: to be executed out of band, that is at once.
+    """
+
+    command: str
+    arguments: dict[str, JSON]
+    id: str | None
+    oob: bool = False
+
+
+class Malformed(NamedTuple):
+    """What is not a command object, in QEMU's words. It keeps its place in the queue."""
+
+    fault: Fault
+    id: str | None = None
+
+
+def greeting(qemu: tuple[int, int, int], package: str, capabilities: list[str]) -> bytes:
+    """Return the line a server opens with: version (major, minor, micro) and capabilities."""
+    return encoder.line(
+        {"QMP": {"version": version(qemu, package), "capabilities": list(capabilities)}}
+    )
+
+
+class VersionTriple(TypedDict):
+    """A version of QEMU."""
+
+    major: int
+    minor: int
+    micro: int
+
+
+class VersionInfo(TypedDict):
+    """What query-version returns (qapi/control.json)."""
+
+    qemu: VersionTriple
+    package: str
+
+
+def version(qemu: tuple[int, int, int], package: str) -> VersionInfo:
+    """Return the VersionInfo."""
+    major, minor, micro = qemu
+    return {"qemu": {"major": major, "minor": minor, "micro": micro}, "package": package}
+
+
+def success(data: object, id_text: str | None) -> bytes:
+    """Return a success response; ``data`` None stands for an empty object."""
+    if isinstance(data, encoder.Verbatim):
+        body: str = data
+    else:
+        body = "{}" if data is None else encoder.value(data)
+    suffix = "" if id_text is None else f', "id": {id_text}'
+    return f'{{"return": {body}{suffix}}}\r\n'.encode("ascii")
+
+
+def failure(error_class: str, desc: str, id_text: str | None) -> bytes:
+    """Return an error response. Words of unusual length are cut."""
+    prefix = "" if id_text is None else f'"id": {id_text}, '
+    text = encoder.string(desc)
+    if len(text) > DESC_BYTES:
+        text = encoder.string(desc[: DESC_BYTES // LONGEST_ESCAPE])
+    return f'{{{prefix}"error": {{"class": "{error_class}", "desc": {text}}}}}\r\n'.encode("ascii")
+
+
+def quoted_failure_size(fault: Fault) -> int:
+    """Return how many bytes `write_quoted_failure` may need."""
+    assert fault.quote is not None
+    return 6 * (len(fault.quote) + len(fault.before) + len(fault.after)) + 64
+
+
+def write_quoted_failure(fault: Fault, into: memoryview) -> int:
+    """Write the error response that quotes the sender's bytes; return its length in bytes."""
+    assert fault.quote is not None
+    head = (
+        b'{"error": {"class": "GenericError", "desc": ' + encoder.string(fault.before)[:-1].encode()
+    )
+    tail = encoder.string(fault.after)[1:].encode() + b"}}\r\n"
+    into[: len(head)] = head
+    at = len(head) + encoder.write_quoted(fault.quote, into[len(head) :])
+    into[at : at + len(tail)] = tail
+    return at + len(tail)
+
+
+def event(name: str, data: str, seconds: int, microseconds: int) -> bytes:
+    """Return an event, its data as JSON text; the time is since the epoch."""
+    time = f'{{"seconds": {seconds}, "microseconds": {microseconds}}}'
+    return f'{{"timestamp": {time}, "event": "{name}", "data": {data}}}\r\n'.encode("ascii")
