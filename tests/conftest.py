@@ -35,11 +35,12 @@ from secretd.memory.arena import (
     choose_level,
 )
 from secretd.monitor.commands import COMMANDS
+from secretd.net.listener import listen
 from secretd.net.loop import Loop
 from secretd.qom.object_type import ObjectOptions
 from secretd.qom.registry import TYPES
 from secretd.qom.tree import ObjectTree, with_hint
-from secretd.server.server import Server, listen
+from secretd.server.server import Server
 
 # As the daemon does: 1024 descriptors, the usual soft limit, are few where messages bring 253.
 _hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -391,7 +392,7 @@ class Daemon:
                 self.loop.call_soon_threadsafe(self.server.stop)
         self._thread.join(20)
         assert not self._thread.is_alive()
-        while not self.server.daemon.offload.idle():  # the listeners are closed in a thread
+        while not self.server.core.threads.idle():  # the listeners are closed in a thread
             pass
         assert self.errors == []
         assert self.held == 0, "scratch memory was not freed"

@@ -19,14 +19,14 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from secretd.errors import LockedMemoryExhausted, StateError, UsageError
-from secretd.journal import loader
+from secretd.journal import layout
 from secretd.journal.journal import Journal
 from secretd.linux import locked_pages
 from secretd.memory.arena import Arena
 from secretd.monitor.commands import COMMANDS
 from secretd.qapi import keyval
-from secretd.qapi.command import FastDecoder
-from secretd.systemd.notify import credential_address
+from secretd.qapi.fast_decoder import FastDecoder
+from secretd.systemd.credential_address import credential_address
 from secretd.wire.connection import Connection
 from secretd.wire.lexer import NeedData
 from secretd.wire.messages import Malformed, Request
@@ -145,7 +145,7 @@ def journal_file() -> bytes:
         journal.add("rule", 5, {"identity": "uid:1"}, None, 0)
         journal.set_properties("s1", {"format": "base64"})
         journal.remove("s2")
-        return os.pread(journal.filenos()[0], loader.FILE.size + 600, 0)
+        return os.pread(journal.filenos()[0], layout.FILE.size + 600, 0)
     finally:
         journal.close()
         journal.arena.close()

@@ -11,13 +11,14 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from secretd.access.decision import Access
 from secretd.access.peer import Door, Peer, identify
 from secretd.audit.log import Audit
-from secretd.descriptors import delivery
+from secretd.descriptors import threaded_delivery
 from secretd.errors import LockedMemoryExhausted
 from secretd.journal.journal import Journal
 from secretd.monitor.commands import COMMANDS
@@ -195,7 +196,7 @@ def test_an_administrator_who_is_not_one_any_more_hears_nothing(
     assert admin.event()["data"]["id"] == "seen"
     loaded.ok("object-del", {"id": "admins"})
     loaded.add("unseen", data="x")
-    daemon.call(daemon.server.daemon.broadcaster.flush)
+    daemon.call(daemon.server.core.broadcaster.flush)
     assert "any more" in admin.fail("query-name")
     assert admin.events == []
 
@@ -413,7 +414,7 @@ def test_a_unit_of_the_system_manager_is_not_one_of_a_user(
             # The process connects to a socket of the test's; what it is there it is to the daemon too.
             with process_in(path, directory) as sock:
                 peer = identify(sock, Door.CLIENT)
-        may_read = partial(daemon.server.daemon.access.may_read, peer, "web.key")
+        may_read = partial(daemon.server.core.access.may_read, peer, "web.key")
         assert daemon.call(may_read) is expected
 
 
@@ -587,7 +588,7 @@ def test_what_was_taken_before_the_end_is_a_prefix_of_the_secret(
 ) -> None:
     """Wherever the delivery is when it is withdrawn: no byte is wrong, and none comes afterwards."""
     # Nobody holds a write up here, but where all tests run at once a thread may have to wait for a processor.
-    monkeypatch.setattr(delivery, "WRITE_SECONDS", 20.0)
+    monkeypatch.setattr(threaded_delivery, "WRITE_SECONDS", 20.0)
     allow(loaded, "web", "uid:1000")
     clients = [daemon.connect(door="client", uid=1000)]
     if how != "revoke":
@@ -605,7 +606,7 @@ def test_what_was_taken_before_the_end_is_a_prefix_of_the_secret(
                 json.dumps({"execute": "secret-read", "arguments": arguments}).encode(), (sink,)
             )
             os.close(sink)
-            while not daemon.call(lambda: len(daemon.server.daemon.deliveries._running)):
+            while not daemon.call(lambda: len(daemon.server.core.deliveries._running)):
                 pass
             received = b""
             while len(received) < taken:
@@ -698,20 +699,20 @@ def test_a_delivery_that_finds_no_memory_is_an_error(
         raise LockedMemoryExhausted("No locked memory left")
 
     with monkeypatch.context() as patch:
-        patch.setattr(daemon.server.daemon.deliveries._scratch, "allocate", none)
+        patch.setattr(daemon.server.core.deliveries._scratch, "allocate", none)
         assert client.fail("secret-read", {"id": "db.key"}, (sink,)) == "No locked memory left"
         arguments = {"id": "db.key", "format": "base64"}
         assert loaded.fail("secret-read", arguments, (sink,)) == "No locked memory left"
-    deliveries = daemon.server.daemon.deliveries
-    submit = deliveries._submit
+    deliveries = daemon.server.core.deliveries
+    start = deliveries._start
 
-    def withdrawn(*arguments: object) -> object:
-        begun = submit(*arguments)  # type: ignore[arg-type]
+    def withdrawn(*arguments: Any, **settings: Any) -> object:
+        begun = start(*arguments, **settings)
         deliveries.withdraw("db.key")
         return begun
 
     with monkeypatch.context() as patch:
-        patch.setattr(deliveries, "_submit", withdrawn)
+        patch.setattr(deliveries, "_start", withdrawn)
         words = client.fail("secret-read", {"id": "db.key"}, (sink,))
     assert words == "Secret 'db.key' was withdrawn"
     os.close(sink)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from secretd.access.decision import Access
 from secretd.access.peer import Door, Peer
-from secretd.audit.log import Audit, Who
+from secretd.audit.log import Audit, Subject
 from secretd.descriptors.source import StartSources
 from secretd.errors import AccessDenied, CommandError
 from secretd.journal.journal import Journal
@@ -188,7 +188,7 @@ def play(real: Real, model: Model, step: tuple[Any, ...]) -> None:
 def read(real: Real, identities: frozenset[str], secret: str) -> bool:
     peer = Peer(1000, 1000, 1, Door.CLIENT, identities)
     try:
-        grant = real.access.check(peer, Who("client", {}), secret)
+        grant = real.access.check(peer, Subject("client", {}), secret)
     except AccessDenied:
         return False
     assert bytes(grant.plaintext) == b"letmein"

@@ -18,7 +18,7 @@ import pytest
 
 from secretd.audit import chain, sinks
 from secretd.audit import log as module
-from secretd.audit.log import Audit, Who
+from secretd.audit.log import Audit, Subject
 from secretd.audit.sinks import (
     FileSink,
     PipeSink,
@@ -31,7 +31,7 @@ from secretd.monitor import session as session_module
 from tests.conftest import Daemon, need_root
 
 KEY = memoryview(bytearray(b"k" * 32))
-PEER = Who("client", {"uid": 1000})
+PEER = Subject("client", {"uid": 1000})
 
 
 def reopen(audit: Audit) -> None:
@@ -70,7 +70,7 @@ def audited(tmp_path: Path) -> Iterator[Daemon]:
     made = Daemon(tmp_path, make_audit=lambda: Audit(str(tmp_path / "audit")))
     yield made
     made.stop()
-    made.server.daemon.audit.stop()
+    made.server.core.audit.stop()
 
 
 def test_what_is_told_was_recorded_however_much_is_asked_at_once(
@@ -113,7 +113,7 @@ def test_a_reply_that_was_waited_for_does_not_leave_before_its_record_either(
     (tmp_path / "content").write_text("x")
     qmp.ok("object-add", {"qom-type": "secret", "id": "a", "file": str(tmp_path / "content")})
     assert told[-1].count('"event":"add"') == 1
-    audited.server.daemon.audit._scheduled = True
+    audited.server.core.audit._scheduled = True
     qmp.ok("object-del", {"id": "a"})
     assert told[-1].count('"event":"delete"') == 1
 
@@ -521,7 +521,7 @@ def test_with_a_full_disk_nothing_is_released_where_that_is_required(tmp_path: P
             assert qmp.read("s") == b"letmein"
         finally:
             made.stop()
-            made.server.daemon.audit.stop()
+            made.server.core.audit.stop()
         written = records(disk / "audit")
         assert [r["seq"] for r in written] == list(range(1, len(written) + 1))
         released = [r["seq"] for r in written if r["event"] == "read"]
@@ -755,7 +755,7 @@ def test_a_file_of_something_else_is_left_alone(tmp_path: Path) -> None:
 def test_nothing_is_recorded_twice_or_lost_when_there_is_no_peer(tmp_path: Path) -> None:
     """Somebody who cannot be told who they are is refused too."""
     audit = Audit(str(tmp_path / "a"))
-    inside(lambda: audit.refuse("connect", -1, Who("client", None), reason="x"))
+    inside(lambda: audit.refuse("connect", -1, Subject("client", None), reason="x"))
     audit.stop()
     assert [r["event"] for r in records(tmp_path / "a")] == ["connect"]
 

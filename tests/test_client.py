@@ -364,7 +364,7 @@ def drop_other(daemon: Daemon) -> None:
 
 def subscribed(daemon: Daemon) -> None:
     """Wait until a connection gets events."""
-    while not daemon.call(lambda: list(daemon.server.daemon.broadcaster.subscribers)):
+    while not daemon.call(lambda: list(daemon.server.core.broadcaster.subscribers)):
         pass
 
 
@@ -405,4 +405,4 @@ def test_the_client_without_asyncio_does_the_same(daemon: Daemon, tmp_path: Path
 
 def announce(daemon: Daemon) -> None:
     """Tell of something."""
-    daemon.server.daemon.announce("SECRET_ADDED", "told", None, None)
+    daemon.server.core.announce("SECRET_ADDED", "told", None, None)

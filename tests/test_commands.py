@@ -503,7 +503,7 @@ def test_a_fifo_holds_up_only_the_connection_that_asked(
         f"Unable to read {fifo}: no end of data within 0.05 seconds"
     )
     assert other.add("never", data="x") == {"return": {}}
-    while not daemon.server.daemon.offload.idle():
+    while not daemon.server.core.threads.idle():
         pass
 
 
@@ -525,7 +525,7 @@ def test_a_connection_that_ends_while_its_source_is_read_leaves_nothing(
     with open(fifo, "wb") as writer:
         writer.write(b"letmein")
     deadline = time.monotonic() + 10
-    while not daemon.server.daemon.offload.idle() and time.monotonic() < deadline:
+    while not daemon.server.core.threads.idle() and time.monotonic() < deadline:
         pass
     while daemon.call(lambda: set(daemon.tree._loading)):
         pass
@@ -572,7 +572,7 @@ def test_a_read_that_never_returns_is_given_up(
     )
     assert qmp.ok("query-name") == {}
     returns.set()
-    while not daemon.server.daemon.offload.idle():
+    while not daemon.server.core.threads.idle():
         pass
 
 

@@ -15,7 +15,6 @@ import pytest
 
 from secretd.audit.log import Audit
 from secretd.descriptors import target
-from secretd.descriptors.target import Target
 from tests.conftest import Client, Daemon, need_root
 from tests.test_access import allow, grant
 from tests.test_credentials import address, app, fetch
@@ -33,7 +32,7 @@ def audited(tmp_path: Path) -> Iterator[Daemon]:
     made = Daemon(tmp_path, make_audit=lambda: Audit(str(tmp_path / "audit")))
     yield made
     made.stop()
-    made.server.daemon.audit.stop()
+    made.server.core.audit.stop()
 
 
 @pytest.fixture
@@ -84,7 +83,7 @@ def test_an_error_behind_any_byte_counts_from_the_first(
     client = audited.connect(door="client", uid=UID)
     reads = 0
     for limit in (0, 1, 2, 31):
-        for kind in (target.Target, target.SocketPair, target.Memfd):
+        for kind in (target.PipeTarget, target.SocketTarget, target.MemfdTarget):
             if "_write_some" in vars(kind):
                 monkeypatch.setattr(kind, "_write_some", failing(kind, limit, error))
         ours, theirs = make()
@@ -99,11 +98,11 @@ def test_an_error_behind_any_byte_counts_from_the_first(
     assert recorded(tmp_path, "withheld") == 1
 
 
-def failing(kind: type[Target], limit: int, error: int) -> Callable[..., int]:
+def failing(kind: type[target.Target], limit: int, error: int) -> Callable[..., int]:
     """A write that really writes up to so many bytes of all, and fails then."""
     real = vars(kind)["_write_some"]
 
-    def write(self: Target, data: memoryview, position: int) -> int:
+    def write(self: target.Target, data: memoryview, position: int) -> int:
         if position >= limit:
             raise OSError(error, os.strerror(error))
         written: int = real(self, data[: limit - position], position)
@@ -148,9 +147,9 @@ def test_a_write_that_was_begun_is_settled_when_it_returns(
 
     begun, go_on = threading.Event(), threading.Event()
     taken: list[int] = []
-    real = vars(target.Target)["_write_some"]
+    real = vars(target.PipeTarget)["_write_some"]
 
-    def stuck(self: Target, data: memoryview, position: int) -> int:
+    def stuck(self: target.Target, data: memoryview, position: int) -> int:
         if not self.may_block:
             return int(real(self, data, position))
         begun.set()
@@ -159,7 +158,7 @@ def test_a_write_that_was_begun_is_settled_when_it_returns(
             raise BlockingIOError
         return taken.pop()
 
-    monkeypatch.setattr(target.Target, "_write_some", stuck)
+    monkeypatch.setattr(target.PipeTarget, "_write_some", stuck)
     for result, reads in ((0, 0), (1, 1)):
         taken[:] = [1] * result
         begun.clear()
@@ -173,7 +172,7 @@ def test_a_write_that_was_begun_is_settled_when_it_returns(
         limited.add("s", data=SECRET.decode())
         assert counted(limited) == reads + (0 if result else 1)  # not taken back yet
         go_on.set()
-        while not audited.server.daemon.offload.idle():
+        while not audited.server.core.threads.idle():
             pass
         while counted(limited) != reads:
             pass
@@ -225,7 +224,7 @@ def test_a_credential_is_counted_in_the_same_way(
     for limit, withheld in ((0, 1), (1, 1)):
         with monkeypatch.context() as patch:
             patch.setattr(
-                target.SocketPair, "_write_some", failing(target.SocketPair, limit, errno.EIO)
+                target.SocketTarget, "_write_some", failing(target.SocketTarget, limit, errno.EIO)
             )
             allow(limited, f"unit{limit}", "unit:app.service")
             grant(limited, f"u{limit}", "s", f"unit{limit}")

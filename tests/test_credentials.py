@@ -16,13 +16,13 @@ from pathlib import Path
 
 import pytest
 
-from secretd.access import peer as peer_module
 from secretd.access.peer import Door, PeerUnknown, identify
 from secretd.audit.log import Audit
-from secretd.descriptors import delivery
+from secretd.descriptors import deliveries
+from secretd.linux import peercred
 from secretd.server import server
 from secretd.server.credentials import _REFUSAL, _REFUSAL_TIMES
-from secretd.systemd.notify import CREDENTIAL_BYTES
+from secretd.systemd.credential_address import CREDENTIAL_BYTES
 from tests.conftest import Client, Daemon, need_root
 from tests.test_peer import accepted, cgroup, process_in
 
@@ -166,7 +166,7 @@ def test_what_is_refused_gets_too_much(
         ]
     finally:
         daemon.stop()
-        daemon.server.daemon.audit.stop()
+        daemon.server.core.audit.stop()
     lines = [json.loads(line) for line in (tmp_path / "audit").read_text().splitlines()]
     (denied,) = (line for line in lines if line.get("decision") == "deny")
     assert denied["event"] == "credential"
@@ -192,7 +192,7 @@ def test_what_is_given_is_audited_and_told(tmp_path: Path, app: str) -> None:
         assert (event["event"], event["data"]["id"]) == ("SECRET_DENIED", "nope")
     finally:
         daemon.stop()
-        daemon.server.daemon.audit.stop()
+        daemon.server.core.audit.stop()
     lines = [json.loads(line) for line in (tmp_path / "audit").read_text().splitlines()]
     (read,) = (line for line in lines if line.get("decision") == "allow")
     assert {name: read[name] for name in ("event", "rule", "id", "credential", "size", "door")} == {
@@ -232,7 +232,7 @@ def test_who_cannot_be_told_is_refused(
     """As where the kernel says nothing of the cgroup."""
     qmp.add("a", data="letmein")
     grant(qmp, "g", "a")
-    monkeypatch.setattr(peer_module, "_told_by_kernel", lambda _pidfd: None)
+    monkeypatch.setattr(peercred, "pid_and_cgroup", lambda _pidfd: None)
     assert len(fetch(daemon, app, address("app.service", "a"))) == REFUSED
     (said,) = warnings(caplog)
     assert said.startswith(
@@ -244,7 +244,7 @@ def test_on_old_kernels_root_is_told_by_its_number(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before 6.5 there is no SO_PEERPIDFD. That is good enough for root, and for nobody else."""
-    monkeypatch.setattr(peer_module, "_SO_PEERPIDFD", 999)
+    monkeypatch.setattr(peercred, "SO_PEERPIDFD", 999)
     with cgroup(f"{SLICE}/old.service") as path, process_in(path, tmp_path) as sock:
         assert identify(sock, Door.CREDENTIALS).unit == "unit:old.service"
         with pytest.raises(PeerUnknown, match="this kernel has no SO_PEERPIDFD"):
@@ -316,10 +316,10 @@ def test_a_secret_that_is_withdrawn_half_way_ends_in_too_much(
     qmp.add("a", file=f"/dev/fd/{added['fd']}")
     grant(qmp, "g", "a")
     with slow(daemon, app, "a") as process:
-        while not daemon.call(lambda: daemon.server.daemon.deliveries._running):
+        while not daemon.call(lambda: daemon.server.core.deliveries._running):
             pass
         qmp.ok("object-del", {"id": "g"})
-        assert not daemon.call(lambda: daemon.server.daemon.deliveries._running)
+        assert not daemon.call(lambda: daemon.server.core.deliveries._running)
         got, _ = process.communicate(b"\n")
     assert len(got) > CREDENTIAL_BYTES
     assert got.strip(b"x").strip(b"\0") == b""
@@ -329,7 +329,7 @@ def test_one_that_takes_nothing_for_too_long_is_not_ended(
     daemon: Daemon, qmp: Client, app: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It gets too much in the end, however late it reads."""
-    monkeypatch.setattr(delivery, "DELIVERY_SECONDS", 0.05)
+    monkeypatch.setattr(deliveries, "DELIVERY_SECONDS", 0.05)
     fd = os.memfd_create("x")
     os.write(fd, b"x" * 1_000_000)
     added = qmp.ok("add-fd", None, (fd,))
@@ -337,9 +337,9 @@ def test_one_that_takes_nothing_for_too_long_is_not_ended(
     qmp.add("a", file=f"/dev/fd/{added['fd']}")
     grant(qmp, "g", "a")
     with slow(daemon, app, "a") as process:
-        while not daemon.call(lambda: daemon.server.daemon.deliveries._running):
+        while not daemon.call(lambda: daemon.server.core.deliveries._running):
             pass
-        while daemon.call(lambda: daemon.server.daemon.deliveries._running):
+        while daemon.call(lambda: daemon.server.core.deliveries._running):
             pass
         assert daemon.server.credentials.busy
         got, _ = process.communicate(b"\n")
@@ -363,7 +363,7 @@ def test_nothing_is_given_without_its_record(tmp_path: Path, app: str) -> None:
         assert len(fetch(daemon, app, address("app.service", "a"))) == REFUSED
     finally:
         daemon.stop()
-        daemon.server.daemon.audit.stop()
+        daemon.server.core.audit.stop()
 
 
 class _Full:
@@ -440,7 +440,7 @@ def test_one_of_which_nothing_was_taken_is_withheld(tmp_path: Path, app: str) ->
         assert qmp.ok("qom-get", {"path": "g", "property": "reads"}) == 0
     finally:
         daemon.stop()
-        daemon.server.daemon.audit.stop()
+        daemon.server.core.audit.stop()
     lines = [json.loads(line) for line in (tmp_path / "audit").read_text().splitlines()]
     assert [(r["event"], r.get("reason")) for r in lines if r.get("door") == "credentials"] == [
         ("credential", None), ("withheld", "Unable to write the secret: Broken pipe"),
@@ -462,7 +462,7 @@ def test_one_that_is_on_its_way_at_the_end_is_left(
         qmp.add("a", file=f"/dev/fd/{added['fd']}")
         grant(qmp, "g", "a")
         with slow(daemon, app, "a") as process:
-            while not daemon.call(lambda: daemon.server.daemon.deliveries._running):
+            while not daemon.call(lambda: daemon.server.core.deliveries._running):
                 pass
             daemon.stop()
             got, _ = process.communicate(b"\n")

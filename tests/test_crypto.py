@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from secretd.crypto import base64 as locked_base64
 from secretd.crypto import cipher
 from secretd.errors import CommandError
 from secretd.memory.arena import Arena, LockedBuffer
@@ -32,9 +33,9 @@ def test_base64_is_decoded_with_newlines_anywhere(content: bytes, columns: int) 
     lines = b"\n".join(text[i : i + columns] for i in range(0, len(text), columns)) + b"\n"
     for form in (text, lines):
         with buffer(arena, b'"' + form + b'"') as quoted:
-            with cipher.decode_base64(quoted.view, arena, arena) as decoded:
+            with locked_base64.decode_base64(quoted.view, arena, arena) as decoded:
                 assert bytes(decoded.view) == content
-    with buffer(arena, content) as plain, cipher.encode_base64(plain.view, arena) as encoded:
+    with buffer(arena, content) as plain, locked_base64.encode_base64(plain.view, arena) as encoded:
         assert bytes(encoded.view) == text
     assert arena.held == 0
     arena.close()
@@ -60,7 +61,7 @@ def test_bad_base64_is_refused_in_qemus_words(arena: Arena, text: bytes) -> None
     """Where QEMU drops an incomplete group or takes stray padding, this is refused too."""
     with buffer(arena, b'"' + text + b'"') as quoted:
         with pytest.raises(CommandError, match="^Base64 data contains invalid characters$"):
-            cipher.decode_base64(quoted.view, arena, arena)
+            locked_base64.decode_base64(quoted.view, arena, arena)
 
 
 @pytest.mark.parametrize("text", [b"AAAA\0", b"AA\0A"])
@@ -68,7 +69,7 @@ def test_nul_in_base64_has_words_of_its_own(arena: Arena, text: bytes) -> None:
     """In a file; JSON brings it as C0 80, which is simply no base64."""
     with buffer(arena, b'"' + text + b'"') as quoted:
         with pytest.raises(CommandError, match="^Base64 data contains embedded NUL characters$"):
-            cipher.decode_base64(quoted.view, arena, arena)
+            locked_base64.decode_base64(quoted.view, arena, arena)
 
 
 def test_the_iv_is_checked_in_qemus_order() -> None:

@@ -226,11 +226,11 @@ def audited(
     key = memoryview(bytearray(b"k" * 32))
     made = Daemon(tmp_path, make_audit=lambda: Audit(str(tmp_path / "audit"), key=lambda: key))
     monkeypatch.setattr(verb, "forbid_dumps", lambda: None)
-    made.call(lambda: made.server.daemon.audit.start("1", 0))
+    made.call(lambda: made.server.core.audit.start("1", 0))
     made.connect().add("k", data="k" * 32)
     yield made, Ctl(made, monkeypatch, capfd)
     made.stop()
-    made.server.daemon.audit.stop()
+    made.server.core.audit.stop()
 
 
 def test_an_audit_file_is_verified(

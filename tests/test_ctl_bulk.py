@@ -141,7 +141,7 @@ def test_events_are_printed_as_they_happen(daemon: Daemon, qmp: Client) -> None:
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         with process:
-            while not daemon.call(lambda: list(daemon.server.daemon.broadcaster.subscribers)):
+            while not daemon.call(lambda: list(daemon.server.core.broadcaster.subscribers)):
                 pass
             qmp.add("a", data="letmein")
             assert process.stdout is not None
@@ -170,7 +170,7 @@ def test_watching_tells_how_to_end_it_and_can_end_itself(daemon: Daemon, qmp: Cl
         os.close(theirs)
         seen = os.read(ours, 1000)
         assert b"Ctrl-C ends it" in seen
-        while not daemon.call(lambda: list(daemon.server.daemon.broadcaster.subscribers)):
+        while not daemon.call(lambda: list(daemon.server.core.broadcaster.subscribers)):
             pass
 
         def lose() -> None:

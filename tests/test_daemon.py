@@ -17,19 +17,19 @@ import pytest
 from secretd import __version__, paths
 from secretd.access.peer import Door
 from secretd.audit import chain
-from secretd.audit.log import Audit, Who
+from secretd.audit.log import Audit, Subject
 from secretd.daemon import process as daemon_process
 from secretd.daemon import sockets
 from secretd.daemon.initial_objects import Initial
 from secretd.errors import CommandError, UsageError
 from secretd.journal.journal import Journal
 from secretd.memory.arena import Arena
+from secretd.net.listener import Listener
 from secretd.net.loop import Loop
 from secretd.qom.paths import Paths
 from secretd.qom.registry import TYPES
 from secretd.qom.tree import ObjectTree
-from secretd.server.server import Listener
-from secretd.systemd.notify import Passed
+from secretd.systemd.activation import Passed
 from secretd.wire import encoder
 from tests.conftest import ARENA_LEVEL, Client, add_object
 
@@ -276,7 +276,7 @@ def test_the_audits_options_are_checked(tmp_path: Path, arena: Arena) -> None:
             audit(**options)
         assert str(caught.value) == words
     made = audit(audit_key="k", audit_policy="require")
-    made.release("read", Who("control", None), "control socket", "k", 16)
+    made.release("read", Subject("control", None), "control socket", "k", 16)
     (line,) = (tmp_path / "audit").read_bytes().splitlines(keepends=True)
     key = memoryview(bytearray(b"1234567890123456"))
     assert next(iter(chain.Verification(key).findings([line]))).words.startswith("the chain begins")
@@ -350,7 +350,10 @@ def test_an_object_that_cannot_be_replaced_stays(
 def test_the_start_brings_along_nothing_that_is_not_needed() -> None:
     """What asyncio, msgspec and shutil only import where they find it; who wants it later gets it."""
     code = (
-        "import gc, sys, secretd.daemon.process\n"
+        "import gc, sys\n"
+        "from secretd.daemon.fast_start import fast_imports\n"
+        "with fast_imports():\n"
+        "    import secretd.daemon.process\n"
         "unneeded = {'bz2', 'lzma', 'ssl', 'tempfile', 'typing_extensions', 'cryptography'}\n"
         "assert not unneeded & set(sys.modules)\n"
         "assert gc.isenabled()\n"

@@ -13,8 +13,8 @@ import pytest
 
 from secretd.access.decision import Grant
 from secretd.access.peer import Door, Peer
-from secretd.descriptors import delivery, target
-from secretd.descriptors import fd as fd_module
+from secretd.audit.log import Subject
+from secretd.descriptors import deliveries, kinds, target
 from secretd.linux import statx
 from tests.conftest import Client, Daemon, need_level
 
@@ -139,7 +139,7 @@ def full_fifo(tmp_path: Path) -> tuple[int, list[int]]:
 def test_a_thread_writes_nothing_to_a_full_fifo(tmp_path: Path) -> None:
     """What is spliced would wait in the kernel, so it asks first, and takes what one page takes."""
     sink, others = full_fifo(tmp_path)
-    aim = target.Target(sink)
+    aim = target.PipeTarget(sink)
     aim.may_block = True
     assert aim.write(memoryview(b"letmein"), 0) == 0
     os.read(others[0], 1 << 20)
@@ -234,7 +234,7 @@ def test_what_cannot_take_a_secret_is_refused_in_words(
     daemon: Daemon, loaded: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """Within the time limit, with flags and offset as they were, while others are answered."""
-    monkeypatch.setattr(delivery, "DELIVERY_SECONDS", 0.2)
+    monkeypatch.setattr(deliveries, "DELIVERY_SECONDS", 0.2)
     make, words = REFUSED[name]
     fd, others = make(tmp_path) if make.__code__.co_argcount else make()
     try:
@@ -295,7 +295,7 @@ def test_one_delivery_that_ends_leaves_another_of_the_same_secret_going(
     other.send(message, (second_sink,))
     os.close(first_sink)
     os.close(second_sink)
-    waiting = daemon.server.daemon.deliveries._running
+    waiting = daemon.server.core.deliveries._running
     while daemon.call(lambda: len(waiting.get("big", ()))) < 2:
         pass
     os.close(first)
@@ -316,7 +316,7 @@ def test_deleting_ends_a_running_delivery(daemon: Daemon, loaded: Client, form: 
         b'{"execute":"secret-read","arguments":{"id":"big","format":"%s"}}' % form.encode(), (sink,)
     )
     os.close(sink)
-    waiting = daemon.server.daemon.deliveries._running
+    waiting = daemon.server.core.deliveries._running
     while not daemon.call(lambda: dict(waiting)):
         pass
     other = daemon.connect()
@@ -333,7 +333,7 @@ def test_deleting_ends_a_running_delivery(daemon: Daemon, loaded: Client, form: 
 def test_a_client_that_leaves_during_a_delivery_ends_it(daemon: Daemon, loaded: Client) -> None:
     """The descriptor is closed and nothing waits any more; so also when the server stops."""
     source, sink = os.pipe()
-    waiting = daemon.server.daemon.deliveries._running
+    waiting = daemon.server.core.deliveries._running
     loaded.send(b'{"execute":"secret-read","arguments":{"id":"big"}}', (sink,))
     os.close(sink)
     while not daemon.call(lambda: dict(waiting)):
@@ -352,7 +352,7 @@ def test_a_reader_that_goes_away_during_a_delivery_is_an_error(
     source, sink = os.pipe()
     loaded.send(b'{"execute":"secret-read","arguments":{"id":"big"}}', (sink,))
     os.close(sink)
-    waiting = daemon.server.daemon.deliveries._running
+    waiting = daemon.server.core.deliveries._running
     while not daemon.call(lambda: dict(waiting)):
         pass
     os.close(source)
@@ -378,7 +378,7 @@ def test_withdrawing_before_the_first_wait_ends_the_delivery(
         reply = monitor.handle(request)
         assert isinstance(reply, Coroutine)
         daemon.server.start(session._finish(reply))
-        daemon.server.daemon.deliveries.withdraw("big")
+        daemon.server.core.deliveries.withdraw("big")
 
     daemon.call(read_and_delete)
     assert loaded.reply()["error"]["desc"] == "Secret 'big' was withdrawn"
@@ -390,7 +390,7 @@ def test_only_access_makes_a_grant() -> None:
     """There is no way to deliver without a decision."""
     peer = Peer(0, 0, 1, Door.CONTROL)
     with pytest.raises(TypeError, match="only access makes"):
-        Grant(object(), peer, "s", None, memoryview(b"x"))
+        Grant(object(), peer, Subject("client", None), "s", None, memoryview(b"x"))
 
 
 def test_a_descriptor_of_which_nothing_can_be_told_is_refused(
@@ -403,7 +403,7 @@ def test_a_descriptor_of_which_nothing_can_be_told_is_refused(
 
     with pytest.raises(OSError, match="Bad file descriptor"):
         statx.type_and_links(9999)
-    monkeypatch.setattr(fd_module, "type_and_links", nothing)
+    monkeypatch.setattr(kinds, "type_and_links", nothing)
     monkeypatch.setattr(target, "type_and_links", nothing)
     source, sink = os.pipe()
     words = "The descriptor is a file that is closed to the daemon" + TAKES

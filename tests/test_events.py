@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from secretd.monitor import broadcast
+from secretd.monitor import broadcast, throttle
 from tests.conftest import Client, Daemon, need_root
 from tests.test_access import allow, grant
 
@@ -179,7 +179,7 @@ def test_the_client_door_is_told_of_what_it_may_read_and_of_nothing_else(
     assert (event["event"], event["data"]) == ("SECRET_EXPIRED", {"id": "web.c"})
     granted.ok("object-del", {"id": "g"})
     granted.ok("object-del", {"id": "web.a"})
-    daemon.call(daemon.server.daemon.broadcaster.flush)
+    daemon.call(daemon.server.core.broadcaster.flush)
     for each in (client, stranger):
         assert each.ok("query-version")
         assert each.events == []
@@ -189,16 +189,16 @@ def test_reads_of_one_secret_are_told_once_a_second(
     daemon: Daemon, granted: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first at once, the last at the end of the second; each secret for itself."""
-    monkeypatch.setattr(broadcast, "THROTTLED_SECONDS", 0.3)
+    monkeypatch.setattr(throttle, "THROTTLED_SECONDS", 0.3)
     monkeypatch.setattr(broadcast, "EVENTS_SECONDS", 1000.0)  # they are sent when this says so
     client = daemon.connect(door="client", uid=1000)
     watching = daemon.connect().watch()
     for _ in range(5):
         client.read("web.a")
-        daemon.call(daemon.server.daemon.broadcaster.flush)
+        daemon.call(daemon.server.core.broadcaster.flush)
     client.read("web.b")
     granted.read("web.b")
-    daemon.call(daemon.server.daemon.broadcaster.flush)
+    daemon.call(daemon.server.core.broadcaster.flush)
     assert told(watching, 2) == [("SECRET_READ", "web.a"), ("SECRET_READ", "web.b")]
     assert watching.ok("query-name") == {}
     assert watching.events == []
@@ -208,7 +208,7 @@ def test_reads_of_one_secret_are_told_once_a_second(
     assert watching.ok("query-name") == {}
     assert watching.events == []
     client.read("web.a")
-    daemon.call(daemon.server.daemon.broadcaster.flush)
+    daemon.call(daemon.server.core.broadcaster.flush)
     assert told(watching, 1) == [("SECRET_READ", "web.a")]
 
 
@@ -216,13 +216,13 @@ def test_what_cannot_be_throttled_is_lost_and_counted(
     daemon: Daemon, granted: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Somebody who asks for a thousand names fills no memory, and hides no event of others for long."""
-    monkeypatch.setattr(broadcast, "THROTTLED_IDS", 5)
+    monkeypatch.setattr(throttle, "THROTTLED_IDS", 5)
     client = daemon.connect(door="client", uid=1002)
     watching = daemon.connect().watch()
     theirs = daemon.connect(door="client", uid=1001).watch()
     for number in range(20):
         refused(client, f"n{number}")
-    daemon.call(daemon.server.daemon.broadcaster.flush)
+    daemon.call(daemon.server.core.broadcaster.flush)
     got = lost = 0
     while got + lost < 16:
         event = watching.event()
@@ -244,7 +244,7 @@ def test_what_finds_no_room_is_counted_on_the_control_socket(
     monkeypatch.setattr(broadcast, "QUEUED_EVENTS", 3)
     watching = daemon.connect().watch()
     client = daemon.connect(door="client", uid=1000).watch()
-    daemon.call(daemon.server.daemon.broadcaster.flush)
+    daemon.call(daemon.server.core.broadcaster.flush)
     daemon.call(lambda: burst(daemon, 10))
     names = [watching.event()["event"] for _ in range(4)]
     assert names.count("SECRET_EVENTS_LOST") == 1
@@ -256,20 +256,20 @@ def test_what_finds_no_room_is_counted_on_the_control_socket(
 def burst(daemon: Daemon, count: int) -> None:
     """So many events at once that no connection has caused."""
     for number in range(count):
-        daemon.server.daemon.announce("SECRET_ADDED", f"web.{number}", None, None)
+        daemon.server.core.announce("SECRET_ADDED", f"web.{number}", None, None)
 
 
 def test_the_time_of_an_event_tells_nothing_of_others(daemon: Daemon, granted: Client) -> None:
     """Events are sent at the ticks of a clock, whatever else there is to send."""
     daemon.connect().watch()
-    broadcaster = daemon.server.daemon.broadcaster
+    broadcaster = daemon.server.core.broadcaster
 
     def scheduled() -> list[float]:
         broadcaster.flush()
         handles = []
         for name in ("db", "web.a"):
             broadcaster._ticking = False
-            daemon.server.daemon.announce("SECRET_ADDED", name, None, None)
+            daemon.server.core.announce("SECRET_ADDED", name, None, None)
             handles += [h for h in daemon.loop._scheduled if "_tick" in repr(h)]
         return [h.when() / broadcast.EVENTS_SECONDS for h in handles]
 
@@ -281,12 +281,12 @@ def test_what_was_held_back_is_not_told_after_a_revocation(
     daemon: Daemon, granted: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Though it happened before."""
-    monkeypatch.setattr(broadcast, "THROTTLED_SECONDS", 0.2)
+    monkeypatch.setattr(throttle, "THROTTLED_SECONDS", 0.2)
     client = daemon.connect(door="client", uid=1000)
     client.watch()
     for _ in range(2):
         granted.read("web.a")
-        daemon.call(daemon.server.daemon.broadcaster.flush)
+        daemon.call(daemon.server.core.broadcaster.flush)
     granted.ok("object-del", {"id": "g"})
     assert told(client, 1) == [("SECRET_READ", "web.a")]
     while daemon.call(lambda: any(s.throttle and s.throttle._next for s in daemon.server.sessions)):
@@ -299,12 +299,12 @@ def test_a_connection_that_ends_takes_its_throttle_along(
     daemon: Daemon, granted: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No timer stays behind."""
-    monkeypatch.setattr(broadcast, "THROTTLED_SECONDS", 0.1)
+    monkeypatch.setattr(throttle, "THROTTLED_SECONDS", 0.1)
     watching = daemon.connect().watch()
     client = daemon.connect(door="client", uid=1000)
     for _ in range(2):
         client.read("web.a")
-        daemon.call(daemon.server.daemon.broadcaster.flush)
+        daemon.call(daemon.server.core.broadcaster.flush)
     assert told(watching, 2) == [("SECRET_READ", "web.a")] * 2
     watching.close()
     while daemon.call(lambda: len(daemon.server.sessions)) > 2:
@@ -319,7 +319,7 @@ def test_many_events_are_spread_over_ticks_and_none_is_lost(
     watching = daemon.connect().watch()
     sent: list[int] = []
     sessions = [
-        s for s in daemon.server.sessions if s in daemon.server.daemon.broadcaster.subscribers
+        s for s in daemon.server.sessions if s in daemon.server.core.broadcaster.subscribers
     ]
     (session,) = sessions
     send = session.send_events
@@ -366,7 +366,7 @@ def test_events_come_only_to_those_that_ask(daemon: Daemon, qmp: Client) -> None
     assert silent.events == []
     asking.ok("secret-events", {"enable": False})
     qmp.add("t", data="x")
-    daemon.call(daemon.server.daemon.broadcaster.flush)
+    daemon.call(daemon.server.core.broadcaster.flush)
     assert asking.ok("query-name") == {}
     assert asking.events == []
     assert qmp.cmd("quit")["event"] == "SHUTDOWN"
@@ -384,9 +384,9 @@ def test_events_can_be_chosen_by_name(daemon: Daemon, qmp: Client) -> None:
     assert some.event()["event"] == "SECRET_DELETED"
     none = daemon.connect()
     none.ok("secret-events", {"enable": True, "events": []})
-    assert list(daemon.server.daemon.broadcaster.subscribers) != []
+    assert list(daemon.server.core.broadcaster.subscribers) != []
     qmp.add("s", data="x")
-    daemon.call(daemon.server.daemon.broadcaster.flush)
+    daemon.call(daemon.server.core.broadcaster.flush)
     assert none.ok("query-name") == {}
     assert none.events == []
 
@@ -406,12 +406,12 @@ def test_a_flood_of_refusals_leaves_room_for_the_events_of_others(
             granted.ok("secret-generate", {"id": f"real{number}", "size": 32})
     os.close(source)
     os.close(sink)
-    daemon.call(daemon.server.daemon.broadcaster.flush)
+    daemon.call(daemon.server.core.broadcaster.flush)
     watching.ok("query-name")
     names = [(e["event"], e["data"].get("id")) for e in watching.events]
     assert [n for e, n in names if e == "SECRET_ADDED"] == [f"real{n}" for n in range(0, 2000, 100)]
     assert "SECRET_EVENTS_LOST" not in [e for e, _ in names]
-    broadcaster = daemon.server.daemon.broadcaster
+    broadcaster = daemon.server.core.broadcaster
     assert daemon.call(lambda: len(broadcaster._by_uid) + len(broadcaster._log)) == 0
 
 
@@ -426,7 +426,7 @@ def test_events_of_one_uid_have_room_of_their_own(
     for name in ("web.a", "web.b", "web.a"):
         client.read(name)
     granted.read("db")
-    daemon.call(daemon.server.daemon.broadcaster.flush)
+    daemon.call(daemon.server.core.broadcaster.flush)
     seen = [watching.event() for _ in range(4)]
     events = [(e["event"], e["data"].get("id") or e["data"]) for e in seen]
     assert sorted(map(str, events)) == sorted(
@@ -448,7 +448,7 @@ def test_many_subscribers_are_served_in_slices(
     """Requests have their turn between them, and none of the subscribers is forgotten."""
     monkeypatch.setattr(broadcast, "SLICE_SECONDS", 0.0)
     watching = [daemon.connect().watch() for _ in range(20)]
-    broadcaster = daemon.server.daemon.broadcaster
+    broadcaster = daemon.server.core.broadcaster
     turns: list[int] = []
     deliver = broadcaster._deliver
 
@@ -474,7 +474,7 @@ def test_turning_events_on_anew_during_a_delivery_stops_it_for_nobody(
     """All get the next event, and nothing is kept any more."""
     monkeypatch.setattr(broadcast, "SLICE_SECONDS", 0.0)
     watching = [daemon.connect().watch() for _ in range(5)]
-    broadcaster = daemon.server.daemon.broadcaster
+    broadcaster = daemon.server.core.broadcaster
 
     def again() -> None:
         if len(broadcaster._waiting) == 3 and not anew:
@@ -507,7 +507,7 @@ def test_events_that_are_being_sent_are_limited(
     monkeypatch.setattr(broadcast, "TICK_EVENTS", 5)
     monkeypatch.setattr(broadcast, "SLICE_SECONDS", 0.0)
     watching = [daemon.connect().watch() for _ in range(10)]
-    broadcaster = daemon.server.daemon.broadcaster
+    broadcaster = daemon.server.core.broadcaster
     longest = 0
     take = broadcaster._take
 

@@ -12,9 +12,10 @@ from collections.abc import Callable
 import pytest
 
 from secretd.monitor import monitor, session
-from secretd.net import loop as loop_module
-from secretd.net.loop import Loop, Turns, turn
+from secretd.net import turns
+from secretd.net.loop import Loop, turn
 from secretd.net.transport import Transport
+from secretd.net.turns import Turns
 from secretd.qom.authz import Rules
 from tests.conftest import Client, Daemon, need_root
 from tests.test_access import SECRET, allow, denied, grant
@@ -104,7 +105,7 @@ def test_many_connections_of_one_uid_do_not_delay_root(
         return real(self, request)  # type: ignore[arg-type]
 
     monkeypatch.setattr(monitor.Monitor, "handle", counting)
-    monkeypatch.setattr(loop_module, "TURNS_SECONDS", 0.0)  # one piece between two looks
+    monkeypatch.setattr(turns, "TURNS_SECONDS", 0.0)  # one piece between two looks
     many = [daemon.connect(door="client", uid=1000) for _ in range(100)]
     for client in many:
         client.send(COSTLY * 10)
@@ -164,7 +165,7 @@ def test_a_client_that_resets_ends_no_more_than_its_connection(daemon: Daemon, q
         while not daemon.call(lambda: [s for s in daemon.server.sessions if s.peer.uid == 1000]):
             pass
         source, sink = blocked_read(client)
-        while not daemon.call(lambda: len(daemon.server.daemon.deliveries._running)):
+        while not daemon.call(lambda: len(daemon.server.core.deliveries._running)):
             pass
         client.send(b'{"execute":"query-version"}\n' * 3)
         client.close()
@@ -174,7 +175,7 @@ def test_a_client_that_resets_ends_no_more_than_its_connection(daemon: Daemon, q
         os.close(source)
         os.close(sink)
     assert qmp.cmd("query-version")["return"]
-    connections = daemon.server.daemon.limits.connections
+    connections = daemon.server.core.limits.connections
     assert daemon.call(lambda: connections.held(1000)) == 0
 
 
@@ -223,7 +224,7 @@ def test_a_grant_taken_back_ends_a_list_that_goes_on(
     grant(qmp, "g", "o*", "who")
     client = daemon.connect(door="client", uid=1000)
     peer = next(s.peer for s in daemon.server.sessions if s.peer.uid == 1000)
-    found = daemon.server.daemon.access.readable_after(peer, "")
+    found = daemon.server.core.access.readable_after(peer, "")
     first = daemon.call(lambda: list(itertools.takewhile(lambda each: each is not None, found)))
     assert first
     qmp.ok("object-del", {"id": "g"})

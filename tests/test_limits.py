@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from secretd import limits
-from secretd.descriptors import delivery
+from secretd.descriptors import deliveries
 from secretd.errors import LimitReached
 from secretd.limits import Limits, Pool
 from tests.conftest import Client, Daemon, need_root
@@ -66,7 +66,7 @@ def test_a_share_counts_for_each_uid() -> None:
 
 def test_connections(daemon: Daemon, qmp: Client, others: Callable[[], None]) -> None:
     """Of one uid; those that end make room."""
-    daemon.server.daemon.limits.connections.limit = 3
+    daemon.server.core.limits.connections.limit = 3
     held = [daemon.connect(door="client", uid=A) for _ in range(3)]
     refused = daemon.connect(door="client", uid=A, negotiate=False)
     assert refused.reply()["error"]["desc"] == (
@@ -79,7 +79,7 @@ def test_connections(daemon: Daemon, qmp: Client, others: Callable[[], None]) ->
     assert found["connections-per-uid-limit"] == 3
     assert found["connections-per-uid-hits"] == 1
     held[0].close()
-    while daemon.call(lambda: daemon.server.daemon.limits.connections.held(A)) == 3:
+    while daemon.call(lambda: daemon.server.core.limits.connections.held(A)) == 3:
         pass
     assert daemon.connect(door="client", uid=A).ok("query-version")
 
@@ -97,7 +97,7 @@ def test_the_limits_are_what_the_documentation_says() -> None:
 
 def test_requests_in_flight(daemon: Daemon, qmp: Client, others: Callable[[], None]) -> None:
     """That wait for something; all else is still answered."""
-    daemon.server.daemon.limits.requests.limit = 2
+    daemon.server.core.limits.requests.limit = 2
     qmp.ok("secret-generate", {"id": "big", "size": 1 << 20})
     allow(qmp, "a", f"uid:{A}")
     grant(qmp, "ga", "big", "a")
@@ -144,7 +144,7 @@ def test_descriptors_of_a_connection(
 
 def test_descriptors_in_all(daemon: Daemon, qmp: Client, others: Callable[[], None]) -> None:
     """So many that the daemon, root and the daemon's own uid always have some left."""
-    limits_ = daemon.server.daemon.limits
+    limits_ = daemon.server.core.limits
     held = daemon.connect(door="client", uid=A)
     limits_._room = limits_.connections.others + 2
     with open("/dev/null") as file:
@@ -170,7 +170,7 @@ def test_descriptors_in_all(daemon: Daemon, qmp: Client, others: Callable[[], No
 
 def test_unfinished_bytes(daemon: Daemon, qmp: Client, others: Callable[[], None]) -> None:
     """Half messages of one uid leave room for those of others."""
-    share = daemon.server.daemon.limits.unfinished
+    share = daemon.server.core.limits.unfinished
     share.limit = 3 * 2048
     held = [daemon.connect(door="client", uid=A) for _ in range(4)]
     for number, client in enumerate(held[:3]):
@@ -198,7 +198,7 @@ def test_unfinished_bytes(daemon: Daemon, qmp: Client, others: Callable[[], None
 
 def test_messages_that_wait_behind_another_are_counted(daemon: Daemon, qmp: Client) -> None:
     """With oob enabled; until they are carried out, or the connection ends."""
-    share = daemon.server.daemon.limits.unfinished
+    share = daemon.server.core.limits.unfinished
     qmp.ok("secret-generate", {"id": "big", "size": 1 << 20})
     allow(qmp, "a", f"uid:{A}")
     grant(qmp, "ga", "big", "a")
@@ -312,7 +312,7 @@ def test_the_size_of_a_secret_and_the_time_of_a_delivery_are_counted(
     daemon: Daemon, qmp: Client, monkeypatch: pytest.MonkeyPatch, tmp_path: object
 ) -> None:
     """As all limits are."""
-    monkeypatch.setattr(delivery, "DELIVERY_SECONDS", 0.05)
+    monkeypatch.setattr(deliveries, "DELIVERY_SECONDS", 0.05)
     qmp.ok("secret-generate", {"id": "big", "size": 1 << 20})
     allow(qmp, "a", f"uid:{A}")
     grant(qmp, "ga", "big", "a")
@@ -344,7 +344,7 @@ def test_the_size_of_a_secret_and_the_time_of_a_delivery_are_counted(
 
 def test_a_client_without_a_share_cannot_begin_but_may_go_on_elsewhere(daemon: Daemon) -> None:
     """What it holds is given back when its connection ends."""
-    share = daemon.server.daemon.limits.unfinished
+    share = daemon.server.core.limits.unfinished
     client = daemon.connect(door="client", uid=A)
     client.send(b'{"execute"')
     while not daemon.call(lambda: share.held(A)):

@@ -13,7 +13,7 @@ import pytest
 
 from secretd.errors import LockedMemoryExhausted as Exhausted
 from secretd.linux import locked_pages
-from secretd.memory import arena
+from secretd.memory import arena, wipe
 from secretd.memory.arena import Arena, LockedBuffer
 from tests.conftest import ARENA_LEVEL, need_level
 
@@ -103,10 +103,10 @@ def test_freed_bytes_are_wiped(arena: Arena) -> None:
 def test_wipe_zeroes_every_byte(size: int) -> None:
     """At and around the size of its step."""
     data = bytearray(b"x" * size)
-    locked_pages.wipe(memoryview(data))
+    wipe.wipe(memoryview(data))
     assert data == bytes(size)
     data = bytearray(b"x" * size)
-    locked_pages.wipe_bytearray(data)
+    wipe.wipe_bytearray(data)
     assert data == bytes(size)
 
 

@@ -8,13 +8,13 @@ import threading
 import pytest
 
 from secretd.descriptors import threads as module
-from secretd.descriptors.threads import Offload
+from secretd.descriptors.threads import BlockingCalls
 
 OTHER = os.getuid() + 1000
 """A uid that is neither root's nor our own, which have more threads."""
 
 
-def occupy(offload: Offload, go_on: threading.Event) -> "list[asyncio.Future[bool]]":
+def occupy(offload: BlockingCalls, go_on: threading.Event) -> "list[asyncio.Future[bool]]":
     """Keep all threads of another uid waiting."""
     return [
         asyncio.ensure_future(offload.run(OTHER, lambda _: None, go_on.wait))
@@ -22,7 +22,7 @@ def occupy(offload: Offload, go_on: threading.Event) -> "list[asyncio.Future[boo
     ]
 
 
-async def idle(offload: Offload) -> None:
+async def idle(offload: BlockingCalls) -> None:
     """Wait until all threads have ended."""
     while not offload.idle():  # noqa: ASYNC110 - threads tell no event
         await asyncio.sleep(0)
@@ -32,7 +32,7 @@ def test_blocking_calls_run_in_a_bounded_number_of_threads() -> None:
     """A uid that has used up its share waits for itself; another uid does not."""
 
     async def main() -> None:
-        offload = Offload()
+        offload = BlockingCalls()
         go_on = threading.Event()
         running = occupy(offload, go_on)
         await asyncio.sleep(0)
@@ -53,7 +53,7 @@ def test_the_result_of_a_call_that_nobody_waits_for_is_discarded() -> None:
     """Whatever it holds is released, once the call has ended; errors are dropped."""
 
     async def main() -> None:
-        offload = Offload()
+        offload = BlockingCalls()
         go_on = threading.Event()
         discarded: list[str] = []
 
@@ -84,7 +84,7 @@ def test_the_result_of_a_call_that_nobody_waits_for_is_discarded() -> None:
 def test_a_thread_that_outlives_the_loop_ends_quietly() -> None:
     """A stuck descriptor keeps neither the loop nor the process from ending."""
     go_on = threading.Event()
-    offload = Offload()
+    offload = BlockingCalls()
 
     async def main() -> None:
         task = asyncio.ensure_future(offload.run(1, lambda _: None, go_on.wait))
@@ -103,7 +103,7 @@ def test_closing_for_a_stranger_happens_in_a_thread() -> None:
     """The loop does not wait for close(2)."""
 
     async def main() -> None:
-        offload = Offload()
+        offload = BlockingCalls()
         source, sink = os.pipe()
         offload.close(OTHER, sink)
         await idle(offload)
@@ -118,7 +118,7 @@ def test_a_result_that_comes_with_the_cancellation_is_discarded() -> None:
     """Both may happen in one turn of the loop."""
 
     async def main() -> None:
-        offload = Offload()
+        offload = BlockingCalls()
         discarded: list[str] = []
         go_on = threading.Event()
 
@@ -142,7 +142,7 @@ def test_a_uid_whose_threads_are_stuck_is_known(monkeypatch: pytest.MonkeyPatch)
     """Its descriptors are kept until a thread is free, and counted."""
 
     async def main() -> None:
-        offload = Offload()
+        offload = BlockingCalls()
         go_on = threading.Event()
         running = occupy(offload, go_on)
         await asyncio.sleep(0)
@@ -172,7 +172,7 @@ def test_without_a_new_thread_the_call_waits_for_the_next(monkeypatch: pytest.Mo
     """Where the system has no thread to give, nothing is lost."""
 
     async def main() -> None:
-        offload = Offload()
+        offload = BlockingCalls()
         source, sink = os.pipe()
         with monkeypatch.context() as patch:
 
@@ -195,7 +195,7 @@ def test_a_call_whose_turn_comes_too_late_is_not_made() -> None:
     """What it would have used is released instead."""
 
     async def main() -> None:
-        offload = Offload()
+        offload = BlockingCalls()
         go_on = threading.Event()
         made: list[str] = []
         running = occupy(offload, go_on)

@@ -12,14 +12,11 @@ from pathlib import Path
 import pytest
 
 from secretd.access import peer as module
-from secretd.access.peer import (
-    Door,
-    Peer,
-    cgroup_of,
-    identify,
-    units_of,
-)
+from secretd.access import units
+from secretd.access.peer import Door, Peer, identify
+from secretd.access.units import cgroup_of, units_of
 from secretd.errors import PeerUnknown
+from secretd.linux import peercred
 from tests.conftest import Client, Daemon, connect_as, need, need_root
 
 
@@ -113,7 +110,7 @@ def test_the_unit_is_that_of_the_whole_path(path: str | None, units: list[str]) 
 def cgroup(name: str) -> Iterator[str]:
     """A real cgroup below the mount point; what it is for may run in it."""
     need_root()
-    mount = module._mount()
+    mount = units._mount()
     need(mount is not None, "there are no version 2 cgroups")
     assert mount is not None
     made: list[str] = []
@@ -183,17 +180,17 @@ def test_the_unit_is_read_through_the_pidfd(
 ) -> None:
     """By the cgroup's number, with /proc or without it; or by /proc, where the kernel tells no number."""
     if way == "walk":
-        monkeypatch.setattr(module, "_read_proc", lambda _pid: None)
+        monkeypatch.setattr(units, "_read_proc", lambda _pid: None)
     if way == "proc":
-        monkeypatch.setattr(module, "_PIDFD_GET_INFO", 0xC040FFFE)
+        monkeypatch.setattr(peercred, "PIDFD_GET_INFO", 0xC040FFFE)
     wanted = (["unit:web.service"], ["unit:user@1000.service", "user-unit:1000/web.service"])
-    for number, (name, units) in enumerate(zip(NAMES, wanted, strict=True)):
+    for number, (name, expected) in enumerate(zip(NAMES, wanted, strict=True)):
         directory = tmp_path / str(number)
         directory.mkdir()
         with cgroup(name) as path, process_in(path, directory) as sock:
             peer = identify(sock, Door.CLIENT)
-        assert set(units) <= peer.identities
-        assert peer.unit == units[-1]
+        assert set(expected) <= peer.identities
+        assert peer.unit == expected[-1]
 
 
 @pytest.mark.parametrize("way", ["kernel", "proc"])
@@ -202,7 +199,7 @@ def test_a_process_that_has_ended_is_not_known(
 ) -> None:
     """Its connection is refused on the client door, and has no unit on the control door."""
     if way == "proc":
-        monkeypatch.setattr(module, "_PIDFD_GET_INFO", 0xC040FFFE)
+        monkeypatch.setattr(peercred, "PIDFD_GET_INFO", 0xC040FFFE)
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(tmp_path / "s"))
     listener.listen()
@@ -250,16 +247,16 @@ def test_a_peer_that_has_ended_is_refused_in_words(daemon: Daemon, tmp_path: Pat
 def test_without_pidfds_the_client_door_is_closed(tmp_path: Path) -> None:
     """As on Linux before 6.5; the control door needs no more than the uid."""
     with accepted(tmp_path) as sock, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_SO_PEERPIDFD", 999)
+        patch.setattr(peercred, "SO_PEERPIDFD", 999)
         with pytest.raises(PeerUnknown, match=r"this kernel has no SO_PEERPIDFD; Linux 6\.5 has"):
             identify(sock, Door.CLIENT)
         assert identify(sock, Door.CONTROL).uid == os.getuid()
         patch.undo()
-        patch.setattr(module, "_told_by_kernel", lambda _pidfd: None)
+        patch.setattr(peercred, "pid_and_cgroup", lambda _pidfd: None)
         with pytest.raises(PeerUnknown, match="the process has ended"):
             identify(sock, Door.CLIENT)
         patch.undo()
-        patch.setattr(module, "_SO_PEERGROUPS", 999)
+        patch.setattr(peercred, "SO_PEERGROUPS", 999)
         with pytest.raises(PeerUnknown, match="Protocol not available"):
             identify(sock, Door.CLIENT)
 
@@ -272,7 +269,7 @@ def test_what_cannot_be_looked_up_is_not_known(
     def none(_pidfd: int) -> str | None:
         raise OSError(24, "x")
 
-    monkeypatch.setattr(module, "cgroup_of", none)
+    monkeypatch.setattr("secretd.access.peer.cgroup_of", none)
     with accepted(tmp_path) as sock:
         with pytest.raises(PeerUnknown, match="Too many open files"):
             identify(sock, Door.CLIENT)
@@ -296,15 +293,15 @@ def test_cgroups_outside_ours_or_none_give_no_unit(monkeypatch: pytest.MonkeyPat
     """The kernel shows them with dots; and there may be none of version 2."""
     pidfd = os.pidfd_open(os.getpid())
     try:
-        monkeypatch.setattr(module, "_read_proc", lambda _pid: "/../other.slice/nginx.service")
+        monkeypatch.setattr(units, "_read_proc", lambda _pid: "/../other.slice/nginx.service")
         assert cgroup_of(pidfd) is None
-        monkeypatch.setattr(module, "_PIDFD_GET_INFO", 0xC040FFFE)
+        monkeypatch.setattr(peercred, "PIDFD_GET_INFO", 0xC040FFFE)
         assert cgroup_of(pidfd) is None
-        monkeypatch.setattr(module, "_read_proc", lambda _pid: None)
+        monkeypatch.setattr(units, "_read_proc", lambda _pid: None)
         with pytest.raises(PeerUnknown, match="/cgroup cannot be read"):
             cgroup_of(pidfd)
         monkeypatch.undo()
-        monkeypatch.setattr(module, "_mount", lambda: None)
+        monkeypatch.setattr(units, "_mount", lambda: None)
         assert cgroup_of(pidfd) is None
     finally:
         os.close(pidfd)
@@ -312,18 +309,18 @@ def test_cgroups_outside_ours_or_none_give_no_unit(monkeypatch: pytest.MonkeyPat
 
 def test_a_cgroup_that_is_not_found_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody's time is spent on looking for it without end."""
-    mount = module._mount()
+    mount = units._mount()
     need(mount is not None, "there are no version 2 cgroups")
     assert mount is not None
     with pytest.raises(PeerUnknown, match="its cgroup was not found"):
-        module._walk("/nonexistent", 1)
-    monkeypatch.setattr(module, "_CGROUPS_WALKED", 1)
+        units._walk("/nonexistent", 1)
+    monkeypatch.setattr(units, "_CGROUPS_WALKED", 1)
     with pytest.raises(PeerUnknown, match="its cgroup was not found"):
-        module._walk(mount, 1 << 60)
+        units._walk(mount, 1 << 60)
     with pytest.raises(PeerUnknown, match="its cgroup was not found"):
-        module._walk("/nonexistent", 1)
-    assert module._number_of("/nonexistent") is None
-    assert module._read_proc(1 << 30) is None
+        units._walk("/nonexistent", 1)
+    assert units._number_of("/nonexistent") is None
+    assert units._read_proc(1 << 30) is None
 
 
 def test_a_pidfd_that_is_none_is_not_known() -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from secretd.errors import StateError
 from secretd.journal import loader
-from secretd.journal.loader import (
+from secretd.journal.layout import (
     CHECKED,
     FILE,
     GONE,
@@ -19,8 +19,8 @@ from secretd.journal.loader import (
     RECORD,
     UNCHECKED,
     WRITTEN,
-    Loaded,
 )
+from secretd.journal.loader import Loaded
 
 
 def record(

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from secretd.errors import LockedMemoryExhausted, StateError
-from secretd.journal import journal, loader
+from secretd.journal import journal, layout, loader
 from secretd.journal.journal import Journal
 from secretd.linux import locked_pages
 from secretd.linux.locked_pages import Level
@@ -69,7 +69,7 @@ def content(journal: Journal) -> dict[str, tuple[bytes, dict[str, object]]]:
     for object_id in journal:
         record = journal.get(object_id)
         assert record is not None
-        plain = b"" if record.slot == loader.NO_SLOT else bytes(journal.plaintext(object_id))
+        plain = b"" if record.slot == layout.NO_SLOT else bytes(journal.plaintext(object_id))
         found[object_id] = (plain, record.properties)
     return found
 
@@ -80,7 +80,7 @@ def check_unused_is_wiped(journal: Journal) -> None:
     for object_id in journal:
         record = journal.get(object_id)
         assert record is not None
-        if record.slot != loader.NO_SLOT:
+        if record.slot != layout.NO_SLOT:
             data[record.slot : record.slot + record.size] = bytes(record.size)
     assert not any(data)
 

@@ -16,10 +16,10 @@ from secretd.monitor.commands import COMMANDS
 from secretd.qapi.command import (
     Command,
     Commands,
-    FastDecoder,
     check,
     text_of,
 )
+from secretd.qapi.fast_decoder import FastDecoder
 from secretd.qapi.visitor import members
 from secretd.qom.secret import SecretOptions
 from secretd.wire.connection import Connection

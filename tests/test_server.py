@@ -22,9 +22,9 @@ from secretd.memory.arena import Arena, LockedBuffer
 from secretd.monitor import session as session_module
 from secretd.monitor.session import Session
 from secretd.net import transport
+from secretd.net.listener import listen
 from secretd.net.transport import Transport
 from secretd.server import server
-from secretd.server.server import listen
 from tests.conftest import Client, Daemon
 
 NAME = b'{"execute":"query-name"}'
@@ -517,7 +517,7 @@ def test_the_control_door_is_for_root_and_the_own_uid(daemon: Daemon) -> None:
     os.close(fd)
     assert allowed.cmd("closefd", {"fdname": "a"}) == {"return": {}}
     allowed.close()
-    while daemon.call(lambda: not daemon.server.daemon.offload.idle() or daemon.server.sessions):
+    while daemon.call(lambda: not daemon.server.core.threads.idle() or daemon.server.sessions):
         pass
 
 
@@ -532,7 +532,7 @@ def test_only_root_and_the_own_uid_may_name_a_path(daemon: Daemon, qmp: Client) 
     assert qmp.add("s", file="/etc/passwd") == {"return": {}}
     other.close()
     while daemon.call(
-        lambda: not daemon.server.daemon.offload.idle() or len(daemon.server.sessions) > 1
+        lambda: not daemon.server.core.threads.idle() or len(daemon.server.sessions) > 1
     ):
         pass
 
@@ -674,7 +674,7 @@ def test_a_closed_connection_takes_nothing_any_more(daemon: Daemon, qmp: Client)
 
 def test_a_uid_with_too_many_descriptors_is_shut_out(daemon: Daemon, qmp: Client) -> None:
     """Its connection ends when it brings more, with a word why; a new one is refused; others go on."""
-    share = daemon.server.daemon.limits.descriptors
+    share = daemon.server.core.limits.descriptors
     share.limit = 4
     words = "uid 1000 has %d descriptors open here, and the limit is 4 (descriptors-per-uid)"
     holder = daemon.connect(door="client", uid=1000)
@@ -685,7 +685,7 @@ def test_a_uid_with_too_many_descriptors_is_shut_out(daemon: Daemon, qmp: Client
         other.send(NAME, (file.fileno(),))
         assert other.reply()["error"]["desc"] == words % 4
         assert other.line() == b""
-        closing = daemon.server.daemon.offload.closing
+        closing = daemon.server.core.threads.closing
         refused = daemon.connect(door="client", uid=1000, negotiate=False)
         # The connection that was ended counts until it is closed: a descriptor lies in it.
         assert refused.reply()["error"]["desc"] in (words % 4, words % 5)
@@ -1010,7 +1010,7 @@ def test_a_client_that_left_before_its_command_had_to_wait_leaves_nothing(
     others_gone.set()
     while daemon.call(lambda: daemon.server.sessions or daemon.tree._loading):
         pass
-    while not daemon.server.daemon.offload.idle():
+    while not daemon.server.core.threads.idle():
         with contextlib.suppress(OSError):  # ENXIO while nobody reads it
             os.close(os.open(tmp_path / "fifo", os.O_WRONLY | os.O_NONBLOCK))
     assert daemon.connect().add("s", data="x") == {"return": {}}

@@ -336,7 +336,7 @@ def test_a_status_that_could_not_be_told_is_told_later(
     manager: Manager, door: Callable[[str], socket.socket]
 ) -> None:
     """The service manager may be busy."""
-    from secretd.daemon import fd_store
+    from secretd.daemon import fd_store, status
     from secretd.memory.arena import Arena
     from secretd.qom.registry import TYPES
     from secretd.qom.tree import ObjectTree
@@ -348,7 +348,7 @@ def test_a_status_that_could_not_be_told_is_told_later(
         journal = Journal(Arena(ARENA_LEVEL))
         tree = ObjectTree(journal, journal.arena, TYPES)
         ours = Ours(manager.path)
-        reports = fd_store.Reports(fd_store.Store(ours, journal, restored=False), tree)
+        reports = status.Reports(fd_store.Store(ours, journal, restored=False), tree)
         reports.start()
         reports._tell()
         assert reports._due is None

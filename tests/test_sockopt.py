@@ -6,8 +6,8 @@ import socket
 
 import pytest
 
+from secretd.descriptors import threads
 from secretd.linux import sockopt
-from secretd.monitor import monitor
 
 
 def test_the_family_is_asked_of_the_kernel_alone() -> None:
@@ -83,4 +83,4 @@ def test_old_kernels_close_sockets_in_threads() -> None:
     """Before 6.8 closing one may close what others have passed in circles."""
     major, minor = sockopt.kernel_version()
     assert os.uname().release.startswith(f"{major}.{minor}")
-    assert ((major, minor) < (6, 8)) == monitor.CLOSE_COLLECTS_GARBAGE
+    assert ((major, minor) < (6, 8)) == threads.CLOSE_COLLECTS_GARBAGE

@@ -15,16 +15,13 @@ from pathlib import Path
 import pytest
 
 from secretd.access import peer
-from secretd.access.peer import (
-    Door,
-    IdMap,
-    identify,
-    read_id_map,
-)
+from secretd.access.peer import Door, identify
 from secretd.daemon import argv, main
 from secretd.errors import UsageError
-from secretd.server import server
-from secretd.server.server import listen
+from secretd.linux import user_namespace
+from secretd.linux.user_namespace import IdMap, read_id_map
+from secretd.net import listener
+from secretd.net.listener import listen
 from tests.conftest import Client, Daemon, connect_as, need_program, need_root
 from tests.test_ctl import SECRETCTL
 
@@ -180,8 +177,8 @@ def test_what_is_not_mapped_is_no_identity(
 ) -> None:
     """A uid that stands for many is refused, on each socket; such a group is left out."""
     need_root()
-    monkeypatch.setattr(peer, "UIDS", IdMap((), 65534))
-    monkeypatch.setattr(peer, "GIDS", IdMap((), 65534))
+    monkeypatch.setattr("secretd.access.peer.UIDS", IdMap((), 65534))
+    monkeypatch.setattr("secretd.access.peer.GIDS", IdMap((), 65534))
     for path in (daemon.client, daemon.admins):
         with connect_as(path, 65534, 65534) as sock:
             reply = json.loads(sock.recv(1 << 16))
@@ -223,7 +220,7 @@ def test_a_namespace_that_maps_one_uid_is_said_at_start(tmp_path: Path) -> None:
     process.terminate()
     process.communicate(timeout=20)
     assert "this user namespace does not map all ids: uid 65534 stands for all that are not" in said
-    assert peer.unmapped_words(IdMap((), None), IdMap((), None)) == ""
+    assert user_namespace.unmapped_words(IdMap((), None), IdMap((), None)) == ""
 
 
 # --- sockets' files
@@ -260,7 +257,7 @@ def test_directories_that_others_can_write_are_refused(
     owner = os.stat(tmp_path).st_uid
     monkeypatch.setattr(os, "getuid", lambda: owner + 1)
     with pytest.raises(UsageError, match="other users can replace"):
-        server.check_directory(str(tmp_path))
+        listener.check_directory(str(tmp_path))
 
 
 @pytest.mark.parametrize("how", ["noticed", "reload"])

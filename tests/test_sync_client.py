@@ -284,7 +284,7 @@ def test_events_go_on_over_a_lost_connection(daemon: Daemon, qmp: Qmp) -> None:
         seen.extend((e.name, e.id) for e in client.events(names=["SECRET_DELETED"]))
 
     def subscribed() -> None:
-        while not daemon.call(lambda: list(daemon.server.daemon.broadcaster.subscribers)):
+        while not daemon.call(lambda: list(daemon.server.core.broadcaster.subscribers)):
             pass
 
     thread = threading.Thread(target=follow)

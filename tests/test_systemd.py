@@ -8,14 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from secretd.systemd import notify
-from secretd.systemd.notify import (
-    CredentialAddress,
-    JournalFormatter,
-    Manager,
-    Passed,
-    credential_address,
-)
+from secretd.systemd import activation, notify, stderr_journal
+from secretd.systemd.activation import Passed
+from secretd.systemd.credential_address import CredentialAddress, credential_address
+from secretd.systemd.notify import Manager
+from secretd.systemd.stderr_journal import JournalFormatter
 from tests.manager import Manager as Other
 
 
@@ -35,18 +32,18 @@ def test_descriptors_are_known_by_their_names(environment: pytest.MonkeyPatch) -
     assert fds == [first, first + 1, first + 2]
     for fd in fds:
         os.set_inheritable(fd, True)
-    environment.setattr(notify, "FIRST_FD", first)
+    environment.setattr(activation, "FIRST_FD", first)
     environment.setenv("LISTEN_PID", str(os.getpid()))
     environment.setenv("LISTEN_FDS", "3")
     environment.setenv("LISTEN_FDNAMES", "b:a")
-    assert notify.passed() == [
+    assert activation.passed() == [
         Passed("b", first),
         Passed("a", first + 1),
         Passed("unknown", first + 2),
     ]
     assert not any(os.get_inheritable(fd) for fd in fds)
     assert not {"LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"} & os.environ.keys()
-    assert notify.passed() == []
+    assert activation.passed() == []
     for fd in fds:
         os.close(fd)
 
@@ -58,7 +55,7 @@ def test_descriptors_for_another_process_are_not_ours(
     """Nor what is no number."""
     environment.setenv("LISTEN_PID", pid.replace("self", str(os.getpid())))
     environment.setenv("LISTEN_FDS", count)
-    assert notify.passed() == []
+    assert activation.passed() == []
     assert "LISTEN_PID" not in os.environ
 
 
@@ -159,18 +156,18 @@ def test_stderr_is_the_journal_if_that_is_where_it_goes(
     environment: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """By device and inode; a child whose stderr goes elsewhere is not fooled."""
-    assert not notify.journal_on_stderr()
+    assert not stderr_journal.journal_on_stderr()
     status = os.fstat(2)
     environment.setenv("JOURNAL_STREAM", f"{status.st_dev}:{status.st_ino}")
-    assert notify.journal_on_stderr()
+    assert stderr_journal.journal_on_stderr()
     environment.setenv("JOURNAL_STREAM", f"{status.st_dev}:{status.st_ino + 1}")
-    assert not notify.journal_on_stderr()
+    assert not stderr_journal.journal_on_stderr()
     closed = os.open("/dev/null", os.O_RDONLY)
     os.close(closed)
     real = os.fstat
     with environment.context() as patched:
         patched.setattr(os, "fstat", lambda _fd: real(closed))
-        assert not notify.journal_on_stderr()
+        assert not stderr_journal.journal_on_stderr()
 
 
 def test_each_line_of_the_log_has_its_priority() -> None:

@@ -13,7 +13,7 @@ from secretd.audit.log import Audit
 from secretd.journal.journal import Journal
 from secretd.memory.arena import Arena
 from secretd.monitor.commands import COMMANDS
-from secretd.monitor.core import Daemon as Shared
+from secretd.monitor.core import Core
 from secretd.monitor.monitor import Monitor
 from secretd.net.transport import Locked
 from secretd.qom.registry import TYPES
@@ -38,7 +38,7 @@ class Codec:
         tree = ObjectTree(self.journal, self.scratch, TYPES)
         self.runner = asyncio.Runner()
         self._ended = False
-        shared = Shared(tree, COMMANDS.by_name.values(), "secretd test", Audit(), self)
+        shared = Core(tree, COMMANDS.by_name.values(), "secretd test", Audit(), self.quit)
         peer = Peer(os.getuid(), os.getgid(), os.getpid(), Door.CONTROL)
         self.monitor = Monitor(shared, peer, self._negotiated)
         self.codec = Connection(self.monitor.table.decode)
@@ -47,7 +47,7 @@ class Codec:
         self._output = self.monitor.greeting()
 
     def quit(self, data: str) -> None:
-        """See secretd.monitor.core.Owner."""
+        """See secretd.monitor.core.Core."""
         self._output += wire.event("SHUTDOWN", data, 1, 2)
         self._ended = True
 

@@ -20,7 +20,7 @@ from msgspec import UNSET, Raw, UnsetType
 from secretd.audit.log import Record
 from secretd.ctl.secrets import main as _verbs_are_there  # noqa: F401
 from secretd.ctl.verb import EXIT_STATUS, SECTIONS, cli
-from secretd.daemon import process
+from secretd.daemon.options import parser as daemon_parser
 from secretd.monitor.commands import COMMANDS
 from secretd.monitor.events import EVENTS
 from secretd.qapi.command import Command
@@ -246,7 +246,9 @@ def audit() -> Iterator[str]:
     """Return a table of the members of a record."""
     names = {"seq", "time", "hash", *(n.replace("_", "-") for n in Record.__struct_fields__)}
     if names != _AUDIT.keys():
-        raise ValueError(f"scripts/tools/reference.py does not say what these are: {names ^ _AUDIT.keys()}")
+        raise ValueError(
+            f"scripts/tools/reference.py does not say what these are: {names ^ _AUDIT.keys()}"
+        )
     yield "| member | |"
     yield "|---|---|"
     for name, words in _AUDIT.items():
@@ -256,7 +258,7 @@ def audit() -> Iterator[str]:
 
 def options() -> Iterator[str]:
     """Return the options of the daemon."""
-    parser = process._parser()  # noqa: SLF001 - argparse has no other way to what it knows
+    parser = daemon_parser()
     for action in parser._actions:  # noqa: SLF001
         if "--help" in action.option_strings:
             continue

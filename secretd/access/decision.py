@@ -11,38 +11,46 @@ pattern matches the id and whose authz object allows the peer. A refusal looks o
 peer is granted: never at whether the secret exists, nor at what is granted to others.
 """
 
+import asyncio
 import itertools
 from collections.abc import Iterable, Iterator
 from typing import Final, NamedTuple
 
 from secretd.access.grant_index import Granted, GrantIndex, Rule
 from secretd.access.peer import Door, Peer
-from secretd.audit.log import Audit, Who
+from secretd.audit.log import Audit, Subject
 from secretd.errors import AccessDenied, CommandError
-from secretd.net.loop import turn
 from secretd.qom.authz import Verdict
 from secretd.qom.grant import READS, used_up
 from secretd.qom.patterns import is_pattern, literal_prefix, matcher
 from secretd.qom.secret import secret_plaintext
 from secretd.qom.tree import ID_BYTES, ObjectTree
-from secretd.systemd.notify import CREDENTIAL_BYTES, CredentialAddress
+from secretd.systemd.credential_address import CREDENTIAL_BYTES, CredentialAddress
 
 
 class Grant:
     """Permission to release one secret to one peer, as `Access.check` gave it, and what it is.
 
-    ``plaintext`` is borrowed: good until the secret is removed. ``rule``: the id of the secret-grant
+    ``subject`` is the peer as the audit names it. ``plaintext`` is borrowed: good until the secret is
+    removed. ``rule``: the id of the secret-grant
     that permits it, None on the control door.
     """
 
-    __slots__ = ("object_id", "peer", "plaintext", "rule", "terms")
+    __slots__ = ("object_id", "peer", "plaintext", "rule", "subject", "terms")
 
-    def __init__(
-        self, key: object, peer: Peer, object_id: str, terms: "Rule | None", plaintext: memoryview
+    def __init__(  # noqa: PLR0917 - what a decision is about
+        self,
+        key: object,
+        peer: Peer,
+        subject: Subject,
+        object_id: str,
+        terms: "Rule | None",
+        plaintext: memoryview,
     ) -> None:
         if key is not _KEY:
             raise TypeError("only access makes a Grant")
         self.peer = peer
+        self.subject = subject
         self.object_id = object_id
         self.rule = None if terms is None else terms.id
         self.terms = terms
@@ -95,8 +103,8 @@ class Access:
 
     # --- decisions
 
-    def check(self, peer: Peer, who: Who, object_id: str, action: str = "read") -> Grant:
-        """Return leave to release a secret. ``who``: the peer, as the audit tells of it.
+    def check(self, peer: Peer, subject: Subject, object_id: str, action: str = "read") -> Grant:
+        """Return leave to release a secret. ``subject``: the peer, as the audit tells of it.
 
         Raises AccessDenied, which tells nothing of whether the secret exists; CommandError if there
         is none of that id, to who might have read it, or if the audit demands it. ``action``: read
@@ -105,24 +113,26 @@ class Access:
         rule = None
         if object_id in self._tree.pinned and not peer.trusted:
             # The audit's key: whoever has it can make up records.
-            self._audit.refuse(action, peer.uid, who, id=object_id)
+            self._audit.refuse(action, peer.uid, subject, id=object_id)
             raise AccessDenied(f"Reading secret '{object_id}' is not permitted")
         if peer.door is not Door.CONTROL:
             rule = self._permitting(peer.identities, object_id)
             if rule is None:
-                self._audit.refuse(action, peer.uid, who, id=object_id)
+                self._audit.refuse(action, peer.uid, subject, id=object_id)
                 raise AccessDenied(f"Reading secret '{object_id}' is not permitted")
         if rule is not None and not self._tree.is_secret(object_id):
             # What there is beside secrets is no client's affair.
             raise CommandError(f"No secret with id '{object_id}'")
         plaintext = secret_plaintext(self._tree, object_id)
         by = "control socket" if rule is None else f"grant {rule.id}"
-        self._audit.release(action, who, by, object_id, len(plaintext))
+        self._audit.release(action, subject, by, object_id, len(plaintext))
         if rule is not None and rule.limited:
             self._count(rule.id, 1)
-        return Grant(_KEY, peer, object_id, rule, plaintext)
+        return Grant(_KEY, peer, subject, object_id, rule, plaintext)
 
-    async def credential(self, peer: Peer, who: Who, claimed: CredentialAddress | None) -> Grant:
+    async def credential(
+        self, peer: Peer, subject: Subject, claimed: CredentialAddress | None
+    ) -> Grant:
         """Return leave to give a unit the secret that its LoadCredential= asks for.
 
         ``claimed``: what the address says. Anybody can say that, so the peer must be a service manager
@@ -134,12 +144,12 @@ class Access:
         try:
             object_id, rule = await self._mapped(peer, claimed)
         except AccessDenied as error:
-            self._audit.refuse("credential", peer.uid, who, credential=name, reason=error.desc)
+            self._audit.refuse("credential", peer.uid, subject, credential=name, reason=error.desc)
             raise
         plaintext = secret_plaintext(self._tree, object_id)
         by = f"grant {rule.id}"
-        self._audit.release("credential", who, by, object_id, len(plaintext), name)
-        return Grant(_KEY, peer, object_id, rule, plaintext)
+        self._audit.release("credential", subject, by, object_id, len(plaintext), name)
+        return Grant(_KEY, peer, subject, object_id, rule, plaintext)
 
     async def _mapped(self, peer: Peer, claimed: CredentialAddress | None) -> tuple[str, Rule]:
         """Return the id of the secret that a unit asks for, and the grant that permits it."""
@@ -162,7 +172,7 @@ class Access:
                 missing = rule.secret
                 for object_id in self._secrets(rule):
                     if object_id is None:
-                        await turn(None)
+                        await asyncio.sleep(0)  # others have their turn
                     else:
                         found[object_id] = rule
                     if len(found) > 1:
@@ -205,12 +215,12 @@ class Access:
             and not self._tree.lifetimes.ended(rule.id)
         ]
 
-    def take_back(self, grant: Grant, who: Who, reason: str) -> None:
+    def take_back(self, grant: Grant, reason: str) -> None:
         """Undo a read of which no byte was taken: record it as withheld, and give the count back.
 
         A grant that was changed or made anew meanwhile keeps its count, which is another one's.
         """
-        self._audit.note("withheld", who, id=grant.object_id, reason=reason)
+        self._audit.note("withheld", grant.subject, id=grant.object_id, reason=reason)
         rule = grant.terms
         if (
             rule is not None

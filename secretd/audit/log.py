@@ -25,7 +25,7 @@ from msgspec import UNSET, Raw, Struct, UnsetType
 from secretd.audit import chain
 from secretd.audit.sinks import Sink, open_sink
 from secretd.errors import CommandError, UsageError
-from secretd.systemd.notify import journal_on_stderr
+from secretd.systemd.stderr_journal import journal_on_stderr
 
 AUDIT_ID_CHARACTERS: Final = 128
 """Characters of an id in a record; the rest is cut."""
@@ -74,7 +74,7 @@ class Record(Struct, omit_defaults=True, rename="kebab"):
     dropped: int | UnsetType = UNSET  # records that were lost before this one
 
 
-class Who:
+class Subject:
     """Who did it: by which door, and the peer as JSON, if it is known. ``text``: as members of a record."""
 
     __slots__ = ("door", "peer", "text")
@@ -196,15 +196,17 @@ class Audit:
         self.note("start", version=version, objects=objects)
         self._written()
 
-    def note(self, event: str, who: Who | None = None, **members: object) -> None:
+    def note(self, event: str, subject: Subject | None = None, **members: object) -> None:
         """Write a record as soon as possible. See Record for what members there are."""
-        if who is not None:
-            members |= {"door": who.door, "peer": who.peer}
+        if subject is not None:
+            members |= {"door": subject.door, "peer": subject.peer}
         self._keep(*_made(event, members))
         if not self.in_turn:
             self._schedule()
 
-    def done(self, event: str, who: Who, object_id: str, kind: str, size: int | None) -> None:
+    def done(
+        self, event: str, subject: Subject, object_id: str, kind: str, size: int | None
+    ) -> None:
         """Write the record of what was done to an object that there is, of a type, with so many bytes: the
         same as `note` would, in less time.
         """
@@ -213,7 +215,7 @@ class Audit:
         if len(object_id) > AUDIT_ID_CHARACTERS:
             object_id = object_id[:AUDIT_ID_CHARACTERS]
         of = "" if size is None else f'"size":{size},'
-        text = f'"event":"{event}","id":"{object_id}","type":"{kind}",{of}{who.text}'
+        text = f'"event":"{event}","id":"{object_id}","type":"{kind}",{of}{subject.text}'
         self._keep(text, _ORDINARY)
         if not self.in_turn:
             self._schedule()
@@ -242,7 +244,13 @@ class Audit:
         pending.append((self._priorities[kind] + line).encode())
 
     def release(  # noqa: PLR0917 - the members that each of these records has
-        self, event: str, who: Who, rule: str, object_id: str, size: int, credential: str = ""
+        self,
+        event: str,
+        subject: Subject,
+        rule: str,
+        object_id: str,
+        size: int,
+        credential: str = "",
     ) -> None:
         """Write the record of a release of a secret that there is, by a rule, which must not happen if this
         raises CommandError. ``credential``: the name it was asked for by, if that is another.
@@ -254,7 +262,7 @@ class Audit:
         by = "" if not credential else f'"credential":{_json(credential)},'
         text = (
             f'"event":"{event}","decision":"allow","rule":"{rule}","id":"{object_id}",'
-            f'{by}"size":{size},{who.text}'
+            f'{by}"size":{size},{subject.text}'
         )
         if not self._require:
             self._keep(text, _ORDINARY)
@@ -274,7 +282,7 @@ class Audit:
             "then releases no secret"
         )
 
-    def refuse(self, event: str, uid: int, who: Who | None, **members: object) -> None:
+    def refuse(self, event: str, uid: int, subject: Subject | None, **members: object) -> None:
         """Write the record of a refusal; of many from one uid, the first and how many more there were."""
         if self._sink is None:
             return
@@ -289,7 +297,7 @@ class Audit:
         asked = members.get("id")
         if isinstance(asked, str) and not _ID.fullmatch(asked):
             members["id"] = "?"  # it may be anything that somebody typed by mistake
-        self.note(event, who, decision="deny", **members)
+        self.note(event, subject, decision="deny", **members)
 
     def _end_window(self, uid: int) -> None:
         window = self._windows.get(uid)

@@ -20,6 +20,7 @@ import asyncio
 import contextlib
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from io import FileIO
 from typing import Final, Self, cast
 
 from qemu.qmp import ExecInterruptedError, StateError
@@ -29,7 +30,6 @@ from secretd.client.connection import Connection
 from secretd.client.socket_path import default_socket
 from secretd.client.sync import RETRY_SECONDS, give_memory
 from secretd.client.types import PLAIN, Encoding, Event, Format, Sealed, SecretInfo
-from secretd.descriptors.fd import Fd
 from secretd.memory.arena import (
     SCRATCH_WINDOW,
     Arena,
@@ -102,7 +102,7 @@ class Client:
         """Add a secret from memory, through a pipe."""
         content = memoryview(plaintext)
         source, number = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        sink = Fd(number)
+        sink = FileIO(number, "wb")  # closed below, or once all is written
         writing = asyncio.ensure_future(_write_all(sink, content))
         try:
             await self.add(object_id, source, encoding)
@@ -290,7 +290,7 @@ class Client:
             buffer.free()
 
 
-async def _write_all(sink: Fd, data: memoryview) -> None:
+async def _write_all(sink: FileIO, data: memoryview) -> None:
     loop = asyncio.get_running_loop()
     while data:
         try:

@@ -1,26 +1,18 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Base64 and AES-256-CBC from locked memory into locked memory; crypto/secret_common.c's steps.
+"""AES-256-CBC from locked memory into locked memory, in the steps of QEMU's crypto/secret_common.c.
 
-The only module that uses `cryptography`. Errors have QEMU's words. The loaders in qom and the
-commands call it.
-
-Rules
-- A cipher context lives in one function, with no await in it: while it exists the key is in the heap.
-- `binascii` is never used on secrets (its results are ordinary bytes, and it leaves the plaintext on the C
-  stack); msgspec decodes base64 into a bytearray, which is wiped.
+Only this package uses `cryptography`. A cipher context lives within one function that does not await: while
+the context exists, the key is in the heap. qom.secret and the command secret-seal call it.
 """
 
 import binascii
 import functools
 import os
-import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-import msgspec
-
+from secretd.crypto.base64 import INVALID_BASE64
 from secretd.errors import CommandError
-from secretd.linux.locked_pages import wipe_bytearray
 from secretd.memory.arena import Arena, LockedBuffer
 
 if TYPE_CHECKING:
@@ -30,59 +22,13 @@ KEY_BYTES: Final = 32
 IV_BYTES: Final = 16
 BLOCK_BYTES: Final = 16
 
-_decode_base64 = msgspec.json.Decoder(bytearray, strict=True).decode
-_encode_base64_into = msgspec.json.Encoder().encode_into
-_NOT_NEWLINES: Final = re.compile(rb"[^\n]+")
-_NEWLINE: Final = re.compile(rb"\n")
-_NUL: Final = re.compile(rb"\0")
-_BASE64: Final = re.compile(rb'"[A-Za-z0-9+/]*={0,2}"')
-_INVALID = "Base64 data contains invalid characters"
-
-
-def decode_base64(quoted: memoryview, scratch_arena: Arena, arena: Arena) -> LockedBuffer:
-    """Return, in ``arena``, what ``quoted`` stands for: base64 text between double quotes.
-
-    Raises CommandError in QEMU's words (qbase64_decode()).
-    """
-    if _NEWLINE.search(quoted):
-        with scratch_arena.allocate(len(quoted)) as copy:
-            return _decode_joined(_without_newlines(quoted, copy.view), arena)
-    return _decode_joined(quoted, arena)
-
-
-def _decode_joined(quoted: memoryview, arena: Arena) -> LockedBuffer:
-    # Only what is base64 to the letter goes to msgspec, which would undo escapes in its own memory.
-    if not _BASE64.fullmatch(quoted):
-        if _NUL.search(quoted):
-            raise CommandError("Base64 data contains embedded NUL characters")
-        raise CommandError(_INVALID)
-    try:
-        decoded = _decode_base64(quoted)
-    except msgspec.MsgspecError:
-        raise CommandError(_INVALID) from None
-    try:
-        buffer = arena.allocate(len(decoded))
-        buffer.view[:] = decoded
-    finally:
-        wipe_bytearray(decoded)
-    return buffer
-
-
-def _without_newlines(quoted: memoryview, into: memoryview) -> memoryview:
-    at = 0
-    for run in _NOT_NEWLINES.finditer(quoted):
-        size = run.end() - run.start()
-        into[at : at + size] = quoted[run.start() : run.end()]
-        at += size
-    return into[:at]
-
 
 def decode_iv(text: str) -> bytes:
     """Return the 16 bytes of an initialisation vector given in base64, or raise CommandError."""
     try:
         iv = binascii.a2b_base64(text.replace("\n", "").encode("ascii"), strict_mode=True)
     except ValueError:  # UnicodeEncodeError and binascii.Error
-        raise CommandError(_INVALID) from None
+        raise CommandError(INVALID_BASE64) from None
     if len(iv) != IV_BYTES:
         raise CommandError(f"IV should be {IV_BYTES} bytes in length not {len(iv)}")
     return iv
@@ -149,17 +95,3 @@ def seal(plaintext: memoryview, key: memoryview, arena: Arena) -> tuple[str, str
         del encryptor
     data = binascii.b2a_base64(memoryview(ciphertext)[:padded], newline=False)
     return data.decode("ascii"), binascii.b2a_base64(iv, newline=False).decode("ascii")
-
-
-def encode_base64(plaintext: memoryview, arena: Arena) -> LockedBuffer:
-    """Return the base64 text of a secret, in locked memory."""
-    size = -(-len(plaintext) // 3) * 4
-    # Large enough from the start: growing would leave copies behind. It holds both quotes.
-    encoded = bytearray(size + 64)
-    try:
-        _encode_base64_into(plaintext, encoded)
-        buffer = arena.allocate(size)
-        buffer.view[:] = memoryview(encoded)[1 : size + 1]
-    finally:
-        wipe_bytearray(encoded)
-    return buffer

@@ -37,7 +37,7 @@ from secretd.ctl.verb import (
 )
 from secretd.errors import UsageError
 from secretd.memory.arena import SCRATCH_WINDOW, Arena, choose_level
-from secretd.systemd.notify import CREDENTIAL_ADDRESS_BYTES
+from secretd.systemd.credential_address import CREDENTIAL_ADDRESS_BYTES
 
 _SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _DURATION: Final = re.compile(r"([0-9]{1,10})([smhd])")
@@ -45,8 +45,6 @@ _UNIT_SUFFIX: Final = re.compile(
     r"\.(?:service|scope|socket|mount|automount|swap|timer|path|target|device|slice)$|[*?]$"
 )
 _KEY_BYTES: Final = 1 << 20
-
-
 _WHO: Final = "unit:NAME, user:NAME, group:NAME, uid:N, gid:N or user-unit:USER/NAME"
 _TIME: Final = "such as 90s, 15m, 8h or 30d"
 

@@ -36,7 +36,6 @@ from secretd.memory.arena import LockedBuffer
 LINE_BYTES: Final = 2 << 20
 """Bytes of a line of `import`: a secret of the largest size in base64, and its names."""
 
-
 _NEWLINE: Final = re.compile(rb"\n")
 _QUOTE: Final = ord('"')
 _BACKSLASH: Final = ord("\\")

@@ -20,11 +20,11 @@ import click
 
 from secretd import __version__, paths
 from secretd import client as api
-from secretd.access import peer
 from secretd.client import SyncClient, default_socket
 from secretd.client.types import figures
 from secretd.ctl.verb import Options, unsure_denials, verb
 from secretd.errors import MemoryLockError
+from secretd.linux import user_namespace
 from secretd.memory.arena import choose_level
 
 State = Literal["ok", "warning", "failed"]
@@ -36,7 +36,6 @@ default.
 
 _SO_PEERPIDFD: Final = 77
 _UNITS: Final = ("secretd-control.socket", "secretd-client.socket", "secretd-credentials.socket")
-
 
 ANSWER_SECONDS: Final = 3.0
 """Seconds that the daemon may take for an answer."""
@@ -173,7 +172,7 @@ def _sockets(options: Options) -> Iterator[Finding]:
 
 def _namespace(_options: Options) -> Iterator[Finding]:
     """Look whether this user namespace maps all ids, so that peers can be told apart."""
-    words = peer.unmapped_words()
+    words = user_namespace.unmapped_words()
     if words:
         yield Finding(
             "user namespace",

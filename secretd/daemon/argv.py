@@ -15,7 +15,6 @@ from secretd.wire.parser import Text
 ARGV_FDS = "SECRETD_ARGV_FDS"
 """Environment variable from one incarnation to the next: memfds that hold what ``data=`` had."""
 
-
 _LONG = 8
 """Bytes of a value that does not occur in an environment variable by chance."""
 

@@ -15,7 +15,7 @@ from typing import Final
 
 from secretd.audit.sinks import Sink, open_sink
 from secretd.errors import UsageError
-from secretd.systemd.notify import JournalFormatter, journal_on_stderr
+from secretd.systemd.stderr_journal import JournalFormatter, journal_on_stderr
 
 KEPT_LINES: Final = 64
 """Lines that wait until stderr takes them."""

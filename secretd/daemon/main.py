@@ -11,6 +11,8 @@ not say so; the units do. Then daemon.main() is called.
 import os
 import sys
 
+from secretd.daemon.fast_start import fast_imports
+
 BIND_NOW = "LD_BIND_NOW"
 """Environment variable that makes the dynamic linker resolve all functions at start (ld.so(8))."""
 
@@ -45,7 +47,8 @@ def main() -> int:
     if closed:
         os.environ[CLOSED] = ",".join(map(str, closed))
     bind_now()
-    from secretd.daemon.process import main as run
+    with fast_imports():
+        from secretd.daemon.process import main as run
 
     return run()
 

@@ -7,6 +7,8 @@ daemon and ctl make their command lines with it.
 import argparse
 from collections.abc import Sequence
 
+from secretd import __version__
+
 
 class QuietParser(argparse.ArgumentParser):
     """Names an unknown option without its value, and an unknown argument not at all."""
@@ -21,3 +23,82 @@ class QuietParser(argparse.ArgumentParser):
             shown = f"option {name}" if name.startswith("-") else "argument"
             self.error(f"unknown {shown} (secrets are not given as arguments)")
         return options
+
+
+_EPILOG = """\
+The control socket takes every command from uid 0 and the daemon's own uid; the client socket gives each
+program the secrets that secret-grant objects let it read; the credentials socket gives systemd's units what
+their LoadCredential= names. With none of these options, and no sockets from systemd, control and client
+open at their defaults, control.sock and client.sock in /run/secretd for root, else
+$XDG_RUNTIME_DIR/secretd, else $TMPDIR/secretd-UID.
+
+SPEC of a socket is PATH[,mode=OCTAL][,group=NAME], a comma in PATH doubled. With authz=ID in the SPEC
+of a control socket, those whom that authz object allows may use it too, with all rights.
+SPEC of an object is as in QEMU:  secret,id=NAME,file=PATH[,format=raw|base64][,keyid=ID,iv=BASE64]
+or the same as JSON; --object help lists the types, --object TYPE,help what each takes.
+
+examples:
+  secretd
+  secretd --object secret,id=sec0,file=passphrase.txt
+  secretd --object secret,id=master0,format=base64,file=key.b64 \\
+          --object secret,id=sec0,keyid=master0,format=base64,file=sec0.aes,iv=$(<iv.b64)
+"""
+
+
+def parser() -> QuietParser:
+    """Return the parser of the command line."""
+    made = QuietParser(
+        prog="secretd",
+        description="Keep secrets in locked memory and hand them out through descriptors, over QMP.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = made.add_argument
+    add("--control", action="append", default=[], metavar="SPEC", help="open a control socket")
+    add("--client", action="append", default=[], metavar="SPEC", help="open a client socket")
+    add(
+        "--credentials",
+        action="append",
+        default=[],
+        metavar="SPEC",
+        help="open one for systemd's units",
+    )
+    add("--object", action="append", default=[], metavar="SPEC", help="make an object at start")
+    add(
+        "--object-policy",
+        choices=("best-effort", "require"),
+        default="require",
+        help="best-effort: start without objects whose content cannot be had (default: require)",
+    )
+    add(
+        "--memory-lock",
+        choices=("prefer", "require"),
+        default="prefer",
+        help="require: refuse to start where memory cannot be locked (default: prefer)",
+    )
+    add(
+        "--audit",
+        default="-",
+        metavar="FILE|-|none",
+        help="where the audit goes, a line of JSON for each thing done (default: -, which is stderr)",
+    )
+    add(
+        "--audit-policy",
+        choices=("best-effort", "require"),
+        default="best-effort",
+        help="require: release a secret only when its audit record is written (default: best-effort)",
+    )
+    add(
+        "--audit-key",
+        metavar="ID",
+        help="the secret under which audit records are chained, so that nobody else can make some up",
+    )
+    add(
+        "--loop",
+        choices=("asyncio", "uvloop"),
+        default="asyncio",
+        help="uvloop: answers faster, starts later; it must be installed (default: asyncio)",
+    )
+    add("--version", action="version", version=f"secretd {__version__}")
+    return made

@@ -1,14 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The command `secretd`: its options, its start, its end.
 
 Builds what the other modules provide and runs it; the only module that reads the command line of the
 daemon. What it says on stderr is for the person who started it, or for the journal.
 """
 
-# isort: off
-from secretd.daemon import fast_start  # first: it decides what the imports below bring along
-
-# isort: on
 import argparse
 import asyncio
 import contextlib
@@ -23,50 +20,33 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from secretd import __version__, paths
-from secretd.access.peer import Door, check_own_uid, unmapped_words
+from secretd.access.peer import Door, check_own_uid
 from secretd.audit.log import Audit
 from secretd.audit.sinks import Sink
-from secretd.daemon import argv, fd_store
-from secretd.daemon.fd_store import Inherited, Reports, Store
+from secretd.daemon import argv, inherited
+from secretd.daemon.fd_store import Store
+from secretd.daemon.inherited import Inherited
 from secretd.daemon.initial_objects import Initial
 from secretd.daemon.log import LogHandler
-from secretd.daemon.options import QuietParser
+from secretd.daemon.options import parser
 from secretd.daemon.sockets import DoorSpec, open_doors, wanted
+from secretd.daemon.status import Reports
 from secretd.errors import CommandError, SecretdError, UsageError
 from secretd.journal.journal import Journal
 from secretd.linux.locked_pages import forbid_dumps, limit_text
+from secretd.linux.user_namespace import unmapped_words
 from secretd.memory.arena import SCRATCH_RESERVE, SCRATCH_WINDOW, Arena
 from secretd.monitor.commands import COMMANDS
 from secretd.monitor.monitor import log_internal
+from secretd.net.listener import Listener
 from secretd.net.loop import Loop
 from secretd.qom.registry import TYPES
 from secretd.qom.secret import secret_plaintext
 from secretd.qom.tree import ObjectTree
-from secretd.server.server import Listener, Server
+from secretd.server.server import Server
 from secretd.systemd.notify import Manager
 
-fast_start.imported()
-
 log = logging.getLogger("secretd")
-
-_EPILOG = """\
-The control socket takes every command from uid 0 and the daemon's own uid; the client socket gives each
-program the secrets that secret-grant objects let it read; the credentials socket gives systemd's units what
-their LoadCredential= names. With none of these options, and no sockets from systemd, control and client
-open at their defaults, control.sock and client.sock in /run/secretd for root, else
-$XDG_RUNTIME_DIR/secretd, else $TMPDIR/secretd-UID.
-
-SPEC of a socket is PATH[,mode=OCTAL][,group=NAME], a comma in PATH doubled. With authz=ID in the SPEC
-of a control socket, those whom that authz object allows may use it too, with all rights.
-SPEC of an object is as in QEMU:  secret,id=NAME,file=PATH[,format=raw|base64][,keyid=ID,iv=BASE64]
-or the same as JSON; --object help lists the types, --object TYPE,help what each takes.
-
-examples:
-  secretd
-  secretd --object secret,id=sec0,file=passphrase.txt
-  secretd --object secret,id=master0,format=base64,file=key.b64 \\
-          --object secret,id=sec0,keyid=master0,format=base64,file=sec0.aes,iv=$(<iv.b64)
-"""
 
 
 def main() -> int:
@@ -77,7 +57,7 @@ def main() -> int:
     gc.set_threshold(GARBAGE_OBJECTS, *gc.get_threshold()[1:])
     try:
         argv.hide_data()
-        options = _parser().parse_args(argv.words())
+        options = parser().parse_args(argv.words())
         if options.audit == "-" and "2" in os.environ.pop("SECRETD_CLOSED", "").split(","):
             raise UsageError("--audit=-: stderr is closed; give --audit=FILE")
         check_own_uid()
@@ -90,75 +70,14 @@ def main() -> int:
         logging.shutdown()
 
 
-def _parser() -> QuietParser:
-    parser = QuietParser(
-        prog="secretd",
-        description="Keep secrets in locked memory and hand them out through descriptors, over QMP.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("--control", action="append", default=[], metavar="SPEC", help="open a control socket")
-    add("--client", action="append", default=[], metavar="SPEC", help="open a client socket")
-    add(
-        "--credentials",
-        action="append",
-        default=[],
-        metavar="SPEC",
-        help="open one for systemd's units",
-    )
-    add("--object", action="append", default=[], metavar="SPEC", help="make an object at start")
-    add(
-        "--object-policy",
-        choices=("best-effort", "require"),
-        default="require",
-        help="best-effort: start without objects whose content cannot be had (default: require)",
-    )
-    add(
-        "--memory-lock",
-        choices=("prefer", "require"),
-        default="prefer",
-        help="require: refuse to start where memory cannot be locked (default: prefer)",
-    )
-    add(
-        "--audit",
-        default="-",
-        metavar="FILE|-|none",
-        help="where the audit goes, a line of JSON for each thing done (default: -, which is stderr)",
-    )
-    add(
-        "--audit-policy",
-        choices=("best-effort", "require"),
-        default="best-effort",
-        help="require: release a secret only when its audit record is written (default: best-effort)",
-    )
-    add(
-        "--audit-key",
-        metavar="ID",
-        help="the secret under which audit records are chained, so that nobody else can make some up",
-    )
-    add(
-        "--loop",
-        choices=("asyncio", "uvloop"),
-        default="asyncio",
-        help="uvloop: answers faster, starts later; it must be installed (default: asyncio)",
-    )
-    add("--version", action="version", version=f"secretd {__version__}")
-    return parser
-
-
-# --- start
-
-
 def run(options: argparse.Namespace, handler: LogHandler) -> int:
     """Start, serve, stop."""
     manager = Manager.from_environment()
-    found = fd_store.inherited()
+    found = inherited.inherited()
     forbid_dumps()
     _raise_descriptor_limit()
     specs = wanted(((door, getattr(options, door.value)) for door in Door), found.doors)
-    journal, restored = fd_store.open_journal(found, require_lock=options.memory_lock == "require")
+    journal, restored = inherited.open_journal(found, require_lock=options.memory_lock == "require")
     process = _Process(journal, manager, found, handler, restored=restored)
     try:
         process.run(options, specs)
@@ -229,7 +148,7 @@ class _Process:
         server = Server(
             tree, COMMANDS.by_name.values(), f"secretd {__version__}", audit, self._store
         )
-        server.daemon.log = self._handler
+        server.core.log_dropped = lambda: self._handler.lost
         listeners = open_doors(specs, self._found.doors)
         for listener in listeners:
             server.add(listener)
@@ -272,7 +191,7 @@ class _Process:
                 kind = tree.type_of(object_id)
                 assert kind is not None
                 audit.note("add", id=object_id, type=kind.info.name, door="command line")
-            for sock, name in fd_store.adopt(self._found.connections):
+            for sock, name in inherited.adopt(self._found.connections):
                 server.credentials.refuse(sock, name)
             _say_ready(tree, listeners, self._before)
             gc.freeze()
@@ -372,7 +291,7 @@ async def _reopen(audit: Audit, server: Server) -> None:
     """SIGHUP: the audit file was moved away. Looking at it may wait for another machine."""
     try:
         sink = await asyncio.wait_for(
-            server.daemon.offload.run(os.getuid(), _close_sink, audit.open_again), REOPEN_SECONDS
+            server.core.threads.run(os.getuid(), _close_sink, audit.open_again), REOPEN_SECONDS
         )
         if sink is not None:
             audit.switch(sink)
@@ -391,7 +310,6 @@ def _close_sink(sink: Sink | None) -> None:
 
 REOPEN_SECONDS = 10.0
 """Seconds within which the audit file must be opened anew."""
-
 
 _MEMORY = {
     "secretmem": "secretmem (memfd_secret(2), unseen even by root's /proc/PID/mem)",

@@ -15,9 +15,9 @@ from typing import Final, NamedTuple
 from secretd import paths
 from secretd.access.peer import Door
 from secretd.errors import UsageError
+from secretd.net.listener import Listener, listen
 from secretd.qapi import keyval
-from secretd.server.server import Listener, listen
-from secretd.systemd.notify import Passed
+from secretd.systemd.activation import Passed
 
 
 class DoorSpec(NamedTuple):

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Reading what ``file=`` names into locked memory: a path or a descriptor that the client passed.
 
 Everything here may block (a FIFO without a writer, a network file system), so over QMP it runs in a
@@ -13,33 +14,36 @@ import re
 import select
 import stat
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from functools import partial
 from typing import Final, TypeVar
 
-from secretd.descriptors.fd import (
-    Fd,
-    FdSets,
-    Kind,
-    classify,
-    is_readable,
-)
-from secretd.descriptors.threads import Offload
-from secretd.errors import AccessDenied, CommandError, LimitReached, SourceError
+from secretd.descriptors.fd import Fd
+from secretd.descriptors.kinds import Kind, classify, is_readable
+from secretd.descriptors.passed import FdSets
+from secretd.descriptors.threads import BlockingCalls
+from secretd.errors import AccessDenied, SourceError
 from secretd.linux import keyctl
 from secretd.linux.openat2 import open_without_magic_links
 from secretd.memory.arena import Arena, LockedBuffer
 
 R = TypeVar("R")
 
+
 SOURCE_BYTES: Final = 2 << 20
 """Bytes a source may hold: a secret of the largest size in base64 with newlines. QEMU: no limit."""
+
 
 SOURCE_SECONDS: Final = 10.0
 """Seconds within which a source must be read to its end. QEMU waits for ever."""
 
+
 _FIRST_BYTES: Final = 4096 - 2
+
+
 _FDSET: Final = re.compile(r"/dev/fdset/([0-9]{1,10})")
+
+
 _DEV_FD: Final = re.compile(r"/dev/fd/([0-9]{1,10})")
 
 
@@ -65,11 +69,11 @@ class Source:
     """
 
     def __init__(
-        self, fdsets: FdSets, scratch: Arena, offload: Offload, uid: int, *, trusted: bool
+        self, fdsets: FdSets, scratch: Arena, threads: BlockingCalls, uid: int, *, trusted: bool
     ) -> None:
         self._fdsets = fdsets
         self._scratch = scratch
-        self._offload = offload
+        self._threads = threads
         self.uid = uid
         self._trusted = trusted
 
@@ -95,7 +99,7 @@ class Source:
     ) -> LockedBuffer:
         try:
             return await asyncio.wait_for(
-                self._offload.run(self.uid, LockedBuffer.free, call, unused), SOURCE_SECONDS
+                self._threads.run(self.uid, LockedBuffer.free, call, unused), SOURCE_SECONDS
             )
         except TimeoutError:
             raise _too_late() from None
@@ -115,40 +119,6 @@ class Source:
                 raise _not_opened(name, "No such file or directory")
             return next(filter(is_readable, numbers), numbers[0])
         return None
-
-
-def use_content(
-    read: Callable[[], LockedBuffer | Awaitable[LockedBuffer]],
-    use: Callable[[LockedBuffer], R],
-    what: str,
-) -> R | Awaitable[R]:
-    """Return ``use(content)`` of what ``read`` returns, at once or later; the content is freed then.
-
-    Raises CommandError, also later; ``what`` is what cannot be read, as errors print it.
-    """
-    try:
-        content = read()
-    except SourceError as error:
-        raise _unreadable(what, error) from None
-    if not isinstance(content, LockedBuffer):
-        return _use_later(content, use, what)
-    with content:
-        return use(content)
-
-
-async def _use_later(
-    content: Awaitable[LockedBuffer], use: Callable[[LockedBuffer], R], what: str
-) -> R:
-    try:
-        with await content as buffer:
-            return use(buffer)
-    except SourceError as error:
-        raise _unreadable(what, error) from None
-
-
-def _unreadable(what: str, error: SourceError) -> CommandError:
-    words = f"Unable to read {what}: {error}"
-    return CommandError(words) if error.limit is None else LimitReached(error.limit, words)
 
 
 def read_path(name: str, scratch: Arena, *, magic_links: bool) -> LockedBuffer:
@@ -280,8 +250,3 @@ def _not_opened(name: str, reason: str) -> SourceError:
 
 def _too_late() -> SourceError:
     return SourceError(f"no end of data within {SOURCE_SECONDS:g} seconds", "source-seconds")
-
-
-def printable(name: str) -> str:
-    """Return a file name as errors print it: what argv could not decode as U+FFFD."""
-    return name.encode(errors="surrogateescape").decode(errors="replace")

@@ -13,7 +13,7 @@ import socket
 import stat
 from typing import Final
 
-from secretd.descriptors.fd import Kind, is_sealed, kind_and_flags
+from secretd.descriptors.kinds import Kind, is_sealed, kind_and_flags
 from secretd.errors import CommandError
 from secretd.linux.statx import allocated_bytes, type_and_links
 
@@ -24,22 +24,23 @@ _TAKES = "secret-read takes the write end of a pipe, an end of a stream socket p
 
 
 class Target:
-    """A pipe, by a descriptor that is borrowed. ``may_block``: it is written to by a thread that
-    may be held up, and then nothing may lie where it cannot be wiped.
+    """What a secret is written to, by a descriptor that is borrowed.
+
+    ``may_block``: a thread writes, which a peer may hold up; then nothing may lie where it cannot be wiped.
     """
 
     may_block = False
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
-        self._own: tuple[int, int] | None = None
 
     def begin(self, size: int) -> None:
-        """Get ready for so many bytes."""
+        """Prepare for ``size`` bytes. Raises OSError or CommandError."""
 
     def write(self, data: memoryview, position: int) -> int:
-        """Write ``data``, which goes ``position`` bytes behind the start of all; return how much of
-        it was taken without waiting, which may be nothing. Raises OSError.
+        """Write ``data``, which belongs ``position`` bytes behind the start of the secret.
+
+        Returns how many bytes were taken without waiting, which may be 0. Raises OSError.
         """
         taken, size = 0, len(data)
         while taken < size:
@@ -52,7 +53,22 @@ class Target:
                 break
         return taken
 
-    def _write_some(self, data: memoryview, _position: int) -> int:
+    def _write_some(self, data: memoryview, position: int) -> int:
+        """Write some of ``data``; raise BlockingIOError if nothing is taken without waiting."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Release what the target needed besides the descriptor."""
+
+
+class PipeTarget(Target):
+    """The write end of a pipe or FIFO."""
+
+    def __init__(self, fd: int) -> None:
+        super().__init__(fd)
+        self._own: tuple[int, int] | None = None  # a pipe of our own, to splice from
+
+    def _write_some(self, data: memoryview, position: int) -> int:  # noqa: ARG002 - a pipe has none
         if self._own is None:
             try:
                 return os.pwritev(self.fd, [data], -1, _RWF_NOWAIT)
@@ -87,14 +103,14 @@ class Target:
         return moved
 
     def close(self) -> None:
-        """Release what the target needed besides the descriptor."""
+        """See Target."""
         if self._own is not None:
             own, self._own = self._own, None
             for fd in own:
                 os.close(fd)
 
 
-class SocketPair(Target):
+class SocketTarget(Target):
     """One end of a stream socket pair."""
 
     def _write_some(self, data: memoryview, _position: int) -> int:
@@ -105,7 +121,7 @@ class SocketPair(Target):
             borrowed.detach()
 
 
-class Memfd(Target):
+class MemfdTarget(Target):
     """A memfd: given the secret's size, then filled from its start."""
 
     def begin(self, size: int) -> None:
@@ -128,7 +144,7 @@ def open_target(fd: int) -> Target:
     kind, flags = kind_and_flags(fd)
     writable = flags & os.O_ACCMODE in (os.O_WRONLY, os.O_RDWR)
     if kind is Kind.PIPE and writable:
-        return Target(fd)
+        return PipeTarget(fd)
     if kind in (Kind.OTHER, Kind.FILE):
         raise CommandError(f"The descriptor is {_name(fd)}; {_TAKES}")
     if not writable:
@@ -136,8 +152,8 @@ def open_target(fd: int) -> Target:
     if kind is Kind.MEMFD:
         if is_sealed(fd):
             raise CommandError(f"The descriptor is a sealed memfd; {_TAKES}")
-        return Memfd(fd)
-    return SocketPair(fd)
+        return MemfdTarget(fd)
+    return SocketTarget(fd)
 
 
 def _name(fd: int) -> str:

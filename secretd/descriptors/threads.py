@@ -8,13 +8,25 @@ hostile"). It knows nothing of descriptors or secrets; monitor closes through it
 import asyncio
 import contextlib
 import os
+import socket
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from typing import Final, TypeVar
 
+from secretd.access.peer import Peer
+from secretd.errors import LockedMemoryExhausted
+from secretd.linux.sockopt import holds_descriptors, kernel_version, unread_bytes
+from secretd.memory.arena import Arena
+
 R = TypeVar("R")
+
+CLOSE_COLLECTS_GARBAGE: Final = kernel_version() < (6, 8)
+"""True where close(2) of an AF_UNIX socket may close descriptors that others have passed around in circles
+(unix_gc() of net/unix/garbage.c, a work queue's job since Linux 6.8)."""
+
+_PEEK_BYTES: Final = 8 << 10
 
 THREADS_PER_UID: Final = 4
 """Threads that one uid may keep busy with descriptors that block."""
@@ -26,7 +38,7 @@ STUCK_SECONDS: Final = 1.0
 """Seconds after which a call counts as stuck: a uid all of whose threads are may pass no more descriptors."""
 
 
-class Offload:
+class BlockingCalls:
     """Runs calls that a client can make block, in at most THREADS_PER_UID threads for each uid.
 
     What more a uid asks for waits for one of its own threads. A call that nobody waits for any more
@@ -169,3 +181,28 @@ class Offload:
 
 def _threads(uid: int) -> int:
     return THREADS_OF_TRUSTED if uid in (0, os.getuid()) else THREADS_PER_UID
+
+
+def close_connection(
+    sock: socket.socket, peer: Peer, threads: BlockingCalls, scratch: Arena
+) -> None:
+    """Close a connection that was shut down, so that nothing more comes on it.
+
+    close(2) also closes the descriptors that lie unread in it, and that may never return: then a thread of
+    the peer's uid does it, as it does on kernels that collect the garbage of all sockets there. The bytes
+    that lie before them pass through ``scratch``.
+    """
+    if CLOSE_COLLECTS_GARBAGE or (not peer.trusted and _holds_descriptors(sock, scratch)):
+        threads.close(peer.uid, sock.detach())
+    else:
+        sock.close()
+
+
+def _holds_descriptors(sock: socket.socket, scratch: Arena) -> bool:
+    if not unread_bytes(sock.fileno()):
+        return False
+    try:
+        with scratch.allocate(_PEEK_BYTES) as buffer:
+            return holds_descriptors(sock, buffer.view)
+    except (LockedMemoryExhausted, OSError):
+        return True

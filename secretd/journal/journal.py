@@ -25,7 +25,7 @@ from zlib import crc32
 import msgspec
 
 from secretd.errors import StateError
-from secretd.journal.loader import (
+from secretd.journal.layout import (
     CHECKED,
     END,
     END_OFFSET,
@@ -43,10 +43,9 @@ from secretd.journal.loader import (
     WINDOWS_OFFSET,
     WRITTEN,
     Header,
-    Loaded,
-    Survey,
     latest,
 )
+from secretd.journal.loader import Loaded, Survey
 from secretd.memory.arena import Arena, LockedBuffer
 
 _PACKS: Final = 64

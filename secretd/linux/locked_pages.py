@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Pages of locked memory, as the kernel gives them: memfd_secret(2), mlock(2), madvise(2), and wiping.
 
 Code sees memoryviews of a mapping, made with PyMemoryView_FromMemory. An `mmap` object would give bytes
@@ -27,7 +28,6 @@ _MADV_DONTDUMP = 16
 _PR_SET_DUMPABLE = 4
 _PYBUF_WRITE = 0x200
 _MAP_FAILED = ctypes.c_void_p(-1).value
-
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [
@@ -44,26 +44,6 @@ _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _view_of = ctypes.pythonapi.PyMemoryView_FromMemory
 _view_of.restype = ctypes.py_object
 _view_of.argtypes = [ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int]
-
-_ZEROS = bytes(4096)
-
-
-def wipe(view: memoryview) -> None:
-    """Overwrite a writable memoryview of bytes with zeros."""
-    size = len(view)
-    if size <= 4096:
-        view[:] = _ZEROS[:size]
-        return
-    for start in range(0, size - 4095, 4096):
-        view[start : start + 4096] = _ZEROS
-    rest = size & 4095
-    if rest:
-        view[size - rest :] = _ZEROS[:rest]
-
-
-def wipe_bytearray(data: bytearray) -> None:
-    """Overwrite a bytearray in place, without moving it."""
-    data[:] = bytes(len(data))
 
 
 def forbid_dumps() -> None:

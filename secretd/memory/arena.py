@@ -25,8 +25,8 @@ from secretd.linux.locked_pages import (
     map_pages,
     open_file,
     unmap_pages,
-    wipe,
 )
+from secretd.memory.wipe import wipe
 
 SMALLEST_SLOT = 64
 """Bytes of the smallest size class: a 32-byte key fits, 100,000 of them in 6.2 MiB."""

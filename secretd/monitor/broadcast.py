@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Events about secrets: which connections get them, how often, and when.
 
 A connection gets events after `secret-events` has turned them on. Control connections get every event,
@@ -22,14 +23,14 @@ What finds no room is counted, and subscribers on the control socket are told ho
 
 import asyncio
 import math
-from collections import Counter, deque
-from collections.abc import Callable, Collection
+from collections import deque
 from itertools import islice
 from time import monotonic
-from typing import Final, NamedTuple, Protocol
+from typing import Final, NamedTuple
 
 from secretd.access.decision import Access
 from secretd.access.peer import Door, Peer
+from secretd.monitor.throttle import THROTTLED, Subscriber, Throttle
 
 EVENTS_SECONDS: Final = 0.02
 """Seconds between two ticks at which events are sent."""
@@ -62,38 +63,6 @@ DENIED_SECONDS: Final = 1.0
 LOST_SECONDS: Final = 1.0
 """Seconds between two SECRET_EVENTS_LOST for want of room in a queue, while it goes on."""
 
-THROTTLED_SECONDS: Final = 1.0
-"""Seconds between two SECRET_READ, or SECRET_DENIED, of one id on one connection; of those between,
-the last is sent.
-"""
-
-THROTTLED_IDS: Final = 256
-"""Ids that are throttled at a time on one connection; events of further ones are lost."""
-
-THROTTLED: Final = frozenset({"SECRET_READ", "SECRET_DENIED"})
-
-
-class Subscriber(Protocol):
-    """A connection that has turned events on.
-
-    ``origin``: what events that it causes name as theirs; ``wanted``: the names of the events that it gets,
-    None for all; ``since``: the number of the last event before it turned them on; ``position``: how far in
-    the log it has got; ``throttle``: None where nothing was throttled yet.
-    """
-
-    origin: object
-    peer: Peer
-    wanted: Collection[str] | None
-    since: int
-    position: int
-    throttle: "Throttle | None"
-
-    def send_events(self, events: bytes, count: int) -> None:
-        """Send so many events, or count them as lost."""
-
-    def lose(self, count: int) -> None:
-        """Count so many events as lost."""
-
 
 class SecretEvent(NamedTuple):
     """An event. ``full`` is what control connections get, ``bare`` what client connections get; ``origin``:
@@ -106,70 +75,6 @@ class SecretEvent(NamedTuple):
     full: bytes
     bare: bytes
     origin: object
-
-
-class Throttle:
-    """What one connection gets of the events that are throttled."""
-
-    def __init__(self, subscriber: Subscriber, may_know: Callable[[Peer, str], bool]) -> None:
-        self._subscriber = subscriber
-        self._may_know = may_know
-        # When the next one may be sent, by name and id.
-        self._next: dict[tuple[str, str], float] = {}
-        self._held: dict[tuple[str, str], bytes] = {}
-        self._counts: Counter[str] = Counter()
-        self._timer: asyncio.TimerHandle | None = None
-
-    @property
-    def idle(self) -> bool:
-        """True if nothing is held back."""
-        return not self._next
-
-    def passes(self, name: str, object_id: str, event: bytes) -> bool:
-        """True if an event may be sent now; else it is kept, or lost if there are too many."""
-        key = (name, object_id)
-        loop = asyncio.get_running_loop()
-        if key in self._next:
-            self._held[key] = event
-            return False
-        # Each kind has room of its own: refusals of made-up names do not hide reads.
-        if self._counts[name] >= THROTTLED_IDS:
-            self._subscriber.lose(1)
-            return False
-        self._counts[name] += 1
-        self._next[key] = loop.time() + THROTTLED_SECONDS
-        if self._timer is None:
-            self._timer = loop.call_at(self._next[key], self._due)
-        return True
-
-    def _due(self) -> None:
-        loop = asyncio.get_running_loop()
-        self._timer = None
-        now = loop.time()
-        # A dictionary keeps the order in which they came, and all wait for the same time.
-        for key, when in list(self._next.items()):
-            if when > now:
-                self._timer = loop.call_at(when, self._due)
-                return
-            if key not in self._next:  # sending has ended the connection, and this with it
-                return
-            del self._next[key]
-            event = self._held.pop(key, None)
-            if event is None:
-                self._counts[key[0]] -= 1
-            else:
-                self._next[key] = now + THROTTLED_SECONDS
-                if self._may_know(self._subscriber.peer, key[1]):
-                    self._subscriber.send_events(event, 1)
-        if self._next:
-            self._timer = loop.call_at(next(iter(self._next.values())), self._due)
-
-    def close(self) -> None:
-        """Forget all."""
-        self._next.clear()
-        self._held.clear()
-        if self._timer is not None:
-            self._timer.cancel()
 
 
 class Broadcaster:

@@ -8,15 +8,13 @@ Commands of QEMU 10's qapi/ unless the docstring says that they are ours.
 """
 
 from collections.abc import Awaitable, Coroutine, Iterator
-from functools import partial
 from typing import Any, Final, Literal, NotRequired, TypedDict
 
 from msgspec import UNSET, Raw, UnsetType
 
+from secretd.access.decision import Grant
 from secretd.crypto import cipher
-from secretd.descriptors.delivery import Content
-from secretd.descriptors.fd import AddfdInfo, FdsetInfo
-from secretd.descriptors.target import open_target
+from secretd.descriptors.passed import AddfdInfo, FdsetInfo
 from secretd.errors import CommandError, CommandNotFound
 from secretd.limits import Stat
 from secretd.monitor import hmp
@@ -142,7 +140,7 @@ def qmp_capabilities(monitor: Monitor, enable: list[Literal["oob"]] | UnsetType 
 @COMMANDS(client=True)
 def query_version(monitor: Monitor) -> VersionInfo:
     """Return the version of QEMU whose answers these are, and secretd's own as package."""
-    return monitor.daemon.version  # type: ignore[return-value]  # JSON text of it
+    return monitor.core.version  # type: ignore[return-value]  # JSON text of it
 
 
 @COMMANDS(client=True)
@@ -179,7 +177,7 @@ def query_status(_monitor: Monitor) -> StatusInfo:
 @COMMANDS()
 def quit(monitor: Monitor) -> None:  # noqa: A001 - QEMU's name
     """Stop the daemon in order. Its secrets end, even where a service manager keeps them otherwise."""
-    monitor.daemon.owner.quit('{"guest": false, "reason": "host-qmp-quit"}')
+    monitor.core.quit('{"guest": false, "reason": "host-qmp-quit"}')
 
 
 # --- objects
@@ -222,13 +220,13 @@ def object_del(monitor: Monitor, id: str) -> None:  # noqa: A002 - the wire's na
 @COMMANDS()
 def qom_list(monitor: Monitor, path: str) -> list[ObjectPropertyInfo]:
     """List an object's properties, and the objects in a container."""
-    return monitor.daemon.paths.properties(path)
+    return monitor.core.paths.properties(path)
 
 
 @COMMANDS()
 def qom_get(monitor: Monitor, path: str, property: str) -> object:  # noqa: A002
     """Return a property's value."""
-    return monitor.daemon.paths.get(path, property)
+    return monitor.core.paths.get(path, property)
 
 
 @COMMANDS()
@@ -239,7 +237,7 @@ def qom_set(
     value: SensitiveAny,
 ) -> None:
     """Change a property; what an object has loaded stays."""
-    paths = monitor.daemon.paths
+    paths = monitor.core.paths
     try:
         paths.set(path, property, value)  # type: ignore[arg-type]  # JSON by the schema
     except StoredInvalidValue:
@@ -249,7 +247,7 @@ def qom_set(
 
 
 def _note_set(monitor: Monitor, path: str) -> None:
-    node, _ = monitor.daemon.paths.resolve(path)
+    node, _ = monitor.core.paths.resolve(path)
     assert node is not None
     kind = monitor.tree.type_of(node)
     assert kind is not None
@@ -323,31 +321,21 @@ def secret_read(
     this command. The descriptor is closed; the reply comes after the last byte was accepted.
     """
     fd = monitor.pending_descriptor() if fdname is UNSET else monitor.named.take(fdname)
-    try:
-        # What cannot take it is said before anything is decided, so that it uses up no read.
-        target = open_target(fd.fileno())
-        grant = monitor.check(id, "read")
-    except BaseException:
-        fd.close()
-        raise
-    untaken = partial(monitor.daemon.access.take_back, grant, monitor.who)
-    content = Content(grant, untaken, base64=format == "base64")
-    size: Delivered = Verbatim(f'{{"size": {content.size}}}')  # type: ignore[assignment]  # JSON text of it
-    rest = monitor.daemon.deliveries.deliver(content, target, fd)
-    if rest is not None:
-        return _deliver_rest(monitor, content, rest, size)
+    released = monitor.core.deliveries.release(
+        fd, lambda: monitor.check(id, "read"), base64=format == "base64"
+    )
+    size: Delivered = Verbatim(f'{{"size": {released.size}}}')  # type: ignore[assignment]  # JSON text of it
+    if released.rest is not None:
+        return _announce_later(monitor, id, released.rest, size)
     monitor.announce("SECRET_READ", id)
     return size
 
 
-async def _deliver_rest(
-    monitor: Monitor,
-    content: Content,
-    rest: Coroutine[Any, Any, None],
-    size: Delivered,
+async def _announce_later(
+    monitor: Monitor, object_id: str, rest: Coroutine[Any, Any, None], size: Delivered
 ) -> Delivered:
     await rest
-    monitor.announce("SECRET_READ", content.grant.object_id)
+    monitor.announce("SECRET_READ", object_id)
     return size
 
 
@@ -378,23 +366,25 @@ def secret_seal(
     """
     fd = None if fdname is UNSET else monitor.named.take(fdname)
     try:
-        target = None if fd is None else open_target(fd.fileno())
         check_key_use(monitor.tree, keyid, monitor.peer.uid)
         key = secret_plaintext(monitor.tree, keyid)
         cipher.check_key(key)
-        grant = monitor.check(id, "seal")
-        data, iv = cipher.seal(grant.plaintext, key, monitor.scratch)
     except BaseException:
         if fd is not None:
             fd.close()
         raise
-    if fd is None or target is None:
+    if fd is None:
+        data, iv = cipher.seal(monitor.check(id, "seal").plaintext, key, monitor.scratch)
         return {"data": data, "iv": iv}
-    untaken = partial(monitor.daemon.access.take_back, grant, monitor.who)
-    content = Content(grant, untaken, instead=data.encode())
-    reply: Sealed = {"iv": iv, "size": content.size}
-    rest = monitor.daemon.deliveries.deliver(content, target, fd)
-    return reply if rest is None else _after(rest, reply)
+    reply: Sealed = {"iv": ""}
+
+    def seal(grant: Grant) -> bytes:
+        data, reply["iv"] = cipher.seal(grant.plaintext, key, monitor.scratch)
+        return data.encode()
+
+    released = monitor.core.deliveries.release(fd, lambda: monitor.check(id, "seal"), seal=seal)
+    reply["size"] = released.size
+    return reply if released.rest is None else _after(released.rest, reply)
 
 
 async def _after(rest: Coroutine[Any, Any, None], reply: Sealed) -> Sealed:
@@ -416,7 +406,7 @@ def query_secrets(
     door only those that the caller may read. A reply holds SECRETS_PER_REPLY at most; ``after`` goes on
     behind that id, until the list is empty.
     """
-    found = monitor.daemon.access.readable_after(monitor.peer, "" if after is UNSET else after)
+    found = monitor.core.access.readable_after(monitor.peer, "" if after is UNSET else after)
     page = _Page(monitor)
     return page.listed if page.fill(found) else _fill_later(page, found)
 
@@ -443,7 +433,7 @@ class _Page:
         """List what was found until the page is full or nothing is left; False where others should have their
         turn.
         """
-        tree, memory = self.monitor.tree, self.monitor.daemon.memory
+        tree, memory = self.monitor.tree, self.monitor.core.memory
         listed = self.listed
         for object_id in found:
             if object_id is None:
@@ -468,13 +458,13 @@ def secret_expire(monitor: Monitor, id: str, after: int | UnsetType = UNSET) -> 
     secret_plaintext(monitor.tree, id)
     if after is UNSET:
         monitor.tree.keep(id)
-        monitor.daemon.audit.note("lifetime", monitor.who, id=id)
+        monitor.core.audit.note("lifetime", monitor.subject, id=id)
         return
     check_seconds("after", after)
     if id in monitor.tree.pinned:
         raise CommandError(f"object '{id}' is in use, can not be deleted")
     monitor.tree.expire_after(id, after)
-    monitor.daemon.audit.note("lifetime", monitor.who, id=id, count=after)
+    monitor.core.audit.note("lifetime", monitor.subject, id=id, count=after)
 
 
 @COMMANDS()
@@ -482,7 +472,7 @@ def secret_explain(monitor: Monitor, id: str, peer: list[str]) -> Explanation:  
     """Say whether a client with the identities ``peer`` may read a secret on the client door, and
     what each secret-grant that names the secret says.
     """
-    considered = monitor.daemon.access.explain(frozenset(peer), id)
+    considered = monitor.core.access.explain(frozenset(peer), id)
     allowed = next((c for c in considered if c.allowed), None)
     found: Explanation = {
         "allowed": allowed is not None,
@@ -499,16 +489,14 @@ def query_secret_stats(monitor: Monitor) -> list[StatsResult]:
     """Return how much is held of what is limited, what the limits are, how often each was hit, and
     what the audit has written.
     """
-    audit = monitor.daemon.audit
+    audit = monitor.core.audit
     written = (
         Stat("audit-records", "cumulative", None, audit.records),
         Stat("audit-dropped", "cumulative", None, audit.dropped),
-        Stat(
-            "log-dropped", "cumulative", None, monitor.daemon.log.lost if monitor.daemon.log else 0
-        ),
+        Stat("log-dropped", "cumulative", None, monitor.core.log_dropped()),
     )
     return [
-        {"provider": "limits", "stats": [_stat(s) for s in monitor.daemon.limits.stats()]},
+        {"provider": "limits", "stats": [_stat(s) for s in monitor.core.limits.stats()]},
         {"provider": "audit", "stats": [_stat(s) for s in written]},
     ]
 

@@ -6,19 +6,19 @@ it.
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cached_property
-from typing import Final, Literal, Protocol
+from typing import Final, Literal
 
 from secretd.access.decision import Access
 from secretd.access.peer import Door, Peer
 from secretd.audit.log import AUDIT_ID_CHARACTERS, Audit
-from secretd.daemon.log import LogHandler
-from secretd.descriptors.delivery import Deliveries
-from secretd.descriptors.threads import Offload
+from secretd.descriptors.deliveries import Deliveries
+from secretd.descriptors.threads import BlockingCalls
 from secretd.monitor.broadcast import Broadcaster
 from secretd.monitor.events import EVENTS
-from secretd.qapi.command import Command, FastDecoder
+from secretd.qapi.command import Command
+from secretd.qapi.fast_decoder import FastDecoder
 from secretd.qapi.introspect import schema
 from secretd.qom.paths import Paths
 from secretd.qom.tree import ObjectTree
@@ -33,21 +33,17 @@ CLIENT_MESSAGE_BYTES: Final = 6 << 10
 """Bytes of one message on the client door, where no command carries a secret: so little that its
 clients never compete for the room that large messages need."""
 
-
 CLIENT_MESSAGE_TOKENS: Final = 128
 """Tokens of one message on the client socket: what is made of them takes a microsecond or more for each, of
 the time that all share, and a command there has three arguments at most."""
 
 
-class Owner(Protocol):
-    """What the daemon's state asks of the server."""
+class Core:
+    """What all sessions share.
 
-    def quit(self, data: str) -> None:
-        """Send SHUTDOWN, its data as JSON text, to all, and end the daemon with all secrets."""
-
-
-class Daemon:
-    """What all sessions share."""
+    ``quit`` is called with the data of SHUTDOWN, as JSON text; it ends the daemon with all secrets.
+    ``log_dropped`` returns how many lines of the log were lost.
+    """
 
     def __init__(
         self,
@@ -55,7 +51,7 @@ class Daemon:
         commands: Iterable[Command],
         package: str,
         audit: Audit,
-        owner: Owner,
+        quit: Callable[[str], None],  # noqa: A002 - the command's name
     ) -> None:
         self.tree = tree
         self.paths = Paths(tree)
@@ -63,12 +59,12 @@ class Daemon:
         self.package = package
         self.version = encoder.Verbatim(encoder.value(wire.version(QEMU_VERSION, package)))
         self.audit = audit
-        self.owner = owner
-        self.log: LogHandler | None = None
+        self.quit = quit
+        self.log_dropped: Callable[[], int] = lambda: 0
         self.access = Access(tree, audit)
         self.broadcaster = Broadcaster(self.access)
-        self.offload = Offload()
-        self.deliveries = Deliveries(tree.scratch, self.offload)
+        self.threads = BlockingCalls()
+        self.deliveries = Deliveries(tree.scratch, self.threads, self.access.take_back)
         self._decided = tree.on_decision
         tree.on_decision = self._on_decision
         tree.withdraw = self.deliveries.withdraw

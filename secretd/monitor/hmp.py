@@ -234,7 +234,7 @@ def _quit(monitor: Monitor, rest: memoryview) -> str:
 
 def _info_version(monitor: Monitor, rest: memoryview) -> str:
     _arguments(rest, 0)
-    return f"{'.'.join(map(str, QEMU_VERSION))}{monitor.daemon.package}\n"
+    return f"{'.'.join(map(str, QEMU_VERSION))}{monitor.core.package}\n"
 
 
 def _info_name(_monitor: Monitor, rest: memoryview) -> str:
@@ -245,11 +245,11 @@ def _info_name(_monitor: Monitor, rest: memoryview) -> str:
 def _info_secrets(monitor: Monitor, rest: memoryview) -> str:
     _arguments(rest, 0)
     lines = []
-    for object_id in monitor.daemon.access.readable_after(monitor.peer, ""):
+    for object_id in monitor.core.access.readable_after(monitor.peer, ""):
         if object_id is None:
             continue
         qom_type, size = monitor.tree.secret(object_id)
-        lines.append(f"{object_id}: {qom_type}, {size} bytes, memory {monitor.daemon.memory}\n")
+        lines.append(f"{object_id}: {qom_type}, {size} bytes, memory {monitor.core.memory}\n")
         if len(lines) > SECRETS_PER_LISTING:
             raise CommandError(
                 f"There are more secrets than the limit of {SECRETS_PER_LISTING}; "

@@ -18,26 +18,24 @@ from msgspec.structs import astuple
 
 from secretd.access.decision import Grant
 from secretd.access.peer import Peer
-from secretd.audit.log import Who
-from secretd.descriptors.fd import (
+from secretd.audit.log import Subject
+from secretd.descriptors.fd import Fd
+from secretd.descriptors.passed import (
     DESCRIPTORS_PER_CONNECTION,
-    Fd,
     FdSets,
     NamedFds,
     PendingFd,
 )
 from secretd.descriptors.source import Source
-from secretd.descriptors.threads import THREADS_PER_UID
+from secretd.descriptors.threads import THREADS_PER_UID, close_connection
 from secretd.errors import (
     AccessDenied,
     CommandError,
     CommandNotFound,
     LimitReached,
-    LockedMemoryExhausted,
 )
-from secretd.linux.sockopt import holds_descriptors, kernel_version, unread_bytes
 from secretd.memory.arena import Arena
-from secretd.monitor.core import QEMU_VERSION, Daemon
+from secretd.monitor.core import QEMU_VERSION, Core
 from secretd.net.transport import Locked
 from secretd.qapi.command import Command, check
 from secretd.wire import messages as wire
@@ -58,12 +56,6 @@ WAITING_COMMANDS: Final = (
 )  # fmt: skip
 """The functions of commands that may have to wait for something."""
 
-CLOSE_COLLECTS_GARBAGE: Final = kernel_version() < (6, 8)
-"""True where close(2) of an AF_UNIX socket may close descriptors that others have passed around in circles
-(unix_gc() of net/unix/garbage.c, a work queue's job since Linux 6.8)."""
-
-_PEEK_BYTES: Final = 8 << 10
-
 INTERNAL_ERROR: Final = "Internal error; the log of secretd has the details"
 
 Reply: TypeAlias = "bytes | Locked | Coroutine[object, object, bytes]"
@@ -72,25 +64,25 @@ Reply: TypeAlias = "bytes | Locked | Coroutine[object, object, bytes]"
 class Monitor:
     """The session of ``peer``. ``on_negotiated`` is called when the client leaves negotiation mode."""
 
-    def __init__(self, daemon: Daemon, peer: Peer, on_negotiated: Callable[[], None]) -> None:
-        self.daemon = daemon
+    def __init__(self, core: Core, peer: Peer, on_negotiated: Callable[[], None]) -> None:
+        self.core = core
         self._on_negotiated = on_negotiated
-        self.tree = daemon.tree
+        self.tree = core.tree
         self.peer = peer
         self.trusted = peer.trusted
-        self.table = daemon.tables[peer.door]
+        self.table = core.tables[peer.door]
         self._by_request = self.table.by_request
         self.negotiated = False
         self.pending = PendingFd()
         self.named = NamedFds()
-        self._descriptors = daemon.limits.descriptors
+        self._descriptors = core.limits.descriptors
         self.fdsets = FdSets()
         self.source = Source(
-            self.fdsets, self.scratch, daemon.offload, peer.uid, trusted=self.trusted
+            self.fdsets, self.scratch, core.threads, peer.uid, trusted=self.trusted
         )
         self.oob = False
         self.on_events: Callable[[Collection[str] | None], None] | None = None
-        self.who = Who(peer.door.value, peer.info)
+        self.subject = Subject(peer.door.value, peer.info)
 
     @property
     def scratch(self) -> Arena:
@@ -99,7 +91,7 @@ class Monitor:
 
     def greeting(self) -> bytes:
         """Return the line that opens the session."""
-        return wire.greeting(QEMU_VERSION, self.daemon.package, ["oob"])
+        return wire.greeting(QEMU_VERSION, self.core.package, ["oob"])
 
     def negotiate(self, *, oob: bool) -> None:
         """Leave negotiation mode; ``oob``: allow exec-oob from now on."""
@@ -109,21 +101,21 @@ class Monitor:
 
     def announce(self, event: str, object_id: str) -> None:
         """Tell the other sessions what this one did to a secret; its own has the reply."""
-        if self.daemon.broadcaster.subscribers:  # usually there is none
-            self.daemon.announce(event, object_id, self.peer, self)
+        if self.core.broadcaster.subscribers:  # usually there is none
+            self.core.announce(event, object_id, self.peer, self)
 
     def note(self, event: str, object_id: str, kind: str, size: int | None = None) -> None:
         """Write an audit record of what this session did to an object of a type, ``kind``."""
-        self.daemon.audit.done(event, self.who, object_id, kind, size)
+        self.core.audit.done(event, self.subject, object_id, kind, size)
 
     def note_connection(self) -> None:
         """Write an audit record of who has connected."""
-        self.daemon.audit.note("connect", self.who)
+        self.core.audit.note("connect", self.subject)
 
     def check(self, object_id: str, action: str) -> Grant:
         """Return leave to release a secret; see access.Access.check."""
         try:
-            return self.daemon.access.check(self.peer, self.who, object_id, action)
+            return self.core.access.check(self.peer, self.subject, object_id, action)
         except AccessDenied:
             self.announce("SECRET_DENIED", object_id)
             raise
@@ -132,7 +124,7 @@ class Monitor:
         """Return the descriptor that was passed, unless all threads of its uid are stuck with such."""
         fd = self.pending.take()
         uid = self.peer.uid
-        if not self.trusted and self.daemon.offload.stuck(uid):
+        if not self.trusted and self.core.threads.stuck(uid):
             fd.close()
             raise LimitReached(
                 "threads-per-uid",
@@ -170,10 +162,10 @@ class Monitor:
         What waits to be closed counts too. Asked before each recvmsg(2), so a message of SCM_MAX_FD
         descriptors goes beyond a limit by less than that.
         """
-        offload, uid = self.daemon.offload, self.peer.uid
+        threads, uid = self.core.threads, self.peer.uid
         try:
-            self._descriptors.check(uid, more, offload.closing(uid))
-            self.daemon.limits.check_descriptors(offload.closing_of_others, more)
+            self._descriptors.check(uid, more, threads.closing(uid))
+            self.core.limits.check_descriptors(threads.closing_of_others, more)
         except LimitReached as error:
             return error
         return None
@@ -181,11 +173,11 @@ class Monitor:
     def _close_received(self, fd: int) -> None:
         """Close what one who is not trusted has passed."""
         self._descriptors.give(self.peer.uid)
-        self.daemon.offload.close(self.peer.uid, fd)
+        self.core.threads.close(self.peer.uid, fd)
 
     def close_connection(self, sock: socket.socket) -> None:
         """Close the connection's own descriptor."""
-        close_connection(self.daemon, self.peer, sock)
+        close_connection(sock, self.peer, self.core.threads, self.scratch)
 
     def close(self) -> None:
         """Close all descriptors of the session."""
@@ -220,7 +212,7 @@ class Monitor:
             if result is None:
                 return wire.EMPTY_RETURN if id_text is None else wire.success(None, id_text)
             if isinstance(result, CoroutineType):
-                self.daemon.limits.requests.add(self.peer.uid)
+                self.core.limits.requests.add(self.peer.uid)
                 return self._later(result, id_text)
             return _success(result, id_text)
         except Exception as error:  # noqa: BLE001 - a reply must never be lost
@@ -239,10 +231,10 @@ class Monitor:
 
     def _check_peer(self, command: Command) -> None:
         """What is asked of those who are neither uid 0 nor the daemon's own uid, at each request."""
-        if not self.daemon.access.admits(self.peer):
+        if not self.core.access.admits(self.peer):
             raise AccessDenied(f"uid {self.peer.uid} may not use the control socket any more")
         if command.function.__name__ in WAITING_COMMANDS:
-            self.daemon.limits.requests.check(self.peer.uid)
+            self.core.limits.requests.check(self.peer.uid)
 
     async def _later(self, result: Coroutine[object, object, object], id_text: str | None) -> bytes:
         try:
@@ -250,12 +242,12 @@ class Monitor:
         except Exception as error:  # noqa: BLE001 - a reply must never be lost
             return self._failure(error, id_text)
         finally:
-            self.daemon.limits.requests.give(self.peer.uid)
+            self.core.limits.requests.give(self.peer.uid)
 
     def _failure(self, error: Exception, id_text: str | None) -> bytes:
         if isinstance(error, CommandError):
             if isinstance(error, LimitReached):
-                self.daemon.limits.hit(error.limit)
+                self.core.limits.hit(error.limit)
             return wire.failure(error.error_class, error.desc, id_text)
         log_internal(error)
         return wire.failure("GenericError", INTERNAL_ERROR, id_text)
@@ -273,28 +265,6 @@ class Monitor:
 def _check_negotiation(name: str) -> None:
     if name != "qmp_capabilities":
         raise CommandNotFound("Expecting capabilities negotiation with 'qmp_capabilities'")
-
-
-def close_connection(daemon: Daemon, peer: Peer, sock: socket.socket) -> None:
-    """Close a connection that was shut down, so that nothing more comes on it.
-
-    close(2) also closes the descriptors that lie unread in it, and that may never return: then a thread of
-    the peer's uid does it, as it does on kernels that collect the garbage of all sockets there.
-    """
-    if CLOSE_COLLECTS_GARBAGE or (not peer.trusted and _holds_descriptors(daemon, sock)):
-        daemon.offload.close(peer.uid, sock.detach())
-    else:
-        sock.close()
-
-
-def _holds_descriptors(daemon: Daemon, sock: socket.socket) -> bool:
-    if not unread_bytes(sock.fileno()):
-        return False
-    try:
-        with daemon.tree.scratch.allocate(_PEEK_BYTES) as scratch:
-            return holds_descriptors(sock, scratch.view)
-    except (LockedMemoryExhausted, OSError):
-        return True
 
 
 def log_internal(error: Exception) -> None:

@@ -18,9 +18,9 @@ from msgspec import Struct
 from secretd.access.peer import Door, Peer
 from secretd.errors import LimitReached, LockedMemoryExhausted
 from secretd.memory.arena import LockedBuffer
-from secretd.monitor.broadcast import Throttle
-from secretd.monitor.core import Daemon, wire_event
+from secretd.monitor.core import Core, wire_event
 from secretd.monitor.monitor import Monitor, Reply, log_internal
+from secretd.monitor.throttle import Throttle
 from secretd.net.receive_space import ReceiveSpace
 from secretd.net.transport import (
     ALL,
@@ -57,7 +57,7 @@ _BRACE: Final = re.compile(rb"{")
 class Owner(Protocol):
     """What a session asks of the server that made it."""
 
-    daemon: Daemon
+    core: Core
     space: ReceiveSpace
     stopping: bool
     sessions: "set[Session]"
@@ -74,8 +74,8 @@ class Session:
 
     def __init__(self, server: Owner, sock: socket.socket, peer: Peer) -> None:
         self._server = server
-        self._audit = server.daemon.audit
-        self.monitor = Monitor(server.daemon, peer, self._negotiated)
+        self._audit = server.core.audit
+        self.monitor = Monitor(server.core, peer, self._negotiated)
         table = self.monitor.table
         self.max_bytes = table.max_bytes
         self._codec = Connection(table.decode, table.max_bytes, table.max_tokens)
@@ -97,7 +97,7 @@ class Session:
         self._task: asyncio.Task[None] | None = None
         self._aside: asyncio.Task[None] | None = None  # what was asked for out of band meanwhile
         self._queue: deque[LockedBuffer | bytes | Locked] = deque()
-        limits = server.daemon.limits
+        limits = server.core.limits
         share = None if peer.door is Door.CONTROL else (limits.unfinished, peer.uid)
         self.transport = Transport(
             sock, server.space, self, self.monitor.close_connection, share,
@@ -113,10 +113,10 @@ class Session:
         self._unsubscribe()
         self.wanted = wanted
         if wanted is None or wanted:
-            self._server.daemon.broadcaster.subscribe(self)
+            self._server.core.broadcaster.subscribe(self)
 
     def _unsubscribe(self) -> None:
-        self._server.daemon.broadcaster.unsubscribe(self)
+        self._server.core.broadcaster.unsubscribe(self)
         if self.throttle is not None:
             self.throttle.close()
             self.throttle = None
@@ -275,7 +275,7 @@ class Session:
         """Take a step whose failure ends this connection, and not the daemon."""
         try:
             step()
-        except Exception as error:  # noqa: BLE001 - see above
+        except Exception as error:  # noqa: BLE001 - a reload must not end the daemon
             log_internal(error)
             try:
                 self.transport.close()
@@ -364,12 +364,12 @@ class Session:
 
     def _refuse(self, error: LimitReached | LockedMemoryExhausted) -> None:
         if isinstance(error, LimitReached):
-            self._server.daemon.limits.hit(error.limit)
+            self._server.core.limits.hit(error.limit)
         self.transport.send(wire.failure("GenericError", error.desc, None))
 
     def too_slow(self) -> None:
         """A message was begun and not finished in time."""
-        self._server.daemon.limits.hit("unfinished-seconds")
+        self._server.core.limits.hit("unfinished-seconds")
         self.transport.send(
             wire.failure(
                 "GenericError",
@@ -396,6 +396,6 @@ class Session:
                 self._give(kept)
                 kept.free()
         self._server.forget(self)
-        self._server.daemon.limits.connections.give(self.monitor.peer.uid)
+        self._server.core.limits.connections.give(self.monitor.peer.uid)
         self._unsubscribe()
         self.monitor.close()

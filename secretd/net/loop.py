@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """An asyncio event loop that calls connection readers directly from epoll_wait(2), and shares time by uid.
 
 asyncio makes a list of what is ready, from that a queue of handles, and runs each in its context: some
@@ -22,52 +23,14 @@ from selectors import EVENT_READ, EVENT_WRITE, SelectorKey
 from time import monotonic
 from typing import Any, Final, TypeVarTuple, Unpack
 
-_Ts = TypeVarTuple("_Ts")
+from secretd.net.turns import Turns
 
+_Ts = TypeVarTuple("_Ts")
 _IN: Final = select.EPOLLIN
 _OUT: Final = select.EPOLLOUT
 
 _EVENTS: Final = 128
 """What epoll_wait(2) tells at once; more comes with the next call."""
-
-TURNS_SECONDS: Final = 0.001
-"""Seconds of work for peers that are not trusted between two looks at epoll, where there is more."""
-
-
-class Turns:
-    """Work that waits, in turn by uid, in each uid's own order. The same work waits once.
-
-    ``failed`` is called with what work raises.
-    """
-
-    def __init__(self, failed: Callable[[Exception], None]) -> None:
-        self._by_uid: dict[int, dict[Callable[[], None], None]] = {}
-        self._failed = failed
-
-    def __bool__(self) -> bool:
-        return bool(self._by_uid)
-
-    def add(self, uid: int, work: Callable[[], None]) -> None:
-        """Do a piece of work for a uid when its turn comes."""
-        self._by_uid.setdefault(uid, {})[work] = None
-
-    def run(self) -> None:
-        """Do one piece for each uid in turn, until TURNS_SECONDS have passed."""
-        by_uid = self._by_uid
-        end = monotonic() + TURNS_SECONDS
-        while by_uid:
-            uid = next(iter(by_uid))
-            waiting = by_uid.pop(uid)
-            work = next(iter(waiting))
-            del waiting[work]
-            if waiting:
-                by_uid[uid] = waiting  # behind the others
-            try:
-                work()
-            except Exception as error:  # noqa: BLE001 - as asyncio does with a callback
-                self._failed(error)
-            if monotonic() > end:
-                return
 
 
 class _Selector(selectors.BaseSelector):
@@ -159,7 +122,7 @@ class _Selector(selectors.BaseSelector):
                 if callback is not None and events != _OUT:
                     try:
                         callback()
-                    except Exception as error:  # noqa: BLE001 - as asyncio does with a callback
+                    except Exception as error:  # noqa: BLE001 - a reload must not end the daemon
                         self._failed(error)
                     if events == _IN:
                         continue

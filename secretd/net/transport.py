@@ -11,16 +11,16 @@ Costs of a request on the usual path: epoll_wait, recvmsg, send; no allocation b
 import asyncio
 import contextlib
 import socket
+import struct
 from collections import deque
 from collections.abc import Callable
 from typing import Final, NamedTuple, Protocol
 
-from secretd.descriptors.fd import SCM_MAX_FD, received
 from secretd.errors import LimitReached, LockedMemoryExhausted
 from secretd.limits import Share
-from secretd.linux.locked_pages import wipe
 from secretd.linux.sockopt import peek, unread_bytes
 from secretd.memory.arena import LockedBuffer
+from secretd.memory.wipe import wipe
 from secretd.net.loop import crowded, readers, turns
 from secretd.net.receive_space import (
     FIRST_TAIL_BYTES,
@@ -30,6 +30,13 @@ from secretd.net.receive_space import (
     TIGHT_BYTES,
     ReceiveSpace,
 )
+
+SCM_MAX_FD: Final = 253
+"""Descriptors the kernel lets one message carry (SCM_MAX_FD, include/net/scm.h)."""
+
+_SOL_SOCKET: Final = socket.SOL_SOCKET
+_SCM_RIGHTS: Final = socket.SCM_RIGHTS
+_INT_BYTES: Final = struct.calcsize("i")
 
 UNFINISHED_SECONDS: Final = 60.0
 """Seconds within which a message that was begun must be finished. QEMU waits for ever."""
@@ -49,7 +56,6 @@ _RECEIVE: Final = int(socket.MSG_CMSG_CLOEXEC)
 
 _ANCILLARY_BYTES: Final = socket.CMSG_SPACE(4 * SCM_MAX_FD)
 """Room for all descriptors of a message, so that the kernel never discards (closes) one itself."""
-
 
 ALL: Final = -1
 """What `Receiver.consume` returns if nothing of what it was given is needed any more."""
@@ -521,3 +527,12 @@ class Transport:
             self._closer(self._sock)
         finally:
             self._receiver.closed()
+
+
+def received(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
+    """Return the descriptors in what recvmsg(2) gave as ancillary data; the caller owns them."""
+    numbers: list[int] = []
+    for level, kind, data in ancillary:
+        if level == _SOL_SOCKET and kind == _SCM_RIGHTS:
+            numbers += struct.unpack_from(f"{len(data) // _INT_BYTES}i", data)
+    return numbers

@@ -14,17 +14,12 @@ from typing import Any, Final, Literal, NamedTuple
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
-from secretd.descriptors.source import use_content
 from secretd.errors import CommandError
 from secretd.linux.openat2 import open_without_magic_links
 from secretd.memory.arena import LockedBuffer
 from secretd.qapi.visitor import JSON_VISITOR, members
-from secretd.qom.object_type import (
-    ObjectOptions,
-    ObjectType,
-    Sources,
-    TypeInfo,
-)
+from secretd.qom.loading import SourceReader, use_content
+from secretd.qom.object_type import ObjectOptions, ObjectType, TypeInfo
 from secretd.qom.patterns import (
     PATTERN_CHARACTERS,
     Match,
@@ -42,7 +37,6 @@ AUTHZ: Final = TypeInfo("authz", "object", True, _ANCESTORS)
 
 Policy = Literal["deny", "allow"]
 Format = Literal["exact", "glob"]
-
 
 LISTFILE_BYTES: Final = 1 << 20
 """Bytes of a list file that is read again; of a larger one, nobody is allowed anything."""
@@ -201,7 +195,7 @@ class AuthZ(ObjectType):
     decides = True
 
     def create(
-        self, tree: ObjectTree, options: Any, sources: Sources
+        self, tree: ObjectTree, options: Any, sources: SourceReader
     ) -> LockedBuffer | Awaitable[LockedBuffer | None] | None:
         """Check the rules; there is nothing to load."""
         _check_patterns(msgspec.to_builtins(options))
@@ -272,7 +266,7 @@ class AuthZListFile(AuthZ):
         self._loaded: dict[str, dict[str, Any]] = {}
 
     def create(
-        self, _tree: ObjectTree, options: Any, sources: Sources
+        self, _tree: ObjectTree, options: Any, sources: SourceReader
     ) -> LockedBuffer | Awaitable[LockedBuffer | None] | None:
         """qauthz_list_file_complete(): the file must hold a list now, whatever it holds later."""
         assert isinstance(options, AuthZListFileOptions)

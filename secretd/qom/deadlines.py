@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""When objects end: deadlines, and a timer that says when one has passed.
+"""The deadlines of objects, and the timer that fires at the next one.
 
-Time is CLOCK_BOOTTIME, which nobody can set and which goes on while the machine sleeps. Python 3.11 has no
-timerfd(2), hence the ctypes. It knows ids only; the tree sets deadlines, the server ends what is due.
+Time is CLOCK_BOOTTIME, which nothing can set and which runs while the machine sleeps. This module knows ids
+only: the tree sets deadlines, and the server ends the objects that are due.
 """
 
 import asyncio
 import contextlib
-import ctypes
 import heapq
 import os
 import time
 from collections.abc import Callable
 from typing import Final
+
+from secretd.linux import timerfd
 
 LIFETIME_SECONDS: Final = 100 * 366 * 86400
 """Seconds that an object may be given at most: more than a machine runs."""
@@ -20,24 +21,12 @@ LIFETIME_SECONDS: Final = 100 * 366 * 86400
 ENDED_PER_TURN: Final = 200
 """Objects that are ended before others get their turn."""
 
-_TFD_TIMER_ABSTIME: Final = 1
 _NS: Final = 1_000_000_000
 
 
 def now() -> int:
     """Return the nanoseconds since the machine was started."""
     return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
-
-
-class _Timerspec(ctypes.Structure):
-    """struct itimerspec (timerfd_settime(2))."""
-
-    _fields_ = (
-        ("interval_seconds", ctypes.c_long),
-        ("interval_nanoseconds", ctypes.c_long),
-        ("seconds", ctypes.c_long),
-        ("nanoseconds", ctypes.c_long),
-    )
 
 
 class Lifetimes:
@@ -81,11 +70,7 @@ class Lifetimes:
 
     def start(self, end: Callable[[str], None]) -> None:
         """Call ``end`` with the id of each object whose time is over, from the running loop."""
-        libc = ctypes.CDLL(None, use_errno=True)
-        self._fd = libc.timerfd_create(time.CLOCK_BOOTTIME, os.O_CLOEXEC | os.O_NONBLOCK)
-        if self._fd < 0:
-            raise OSError(ctypes.get_errno(), "timerfd_create")
-        self._settime = libc.timerfd_settime
+        self._fd = timerfd.create()
         self._end = end
         asyncio.get_running_loop().add_reader(self._fd, self._due)
         self._arm_next()
@@ -123,6 +108,4 @@ class Lifetimes:
 
     def _arm(self, deadline: int) -> None:
         self._armed = deadline
-        # All zeros would disarm it.
-        value = _Timerspec(0, 0, deadline // _NS, max(1, deadline % _NS))
-        self._settime(self._fd, _TFD_TIMER_ABSTIME, ctypes.byref(value), None)
+        timerfd.arm(self._fd, deadline)

@@ -16,15 +16,11 @@ from secretd.errors import CommandError
 from secretd.journal.journal import Record
 from secretd.memory.arena import LockedBuffer
 from secretd.qom.deadlines import LIFETIME_SECONDS, now
-from secretd.qom.object_type import (
-    ObjectOptions,
-    ObjectType,
-    Sources,
-    TypeInfo,
-)
+from secretd.qom.loading import SourceReader
+from secretd.qom.object_type import ObjectOptions, ObjectType, TypeInfo
 from secretd.qom.patterns import PATTERN_CHARACTERS
 from secretd.qom.tree import DEADLINE, ObjectTree
-from secretd.systemd.notify import CREDENTIAL_ADDRESS_BYTES
+from secretd.systemd.credential_address import CREDENTIAL_ADDRESS_BYTES
 from secretd.wire.parser import JSON
 
 MAX_READS: Final = 1 << 31
@@ -72,7 +68,9 @@ class SecretGrant(ObjectType):
     }
     decides = True
 
-    def create(self, _tree: ObjectTree, options: Any, _sources: Sources) -> LockedBuffer | None:
+    def create(
+        self, _tree: ObjectTree, options: Any, _sources: SourceReader
+    ) -> LockedBuffer | None:
         """Check the values; there is nothing to load."""
         assert isinstance(options, SecretGrantOptions)
         for name, value in super().stored(options).items():

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What a type of objects is, and what is told of all of them (QEMU's TypeInfo and qom-list-types).
 
 Each type says its own in a file beside this one; which there are stands in qom.types. It holds no objects:
@@ -6,7 +7,7 @@ the tree (qom.object) does, and calls it.
 """
 
 from collections.abc import Awaitable, Mapping
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, NotRequired, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, NotRequired, TypedDict
 
 import msgspec
 from msgspec import Struct
@@ -15,6 +16,7 @@ from secretd.errors import CommandError, DeviceNotFound
 from secretd.journal.journal import Record
 from secretd.memory.arena import LockedBuffer
 from secretd.qapi.visitor import JSON_VISITOR, members
+from secretd.qom.loading import SourceReader
 from secretd.wire.parser import JSON, Text
 
 if TYPE_CHECKING:
@@ -38,22 +40,6 @@ class ObjectTypeInfo(TypedDict):
     name: str
     abstract: NotRequired[bool]
     parent: NotRequired[str]
-
-
-class Sources(Protocol):
-    """Where the content of new objects comes from: what the one who makes them may name.
-
-    Both return the content between two spare bytes in scratch memory, and raise SourceError.
-    ``uid``: whose the objects are.
-    """
-
-    uid: int
-
-    def file(self, name: str) -> "LockedBuffer | Awaitable[LockedBuffer]":
-        """Read ``file=NAME``."""
-
-    def key(self, serial: int) -> "LockedBuffer | Awaitable[LockedBuffer]":
-        """Read a key of the kernel's keyrings."""
 
 
 class StoredInvalidValue(CommandError):
@@ -96,7 +82,7 @@ class ObjectType:
     decides: bool = False
 
     def create(
-        self, _tree: "ObjectTree", _options: Any, _sources: Sources
+        self, _tree: "ObjectTree", _options: Any, _sources: SourceReader
     ) -> LockedBuffer | Awaitable[LockedBuffer | None] | None:
         """Return the plaintext that the options stand for, or raise CommandError."""
         return None

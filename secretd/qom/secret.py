@@ -12,16 +12,15 @@ from typing import Any, Final, Literal
 
 from msgspec import UNSET, Raw, UnsetType
 
-from secretd.crypto import cipher
-from secretd.descriptors.source import printable, use_content
+from secretd.crypto import base64, cipher
 from secretd.errors import AccessDenied, CommandError, LimitReached
 from secretd.journal.journal import Record
 from secretd.memory.arena import LockedBuffer
 from secretd.qapi.visitor import JSON_VISITOR, Int32
+from secretd.qom.loading import SourceReader, printable, use_content
 from secretd.qom.object_type import (
     ObjectOptions,
     ObjectType,
-    Sources,
     StoredInvalidValue,
     TypeInfo,
 )
@@ -83,7 +82,7 @@ class Secret(ObjectType):
     defaults: Mapping[str, object] = _DEFAULTS | {"file": ""}
 
     def create(
-        self, tree: ObjectTree, options: Any, sources: Sources
+        self, tree: ObjectTree, options: Any, sources: SourceReader
     ) -> LockedBuffer | Awaitable[LockedBuffer | None] | None:
         """qcrypto_secret_complete(): load, then decrypt or decode."""
         assert isinstance(options, SecretOptions)
@@ -147,7 +146,7 @@ class SecretKeyring(ObjectType):
     defaults: Mapping[str, object] = _DEFAULTS
 
     def create(
-        self, tree: ObjectTree, options: Any, sources: Sources
+        self, tree: ObjectTree, options: Any, sources: SourceReader
     ) -> LockedBuffer | Awaitable[LockedBuffer | None] | None:
         """qcrypto_secret_keyring_load_data(), then as `secret`."""
         assert isinstance(options, SecretKeyringOptions)
@@ -237,12 +236,12 @@ def _decode(
         iv = cipher.decode_iv(options.iv)
         if options.format != "base64":
             return _limited(cipher.decrypt(quoted[1:-1], key, iv, tree.scratch, tree.journal.arena))
-        with cipher.decode_base64(quoted, tree.scratch, tree.scratch) as ciphertext:
+        with base64.decode_base64(quoted, tree.scratch, tree.scratch) as ciphertext:
             return _limited(
                 cipher.decrypt(ciphertext.view, key, iv, tree.scratch, tree.journal.arena)
             )
     if options.format == "base64":
-        return _limited(cipher.decode_base64(quoted, tree.scratch, tree.journal.arena))
+        return _limited(base64.decode_base64(quoted, tree.scratch, tree.journal.arena))
     return _copy(tree, quoted)
 
 

@@ -15,11 +15,11 @@ from secretd.journal.loader import Survey
 from secretd.limits import OBJECTS_IN_ALL, Limits
 from secretd.memory.arena import Arena, LockedBuffer
 from secretd.qom.deadlines import Lifetimes, now
+from secretd.qom.loading import SourceReader
 from secretd.qom.object_type import (
     SECRET_COMMON,
     ObjectOptions,
     ObjectType,
-    Sources,
     Types,
 )
 from secretd.qom.sorted_ids import SortedIds
@@ -93,7 +93,7 @@ class ObjectTree:
 
     # --- object-add, object-del
 
-    def add(self, options: ObjectOptions, sources: Sources) -> Awaitable[int] | int:
+    def add(self, options: ObjectOptions, sources: SourceReader) -> Awaitable[int] | int:
         """Make an object; user_creatable_add_type()'s order of checks. A failed add leaves nothing.
 
         Returns the plaintext's size in bytes, an awaitable of it if the source must be waited for.
@@ -116,7 +116,9 @@ class ObjectTree:
         finally:
             self._loading.discard(options.id)
 
-    def renew(self, options: ObjectOptions, sources: Sources, changes: dict[str, object]) -> bool:
+    def renew(
+        self, options: ObjectOptions, sources: SourceReader, changes: dict[str, object]
+    ) -> bool:
         """Make an object at start, where an earlier process may have left it: it stays if nothing about
         it is new, with its deadline and what it has counted, and is replaced otherwise. A failure leaves
         it as it is. Returns True if it was made.

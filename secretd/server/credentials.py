@@ -16,24 +16,23 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Coroutine
-from functools import partial
 from typing import Final, Protocol
 
 from secretd.access.peer import Door, Peer, identify
-from secretd.audit.log import Who
-from secretd.descriptors.delivery import Content
+from secretd.audit.log import Subject
 from secretd.descriptors.fd import Fd
-from secretd.descriptors.target import SocketPair
+from secretd.descriptors.target import SocketTarget
+from secretd.descriptors.threads import close_connection
 from secretd.errors import AccessDenied, CommandError, PeerUnknown
-from secretd.monitor.core import Daemon
-from secretd.monitor.monitor import close_connection, log_internal
-from secretd.systemd.notify import (
+from secretd.monitor.core import Core
+from secretd.monitor.monitor import log_internal
+from secretd.systemd.credential_address import (
     CREDENTIAL_ADDRESS_BYTES,
     CREDENTIAL_BYTES,
     CredentialAddress,
-    Manager,
     credential_address,
 )
+from secretd.systemd.notify import Manager
 
 log = logging.getLogger("secretd")
 
@@ -63,9 +62,9 @@ class Credentials:
     """
 
     def __init__(
-        self, daemon: Daemon, start: Start, ended: Callable[[], None], store: Store | None
+        self, core: Core, start: Start, ended: Callable[[], None], store: Store | None
     ) -> None:
-        self._daemon = daemon
+        self._core = core
         self._start = start
         self._ended = ended
         self._store = store
@@ -117,7 +116,7 @@ class Credentials:
         except asyncio.CancelledError:
             sock.close()
             raise
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is no reason for an end
+        except Exception as error:  # noqa: BLE001 - a reload must not end the daemon
             log_internal(error)
             await self._refuse(sock, name, peer)
         else:
@@ -127,33 +126,26 @@ class Credentials:
         self, sock: socket.socket, peer: Peer, claimed: CredentialAddress | None
     ) -> None:
         """Send the secret, or raise CommandError."""
-        daemon = self._daemon
-        who = Who(peer.door.value, peer.info)
+        core = self._core
+        subject = Subject(peer.door.value, peer.info)
         if claimed is not None and len("".join(claimed).encode()) > CREDENTIAL_ADDRESS_BYTES:
             log.warning(
                 "credential '%s' of %s: their names have more than %d bytes together, so that systemd "
                 "cannot ask for it most of the time (Protocol error)",
                 claimed.credential, claimed.unit, CREDENTIAL_ADDRESS_BYTES,
             )  # fmt: skip
-        # A descriptor of its own: the connection goes on if the delivery is broken off.
+        # A descriptor of its own: the connection continues if the delivery fails.
         copy = Fd(os.dup(sock.fileno()))
-        try:
-            grant = await daemon.access.credential(peer, who, claimed)
-        except BaseException:
-            copy.close()
-            raise
-        content = Content(grant, partial(daemon.access.take_back, grant, who))
-        rest = daemon.deliveries.deliver(content, SocketPair(copy.fileno()), copy)
-        if rest is not None:
-            await rest
-        daemon.announce("SECRET_READ", grant.object_id, peer, self)
+        decision = core.access.credential(peer, subject, claimed)
+        grant = await core.deliveries.release_decided(copy, decision, SocketTarget)
+        core.announce("SECRET_READ", grant.object_id, peer, self)
 
     def _say(self, claimed: CredentialAddress | None, peer: Peer, error: Exception) -> None:
         """Log why a unit does not get a credential: it is told nothing but that it failed."""
         if isinstance(error, PeerUnknown):
             words = f"It cannot be told in full who has connected: {error}"
-            who = Who(peer.door.value, None)
-            self._daemon.audit.refuse("credential", peer.uid, who, reason=words)
+            subject = Subject(peer.door.value, None)
+            self._core.audit.refuse("credential", peer.uid, subject, reason=words)
         else:
             words = str(error)
         if claimed is None:
@@ -165,7 +157,7 @@ class Credentials:
             credential, unit, words,
         )  # fmt: skip
         if isinstance(error, AccessDenied):
-            self._daemon.announce("SECRET_DENIED", credential, peer, self)
+            self._core.announce("SECRET_DENIED", credential, peer, self)
 
     async def _refuse(self, sock: socket.socket, name: str, peer: Peer) -> None:
         """Send more than a credential may have, however long it takes to be read."""
@@ -183,6 +175,6 @@ class Credentials:
         # For the other end it ends here, whoever else keeps it.
         with contextlib.suppress(OSError):
             sock.shutdown(socket.SHUT_RDWR)
-        close_connection(self._daemon, peer, sock)
+        close_connection(sock, peer, self._core.threads, self._core.tree.scratch)
         if self._store is not None and self._store.kept:
             self._store.manager.drop(name, wait=False)

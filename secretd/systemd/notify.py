@@ -1,73 +1,21 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The service manager: what it passes, what it is told, what it keeps, who it says it asks for.
+"""Messages to the service manager (sd_notify(3)), and its descriptor store.
 
-Descriptors that it passes (sd_listen_fds(3)), messages to it (sd_notify(3)), its descriptor store
-(systemd.service(5), FileDescriptorStoreMax=), the journal's priorities (sd-daemon(3)), and the address
-that a unit's LoadCredential= connects from (systemd.exec(5)). It decides nothing and knows no secret.
-daemon, server and credentials call it. No library: the protocols are a few lines each, and documented as
-the interface.
+systemd.service(5), FileDescriptorStoreMax=, describes the store. This module decides nothing and knows no
+secret; daemon.fd_store, daemon.status and server.credentials call it. No library: the protocol is a few
+lines, and documented as the interface.
 """
 
 import array
-import contextlib
-import logging
 import os
-import re
 import select
 import socket
 import time
 from collections.abc import Sequence
-from typing import Final, NamedTuple, Self
-
-FIRST_FD: Final = 3
-"""SD_LISTEN_FDS_START."""
+from typing import Final, Self
 
 BARRIER_SECONDS: Final = 5.0
 """Seconds that the service manager may take to work through what it was told; usually it is a millisecond."""
-
-CREDENTIAL_BYTES: Final = 1 << 20
-"""What systemd takes for all credentials of a unit together, their names included
-(CREDENTIALS_TOTAL_SIZE_MAX)."""
-
-CREDENTIAL_ADDRESS_BYTES: Final = 83
-"""Bytes of a unit's and a credential's name together that always fit into the address: 107 less the NUL in
-front, 16 digits, "/unit/" and "/". systemd fails with longer ones before it connects."""
-
-_ADDRESS: Final = re.compile(rb"\0[0-9a-f]{1,16}/unit/([^/\0-\x1f\x7f]+)/([^/\0-\x1f\x7f]+)")
-
-_PRIORITIES: Final = {
-    logging.DEBUG: "<7>",
-    logging.INFO: "<6>",
-    logging.WARNING: "<4>",
-    logging.ERROR: "<3>",
-    logging.CRITICAL: "<2>",
-}
-
-
-class Passed(NamedTuple):
-    """A descriptor that the service manager passed, and its FileDescriptorName= or FDNAME=."""
-
-    name: str
-    fd: int
-
-
-def passed() -> list[Passed]:
-    """Return what the service manager passed; the caller owns the descriptors.
-
-    They are closed on exec from now on, and the variables are gone from the environment, so that no child
-    takes them for its own (sd_listen_fds_with_names()). Names, not numbers, say what is what: the order
-    is another one at each start.
-    """
-    pid, count = os.environ.pop("LISTEN_PID", ""), os.environ.pop("LISTEN_FDS", "")
-    names = os.environ.pop("LISTEN_FDNAMES", "").split(":")
-    if pid != str(os.getpid()) or not count.isdecimal():
-        return []
-    found = []
-    for number in range(int(count)):
-        fd = FIRST_FD + number
-        os.set_inheritable(fd, False)
-        found.append(Passed(names[number] if number < len(names) else "unknown", fd))
-    return found
 
 
 class Manager:
@@ -177,45 +125,3 @@ def has_ended(source: int) -> bool:
 
 def _status(text: str) -> str:
     return f"STATUS={text}"
-
-
-# --- the journal
-
-
-def journal_on_stderr() -> bool:
-    """True if stderr is the journal: then each line may begin with its priority (sd-daemon(3))."""
-    device, _, inode = os.environ.get("JOURNAL_STREAM", "").partition(":")
-    with contextlib.suppress(OSError):
-        status = os.fstat(2)
-        return (device, inode) == (str(status.st_dev), str(status.st_ino))
-    return False
-
-
-class JournalFormatter(logging.Formatter):
-    """Lines as the journal takes them: each with its priority; whose they are it knows."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """See logging.Formatter."""
-        priority = _PRIORITIES[record.levelno]
-        return priority + super().format(record).replace("\n", f"\n{priority}")
-
-
-# --- LoadCredential=
-
-
-class CredentialAddress(NamedTuple):
-    """What a unit's LoadCredential= says in the address it connects from: anybody can claim that."""
-
-    unit: str
-    credential: str
-
-
-def credential_address(address: bytes | str) -> CredentialAddress | None:
-    """Read a peer's address: NUL, digits, ``/unit/UNIT/CREDENTIAL``. None if it has another form."""
-    match = _ADDRESS.fullmatch(address) if isinstance(address, bytes) else None
-    if match is None:
-        return None
-    try:
-        return CredentialAddress(match[1].decode(), match[2].decode())
-    except UnicodeDecodeError:
-        return None

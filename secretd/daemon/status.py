@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Messages to the service manager while the daemon runs: ready, the watchdog, the status line."""
+
+import asyncio
+from typing import Final
+
+from secretd.daemon.fd_store import Store
+from secretd.qom.tree import ObjectTree
+
+STATUS_SECONDS: Final = 1.0
+"""Seconds after a change within which `systemctl status` shows it: not each is worth a message."""
+
+
+class Reports:
+    """What the service manager is told while the daemon runs: that the loop turns, and a line of status."""
+
+    def __init__(self, store: Store, tree: ObjectTree) -> None:
+        self._store = store
+        self._manager = store.manager
+        self._tree = tree
+        self._due: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        """Tell that all is ready; go on telling."""
+        self._tree.on_count = self._changed
+        self._manager.ready(self.status())
+        self._store.watch(self._changed)
+        if self._manager.watchdog is not None:
+            self._beat(self._manager.watchdog / 2)
+
+    def status(self) -> str:
+        """Return the line that `systemctl status` shows."""
+        secrets = len(self._tree.journal) - len(self._tree.deciding)
+        level = self._tree.journal.arena.level
+        kept = "kept over restarts" if self._store.kept else "not kept over restarts"
+        return f"{secrets} secret{'' if secrets == 1 else 's'}, memory: {level}, {kept}"
+
+    def reloading(self) -> None:
+        """Report that a reload begins."""
+        self._manager.reloading()
+
+    def reloaded(self) -> None:
+        """Report that a reload has ended."""
+        self._manager.ready(self.status())
+
+    def stopping(self) -> None:
+        """Tell that the end has begun."""
+        self._tree.on_count = None
+        if self._due is not None:
+            self._due.cancel()
+        self._manager.stopping(self.status())
+
+    def _beat(self, seconds: float) -> None:
+        self._manager.alive()
+        self._store.again(self._changed)
+        asyncio.get_running_loop().call_later(seconds, self._beat, seconds)
+
+    def _changed(self) -> None:
+        if self._due is None:
+            self._due = asyncio.get_running_loop().call_later(STATUS_SECONDS, self._tell)
+
+    def _tell(self) -> None:
+        self._due = None
+        if not self._manager.status(self.status()):
+            self._changed()

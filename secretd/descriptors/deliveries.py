@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Releasing secrets to descriptors: the one sequence that secret-read and LoadCredential= share.
+
+`Deliveries.release` asks what the descriptor is, has access decide, writes, and undoes a read that delivered
+nothing. The loop writes to the descriptors of trusted peers, a thread of the peer's uid to all others.
+A delivery waits for a full descriptor, up to a time limit; no other request waits for the delivery. The
+commands and server.credentials call this module.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Final, NamedTuple
+
+from secretd.access.decision import Grant
+from secretd.descriptors.delivery import Delivery, LoopDelivery
+from secretd.descriptors.fd import Fd
+from secretd.descriptors.target import Target, open_target
+from secretd.descriptors.threaded_delivery import ThreadedDelivery
+from secretd.descriptors.threads import BlockingCalls
+from secretd.errors import CommandError, LimitReached
+from secretd.memory.arena import Arena
+
+DELIVERY_SECONDS: Final = 10.0
+"""Seconds within which the other end must have taken the whole secret."""
+
+_DISCONNECTED: Final = CommandError("the client has disconnected")
+
+
+class Release(NamedTuple):
+    """A release that was permitted. ``size``: bytes to write. ``rest``: a coroutine that writes what
+    could not be written at once, and raises CommandError; None if all was.
+    """
+
+    size: int
+    rest: Coroutine[Any, Any, None] | None
+
+
+class Deliveries:
+    """Starts deliveries, and knows those that go on. ``undo`` is called for a read that delivered nothing."""
+
+    def __init__(
+        self, scratch: Arena, threads: BlockingCalls, undo: Callable[[Grant, str], object]
+    ) -> None:
+        self._scratch = scratch
+        self._threads = threads
+        self._undo = undo
+        self._running: dict[str, set[Delivery]] = {}
+
+    # --- release
+
+    def release(
+        self,
+        fd: Fd,
+        decide: Callable[[], Grant],
+        *,
+        opened: Callable[[int], Target] = open_target,
+        base64: bool = False,
+        seal: Callable[[Grant], bytes] | None = None,
+    ) -> Release:
+        """Write a secret to a descriptor, which is consumed. Raises CommandError.
+
+        ``decide`` returns the permission or raises; it is asked after the descriptor, so that one which
+        cannot take a secret uses up no read. ``seal``: returns what to write instead of the plaintext.
+        """
+        try:
+            target = opened(fd.fileno())
+            grant = decide()
+            sealed = None if seal is None else seal(grant)
+        except BaseException:
+            fd.close()
+            raise
+        return self._start(grant, target, fd, base64=base64, sealed=sealed)
+
+    async def release_decided(
+        self, fd: Fd, decision: Awaitable[Grant], opened: Callable[[int], Target]
+    ) -> Grant:
+        """Do the same with a decision that must be awaited; return it once all is written."""
+        try:
+            grant = await decision
+        except BaseException:
+            fd.close()
+            raise
+        rest = self.release(fd, lambda: grant, opened=opened).rest
+        if rest is not None:
+            await rest
+        return grant
+
+    def _start(
+        self, grant: Grant, target: Target, fd: Fd, *, base64: bool, sealed: bytes | None
+    ) -> Release:
+        if not grant.peer.trusted:
+            threaded = ThreadedDelivery(
+                grant, target, fd, self._undo, scratch=self._scratch, base64=base64, sealed=sealed
+            )
+            # Known to `withdraw` from now on, not only when the coroutine first runs.
+            self._remember(threaded)
+            return Release(threaded.size, self._write_in_thread(threaded))
+        delivery = LoopDelivery(grant, target, fd, self._undo, base64=base64, sealed=sealed)
+        try:
+            if base64:
+                delivery.encode(self._scratch)
+            target.begin(delivery.size)
+            complete = delivery.write()
+        except OSError as error:
+            delivery.close()
+            raise delivery.fail_system(error) from None
+        except CommandError as error:
+            delivery.close()
+            raise delivery.fail(error) from None
+        except BaseException:
+            delivery.close()
+            raise
+        if complete:
+            delivery.close()
+            return Release(delivery.size, None)
+        self._remember(delivery)
+        return Release(delivery.size, self._write_rest(delivery))
+
+    async def _write_rest(self, delivery: LoopDelivery) -> None:
+        try:
+            async with asyncio.timeout(DELIVERY_SECONDS):
+                complete = False
+                while not complete:
+                    await delivery.wait()
+                    if delivery.withdrawn:
+                        raise delivery.withdrawal()
+                    complete = delivery.write()
+        except TimeoutError:
+            raise delivery.fail(_timed_out()) from None
+        except OSError as error:
+            raise delivery.fail_system(error) from None
+        except CommandError as error:
+            raise delivery.fail(error) from None
+        except asyncio.CancelledError:
+            delivery.fail(_DISCONNECTED)
+            raise
+        finally:
+            self._forget(delivery)
+            delivery.close()
+
+    async def _write_in_thread(self, delivery: ThreadedDelivery) -> None:
+        loop = asyncio.get_running_loop()
+
+        def unused() -> None:  # called in the thread, instead of write()
+            with contextlib.suppress(RuntimeError):  # the loop has ended, and all with it
+                loop.call_soon_threadsafe(delivery.close)
+
+        try:
+            async with asyncio.timeout(DELIVERY_SECONDS) as delivery.scope:
+                if delivery.withdrawn:
+                    delivery.scope.reschedule(loop.time())
+                failure = await self._threads.run(
+                    delivery.grant.peer.uid,
+                    lambda _failure: delivery.close(),
+                    delivery.write,
+                    unused,
+                )
+        except TimeoutError:
+            error = delivery.withdrawal() if delivery.withdrawn else _timed_out()
+            raise delivery.abandon(error) from None
+        except asyncio.CancelledError:
+            delivery.abandon(_DISCONNECTED)
+            raise
+        finally:
+            self._forget(delivery)
+            delivery.withdraw()
+        delivery.close()
+        if isinstance(failure, OSError):
+            raise delivery.fail_system(failure)
+        if failure is not None:
+            raise delivery.fail(failure)
+
+    # --- those that go on
+
+    def withdraw(self, object_id: str) -> None:
+        """End the deliveries of a secret: none touches its plaintext after this returns."""
+        for delivery in self._running.pop(object_id, ()):
+            delivery.withdraw()
+
+    def recheck(self, holds: Callable[[Grant], bool]) -> None:
+        """End the deliveries whose grant no longer holds."""
+        for deliveries in list(self._running.values()):
+            for delivery in list(deliveries):
+                if not holds(delivery.grant):
+                    self._forget(delivery)
+                    delivery.withdraw()
+
+    def _remember(self, delivery: Delivery) -> None:
+        self._running.setdefault(delivery.grant.object_id, set()).add(delivery)
+
+    def _forget(self, delivery: Delivery) -> None:
+        object_id = delivery.grant.object_id
+        others = self._running.get(object_id)
+        if others is not None:
+            others.discard(delivery)
+            if not others:
+                del self._running[object_id]
+
+
+def _timed_out() -> CommandError:
+    return LimitReached(
+        "delivery-seconds",
+        f"The descriptor did not take the secret within {DELIVERY_SECONDS:g} seconds",
+    )

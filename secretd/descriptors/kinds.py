@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What a descriptor is, asked with calls that cannot block.
+
+The object behind it may be served by the peer (FUSE) or locked by it (a socket, a pipe's mutex), so fstat(2)
+and getsockname(2) are out of the question (docs/design.md, "Descriptors are hostile"). target and source call
+it.
+"""
+
+import errno
+import fcntl
+import os
+import socket
+import stat
+from enum import Enum
+from functools import lru_cache
+from typing import Final
+
+from secretd.linux.sockopt import domain
+from secretd.linux.statx import device, type_and_links
+
+_F_GET_SEALS: Final = 1034
+_O_PATH: Final = 0o10000000
+_WRITE_SEALS: Final = 0x0002 | 0x0004 | 0x0008 | 0x0010  # shrink, grow, write, future write
+
+
+class Kind(Enum):
+    """What a descriptor is, for delivering to it and reading from it."""
+
+    PIPE = "a pipe"
+    SOCKET = "a stream socket of a pair"
+    MEMFD = "a memfd"
+    FILE = "a regular file"
+    OTHER = "something else"
+
+
+def classify(fd: int) -> Kind:
+    """Find out what a borrowed descriptor is, with calls that cannot block."""
+    return kind_and_flags(fd)[0]
+
+
+def kind_and_flags(fd: int) -> tuple[Kind, int]:
+    """Return the same, and the flags that it was opened with (F_GETFL)."""
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    return Kind.OTHER if flags & _O_PATH else _kind(fd), flags
+
+
+def _kind(fd: int) -> Kind:
+    try:
+        mode, links = type_and_links(fd)
+    except OSError:  # FUSE tells nothing to other users
+        return Kind.OTHER
+    if stat.S_ISFIFO(mode):
+        return Kind.PIPE
+    if stat.S_ISSOCK(mode):
+        return Kind.SOCKET if _is_socketpair_end(fd) else Kind.OTHER
+    if stat.S_ISREG(mode):
+        try:
+            fcntl.fcntl(fd, _F_GET_SEALS)
+        except OSError:
+            return Kind.FILE
+        return Kind.MEMFD if links == 0 and device(fd) == _memfd_device() else Kind.FILE
+    return Kind.OTHER
+
+
+@lru_cache(1)
+def _memfd_device() -> tuple[int, int]:
+    """Return the device of the kernel's own tmpfs. An unlinked file of any other may be on one that is
+    full.
+    """
+    fd = os.memfd_create("secretd-device", os.MFD_CLOEXEC)
+    try:
+        return device(fd)
+    finally:
+        os.close(fd)
+
+
+def _is_socketpair_end(fd: int) -> bool:
+    """True for a connected AF_UNIX stream whose ends have no names.
+
+    Elsewhere the daemon would lend its own credentials to the bytes it sends.
+    """
+    if domain(fd) != socket.AF_UNIX:
+        return False  # before a Python socket asks for its name, which waits for the lock of a TCP socket
+    borrowed = socket.socket(fileno=os.dup(fd))
+    try:
+        return (
+            borrowed.type == socket.SOCK_STREAM
+            and not borrowed.getsockname()
+            and not borrowed.getpeername()
+        )
+    except OSError as error:
+        if error.errno != errno.ENOTCONN:
+            raise
+        return False
+    finally:
+        borrowed.close()
+
+
+def is_readable(fd: int) -> bool:
+    """True if the descriptor was opened for reading."""
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    return not flags & _O_PATH and flags & os.O_ACCMODE in (os.O_RDONLY, os.O_RDWR)
+
+
+def is_sealed(fd: int) -> bool:
+    """True if a memfd's seals forbid to size and fill it."""
+    return bool(fcntl.fcntl(fd, _F_GET_SEALS) & _WRITE_SEALS)

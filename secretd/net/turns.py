@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Work for untrusted peers, done in turn by uid.
+
+Each turn is short, and the loop looks at epoll between turns. So neither the number of a uid's connections
+nor the cost of their messages delays other peers by more than a few messages. net.loop runs it.
+"""
+
+from collections.abc import Callable
+from time import monotonic
+from typing import Final
+
+TURNS_SECONDS: Final = 0.001
+"""Seconds of work for peers that are not trusted between two looks at epoll, where there is more."""
+
+
+class Turns:
+    """Work that waits, in turn by uid, in each uid's own order. The same work waits once.
+
+    ``failed`` is called with what work raises.
+    """
+
+    def __init__(self, failed: Callable[[Exception], None]) -> None:
+        self._by_uid: dict[int, dict[Callable[[], None], None]] = {}
+        self._failed = failed
+
+    def __bool__(self) -> bool:
+        return bool(self._by_uid)
+
+    def add(self, uid: int, work: Callable[[], None]) -> None:
+        """Do a piece of work for a uid when its turn comes."""
+        self._by_uid.setdefault(uid, {})[work] = None
+
+    def run(self) -> None:
+        """Do one piece for each uid in turn, until TURNS_SECONDS have passed."""
+        by_uid = self._by_uid
+        end = monotonic() + TURNS_SECONDS
+        while by_uid:
+            uid = next(iter(by_uid))
+            waiting = by_uid.pop(uid)
+            work = next(iter(waiting))
+            del waiting[work]
+            if waiting:
+                by_uid[uid] = waiting  # behind the others
+            try:
+                work()
+            except Exception as error:  # noqa: BLE001 - a reload must not end the daemon
+                self._failed(error)
+            if monotonic() > end:
+                return

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Loading an object's content: where it may come from, and what every type does with it.
+
+The one that creates an object brings `Sources`, which say what its ``file=`` and ``serial=`` may name;
+descriptors.source has those of connections and of the command line. The object types call this module.
+"""
+
+from collections.abc import Awaitable, Callable
+from typing import Protocol, TypeVar
+
+from secretd.errors import CommandError, LimitReached, SourceError
+from secretd.memory.arena import LockedBuffer
+
+R = TypeVar("R")
+
+
+def use_content(
+    read: Callable[[], LockedBuffer | Awaitable[LockedBuffer]],
+    use: Callable[[LockedBuffer], R],
+    what: str,
+) -> R | Awaitable[R]:
+    """Return ``use(content)`` of what ``read`` returns, at once or later; the content is freed then.
+
+    Raises CommandError, also later; ``what`` is what cannot be read, as errors print it.
+    """
+    try:
+        content = read()
+    except SourceError as error:
+        raise _unreadable(what, error) from None
+    if not isinstance(content, LockedBuffer):
+        return _use_later(content, use, what)
+    with content:
+        return use(content)
+
+
+async def _use_later(
+    content: Awaitable[LockedBuffer], use: Callable[[LockedBuffer], R], what: str
+) -> R:
+    try:
+        with await content as buffer:
+            return use(buffer)
+    except SourceError as error:
+        raise _unreadable(what, error) from None
+
+
+def _unreadable(what: str, error: SourceError) -> CommandError:
+    words = f"Unable to read {what}: {error}"
+    return CommandError(words) if error.limit is None else LimitReached(error.limit, words)
+
+
+def printable(name: str) -> str:
+    """Return a file name as errors print it: what argv could not decode as U+FFFD."""
+    return name.encode(errors="surrogateescape").decode(errors="replace")
+
+
+class SourceReader(Protocol):
+    """Where the content of new objects comes from: what the one who makes them may name.
+
+    Both return the content between two spare bytes in scratch memory, and raise SourceError.
+    ``uid``: whose the objects are.
+    """
+
+    uid: int
+
+    def file(self, name: str) -> "LockedBuffer | Awaitable[LockedBuffer]":
+        """Read ``file=NAME``."""
+
+    def key(self, serial: int) -> "LockedBuffer | Awaitable[LockedBuffer]":
+        """Read a key of the kernel's keyrings."""

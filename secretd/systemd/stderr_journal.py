@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The journal as standard error: whether it is, and the priority of each line (sd-daemon(3)).
+
+daemon.log and the audit's sink use it.
+"""
+
+import contextlib
+import logging
+import os
+from typing import Final
+
+_PRIORITIES: Final = {
+    logging.DEBUG: "<7>",
+    logging.INFO: "<6>",
+    logging.WARNING: "<4>",
+    logging.ERROR: "<3>",
+    logging.CRITICAL: "<2>",
+}
+
+
+def journal_on_stderr() -> bool:
+    """True if stderr is the journal: then each line may begin with its priority (sd-daemon(3))."""
+    device, _, inode = os.environ.get("JOURNAL_STREAM", "").partition(":")
+    with contextlib.suppress(OSError):
+        status = os.fstat(2)
+        return (device, inode) == (str(status.st_dev), str(status.st_ino))
+    return False
+
+
+class JournalFormatter(logging.Formatter):
+    """Lines as the journal takes them: each with its priority; whose they are it knows."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """See logging.Formatter."""
+        priority = _PRIORITIES[record.levelno]
+        return priority + super().format(record).replace("\n", f"\n{priority}")
