@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How much each uid may hold of what all share, how much it holds, and how often that was not enough.
+"""Per-uid quotas on shared resources: limits, current use, and how often each was hit.
 
-A `Share` counts one thing for each uid; `Limits` has them all and counts how often each limit was
-hit, for query-secret-stats. Limits that stand elsewhere (beside what they limit) are counted here
-by name. It takes nothing and closes nothing itself.
+A `Quota` counts one resource for each uid; `Limits` has them all, and counts hits for query-secret-stats.
+Limits that are defined beside what they limit are counted here by name. This module acquires and closes
+nothing itself.
 """
 
 import os
@@ -42,9 +42,10 @@ OBJECT_BYTES_PER_UID: Final = 2 << 20
 Unit = Literal["bytes", "seconds"]
 
 
-class Share:
-    """What each uid holds of one thing, ``by_uid``. ``words``: what errors call it. There is no limit for
-    uid 0 and the daemon's own uid, the ``trusted``.
+class Quota:
+    """What each uid holds of one resource, ``by_uid``. ``words``: what errors call it.
+
+    uid 0 and the daemon's own uid, the ``trusted``, have no limit.
     """
 
     def __init__(
@@ -75,16 +76,16 @@ class Share:
                 f"uid {uid} has {held} {self._words}, and the limit is {self.limit} ({self.name})",
             )
 
-    def take(self, uid: int, amount: int = 1) -> None:
+    def acquire(self, uid: int, amount: int = 1) -> None:
         """Count what a uid has from now on, or raise LimitReached."""
         self.check(uid, amount)
-        self.add(uid, amount)
+        self.count(uid, amount)
 
-    def add(self, uid: int, amount: int = 1) -> None:
+    def count(self, uid: int, amount: int = 1) -> None:
         """Count what a uid has already, whatever the limit."""
         self.by_uid[uid] = self.by_uid.get(uid, 0) + amount
 
-    def give(self, uid: int, amount: int = 1) -> None:
+    def release(self, uid: int, amount: int = 1) -> None:
         """Count what it no longer has."""
         left = self.by_uid.get(uid, 0) - amount
         if left:
@@ -102,20 +103,20 @@ class Share:
         return max(self.by_uid.values(), default=0)
 
 
-class Pool(Share):
-    """A Share of what there is only so much of in all; ``others`` is what all but the trusted hold."""
+class SharedQuota(Quota):
+    """A Quota of what there is only so much of in all; ``others`` is what all but the trusted hold."""
 
     others = 0
 
-    def add(self, uid: int, amount: int = 1) -> None:
-        """See Share."""
-        super().add(uid, amount)
+    def count(self, uid: int, amount: int = 1) -> None:
+        """See Quota."""
+        super().count(uid, amount)
         if uid not in self.trusted:
             self.others += amount
 
-    def give(self, uid: int, amount: int = 1) -> None:
-        """See Share."""
-        super().give(uid, amount)
+    def release(self, uid: int, amount: int = 1) -> None:
+        """See Quota."""
+        super().release(uid, amount)
         if uid not in self.trusted:
             self.others -= amount
 
@@ -130,55 +131,34 @@ class Stat(NamedTuple):
 
 
 class Limits:
-    """All shares of a daemon, and how often which limit was hit."""
+    """All quotas of a daemon, and how often which limit was hit."""
 
     def __init__(self) -> None:
         self._files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         room = max(64, self._files - RESERVED_DESCRIPTORS)
-        self.connections = Pool("connections-per-uid", CONNECTIONS_PER_UID, "connections")
-        self.requests = Share("requests-per-uid", REQUESTS_PER_UID, "requests in flight")
-        self.descriptors = Pool(
+        self.connections = SharedQuota("connections-per-uid", CONNECTIONS_PER_UID, "connections")
+        self.requests = Quota("requests-per-uid", REQUESTS_PER_UID, "requests in flight")
+        self.descriptors = SharedQuota(
             "descriptors-per-uid", min(DESCRIPTORS_PER_UID, room // 4), "descriptors open here"
         )
-        self.unfinished = Share(
+        self.unfinished = Quota(
             "unfinished-bytes-per-uid",
             UNFINISHED_BYTES_PER_UID,
             "bytes of unfinished messages",
             unit="bytes",
         )
-        self.objects = Share("objects-per-uid", OBJECTS_PER_UID, "objects")
-        self.object_bytes = Share(
+        self.objects = Quota("objects-per-uid", OBJECTS_PER_UID, "objects")
+        self.object_bytes = Quota(
             "object-bytes-per-uid", OBJECT_BYTES_PER_UID, "bytes of objects", unit="bytes"
         )
-        self._shares = (
+        self._quotas = (
             self.connections, self.requests, self.descriptors, self.unfinished, self.objects,
             self.object_bytes,
         )  # fmt: skip
         self.trusted = self.objects.trusted
         self._room = room
+        self.objects_in_all = OBJECTS_IN_ALL
         self._hits: Counter[str] = Counter()
-
-    def check_object(self, uid: int, size: int) -> None:
-        """Raise LimitReached if a uid may have no further object of so many bytes."""
-        self.objects.check(uid)
-        self.object_bytes.check(uid, size)
-
-    def add_object(self, uid: int, size: int) -> None:
-        """Count an object of a uid and its bytes."""
-        objects, held = self.objects.by_uid, self.object_bytes.by_uid
-        objects[uid] = objects.get(uid, 0) + 1
-        held[uid] = held.get(uid, 0) + size
-
-    def give_object(self, uid: int, size: int) -> None:
-        """Count it no longer."""
-        objects, held = self.objects.by_uid, self.object_bytes.by_uid
-        left = objects.get(uid, 0) - 1
-        if left > 0:
-            objects[uid] = left
-            held[uid] = held.get(uid, 0) - size
-        else:
-            objects.pop(uid, None)
-            held.pop(uid, None)
 
     def check_descriptors(self, waiting: int, more: int = 1) -> None:
         """Raise LimitReached if all others together would have so many that none are left for the trusted.
@@ -193,7 +173,7 @@ class Limits:
                 f"RLIMIT_NOFILE less {RESERVED_DESCRIPTORS}); try again later",
             )
 
-    def hit(self, name: str) -> None:
+    def note_hit(self, name: str) -> None:
         """A limit was reached."""
         self._hits[name] += 1
 
@@ -203,9 +183,9 @@ class Limits:
             Stat("descriptors", "instant", None, self.connections.others + self.descriptors.others)
         ]
         listed.append(Stat("descriptors-limit", "instant", None, self._room))
-        for share in self._shares:
-            listed.append(Stat(share.name, "instant", share.unit, share.largest))
-            listed.append(Stat(f"{share.name}-limit", "instant", share.unit, share.limit))
-        names = sorted({*self._hits, "descriptors", *(share.name for share in self._shares)})
+        for quota in self._quotas:
+            listed.append(Stat(quota.name, "instant", quota.unit, quota.largest))
+            listed.append(Stat(f"{quota.name}-limit", "instant", quota.unit, quota.limit))
+        names = sorted({*self._hits, "descriptors", *(quota.name for quota in self._quotas)})
         listed += [Stat(f"{name}-hits", "cumulative", None, self._hits[name]) for name in names]
         return listed

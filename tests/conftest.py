@@ -24,7 +24,7 @@ from hypothesis import settings
 from secretd.access.peer import Door
 from secretd.audit.log import Audit
 from secretd.daemon import initial_objects
-from secretd.descriptors.source import StartSources
+from secretd.descriptors.source import CommandLineSources
 from secretd.errors import CommandError, UsageError
 from secretd.journal.journal import Journal
 from secretd.linux.locked_pages import Level
@@ -125,7 +125,7 @@ def add_object(tree: ObjectTree, text: str) -> ObjectOptions | None:
     options = initial_objects.parse(tree, text)
     if options is not None:
         try:
-            tree.add(options, StartSources(tree.scratch))
+            tree.add(options, tree.loading(CommandLineSources(tree.scratch)))
         except CommandError as error:
             raise UsageError(with_hint(error.desc)) from None
     return options

@@ -612,7 +612,7 @@ def test_what_was_taken_before_the_end_is_a_prefix_of_the_secret(
             while len(received) < taken:
                 received += os.read(source, taken - len(received))
             if how == "expire":
-                daemon.call(lambda: daemon.tree.lifetimes.set("big", now()))
+                daemon.call(lambda: daemon.tree.deadlines.set("big", now()))
             else:
                 loaded.ok("object-del", {"id": "big" if how == "delete" else "g"})
             assert client.reply()["error"]["desc"] == "Secret 'big' was withdrawn"

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from secretd.access.decision import Access
 from secretd.access.peer import Door, Peer
 from secretd.audit.log import Audit, Subject
-from secretd.descriptors.source import StartSources
+from secretd.descriptors.source import CommandLineSources
 from secretd.errors import AccessDenied, CommandError
 from secretd.journal.journal import Journal
 from secretd.memory.arena import Arena
@@ -143,7 +143,7 @@ class Real:
 
     def add(self, members: dict[str, Any]) -> None:
         options = msgspec.json.decode(msgspec.json.encode(members), type=AnyOptions)
-        assert self.tree.add(options, StartSources(self.scratch)) in (0, 7)
+        assert self.tree.add(options, self.tree.loading(CommandLineSources(self.scratch))) in (0, 7)
 
     def close(self) -> None:
         self.journal.close()

@@ -176,11 +176,11 @@ def cut(daemon: Daemon) -> None:
     """Have the next object that comes or goes end all connections before that is answered."""
 
     def close() -> None:
-        daemon.tree.on_count = lambda: None
+        daemon.tree._on_count.remove(close)
         for session in list(daemon.server.sessions):
             session.transport.close()
 
-    daemon.tree.on_count = close
+    daemon.tree.subscribe(count=close)
 
 
 def test_the_client_connects_again(tmp_path: Path) -> None:

@@ -489,7 +489,7 @@ def test_a_fifo_holds_up_only_the_connection_that_asked(
         b'{"execute":"object-add","arguments":{"qom-type":"secret","id":"slow","file":"%s"}}'
         b'{"execute":"query-name","id":"after"}' % fifo.encode()
     )
-    while not daemon.call(lambda: set(daemon.tree._loading)):
+    while not daemon.call(lambda: set(daemon.tree._being_loaded)):
         pass
     assert "duplicate" in other.add("slow", data="x")["error"]["desc"]
     assert other.fail("object-del", {"id": "slow"}) == "object 'slow' not found"
@@ -518,7 +518,7 @@ def test_a_connection_that_ends_while_its_source_is_read_leaves_nothing(
         b'{"execute":"object-add","arguments":{"qom-type":"secret","id":"s","file":"%s"}}'
         % fifo.encode()
     )
-    while not daemon.call(lambda: set(daemon.tree._loading)):
+    while not daemon.call(lambda: set(daemon.tree._being_loaded)):
         pass
     # Only the server ends this connection: it does not read from it while it waits.
     daemon.call(lambda: [session.transport.close() for session in list(daemon.server.sessions)])
@@ -527,7 +527,7 @@ def test_a_connection_that_ends_while_its_source_is_read_leaves_nothing(
     deadline = time.monotonic() + 10
     while not daemon.server.core.threads.idle() and time.monotonic() < deadline:
         pass
-    while daemon.call(lambda: set(daemon.tree._loading)):
+    while daemon.call(lambda: set(daemon.tree._being_loaded)):
         pass
     assert daemon.call(lambda: len(daemon.journal)) == 0
 
@@ -697,7 +697,7 @@ def test_of_very_many_unexpected_arguments_one_is_named(qmp: Client) -> None:
 
 def test_keys_are_for_who_may_name_files(daemon: Daemon, qmp: Client) -> None:
     """The daemon reads them with its own rights, as it does files."""
-    source_ = daemon.call(lambda: next(iter(daemon.server.sessions)).monitor.source)
+    source_ = daemon.call(lambda: next(iter(daemon.server.sessions)).monitor.loading.sources)
     source_._trusted = False
     assert (
         qmp.fail("object-add", {"qom-type": "secret_keyring", "id": "k", "serial": 5})

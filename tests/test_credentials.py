@@ -157,7 +157,7 @@ def test_what_is_refused_gets_too_much(
             qmp.ok("object-del", {"id": "x3"})
         grant(qmp, "g5", "x3", more={"credential": "x1"})
         grant(qmp, "g6", "ended", more={"expires-after": 1})
-        daemon.call(lambda: daemon.tree.lifetimes.set("g6", 1))
+        daemon.call(lambda: daemon.tree.deadlines.set("g6", 1))
         got = fetch(daemon, app, address(unit, name))
         assert len(got) == REFUSED > CREDENTIAL_BYTES
         assert not got.strip(b"\0")

@@ -204,7 +204,7 @@ def test_what_the_daemon_tells_is_judged(
 ) -> None:
     """Another version, memory that is not locked, limits that were hit, audit records that were lost."""
     qmp.add("a", data="letmein")
-    daemon.server.core.limits.hit("objects-per-uid")
+    daemon.server.core.limits.note_hit("objects-per-uid")
     daemon.server.core.audit.dropped = 3
     monkeypatch.setattr(doctor, "__version__", "99")
     # The level of the daemon that these tests run in this process.

@@ -217,7 +217,7 @@ def test_a_grant_taken_back_ends_a_list_that_goes_on(
 ) -> None:
     """What comes after the next turn of others is not listed."""
     need_root()
-    monkeypatch.setattr("secretd.qom.tree.IDS_PER_LOOK", 4)
+    monkeypatch.setattr("secretd.qom.sorted_ids.IDS_PER_LOOK", 4)
     for number in range(30):
         qmp.add(f"o{number:02}", data="x")
     allow(qmp, "who", "uid:1000")
@@ -237,7 +237,7 @@ def test_a_list_that_looks_through_much_lets_others_go_first(
 ) -> None:
     """Also out of band, beside a command that waits; what is deleted meanwhile is not listed."""
     need_root()
-    monkeypatch.setattr("secretd.qom.tree.IDS_PER_LOOK", 4)
+    monkeypatch.setattr("secretd.qom.sorted_ids.IDS_PER_LOOK", 4)
     for number in range(50):
         qmp.add(f"o{number:02}", data="x")
     for name in ("o11.x", "o33.x", "z"):

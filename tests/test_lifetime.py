@@ -7,7 +7,7 @@ import os
 import pytest
 
 from secretd.qom import deadlines as module
-from secretd.qom.deadlines import LIFETIME_SECONDS, Lifetimes, now
+from secretd.qom.deadlines import LIFETIME_SECONDS, Deadlines, now
 from tests.conftest import Client, Daemon, need_root
 from tests.test_access import allow, begin_delivery, denied, drained, grant
 
@@ -16,7 +16,7 @@ SECOND = 1_000_000_000
 
 def end_soon(daemon: Daemon, object_id: str, nanoseconds: int = 1_000_000) -> None:
     """Let an object's time be over in a moment, as if its seconds had passed."""
-    daemon.call(lambda: daemon.tree.lifetimes.set(object_id, now() + nanoseconds))
+    daemon.call(lambda: daemon.tree.deadlines.set(object_id, now() + nanoseconds))
 
 
 def test_a_secret_with_a_lifetime_is_wiped_at_its_end(daemon: Daemon, qmp: Client) -> None:
@@ -123,7 +123,7 @@ def test_a_grant_with_a_lifetime_ends(
         assert considered == {"grant": "g", "allowed": False, "reason": "the grant has expired"}
     assert not denied(client, "s")
     qmp.ok("qom-set", {"path": "g", "property": "expires-after", "value": 2000})
-    assert daemon.call(lambda: daemon.tree.lifetimes.remaining("g")) == 2000
+    assert daemon.call(lambda: daemon.tree.deadlines.remaining("g")) == 2000
     assert [e["event"] for e in client.events] == []
 
 
@@ -135,35 +135,35 @@ def test_deadlines_are_kept_in_order_and_many_at_once_leave_others_their_turn(
     ended: list[str] = []
 
     async def main() -> None:
-        lifetimes = Lifetimes()
-        lifetimes.set("before", now() + SECOND // 1000)
+        deadlines = Deadlines()
+        deadlines.set("before", now() + SECOND // 1000)
 
         def end(object_id: str) -> None:
             ended.append(object_id)
-            lifetimes.forget(object_id)
+            deadlines.forget(object_id)
 
-        lifetimes.start(end)
-        lifetimes.set("late", now() + 1000 * SECOND)
-        lifetimes.set("gone", now() + SECOND // 1000)
-        lifetimes.forget("gone")
-        lifetimes.set("moved", now() + SECOND // 1000)
-        lifetimes.set("moved", now() + 1000 * SECOND)
-        lifetimes.set("past", now() - 5)
+        deadlines.start(end)
+        deadlines.set("late", now() + 1000 * SECOND)
+        deadlines.set("gone", now() + SECOND // 1000)
+        deadlines.forget("gone")
+        deadlines.set("moved", now() + SECOND // 1000)
+        deadlines.set("moved", now() + 1000 * SECOND)
+        deadlines.set("past", now() - 5)
         for number in range(35):
-            lifetimes.set(f"n{number}", now() + SECOND // 1000)
+            deadlines.set(f"n{number}", now() + SECOND // 1000)
         while len(ended) < 37:  # noqa: ASYNC110 - the timer tells no event
             await asyncio.sleep(0)
-        assert lifetimes.remaining("late") == 1000
-        assert lifetimes.remaining("gone") is None
-        assert not lifetimes.ended("late")
-        lifetimes.set("last", now() + SECOND // 1000)
+        assert deadlines.remaining("late") == 1000
+        assert deadlines.remaining("gone") is None
+        assert not deadlines.expired("late")
+        deadlines.set("last", now() + SECOND // 1000)
         while len(ended) < 38:  # noqa: ASYNC110 - the timer tells no event
             await asyncio.sleep(0)
-        lifetimes.set("x", now())
-        lifetimes._due()
-        lifetimes.stop()
-        lifetimes._due()
-        lifetimes.stop()
+        deadlines.set("x", now())
+        deadlines._due()
+        deadlines.stop()
+        deadlines._due()
+        deadlines.stop()
 
     asyncio.run(main())
     assert ended[:2] in (["past", "before"], ["before", "past"])
@@ -173,11 +173,11 @@ def test_deadlines_are_kept_in_order_and_many_at_once_leave_others_their_turn(
 
 def test_deadlines_that_are_void_are_not_kept() -> None:
     """However often one is set anew."""
-    lifetimes = Lifetimes()
+    deadlines = Deadlines()
     for number in range(1000):
-        lifetimes.set("s", now() + number * SECOND)
-    assert len(lifetimes._queue) < 200
-    assert lifetimes.remaining("s") == 999
+        deadlines.set("s", now() + number * SECOND)
+    assert len(deadlines._queue) < 200
+    assert deadlines.remaining("s") == 999
 
 
 def test_without_a_timer_nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,6 +186,6 @@ def test_without_a_timer_nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None
     async def main() -> None:
         monkeypatch.setattr(module.time, "CLOCK_BOOTTIME", 9999)
         with pytest.raises(OSError, match="timerfd_create"):
-            Lifetimes().start(lambda _id: None)
+            Deadlines().start(lambda _id: None)
 
     asyncio.run(main())

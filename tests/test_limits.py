@@ -10,7 +10,7 @@ import pytest
 from secretd import limits
 from secretd.descriptors import deliveries
 from secretd.errors import LimitReached
-from secretd.limits import Limits, Pool
+from secretd.limits import Limits, SharedQuota
 from tests.conftest import Client, Daemon, need_root
 from tests.test_access import allow, grant
 
@@ -48,20 +48,20 @@ def others(daemon: Daemon, qmp: Client) -> Callable[[], None]:
 
 def test_a_share_counts_for_each_uid() -> None:
     """At the limit, one past it, and given back."""
-    share = Pool("things", 3, "things")
-    share.take(A, 2)
-    share.take(A)
+    share = SharedQuota("things", 3, "things")
+    share.acquire(A, 2)
+    share.acquire(A)
     with pytest.raises(LimitReached) as caught:
-        share.take(A)
+        share.acquire(A)
     assert caught.value.desc == "uid 1000 has 3 things, and the limit is 3 (things)"
     assert caught.value.limit == "things"
-    share.take(B, 3)
-    share.take(0, 100)
+    share.acquire(B, 3)
+    share.acquire(0, 100)
     assert (share.others, share.largest, share.held(A), share.held(5)) == (6, 100, 3, 0)
-    share.give(A, 3)
-    share.give(0, 100)
+    share.release(A, 3)
+    share.release(0, 100)
     assert (share.others, share.largest, share.held(A)) == (3, 3, 0)
-    share.take(A, 3)
+    share.acquire(A, 3)
 
 
 def test_connections(daemon: Daemon, qmp: Client, others: Callable[[], None]) -> None:
@@ -295,11 +295,9 @@ def test_bytes_of_an_administrator(daemon: Daemon, qmp: Client, admin: Client) -
     assert held < 2000
 
 
-def test_objects_in_all(qmp: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_objects_in_all(daemon: Daemon, qmp: Client) -> None:
     """For everybody."""
-    from secretd.qom import tree as tree_module
-
-    monkeypatch.setattr(tree_module, "OBJECTS_IN_ALL", 2)
+    daemon.server.core.limits.objects_in_all = 2
     qmp.add("a", data="x")
     qmp.add("b", data="x")
     assert qmp.add("c", data="x")["error"]["desc"] == (

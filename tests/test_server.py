@@ -1008,7 +1008,7 @@ def test_a_client_that_left_before_its_command_had_to_wait_leaves_nothing(
     )
     leaving.close()
     others_gone.set()
-    while daemon.call(lambda: daemon.server.sessions or daemon.tree._loading):
+    while daemon.call(lambda: daemon.server.sessions or daemon.tree._being_loaded):
         pass
     while not daemon.server.core.threads.idle():
         with contextlib.suppress(OSError):  # ENXIO while nobody reads it

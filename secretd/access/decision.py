@@ -23,7 +23,6 @@ from secretd.errors import AccessDenied, CommandError
 from secretd.qom.authz import Verdict
 from secretd.qom.grant import READS, used_up
 from secretd.qom.patterns import is_pattern, literal_prefix, matcher
-from secretd.qom.secret import secret_plaintext
 from secretd.qom.tree import ID_BYTES, ObjectTree
 from secretd.systemd.credential_address import CREDENTIAL_BYTES, CredentialAddress
 
@@ -99,7 +98,7 @@ class Access:
         self._tree = tree
         self._audit = audit
         self._index = GrantIndex(tree)
-        tree.on_decision = self._index.changed
+        tree.subscribe(decision=self._index.changed)
 
     # --- decisions
 
@@ -123,7 +122,7 @@ class Access:
         if rule is not None and not self._tree.is_secret(object_id):
             # What there is beside secrets is no client's affair.
             raise CommandError(f"No secret with id '{object_id}'")
-        plaintext = secret_plaintext(self._tree, object_id)
+        plaintext = self._tree.plaintext(object_id)
         by = "control socket" if rule is None else f"grant {rule.id}"
         self._audit.release(action, subject, by, object_id, len(plaintext))
         if rule is not None and rule.limited:
@@ -146,7 +145,7 @@ class Access:
         except AccessDenied as error:
             self._audit.refuse("credential", peer.uid, subject, credential=name, reason=error.desc)
             raise
-        plaintext = secret_plaintext(self._tree, object_id)
+        plaintext = self._tree.plaintext(object_id)
         by = f"grant {rule.id}"
         self._audit.release("credential", subject, by, object_id, len(plaintext), name)
         return Grant(_KEY, peer, subject, object_id, rule, plaintext)
@@ -212,7 +211,7 @@ class Access:
             rule
             for rule in granted.all.values()
             if (rule.id not in granted.uncacheable or self._allows(rule.authz, identities))
-            and not self._tree.lifetimes.ended(rule.id)
+            and not self._tree.deadlines.expired(rule.id)
         ]
 
     def take_back(self, grant: Grant, reason: str) -> None:
@@ -273,7 +272,7 @@ class Access:
         return granted, [rule for rule in rules if self._allows(rule.authz, peer.identities)]
 
     def _is_usable(self, rule: Rule) -> bool:
-        return not self._tree.lifetimes.ended(rule.id) and not (
+        return not self._tree.deadlines.expired(rule.id) and not (
             rule.limited and self._used_up(rule.id)
         )
 
@@ -285,7 +284,7 @@ class Access:
         return (
             rule is not None
             and matcher(rule.secret)(grant.object_id)
-            and not self._tree.lifetimes.ended(rule.id)
+            and not self._tree.deadlines.expired(rule.id)
             and self._allows(rule.authz, grant.peer.identities)
         )
 
@@ -313,7 +312,7 @@ class Access:
             ]
         found = None
         for rule in (*granted.naming(object_id), *asked):
-            if self._tree.lifetimes.ended(rule.id):
+            if self._tree.deadlines.expired(rule.id):
                 continue
             if not rule.limited:
                 return rule
@@ -347,7 +346,7 @@ class Access:
         ]
 
     def _explain(self, rule: Rule, identities: frozenset[str]) -> Verdict:
-        if self._tree.lifetimes.ended(rule.id):
+        if self._tree.deadlines.expired(rule.id):
             return Verdict(False, "the grant has expired")
         if rule.limited and self._used_up(rule.id):
             return Verdict(False, "the grant has no reads left")

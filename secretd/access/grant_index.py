@@ -15,8 +15,8 @@ from typing import Final, NamedTuple
 from secretd.qom.authz import AuthZ, FileRules, Reach, Rules
 from secretd.qom.grant import SecretGrant
 from secretd.qom.patterns import is_pattern, literal_prefix, matcher
-from secretd.qom.sorted_ids import SortedIds
-from secretd.qom.tree import ID_BYTES, IDS_PER_LOOK, ObjectTree
+from secretd.qom.sorted_ids import IDS_PER_LOOK, SortedIds
+from secretd.qom.tree import ID_BYTES, ObjectTree
 
 IDENTITIES_KEPT: Final = 1 << 18
 """Identities of all peers together for which it is kept what they are granted."""

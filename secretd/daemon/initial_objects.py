@@ -9,7 +9,7 @@ import os
 import re
 
 from secretd.daemon import argv
-from secretd.descriptors.source import StartSources
+from secretd.descriptors.source import CommandLineSources
 from secretd.errors import CommandError, LockedMemoryExhausted, UsageError
 from secretd.monitor.commands import COMMANDS
 from secretd.qapi import keyval
@@ -32,6 +32,7 @@ class Initial:
 
     def __init__(self, tree: ObjectTree, hidden: list[int], *, required: bool = True) -> None:
         self._tree = tree
+        self._loading = tree.loading(CommandLineSources(tree.scratch))
         self._hidden = [f"/dev/fd/{fd}" for fd in hidden]
         self._required = required
         self._number = 0
@@ -66,7 +67,7 @@ class Initial:
         if options.id in self._named:
             self._tree.check_new(options.id)
         try:
-            if self._tree.renew(options, StartSources(self._tree.scratch), changes):
+            if self._tree.renew(options, self._loading, changes):
                 self.made.append(options.id)
         except LockedMemoryExhausted as error:
             if options.id not in self._tree.journal:

@@ -41,7 +41,6 @@ from secretd.monitor.monitor import log_internal
 from secretd.net.listener import Listener
 from secretd.net.loop import Loop
 from secretd.qom.registry import TYPES
-from secretd.qom.secret import secret_plaintext
 from secretd.qom.tree import ObjectTree
 from secretd.server.server import Server
 from secretd.systemd.notify import Manager
@@ -265,7 +264,7 @@ def _audit(tree: ObjectTree, options: argparse.Namespace) -> Audit:
         if options.audit == "none":
             raise UsageError("--audit-key needs --audit")
         try:
-            size = len(secret_plaintext(tree, key_id))
+            size = len(tree.plaintext(key_id))
         except CommandError as error:
             raise UsageError(f"--audit-key={key_id}: {error.desc}") from None
         if size < AUDIT_KEY_BYTES:

@@ -19,10 +19,11 @@ class Reports:
         self._manager = store.manager
         self._tree = tree
         self._due: asyncio.TimerHandle | None = None
+        self._stopping = False
 
     def start(self) -> None:
         """Tell that all is ready; go on telling."""
-        self._tree.on_count = self._changed
+        self._tree.subscribe(count=self._changed)
         self._manager.ready(self.status())
         self._store.watch(self._changed)
         if self._manager.watchdog is not None:
@@ -45,7 +46,7 @@ class Reports:
 
     def stopping(self) -> None:
         """Tell that the end has begun."""
-        self._tree.on_count = None
+        self._stopping = True
         if self._due is not None:
             self._due.cancel()
         self._manager.stopping(self.status())
@@ -56,7 +57,7 @@ class Reports:
         asyncio.get_running_loop().call_later(seconds, self._beat, seconds)
 
     def _changed(self) -> None:
-        if self._due is None:
+        if self._due is None and not self._stopping:
             self._due = asyncio.get_running_loop().call_later(STATUS_SECONDS, self._tell)
 
     def _tell(self) -> None:

@@ -4,7 +4,7 @@
 
 Everything here may block (a FIFO without a writer, a network file system), so over QMP it runs in a
 thread and with a time limit; on the command line it is called directly. qom.secret asks for a source by
-its name; which descriptors a name can mean is said by the connection's `Source`.
+its name; which descriptors a name can mean is said by the connection's `ConnectionSources`.
 """
 
 import asyncio
@@ -47,8 +47,8 @@ _FDSET: Final = re.compile(r"/dev/fdset/([0-9]{1,10})")
 _DEV_FD: Final = re.compile(r"/dev/fd/([0-9]{1,10})")
 
 
-class StartSources:
-    """What ``--object`` may name: everything, read at once. See `qom.object.Sources`."""
+class CommandLineSources:
+    """What ``--object`` may name: everything, read at once. See `qom.loading.SourceReader`."""
 
     def __init__(self, scratch: Arena) -> None:
         self._scratch = scratch
@@ -63,9 +63,9 @@ class StartSources:
         return read_key(serial, self._scratch)
 
 
-class Source:
+class ConnectionSources:
     """What one connection's objects may name: its own descriptors, and paths and keys if it may.
-    See `qom.object.Sources`.
+    See `qom.loading.SourceReader`.
     """
 
     def __init__(

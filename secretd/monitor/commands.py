@@ -32,7 +32,7 @@ from secretd.qom.object_type import (
     StoredInvalidValue,
 )
 from secretd.qom.registry import AnyOptions
-from secretd.qom.secret import check_key_use, generate, secret_plaintext
+from secretd.qom.secret import SecretOptions, check_size, random_plaintext
 from secretd.wire.encoder import Verbatim
 from secretd.wire.messages import VersionInfo
 
@@ -186,7 +186,7 @@ def quit(monitor: Monitor) -> None:  # noqa: A001 - QEMU's name
 @COMMANDS()
 def object_add(monitor: Monitor, arguments: AnyOptions) -> Awaitable[None] | None:
     """Make an object."""
-    size = monitor.tree.add(arguments, monitor.source)
+    size = monitor.tree.add(arguments, monitor.loading)
     if isinstance(size, int):
         _added(monitor, arguments, size)
         return None
@@ -366,8 +366,7 @@ def secret_seal(
     """
     fd = None if fdname is UNSET else monitor.named.take(fdname)
     try:
-        check_key_use(monitor.tree, keyid, monitor.peer.uid)
-        key = secret_plaintext(monitor.tree, keyid)
+        key = monitor.tree.key(keyid, monitor.peer.uid)
         cipher.check_key(key)
     except BaseException:
         if fd is not None:
@@ -395,7 +394,12 @@ async def _after(rest: Coroutine[Any, Any, None], reply: Sealed) -> Sealed:
 @COMMANDS()
 def secret_generate(monitor: Monitor, id: str, size: int) -> None:  # noqa: A002
     """Make a secret of ``size`` random bytes, which nobody has seen."""
-    _added(monitor, *generate(monitor.tree, id, size, monitor.peer.uid))
+    check_size(size)
+    tree = monitor.tree
+    tree.check_new(id)
+    options = SecretOptions(id=id)
+    plaintext = random_plaintext(tree.journal.arena, size)
+    _added(monitor, options, tree.store(options, plaintext, monitor.peer.uid))
 
 
 @COMMANDS(client=True, oob=True)
@@ -445,7 +449,7 @@ class _Page:
             info: SecretInfo = {
                 "id": object_id, "qom-type": qom_type, "size": size, "memory": memory,
             }  # fmt: skip
-            remaining = tree.lifetimes.remaining(object_id)
+            remaining = tree.deadlines.remaining(object_id)
             if remaining is not None:
                 info["expires-in"] = remaining
             listed.append(info)
@@ -455,7 +459,7 @@ class _Page:
 @COMMANDS()
 def secret_expire(monitor: Monitor, id: str, after: int | UnsetType = UNSET) -> None:  # noqa: A002
     """Wipe a secret ``after`` so many seconds from now, whatever was said before; without it never."""
-    secret_plaintext(monitor.tree, id)
+    monitor.tree.plaintext(id)
     if after is UNSET:
         monitor.tree.keep(id)
         monitor.core.audit.note("lifetime", monitor.subject, id=id)

@@ -65,9 +65,8 @@ class Core:
         self.broadcaster = Broadcaster(self.access)
         self.threads = BlockingCalls()
         self.deliveries = Deliveries(tree.scratch, self.threads, self.access.take_back)
-        self._decided = tree.on_decision
-        tree.on_decision = self._on_decision
-        tree.withdraw = self.deliveries.withdraw
+        # After the index of grants, which subscribed when access was made.
+        tree.subscribe(decision=self._recheck_deliveries, removal=self.deliveries.withdraw)
         every = list(commands)
         self.tables = {
             Door.CONTROL: Table(every, MAX_MESSAGE_BYTES),
@@ -81,8 +80,7 @@ class Core:
         """How well secrets are protected."""
         return self.tree.journal.arena.level
 
-    def _on_decision(self, object_id: str) -> None:
-        self._decided(object_id)
+    def _recheck_deliveries(self, _object_id: str) -> None:
         self.deliveries.recheck(self.access.holds)
 
     def announce(self, name: str, object_id: str, peer: Peer | None, origin: object) -> None:

@@ -26,7 +26,7 @@ from secretd.descriptors.passed import (
     NamedFds,
     PendingFd,
 )
-from secretd.descriptors.source import Source
+from secretd.descriptors.source import ConnectionSources
 from secretd.descriptors.threads import THREADS_PER_UID, close_connection
 from secretd.errors import (
     AccessDenied,
@@ -77,8 +77,10 @@ class Monitor:
         self.named = NamedFds()
         self._descriptors = core.limits.descriptors
         self.fdsets = FdSets()
-        self.source = Source(
-            self.fdsets, self.scratch, core.threads, peer.uid, trusted=self.trusted
+        self.loading = core.tree.loading(
+            ConnectionSources(
+                self.fdsets, self.scratch, core.threads, peer.uid, trusted=self.trusted
+            )
         )
         self.oob = False
         self.on_events: Callable[[Collection[str] | None], None] | None = None
@@ -151,7 +153,7 @@ class Monitor:
             self.pending.receive([Fd(number) for number in numbers])
             return
         fault = self.descriptors_fault(len(numbers))
-        self._descriptors.add(self.peer.uid, len(numbers))
+        self._descriptors.count(self.peer.uid, len(numbers))
         self.pending.receive([Fd(number, self._close_received) for number in numbers])
         if fault is not None:
             raise fault
@@ -172,7 +174,7 @@ class Monitor:
 
     def _close_received(self, fd: int) -> None:
         """Close what one who is not trusted has passed."""
-        self._descriptors.give(self.peer.uid)
+        self._descriptors.release(self.peer.uid)
         self.core.threads.close(self.peer.uid, fd)
 
     def close_connection(self, sock: socket.socket) -> None:
@@ -212,7 +214,7 @@ class Monitor:
             if result is None:
                 return wire.EMPTY_RETURN if id_text is None else wire.success(None, id_text)
             if isinstance(result, CoroutineType):
-                self.core.limits.requests.add(self.peer.uid)
+                self.core.limits.requests.count(self.peer.uid)
                 return self._later(result, id_text)
             return _success(result, id_text)
         except Exception as error:  # noqa: BLE001 - a reply must never be lost
@@ -242,12 +244,12 @@ class Monitor:
         except Exception as error:  # noqa: BLE001 - a reply must never be lost
             return self._failure(error, id_text)
         finally:
-            self.core.limits.requests.give(self.peer.uid)
+            self.core.limits.requests.release(self.peer.uid)
 
     def _failure(self, error: Exception, id_text: str | None) -> bytes:
         if isinstance(error, CommandError):
             if isinstance(error, LimitReached):
-                self.core.limits.hit(error.limit)
+                self.core.limits.note_hit(error.limit)
             return wire.failure(error.error_class, error.desc, id_text)
         log_internal(error)
         return wire.failure("GenericError", INTERNAL_ERROR, id_text)

@@ -245,7 +245,7 @@ class Session:
         except (LockedMemoryExhausted, LimitReached):
             return False
         if share is not None:
-            share[0].add(share[1], len(message))
+            share[0].count(share[1], len(message))
         kept.view[:] = message
         self._queue.append(kept)
         return True
@@ -309,7 +309,7 @@ class Session:
     def _give(self, kept: LockedBuffer) -> None:
         share = self.transport.share
         if share is not None:
-            share[0].give(share[1], len(kept))
+            share[0].release(share[1], len(kept))
 
     def _flush(self) -> None:
         out = self._out
@@ -364,12 +364,12 @@ class Session:
 
     def _refuse(self, error: LimitReached | LockedMemoryExhausted) -> None:
         if isinstance(error, LimitReached):
-            self._server.core.limits.hit(error.limit)
+            self._server.core.limits.note_hit(error.limit)
         self.transport.send(wire.failure("GenericError", error.desc, None))
 
     def too_slow(self) -> None:
         """A message was begun and not finished in time."""
-        self._server.core.limits.hit("unfinished-seconds")
+        self._server.core.limits.note_hit("unfinished-seconds")
         self.transport.send(
             wire.failure(
                 "GenericError",
@@ -396,6 +396,6 @@ class Session:
                 self._give(kept)
                 kept.free()
         self._server.forget(self)
-        self._server.core.limits.connections.give(self.monitor.peer.uid)
+        self._server.core.limits.connections.release(self.monitor.peer.uid)
         self._unsubscribe()
         self.monitor.close()

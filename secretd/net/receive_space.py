@@ -10,7 +10,7 @@ from collections import Counter
 from typing import Final, Protocol
 
 from secretd.errors import LockedMemoryExhausted
-from secretd.limits import Share
+from secretd.limits import Quota
 from secretd.memory.arena import Arena, LockedBuffer
 from secretd.wire.lexer import MAX_MESSAGE_BYTES
 
@@ -46,7 +46,7 @@ class Holder(Protocol):
     """A connection that may hold a buffer of its own."""
 
     @property
-    def share(self) -> "tuple[Share, int] | None":
+    def share(self) -> "tuple[Quota, int] | None":
         """What the buffer is counted in, and for which uid; None if it is not."""
 
     def fed(self) -> None:
@@ -88,7 +88,7 @@ class ReceiveSpace:
         buffer = self.arena.allocate(size)
         self.held += size
         if owner.share is not None:
-            owner.share[0].take(owner.share[1], size)
+            owner.share[0].acquire(owner.share[1], size)
         if beyond:
             self._beyond = owner
         return buffer
@@ -103,7 +103,7 @@ class ReceiveSpace:
         """Give back a connection's buffer, and let those that wait for room try again."""
         self.held -= buffer.size
         if owner.share is not None:
-            owner.share[0].give(owner.share[1], buffer.size)
+            owner.share[0].release(owner.share[1], buffer.size)
         buffer.free()
         loop = asyncio.get_running_loop()
         while self.starved:

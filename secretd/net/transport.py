@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Final, NamedTuple, Protocol
 
 from secretd.errors import LimitReached, LockedMemoryExhausted
-from secretd.limits import Share
+from secretd.limits import Quota
 from secretd.linux.sockopt import peek, unread_bytes
 from secretd.memory.arena import LockedBuffer
 from secretd.memory.wipe import wipe
@@ -124,7 +124,7 @@ class Transport:
         space: ReceiveSpace,
         receiver: Receiver,
         closer: Callable[[socket.socket], object],
-        share: tuple[Share, int] | None = None,
+        share: tuple[Quota, int] | None = None,
         *,
         uid: int | None = None,
     ) -> None:

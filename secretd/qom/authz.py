@@ -18,15 +18,14 @@ from secretd.errors import CommandError
 from secretd.linux.openat2 import open_without_magic_links
 from secretd.memory.arena import LockedBuffer
 from secretd.qapi.visitor import JSON_VISITOR, members
-from secretd.qom.loading import SourceReader, use_content
-from secretd.qom.object_type import ObjectOptions, ObjectType, TypeInfo
+from secretd.qom.loading import Loading, use_content
+from secretd.qom.object_type import Content, ObjectOptions, ObjectType, TypeInfo
 from secretd.qom.patterns import (
     PATTERN_CHARACTERS,
     Match,
     literal_prefix,
     matcher,
 )
-from secretd.qom.tree import ObjectTree
 from secretd.wire.hash_order import qdict_items
 from secretd.wire.lexer import document
 from secretd.wire.parser import JSON, Fault
@@ -36,7 +35,7 @@ _ANCESTORS: Final = ("authz", "object", "user-creatable", "interface")
 AUTHZ: Final = TypeInfo("authz", "object", True, _ANCESTORS)
 
 Policy = Literal["deny", "allow"]
-Format = Literal["exact", "glob"]
+MatchFormat = Literal["exact", "glob"]
 
 LISTFILE_BYTES: Final = 1 << 20
 """Bytes of a list file that is read again; of a larger one, nobody is allowed anything."""
@@ -54,7 +53,7 @@ class Rule(Struct, forbid_unknown_fields=True):
 
     match: str
     policy: Policy
-    format: Format | UnsetType = UNSET
+    format: MatchFormat | UnsetType = UNSET
 
 
 class AuthZSimpleOptions(ObjectOptions, tag="authz-simple", kw_only=True):
@@ -194,12 +193,10 @@ class AuthZ(ObjectType):
 
     decides = True
 
-    def create(
-        self, tree: ObjectTree, options: Any, sources: SourceReader
-    ) -> LockedBuffer | Awaitable[LockedBuffer | None] | None:
+    def create(self, options: Any, loading: Loading) -> Content | Awaitable[Content]:
         """Check the rules; there is nothing to load."""
         _check_patterns(msgspec.to_builtins(options))
-        return super().create(tree, options, sources)
+        return super().create(options, loading)
 
     def set(self, name: str, value: JSON) -> dict[str, object]:
         """Any property."""
@@ -262,30 +259,23 @@ class AuthZListFile(AuthZ):
     options = AuthZListFileOptions
     defaults: Mapping[str, object] = {"refresh": True}
 
-    def __init__(self) -> None:
-        self._loaded: dict[str, dict[str, Any]] = {}
+    def create(self, options: Any, loading: Loading) -> Content | Awaitable[Content]:
+        """qauthz_list_file_complete(): the file must hold a list now, whatever it holds later.
 
-    def create(
-        self, _tree: ObjectTree, options: Any, sources: SourceReader
-    ) -> LockedBuffer | Awaitable[LockedBuffer | None] | None:
-        """qauthz_list_file_complete(): the file must hold a list now, whatever it holds later."""
+        Returns where the rules are: in the file, or as they were loaded.
+        """
         assert isinstance(options, AuthZListFileOptions)
         filename = options.filename
 
-        def load(content: LockedBuffer) -> None:
+        def load(content: LockedBuffer) -> Content:
             loaded = _parsed(filename, content.view[1:])
-            if options.refresh is not False and os.path.dirname(filename) in ("", "."):
+            if options.refresh is False:
+                return {_LOADED: loaded}
+            if os.path.dirname(filename) in ("", "."):
                 raise CommandError("Filename must be an absolute path")
-            self._loaded[options.id] = loaded
+            return {_WATCHED: filename}
 
-        return use_content(partial(sources.file, filename), load, f"'{filename}'")
-
-    def stored(self, options: ObjectOptions) -> dict[str, object]:
-        """What was given, and where the rules are: in the file, or as they were loaded."""
-        assert isinstance(options, AuthZListFileOptions)
-        loaded = self._loaded.pop(options.id)
-        kept = {_LOADED: loaded} if options.refresh is False else {_WATCHED: options.filename}
-        return super().stored(options) | kept
+        return use_content(partial(loading.sources.file, filename), load, f"'{filename}'")
 
     def rules(self, properties: Mapping[str, Any]) -> Rules | FileRules:
         """As it was made: another ``filename`` or ``refresh`` set later changes nothing, as in QEMU."""

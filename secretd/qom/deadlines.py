@@ -18,6 +18,9 @@ from secretd.linux import timerfd
 LIFETIME_SECONDS: Final = 100 * 366 * 86400
 """Seconds that an object may be given at most: more than a machine runs."""
 
+DEADLINE: Final = "deadline"
+"""The journal's name for an object's deadline, beside its properties: nanoseconds of CLOCK_BOOTTIME."""
+
 ENDED_PER_TURN: Final = 200
 """Objects that are ended before others get their turn."""
 
@@ -29,7 +32,7 @@ def now() -> int:
     return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
 
 
-class Lifetimes:
+class Deadlines:
     """The deadlines of those objects that have one, in nanoseconds of CLOCK_BOOTTIME."""
 
     def __init__(self) -> None:
@@ -54,14 +57,14 @@ class Lifetimes:
         """An object is gone."""
         self._deadlines.pop(object_id, None)
 
-    def ended(self, object_id: str) -> bool:
+    def expired(self, object_id: str) -> bool:
         """True if an object's time is over, whether or not it was ended already."""
         deadline = self._deadlines.get(object_id)
         return deadline is not None and now() >= deadline
 
     def due(self) -> list[str]:
         """Return the ids of all objects whose time is over."""
-        return [object_id for object_id in self._deadlines if self.ended(object_id)]
+        return [object_id for object_id in self._deadlines if self.expired(object_id)]
 
     def remaining(self, object_id: str) -> int | None:
         """Return the seconds left, rounded up; None if the object has no deadline."""

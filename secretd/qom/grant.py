@@ -14,12 +14,10 @@ from msgspec import UNSET, UnsetType
 
 from secretd.errors import CommandError
 from secretd.journal.journal import Record
-from secretd.memory.arena import LockedBuffer
-from secretd.qom.deadlines import LIFETIME_SECONDS, now
-from secretd.qom.loading import SourceReader
-from secretd.qom.object_type import ObjectOptions, ObjectType, TypeInfo
+from secretd.qom.deadlines import DEADLINE, LIFETIME_SECONDS, now
+from secretd.qom.loading import Loading
+from secretd.qom.object_type import Content, ObjectOptions, ObjectType, TypeInfo
 from secretd.qom.patterns import PATTERN_CHARACTERS
-from secretd.qom.tree import DEADLINE, ObjectTree
 from secretd.systemd.credential_address import CREDENTIAL_ADDRESS_BYTES
 from secretd.wire.parser import JSON
 
@@ -68,9 +66,7 @@ class SecretGrant(ObjectType):
     }
     decides = True
 
-    def create(
-        self, _tree: ObjectTree, options: Any, _sources: SourceReader
-    ) -> LockedBuffer | None:
+    def create(self, options: Any, _loading: Loading) -> Content:
         """Check the values; there is nothing to load."""
         assert isinstance(options, SecretGrantOptions)
         for name, value in super().stored(options).items():

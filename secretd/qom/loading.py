@@ -6,12 +6,47 @@ descriptors.source has those of connections and of the command line. The object 
 """
 
 from collections.abc import Awaitable, Callable
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 from secretd.errors import CommandError, LimitReached, SourceError
-from secretd.memory.arena import LockedBuffer
+from secretd.memory.arena import Arena, LockedBuffer
 
 R = TypeVar("R")
+
+
+class SourceReader(Protocol):
+    """Where the content of new objects comes from: what the one who makes them may name.
+
+    Both return the content between two spare bytes in scratch memory, and raise SourceError.
+    ``uid``: whose the objects are.
+    """
+
+    uid: int
+
+    def file(self, name: str) -> "LockedBuffer | Awaitable[LockedBuffer]":
+        """Read ``file=NAME``."""
+
+    def key(self, serial: int) -> "LockedBuffer | Awaitable[LockedBuffer]":
+        """Read a key of the kernel's keyrings."""
+
+
+class KeyLookup(Protocol):
+    """How a type finds the secret that its ``keyid`` names."""
+
+    def __call__(self, keyid: str, uid: int, loading: str) -> memoryview:
+        """Return the key's plaintext, borrowed. Raises CommandError; see ObjectTree.key."""
+
+
+class Loading(NamedTuple):
+    """What a type needs to load the content of a new object.
+
+    Plaintext belongs in ``arena``, intermediate results in ``scratch``; both are locked memory.
+    """
+
+    arena: Arena
+    scratch: Arena
+    sources: SourceReader
+    key: KeyLookup
 
 
 def use_content(
@@ -51,19 +86,3 @@ def _unreadable(what: str, error: SourceError) -> CommandError:
 def printable(name: str) -> str:
     """Return a file name as errors print it: what argv could not decode as U+FFFD."""
     return name.encode(errors="surrogateescape").decode(errors="replace")
-
-
-class SourceReader(Protocol):
-    """Where the content of new objects comes from: what the one who makes them may name.
-
-    Both return the content between two spare bytes in scratch memory, and raise SourceError.
-    ``uid``: whose the objects are.
-    """
-
-    uid: int
-
-    def file(self, name: str) -> "LockedBuffer | Awaitable[LockedBuffer]":
-        """Read ``file=NAME``."""
-
-    def key(self, serial: int) -> "LockedBuffer | Awaitable[LockedBuffer]":
-        """Read a key of the kernel's keyrings."""

@@ -6,8 +6,8 @@ Each type says its own in a file beside this one; which there are stands in qom.
 the tree (qom.object) does, and calls it.
 """
 
-from collections.abc import Awaitable, Mapping
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, NotRequired, TypedDict
+from collections.abc import Awaitable, Collection, Mapping
+from typing import Any, Final, NamedTuple, NotRequired, TypeAlias, TypedDict
 
 import msgspec
 from msgspec import Struct
@@ -16,11 +16,8 @@ from secretd.errors import CommandError, DeviceNotFound
 from secretd.journal.journal import Record
 from secretd.memory.arena import LockedBuffer
 from secretd.qapi.visitor import JSON_VISITOR, members
-from secretd.qom.loading import SourceReader
+from secretd.qom.loading import Loading
 from secretd.wire.parser import JSON, Text
-
-if TYPE_CHECKING:
-    from secretd.qom.tree import ObjectTree
 
 ObjectPropertyInfo = TypedDict(
     "ObjectPropertyInfo",
@@ -68,6 +65,10 @@ class ObjectOptions(Struct, tag_field="qom-type", forbid_unknown_fields=True, kw
     id: str
 
 
+Content: TypeAlias = LockedBuffer | dict[str, object] | None
+"""What a type loads for an object: plaintext, or properties to store beside those given, or nothing."""
+
+
 class ObjectType:
     """What can be made with object-add, said once for all objects of a type.
 
@@ -81,10 +82,8 @@ class ObjectType:
     defaults: Mapping[str, object]
     decides: bool = False
 
-    def create(
-        self, _tree: "ObjectTree", _options: Any, _sources: SourceReader
-    ) -> LockedBuffer | Awaitable[LockedBuffer | None] | None:
-        """Return the plaintext that the options stand for, or raise CommandError."""
+    def create(self, _options: Any, _loading: Loading) -> Content | Awaitable[Content]:
+        """Return the content that the options stand for, or raise CommandError."""
         return None
 
     def stored(self, options: ObjectOptions) -> dict[str, object]:
@@ -103,19 +102,23 @@ class ObjectType:
         return {name: msgspec.to_builtins(member.check(JSON_VISITOR, name, name, value))}
 
 
-SECRET_COMMON: Final = "secret_common"  # noqa: S105 - a type's name
-"""The type that all secrets are of."""
+SECRET_COMMON_NAME: Final = "secret_common"  # noqa: S105 - a type's name
+"""The ancestor of all types of secrets."""
 
 
 class Types:
     """All types: those that objects can be made of, and what is told of these and others.
 
-    ``of``: the type by its options; ``numbered``: by the number that the journal knows it by.
+    ``of``: the type by its options; ``numbered``: by the number that the journal knows it by;
+    ``secrets``: the numbers of those that are secrets.
     """
 
     def __init__(self, creatable: tuple[ObjectType, ...], infos: tuple[TypeInfo, ...]) -> None:
         self.of: Mapping[type[ObjectOptions], ObjectType] = {k.options: k for k in creatable}
         self.numbered: Mapping[int, ObjectType] = {kind.number: kind for kind in creatable}
+        self.secrets: Collection[int] = frozenset(
+            kind.number for kind in creatable if SECRET_COMMON_NAME in kind.info.ancestors
+        )
         self._infos = {info.name: info for info in infos}
 
     def help(self, type_name: JSON) -> str:

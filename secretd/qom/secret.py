@@ -13,24 +13,24 @@ from typing import Any, Final, Literal
 from msgspec import UNSET, Raw, UnsetType
 
 from secretd.crypto import base64, cipher
-from secretd.errors import AccessDenied, CommandError, LimitReached
+from secretd.errors import CommandError, LimitReached
 from secretd.journal.journal import Record
-from secretd.memory.arena import LockedBuffer
+from secretd.memory.arena import Arena, LockedBuffer
 from secretd.qapi.visitor import JSON_VISITOR, Int32
-from secretd.qom.loading import SourceReader, printable, use_content
+from secretd.qom.loading import Loading, printable, use_content
 from secretd.qom.object_type import (
+    Content,
     ObjectOptions,
     ObjectType,
     StoredInvalidValue,
     TypeInfo,
 )
-from secretd.qom.tree import ObjectTree
 from secretd.wire.parser import JSON
 
 SECRET_BYTES: Final = 1 << 20
 """Bytes of one secret: the most that systemd takes as a credential. QEMU: no limit."""
 
-Format = Literal["raw", "base64"]
+SecretFormat = Literal["raw", "base64"]
 _ANCESTORS: Final = ("secret_common", "object", "user-creatable", "interface")
 _COMMON: Final = (
     ("type", "string"),
@@ -47,7 +47,7 @@ SECRET_COMMON: Final = TypeInfo("secret_common", "object", True, _ANCESTORS, _CO
 class SecretCommonOptions(ObjectOptions, omit_defaults=True, kw_only=True):
     """SecretCommonProperties of qapi/crypto.json, in schema order."""
 
-    format: Format | UnsetType = UNSET
+    format: SecretFormat | UnsetType = UNSET
     keyid: str | UnsetType = UNSET
     iv: str | UnsetType = UNSET
 
@@ -81,27 +81,20 @@ class Secret(ObjectType):
     options = SecretOptions
     defaults: Mapping[str, object] = _DEFAULTS | {"file": ""}
 
-    def create(
-        self, tree: ObjectTree, options: Any, sources: SourceReader
-    ) -> LockedBuffer | Awaitable[LockedBuffer | None] | None:
+    def create(self, options: Any, loading: Loading) -> Content | Awaitable[Content]:
         """qcrypto_secret_complete(): load, then decrypt or decode."""
         assert isinstance(options, SecretOptions)
         if options.file is not UNSET:
             if options.data is not UNSET:
                 raise CommandError("'file' and 'data' are mutually exclusive")
-            return _load(
-                tree,
-                options,
-                partial(sources.file, options.file),
-                printable(options.file),
-                sources.uid,
-            )
+            read = partial(loading.sources.file, options.file)
+            return _load(loading, options, read, printable(options.file))
         if options.data is UNSET:
             raise CommandError("Either 'file' or 'data' must be provided")
         quoted = memoryview(options.data)
         if options.keyid is UNSET and options.format != "base64":
-            return _copy(tree, quoted)
-        return _decode(tree, options, quoted, sources.uid)
+            return _copy(loading.arena, quoted)
+        return _decode(loading, options, quoted)
 
     def stored(self, options: ObjectOptions) -> dict[str, object]:
         """All that was given but ``data``: the journal is not locked memory."""
@@ -145,15 +138,13 @@ class SecretKeyring(ObjectType):
     options = SecretKeyringOptions
     defaults: Mapping[str, object] = _DEFAULTS
 
-    def create(
-        self, tree: ObjectTree, options: Any, sources: SourceReader
-    ) -> LockedBuffer | Awaitable[LockedBuffer | None] | None:
+    def create(self, options: Any, loading: Loading) -> Content | Awaitable[Content]:
         """qcrypto_secret_keyring_load_data(), then as `secret`."""
         assert isinstance(options, SecretKeyringOptions)
         if options.serial == 0:
             raise CommandError(_NO_SERIAL)
         name = f"serial key {options.serial & 0xFFFFFFFF:08x}"
-        return _load(tree, options, partial(sources.key, options.serial), name, sources.uid)
+        return _load(loading, options, partial(loading.sources.key, options.serial), name)
 
     def set(self, name: str, value: JSON) -> dict[str, object]:
         """As qcrypto_secret_prop_set_key(), which stores a 0 and reports it then."""
@@ -164,50 +155,27 @@ class SecretKeyring(ObjectType):
 
 
 _NO_SERIAL: Final = "'serial' should not be equal to 0"
-_SECRETS: Final = (Secret.number, SecretKeyring.number)
 
 
 def _load(
-    tree: ObjectTree,
+    loading: Loading,
     options: SecretCommonOptions,
     read: "Callable[[], LockedBuffer | Awaitable[LockedBuffer]]",
     what: str,
-    uid: int,
 ) -> LockedBuffer | Awaitable[LockedBuffer]:
-    """Return the plaintext of what ``read`` returns, for ``uid``; ``what`` is what errors call it."""
-    return use_content(read, lambda content: _decode(tree, options, content.view, uid), what)
+    """Return the plaintext of what ``read`` returns; ``what`` is what errors call it."""
+    return use_content(read, lambda content: _decode(loading, options, content.view), what)
 
 
-def check_key_use(tree: ObjectTree, keyid: str, uid: int) -> None:
-    """Raise AccessDenied where a uid must not have something done with a key: with the audit's, which what it
-    encrypts and decrypts would disclose.
-    """
-    if keyid in tree.pinned and uid not in tree.limits.trusted:
-        raise AccessDenied(f"Reading secret '{keyid}' is not permitted")
-
-
-def secret_plaintext(tree: ObjectTree, object_id: str, loading: str | None = None) -> memoryview:
-    """Return a secret's plaintext, borrowed; qcrypto_secret_lookup(). Raises CommandError.
-
-    ``loading`` is the id of an object that exists but has no content yet.
-    """
-    content = tree.journal.content(object_id)
-    if content is None or tree.lifetimes.ended(object_id):
-        if object_id == loading:
-            raise CommandError(f"Secret with id '{object_id}' has no data")
-        raise CommandError(f"No secret with id '{object_id}'")
-    number, size, slot = content
-    if number not in _SECRETS:
-        raise CommandError(f"Object with id '{object_id}' is not a secret")
-    return tree.journal.arena.view(slot, size)
-
-
-def generate(tree: ObjectTree, object_id: str, size: int, uid: int) -> tuple[ObjectOptions, int]:
-    """Add a secret of ``size`` random bytes for ``uid``; return its options and size. Raises CommandError."""
+def check_size(size: int) -> None:
+    """Raise CommandError unless a secret may have so many bytes."""
     if not 1 <= size <= SECRET_BYTES:
         raise CommandError(f"Parameter 'size' expects a value between 1 and {SECRET_BYTES}")
-    tree.check_new(object_id)
-    plaintext = tree.journal.arena.allocate(size)
+
+
+def random_plaintext(arena: Arena, size: int) -> LockedBuffer:
+    """Return ``size`` random bytes. Raises LockedMemoryExhausted."""
+    plaintext = arena.allocate(size)
     # urandom(4) straight into locked memory; os.urandom() would leave a copy in the heap.
     fd = os.open("/dev/urandom", os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -219,38 +187,33 @@ def generate(tree: ObjectTree, object_id: str, size: int, uid: int) -> tuple[Obj
         raise
     finally:
         os.close(fd)
-    options = SecretOptions(id=object_id)
-    return options, tree.store(options, plaintext, uid)
+    return plaintext
 
 
-def _decode(
-    tree: ObjectTree, options: SecretCommonOptions, quoted: memoryview, uid: int
-) -> LockedBuffer:
+def _decode(loading: Loading, options: SecretCommonOptions, quoted: memoryview) -> LockedBuffer:
     """Return the plaintext of the input between the quotes."""
+    arena, scratch = loading.arena, loading.scratch
     if options.keyid is not UNSET:
-        check_key_use(tree, options.keyid, uid)
-        key = secret_plaintext(tree, options.keyid, options.id)
+        key = loading.key(options.keyid, loading.sources.uid, options.id)
         cipher.check_key(key)
         if options.iv is UNSET:
             raise CommandError("IV is required to decrypt secret")
         iv = cipher.decode_iv(options.iv)
         if options.format != "base64":
-            return _limited(cipher.decrypt(quoted[1:-1], key, iv, tree.scratch, tree.journal.arena))
-        with base64.decode_base64(quoted, tree.scratch, tree.scratch) as ciphertext:
-            return _limited(
-                cipher.decrypt(ciphertext.view, key, iv, tree.scratch, tree.journal.arena)
-            )
+            return _limited(cipher.decrypt(quoted[1:-1], key, iv, scratch, arena))
+        with base64.decode_base64(quoted, scratch, scratch) as ciphertext:
+            return _limited(cipher.decrypt(ciphertext.view, key, iv, scratch, arena))
     if options.format == "base64":
-        return _limited(base64.decode_base64(quoted, tree.scratch, tree.journal.arena))
-    return _copy(tree, quoted)
+        return _limited(base64.decode_base64(quoted, scratch, arena))
+    return _copy(arena, quoted)
 
 
-def _copy(tree: ObjectTree, quoted: memoryview) -> LockedBuffer:
+def _copy(arena: Arena, quoted: memoryview) -> LockedBuffer:
     """Return what stands between the quotes, as it is."""
     size = len(quoted) - 2
     if size > SECRET_BYTES:
         raise _too_large(size)
-    plaintext = tree.journal.arena.allocate(size)
+    plaintext = arena.allocate(size)
     plaintext.view[:] = quoted[1:-1]
     return plaintext
 

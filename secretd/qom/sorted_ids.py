@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A sorted list of ids that is kept up to date at each change, in time that does not grow with the list.
+"""A sorted list of ids, updated at each change in time that does not grow with the list.
 
-A list of short lists: a change moves some hundred entries at most. So the time of a question tells nothing of
-what came and went before it. The object tree keeps one.
+It is a list of short lists: a change moves some hundred entries at most. So the time of a query tells
+nothing of earlier changes. The object tree keeps one.
 """
 
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
 from typing import Final
 
 BLOCK_IDS: Final = 512
 """Ids of a block; one with twice as many is cut in two."""
+
+
+IDS_PER_LOOK: Final = 512
+"""Ids that are examined before other connections get their turn."""
 
 
 class SortedIds:
@@ -62,3 +66,29 @@ class SortedIds:
             found += block[start : start + count - len(found)]
             index += 1
         return found
+
+    def with_prefixes(self, after: str, prefixes: Collection[str]) -> Iterator[str | None]:
+        """Return the ids behind ``after`` that begin with one of ``prefixes``, in order and each once.
+
+        After each IDS_PER_LOOK ids it returns None: ids may be added and removed then.
+        """
+        last = after
+        for prefix in sorted(prefixes):
+            included = prefix > last
+            last = max(last, prefix)
+            if not last.startswith(prefix):
+                continue
+            while True:
+                examined = self.after(last, IDS_PER_LOOK, included=included)
+                for each in examined:
+                    if not each.startswith(prefix):
+                        break
+                    last = each
+                    yield each
+                else:
+                    if len(examined) < IDS_PER_LOOK:
+                        break
+                    included = False
+                    yield None
+                    continue
+                break

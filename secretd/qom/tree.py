@@ -1,23 +1,25 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The object tree: what there is, by id (QEMU's qom/object_interfaces.c).
+"""The object tree: `/objects`, by id (QEMU's qom/object_interfaces.c).
 
-Objects are records of the journal, not Python objects; what a type can do is said once for all of its
-objects by a `typeinfo.ObjectType`. It decides nothing about who may do what. commands calls it.
+Objects are records of the journal, not Python objects. What a type can do is defined once for all of its
+objects, by a `object_type.ObjectType`. The tree decides nothing about access. The commands call it.
 """
 
 import re
 from collections.abc import Awaitable, Callable, Collection, Iterator
+from types import CoroutineType
 from typing import Final
 
-from secretd.errors import CommandError, LimitReached
+from secretd.errors import AccessDenied, CommandError, LimitReached
 from secretd.journal.journal import Journal
 from secretd.journal.loader import Survey
-from secretd.limits import OBJECTS_IN_ALL, Limits
+from secretd.limits import Limits
 from secretd.memory.arena import Arena, LockedBuffer
-from secretd.qom.deadlines import Lifetimes, now
-from secretd.qom.loading import SourceReader
+from secretd.qom.deadlines import DEADLINE, Deadlines, now
+from secretd.qom.loading import Loading, SourceReader
 from secretd.qom.object_type import (
-    SECRET_COMMON,
+    SECRET_COMMON_NAME,
+    Content,
     ObjectOptions,
     ObjectType,
     Types,
@@ -32,54 +34,63 @@ _ID_HINT: Final = "Identifiers consist of letters, digits, '-', '.', '_', starti
 
 _IDENTIFIER: Final = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 
-DEADLINE: Final = "deadline"
-"""What the journal calls an object's deadline, beside its properties: nanoseconds of CLOCK_BOOTTIME."""
-
-IDS_PER_LOOK: Final = 512
-"""Ids that are looked at before others get their turn."""
-
-HAPPENED: Final = frozenset({DEADLINE, "reads"})
-"""What the journal keeps of an object that was not given but came of what happened to it."""
+ACQUIRED: Final = frozenset({DEADLINE, "reads"})
+"""What the journal keeps of an object that was not given, but acquired since."""
 
 
 class ObjectTree:
-    """All objects: `/objects` and what is in it.
+    """All objects.
 
-    Secrets are in the journal's arena; ``scratch`` is locked memory for intermediate results.
-    ``deciding``: the ids of the objects by which access decides; ``on_decision`` is told of each
-    that comes, goes or changes. ``withdraw`` ends whatever still touches the plaintext of an object that
-    is about to be deleted. ``pinned``: the ids of objects that cannot be deleted, since the
-    daemon itself needs them.
+    Plaintext lies in the journal's arena; ``scratch`` is locked memory for intermediate results.
+    ``deciding``: the ids of the objects by which access decides. ``pinned``: the ids of objects that cannot
+    be deleted, since the daemon itself needs them.
     """
 
-    def __init__(
-        self,
-        journal: Journal,
-        scratch: Arena,
-        types: Types,
-    ) -> None:
+    def __init__(self, journal: Journal, scratch: Arena, types: Types) -> None:
         self.journal = journal
         self.scratch = scratch
         self.types = types
-        self._kinds = types.of
-        self.lifetimes = Lifetimes()
+        self._types_by_options = types.of
+        self.deadlines = Deadlines()
         self.limits = Limits()
         self.pinned: set[str] = set()
         self.deciding: set[str] = set()
-        self.on_decision: Callable[[str], None] = lambda _object_id: None
-        self.withdraw: Callable[[str], None] = lambda _object_id: None
         self._ids = journal.ids
-        self._loading: set[str] = set()
-        self._sorted = SortedIds(())
-        self.on_count: Callable[[], None] | None = None  # an object came or went
+        self._being_loaded: set[str] = set()
+        self._on_decision: list[Callable[[str], None]] = []
+        self._on_removal: list[Callable[[str], None]] = []
+        self._on_count: list[Callable[[], None]] = []
         self._take_over()
+
+    def subscribe(
+        self,
+        *,
+        decision: Callable[[str], None] | None = None,
+        removal: Callable[[str], None] | None = None,
+        count: Callable[[], None] | None = None,
+    ) -> None:
+        """Subscribe to changes.
+
+        ``decision`` is called with the id of each object that access decides by, once it was added,
+        changed or removed; ``removal`` with the id of an object before its plaintext is wiped, and must end
+        everything that still reads it; ``count`` after an object was added or removed.
+        """
+        for callbacks, callback in (
+            (self._on_decision, decision), (self._on_removal, removal), (self._on_count, count),
+        ):  # fmt: skip
+            if callback is not None:
+                callbacks.append(callback)  # type: ignore[arg-type]  # each into its own list
+
+    def loading(self, sources: SourceReader) -> Loading:
+        """Return what objects of one origin are loaded with: its sources, and the tree's memory and keys."""
+        return Loading(self.journal.arena, self.scratch, sources, self.key)
 
     def _take_over(self) -> None:
         """Know of the objects that an earlier process has left."""
         survey = self.journal.survey
         for uid, (count, size) in survey.held.items():
-            self.limits.objects.add(uid, count)
-            self.limits.object_bytes.add(uid, size)
+            self.limits.objects.count(uid, count)
+            self.limits.object_bytes.count(uid, size)
         for number, object_ids in survey.by_type.items():
             kind = self.types.numbered[number]
             for object_id in (
@@ -93,53 +104,54 @@ class ObjectTree:
 
     # --- object-add, object-del
 
-    def add(self, options: ObjectOptions, sources: SourceReader) -> Awaitable[int] | int:
-        """Make an object; user_creatable_add_type()'s order of checks. A failed add leaves nothing.
+    def add(self, options: ObjectOptions, loading: Loading) -> Awaitable[int] | int:
+        """Add an object; user_creatable_add_type()'s order of checks. A failed add leaves nothing.
 
-        Returns the plaintext's size in bytes, an awaitable of it if the source must be waited for.
+        Returns the plaintext's size in bytes, or an awaitable of it if a source must be waited for.
+        Raises CommandError.
         """
         object_id = options.id
         self.check_new(object_id)
-        kind = self._kinds[type(options)]
-        plaintext = kind.create(self, options, sources)
-        if plaintext is None or isinstance(plaintext, LockedBuffer):
-            return self._store(object_id, kind, kind.stored(options), plaintext, sources.uid)
-        # Taken from now on, not only when the coroutine first runs.
-        self._loading.add(object_id)
-        return self._add_later(options, plaintext, sources.uid)
+        kind = self._types_by_options[type(options)]
+        content = kind.create(options, loading)
+        if isinstance(content, CoroutineType):
+            # The id is taken from now on, not only when the coroutine first runs.
+            self._being_loaded.add(object_id)
+            return self._add_later(options, kind, content, loading.sources.uid)
+        return self._store(object_id, kind, kind.stored(options), content, loading.sources.uid)  # type: ignore[arg-type]
 
     async def _add_later(
-        self, options: ObjectOptions, plaintext: Awaitable[LockedBuffer | None], uid: int
+        self, options: ObjectOptions, kind: ObjectType, content: Awaitable[Content], uid: int
     ) -> int:
         try:
-            return self.store(options, await plaintext, uid)
+            return self._store(options.id, kind, kind.stored(options), await content, uid)
         finally:
-            self._loading.discard(options.id)
+            self._being_loaded.discard(options.id)
 
-    def renew(
-        self, options: ObjectOptions, sources: SourceReader, changes: dict[str, object]
-    ) -> bool:
-        """Make an object at start, where an earlier process may have left it: it stays if nothing about
-        it is new, with its deadline and what it has counted, and is replaced otherwise. A failure leaves
-        it as it is. Returns True if it was made.
+    def renew(self, options: ObjectOptions, loading: Loading, changes: dict[str, object]) -> bool:
+        """Add an object at start, where an earlier process may have left it. Returns True if it was added.
 
-        ``changes``: properties to store instead of those given. The sources must answer at once.
+        An object that is the same stays, with its deadline and counts; another one is replaced in one step.
+        A failure leaves it as it is. ``changes``: properties to store instead of those given. The sources
+        must answer at once.
         """
         known = options.id in self._ids
         if not known:
             self.check_new(options.id)
-        kind = self.types.of[type(options)]
-        plaintext = kind.create(self, options, sources)
-        assert plaintext is None or isinstance(plaintext, LockedBuffer)
+        kind = self._types_by_options[type(options)]
+        content = kind.create(options, loading)
         properties = kind.stored(options) | changes
-        if known:
-            if self._is_same(options.id, kind, properties, plaintext):
-                if plaintext is not None:
-                    plaintext.free()
-                return False
-            self._replace(options.id, kind, properties, plaintext, sources.uid)
+        if isinstance(content, dict):
+            properties |= content
+        plaintext = content if isinstance(content, LockedBuffer) else None
+        if not known:
+            self._store(options.id, kind, properties, plaintext, loading.sources.uid)
+        elif self._is_same(options.id, kind, properties, plaintext):
+            if plaintext is not None:
+                plaintext.free()
+            return False
         else:
-            self._store(options.id, kind, properties, plaintext, sources.uid)
+            self._replace(options.id, kind, properties, plaintext, loading.sources.uid)
         return True
 
     def _replace(
@@ -150,7 +162,7 @@ class ObjectTree:
         plaintext: LockedBuffer | None,
         uid: int,
     ) -> None:
-        """Put another object in the place of one that there is, in one step."""
+        """Put another object in the place of one that exists, in one step."""
         try:
             before = self.journal.replace(object_id, kind.number, properties, plaintext, uid)
         except BaseException:
@@ -158,11 +170,19 @@ class ObjectTree:
                 plaintext.free()
             raise
         old_uid, old_size, size = before
-        self.limits.give_object(old_uid, old_size)
-        self.limits.add_object(uid, size)
-        self.lifetimes.forget(object_id)
+        self._release(old_uid, old_size)
+        self._count(uid, size)
+        self.deadlines.forget(object_id)
         self.deciding.discard(object_id)
         self._changed(object_id, kind, properties)
+
+    def _count(self, uid: int, size: int) -> None:
+        self.limits.objects.count(uid)
+        self.limits.object_bytes.count(uid, size)
+
+    def _release(self, uid: int, size: int) -> None:
+        self.limits.objects.release(uid)
+        self.limits.object_bytes.release(uid, size)
 
     def pin(self, object_id: str) -> None:
         """Keep an object from being deleted, and from ending by itself."""
@@ -176,11 +196,11 @@ class ObjectTree:
         if DEADLINE in record.properties:
             left = {n: value for n, value in record.properties.items() if n != DEADLINE}
             self.replace_properties(object_id, left)
-            self.lifetimes.forget(object_id)
+            self.deadlines.forget(object_id)
 
     def end_due(self) -> list[str]:
         """Delete those objects that an earlier process has left and whose time is over; return their ids."""
-        due = self.lifetimes.due()
+        due = self.deadlines.due()
         for object_id in due:
             self.delete(object_id)
         return due
@@ -194,7 +214,7 @@ class ObjectTree:
     ) -> bool:
         record = self.journal.get(object_id)
         assert record is not None
-        names = (properties.keys() | record.properties.keys()) - HAPPENED
+        names = (properties.keys() | record.properties.keys()) - ACQUIRED
         return (
             record.type == kind.number
             and all(properties.get(n) == record.properties.get(n) for n in names)
@@ -207,16 +227,17 @@ class ObjectTree:
             raise CommandError(_BAD_ID)
         if len(object_id) > ID_BYTES:
             raise CommandError(f"Parameter 'id' is longer than the limit of {ID_BYTES} bytes")
-        if object_id in self._ids or object_id in self._loading or object_id == "type":
+        if object_id in self._ids or object_id in self._being_loaded or object_id == "type":
             raise CommandError(
                 f"attempt to add duplicate property '{object_id}' to object (type 'container')"
             )
 
-    def store(self, options: ObjectOptions, plaintext: LockedBuffer | None, uid: int) -> int:
-        """Take over the plaintext (in the journal's arena) of an object of ``uid`` that passed
-        `check_new`; return its size in bytes.
+    def store(self, options: ObjectOptions, plaintext: LockedBuffer, uid: int) -> int:
+        """Take over plaintext (in the journal's arena) for an object of ``uid`` that passed `check_new`.
+
+        Returns its size in bytes.
         """
-        kind = self.types.of[type(options)]
+        kind = self._types_by_options[type(options)]
         return self._store(options.id, kind, kind.stored(options), plaintext, uid)
 
     def _store(
@@ -224,39 +245,48 @@ class ObjectTree:
         object_id: str,
         kind: ObjectType,
         properties: dict[str, object],
-        plaintext: LockedBuffer | None,
+        content: Content,
         uid: int,
     ) -> int:
-        size = 0 if plaintext is None else plaintext.size
+        plaintext, size = None, 0
+        if isinstance(content, LockedBuffer):
+            plaintext, size = content, content.size
+        elif content is not None:
+            properties |= content
         limits = self.limits
         try:
-            if len(self._ids) >= OBJECTS_IN_ALL:
+            if len(self._ids) >= limits.objects_in_all:
                 raise LimitReached(
                     "objects",
-                    f"There are {OBJECTS_IN_ALL} objects, and that is the limit (objects)",
+                    f"There are {limits.objects_in_all} objects, and that is the limit (objects)",
                 )
             if uid not in limits.trusted:
-                limits.check_object(uid, size + _length(properties))
+                limits.objects.check(uid)
+                limits.object_bytes.check(uid, size + _length(properties))
             bytes_held = self.journal.add(object_id, kind.number, properties, plaintext, uid)
         except BaseException:
             if plaintext is not None:
                 plaintext.free()
             raise
         self._sorted.add(object_id)
-        limits.add_object(uid, bytes_held)
+        self._count(uid, bytes_held)
         if kind.decides or properties:
             self._changed(object_id, kind, properties)
-        if self.on_count is not None:
-            self.on_count()
+        for callback in self._on_count:
+            callback()
         return size
 
     def _changed(self, object_id: str, kind: ObjectType, changes: dict[str, object]) -> None:
         deadline = changes.get(DEADLINE)
         if isinstance(deadline, int):
-            self.lifetimes.set(object_id, deadline)
+            self.deadlines.set(object_id, deadline)
         if kind.decides:
             self.deciding.add(object_id)
-            self.on_decision(object_id)
+            self._notify_decision(object_id)
+
+    def _notify_decision(self, object_id: str) -> None:
+        for callback in self._on_decision:
+            callback(object_id)
 
     def delete(self, object_id: str) -> ObjectType:
         """Remove an object and wipe its plaintext, or raise CommandError; return its type."""
@@ -264,35 +294,36 @@ class ObjectTree:
             raise CommandError(f"object '{object_id}' not found")
         if object_id in self.pinned:
             raise CommandError(f"object '{object_id}' is in use, can not be deleted")
-        self.withdraw(object_id)
+        for callback in self._on_removal:
+            callback(object_id)
         number, uid, size = self.journal.remove(object_id)
         self._sorted.remove(object_id)
-        self.limits.give_object(uid, size)
-        self.lifetimes.forget(object_id)
+        self._release(uid, size)
+        self.deadlines.forget(object_id)
         if object_id in self.deciding:
             self.deciding.discard(object_id)
-            self.on_decision(object_id)
-        if self.on_count is not None:
-            self.on_count()
+            self._notify_decision(object_id)
+        for counted in self._on_count:
+            counted()
         return self.types.numbered[number]
 
     def expire_after(self, object_id: str, seconds: int) -> None:
-        """Give an object that there is a lifetime from now."""
+        """Give an object that exists a lifetime from now."""
         record = self.journal.get(object_id)
         assert record is not None
         deadline = now() + seconds * 1_000_000_000
         self.replace_properties(object_id, record.properties | {DEADLINE: deadline})
-        self.lifetimes.set(object_id, deadline)
+        self.deadlines.set(object_id, deadline)
 
     def replace_properties(self, object_id: str, properties: dict[str, object]) -> None:
-        """Store other properties of an object that there is."""
+        """Store other properties of an object that exists."""
         uid, before = self.journal.owner(object_id)
         self.journal.set_properties(object_id, properties)
-        self.limits.object_bytes.give(uid, before)
-        self.limits.object_bytes.add(*self.journal.owner(object_id))
+        self.limits.object_bytes.release(uid, before)
+        self.limits.object_bytes.count(*self.journal.owner(object_id))
 
     def change(self, object_id: str, changes: dict[str, object]) -> None:
-        """Change some properties of an object that there is; what it has loaded stays."""
+        """Change some properties of an object that exists; what it has loaded stays."""
         record = self.journal.get(object_id)
         assert record is not None
         properties = record.properties | changes
@@ -306,12 +337,12 @@ class ObjectTree:
         kind = self.type_of(object_id)
         return (
             kind is not None
-            and SECRET_COMMON in kind.info.ancestors
-            and not self.lifetimes.ended(object_id)
+            and SECRET_COMMON_NAME in kind.info.ancestors
+            and not self.deadlines.expired(object_id)
         )
 
     def secret(self, object_id: str) -> tuple[str, int]:
-        """Return the type's name and the size in bytes of a secret that there is."""
+        """Return the type's name and the size in bytes of a secret that exists."""
         summary = self.journal.summary(object_id)
         assert summary is not None
         return self.types.numbered[summary[0]].info.name, summary[1]
@@ -319,34 +350,37 @@ class ObjectTree:
     def secrets_after(
         self, object_id: str, prefixes: Collection[str] = ("",)
     ) -> Iterator[str | None]:
-        """Return the ids of the secrets that come after ``object_id``, as `ids_after` does."""
+        """Return the ids of the secrets behind ``object_id``, as `ids_after` does."""
         found = self.ids_after(object_id, prefixes)
         return (each for each in found if each is None or self.is_secret(each))
 
     def ids_after(self, object_id: str, prefixes: Collection[str]) -> Iterator[str | None]:
-        """Return the ids that come after ``object_id``, in order; those that begin with one of
-        ``prefixes``, each once. After each IDS_PER_LOOK ids it returns None: objects may come and go then.
+        """Return the ids behind ``object_id``; see SortedIds.with_prefixes."""
+        return self._sorted.with_prefixes(object_id, prefixes)
+
+    def plaintext(self, object_id: str, loading: str | None = None) -> memoryview:
+        """Return a secret's plaintext, borrowed; qcrypto_secret_lookup(). Raises CommandError.
+
+        ``loading`` is the id of an object that exists but has no content yet.
         """
-        last = object_id
-        for prefix in sorted(prefixes):
-            included = prefix > last
-            last = max(last, prefix)
-            if not last.startswith(prefix):
-                continue
-            while True:
-                looked_at = self._sorted.after(last, IDS_PER_LOOK, included=included)
-                for each in looked_at:
-                    if not each.startswith(prefix):
-                        break
-                    last = each
-                    yield each
-                else:
-                    if len(looked_at) < IDS_PER_LOOK:
-                        break
-                    included = False
-                    yield None
-                    continue
-                break
+        content = self.journal.content(object_id)
+        if content is None or self.deadlines.expired(object_id):
+            if object_id == loading:
+                raise CommandError(f"Secret with id '{object_id}' has no data")
+            raise CommandError(f"No secret with id '{object_id}'")
+        number, size, slot = content
+        if number not in self.types.secrets:
+            raise CommandError(f"Object with id '{object_id}' is not a secret")
+        return self.journal.arena.view(slot, size)
+
+    def key(self, keyid: str, uid: int, loading: str | None = None) -> memoryview:
+        """Return the plaintext of a secret that ``uid`` uses as a key. Raises CommandError.
+
+        Untrusted uids may not use the audit's key: what it encrypts and decrypts would disclose it.
+        """
+        if keyid in self.pinned and uid not in self.limits.trusted:
+            raise AccessDenied(f"Reading secret '{keyid}' is not permitted")
+        return self.plaintext(keyid, loading)
 
     def type_of(self, object_id: str) -> ObjectType | None:
         """Return the type of an object, None if there is none of that id."""

@@ -139,7 +139,7 @@ class Server:
             if not peer.trusted:
                 core.limits.check_descriptors(core.threads.closing_of_others)
                 core.limits.descriptors.check(peer.uid, 1, core.threads.closing(peer.uid))
-            core.limits.connections.take(peer.uid)
+            core.limits.connections.acquire(peer.uid)
             permit_descriptors(sock, permit=True)
         except (AccessDenied, LimitReached, PeerUnknown) as error:
             if isinstance(error, PeerUnknown):
@@ -156,7 +156,7 @@ class Server:
         """Say in one line why not, and close."""
         words = str(error)
         if isinstance(error, LimitReached):
-            self.core.limits.hit(error.limit)
+            self.core.limits.note_hit(error.limit)
         elif isinstance(error, PeerUnknown):
             words = f"It cannot be told in full who has connected: {error}; connection refused"
         with contextlib.suppress(OSError):
@@ -196,9 +196,9 @@ class Server:
 
     async def run(self, ready: Callable[[], None]) -> None:
         """Serve until `stop` or `quit`; then close everything. ``ready`` is called once all is open."""
-        lifetimes = self.core.tree.lifetimes
+        deadlines = self.core.tree.deadlines
         async with self._tasks:
-            lifetimes.start(self.core.expire)
+            deadlines.start(self.core.expire)
             loop = asyncio.get_running_loop()
             if self._files is not None:
                 loop.add_reader(self._files.fileno(), self._files_changed, self._files)
@@ -212,7 +212,7 @@ class Server:
                 loop.remove_reader(listener.sock.fileno())
                 listener.close(self.core.threads)
             await self._finish()
-            lifetimes.stop()
+            deadlines.stop()
             self.core.broadcaster.flush()
             for session in list(self.sessions):
                 session.transport.close()
