@@ -704,15 +704,15 @@ def test_a_delivery_that_finds_no_memory_is_an_error(
         arguments = {"id": "db.key", "format": "base64"}
         assert loaded.fail("secret-read", arguments, (sink,)) == "No locked memory left"
     deliveries = daemon.server.core.deliveries
-    start = deliveries._start
+    release = deliveries.release
 
     def withdrawn(*arguments: Any, **settings: Any) -> object:
-        begun = start(*arguments, **settings)
+        begun = release(*arguments, **settings)
         deliveries.withdraw("db.key")
         return begun
 
     with monkeypatch.context() as patch:
-        patch.setattr(deliveries, "_start", withdrawn)
+        patch.setattr(deliveries, "release", withdrawn)
         words = client.fail("secret-read", {"id": "db.key"}, (sink,))
     assert words == "Secret 'db.key' was withdrawn"
     os.close(sink)

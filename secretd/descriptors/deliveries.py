@@ -9,8 +9,8 @@ commands and server.credentials call this module.
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, Final, NamedTuple
+from collections.abc import Awaitable, Callable
+from typing import Final
 
 from secretd.access.decision import Grant
 from secretd.descriptors.delivery import Delivery, LoopDelivery
@@ -25,15 +25,6 @@ DELIVERY_SECONDS: Final = 10.0
 """Seconds within which the other end must have taken the whole secret."""
 
 _DISCONNECTED: Final = CommandError("the client has disconnected")
-
-
-class Release(NamedTuple):
-    """A release that was permitted. ``size``: bytes to write. ``rest``: a coroutine that writes what
-    could not be written at once, and raises CommandError; None if all was.
-    """
-
-    size: int
-    rest: Coroutine[Any, Any, None] | None
 
 
 class Deliveries:
@@ -57,9 +48,10 @@ class Deliveries:
         opened: Callable[[int], Target] = open_target,
         base64: bool = False,
         seal: Callable[[Grant], bytes] | None = None,
-    ) -> Release:
+    ) -> Delivery:
         """Write a secret to a descriptor, which is consumed. Raises CommandError.
 
+        The delivery's ``rest`` is a coroutine where not everything could be written at once.
         ``decide`` returns the permission or raises; it is asked after the descriptor, so that one which
         cannot take a secret uses up no read. ``seal``: returns what to write instead of the plaintext.
         """
@@ -70,33 +62,15 @@ class Deliveries:
         except BaseException:
             fd.close()
             raise
-        return self._start(grant, target, fd, base64=base64, sealed=sealed)
-
-    async def release_decided(
-        self, fd: Fd, decision: Awaitable[Grant], opened: Callable[[int], Target]
-    ) -> Grant:
-        """Do the same with a decision that must be awaited; return it once all is written."""
-        try:
-            grant = await decision
-        except BaseException:
-            fd.close()
-            raise
-        rest = self.release(fd, lambda: grant, opened=opened).rest
-        if rest is not None:
-            await rest
-        return grant
-
-    def _start(
-        self, grant: Grant, target: Target, fd: Fd, *, base64: bool, sealed: bytes | None
-    ) -> Release:
         if not grant.peer.trusted:
             threaded = ThreadedDelivery(
-                grant, target, fd, self._undo, scratch=self._scratch, base64=base64, sealed=sealed
+                grant, target, fd, self._undo, base64, sealed, self._scratch
             )
             # Known to `withdraw` from now on, not only when the coroutine first runs.
             self._remember(threaded)
-            return Release(threaded.size, self._write_in_thread(threaded))
-        delivery = LoopDelivery(grant, target, fd, self._undo, base64=base64, sealed=sealed)
+            threaded.rest = self._write_in_thread(threaded)
+            return threaded
+        delivery = LoopDelivery(grant, target, fd, self._undo, base64, sealed)
         try:
             if base64:
                 delivery.encode(self._scratch)
@@ -113,9 +87,24 @@ class Deliveries:
             raise
         if complete:
             delivery.close()
-            return Release(delivery.size, None)
+            return delivery
         self._remember(delivery)
-        return Release(delivery.size, self._write_rest(delivery))
+        delivery.rest = self._write_rest(delivery)
+        return delivery
+
+    async def release_decided(
+        self, fd: Fd, decision: Awaitable[Grant], opened: Callable[[int], Target]
+    ) -> Grant:
+        """Do the same with a decision that must be awaited; return it once all is written."""
+        try:
+            grant = await decision
+        except BaseException:
+            fd.close()
+            raise
+        rest = self.release(fd, lambda: grant, opened=opened).rest
+        if rest is not None:
+            await rest
+        return grant
 
     async def _write_rest(self, delivery: LoopDelivery) -> None:
         try:

@@ -16,7 +16,7 @@ whose descriptors can block a thread for ever. deliveries starts both and keeps 
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Final
 
 from secretd.access.decision import Grant
@@ -34,18 +34,23 @@ class Delivery:
 
     What is written is the plaintext that ``grant`` carries, its base64, or ``sealed`` instead. ``size`` is
     its length and ``written`` what the other end has taken so far, both in bytes. ``undo`` is called with
-    the grant and the reason if the delivery ends before the other end has taken a byte.
+    the grant and the reason if the delivery ends before the other end has taken a byte. ``rest`` is a
+    coroutine that writes what could not be written at once, and raises CommandError.
     """
 
-    def __init__(
+    rest: Coroutine[object, object, None] | None = None
+    withdrawn = False
+    written = 0
+    _encoded: LockedBuffer | None = None
+
+    def __init__(  # noqa: PLR0917 - keywords would cost a dictionary for each read
         self,
         grant: Grant,
         target: Target,
         fd: Fd,
         undo: Callable[[Grant, str], object],
-        *,
-        base64: bool = False,
-        sealed: bytes | None = None,
+        base64: bool,
+        sealed: bytes | None,
     ) -> None:
         self.grant = grant
         self.target = target
@@ -54,10 +59,7 @@ class Delivery:
         self.plaintext = grant.plaintext if sealed is None else memoryview(sealed)
         self.size = -(-len(self.plaintext) // 3) * 4 if base64 else len(self.plaintext)
         self.view = self.plaintext
-        self.written = 0
-        self.withdrawn = False
         self._undo = undo
-        self._encoded: LockedBuffer | None = None
 
     def encode(self, scratch: Arena) -> None:
         """Make ``view`` the base64 of the plaintext. Raises LockedMemoryExhausted."""

@@ -29,21 +29,14 @@ from secretd.memory.arena import Arena, LockedBuffer
 
 R = TypeVar("R")
 
-
 SOURCE_BYTES: Final = 2 << 20
 """Bytes a source may hold: a secret of the largest size in base64 with newlines. QEMU: no limit."""
-
 
 SOURCE_SECONDS: Final = 10.0
 """Seconds within which a source must be read to its end. QEMU waits for ever."""
 
-
 _FIRST_BYTES: Final = 4096 - 2
-
-
 _FDSET: Final = re.compile(r"/dev/fdset/([0-9]{1,10})")
-
-
 _DEV_FD: Final = re.compile(r"/dev/fd/([0-9]{1,10})")
 
 

@@ -64,9 +64,7 @@ class Target:
 class PipeTarget(Target):
     """The write end of a pipe or FIFO."""
 
-    def __init__(self, fd: int) -> None:
-        super().__init__(fd)
-        self._own: tuple[int, int] | None = None  # a pipe of our own, to splice from
+    _own: tuple[int, int] | None = None  # a pipe of our own, to splice from
 
     def _write_some(self, data: memoryview, position: int) -> int:  # noqa: ARG002 - a pipe has none
         if self._own is None:

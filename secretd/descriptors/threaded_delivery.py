@@ -38,18 +38,17 @@ PIECE_BYTES: Final = 16 << 10
 class ThreadedDelivery(Delivery):
     """A delivery by a thread. ``scope`` is the time limit of the coroutine that waits for the thread."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0917 - as Delivery
         self,
         grant: Grant,
         target: Target,
         fd: Fd,
         undo: Callable[[Grant, str], object],
-        *,
+        base64: bool,
+        sealed: bytes | None,
         scratch: Arena,
-        base64: bool = False,
-        sealed: bytes | None = None,
     ) -> None:
-        super().__init__(grant, target, fd, undo, base64=base64, sealed=sealed)
+        super().__init__(grant, target, fd, undo, base64, sealed)
         target.may_block = True
         self.scope: asyncio.Timeout | None = None
         self._scratch = scratch

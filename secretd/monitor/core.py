@@ -19,12 +19,14 @@ from secretd.monitor.broadcast import Broadcaster
 from secretd.monitor.events import EVENTS
 from secretd.qapi.command import Command
 from secretd.qapi.fast_decoder import FastDecoder
-from secretd.qapi.introspect import schema
+from secretd.qapi.introspect import SchemaInfo, schema
 from secretd.qom.paths import Paths
 from secretd.qom.tree import ObjectTree
 from secretd.wire import encoder
 from secretd.wire import messages as wire
+from secretd.wire.encoder import JSONText
 from secretd.wire.lexer import MAX_MESSAGE_BYTES
+from secretd.wire.messages import VersionInfo
 
 QEMU_VERSION: Final = (10, 0, 0)
 """The QEMU whose answers ours are: what the greeting says."""
@@ -57,7 +59,9 @@ class Core:
         self.paths = Paths(tree)
         self.limits = tree.limits
         self.package = package
-        self.version = encoder.Verbatim(encoder.value(wire.version(QEMU_VERSION, package)))
+        self.version: JSONText[VersionInfo] = JSONText(
+            encoder.value(wire.version(QEMU_VERSION, package))
+        )
         self.audit = audit
         self.quit = quit
         self.log_dropped: Callable[[], int] = lambda: 0
@@ -125,6 +129,6 @@ class Table:
         self.max_tokens = max_tokens
 
     @cached_property
-    def schema(self) -> str:
-        """What query-qmp-schema returns, as JSON text."""
-        return encoder.value(schema(self._commands, EVENTS))
+    def schema(self) -> JSONText[list[SchemaInfo]]:
+        """What query-qmp-schema returns."""
+        return JSONText(encoder.value(schema(self._commands, EVENTS)))

@@ -51,11 +51,6 @@ read. QEMU quotes all of it."""
 MAX_REPLY_BYTES: Final = 64 << 10
 """Bytes of a reply: clients read lines, and some (go-qemu) none that are longer. QEMU: no limit."""
 
-WAITING_COMMANDS: Final = (
-    "secret_read", "object_add", "human_monitor_command", "query_secrets",
-)  # fmt: skip
-"""The functions of commands that may have to wait for something."""
-
 INTERNAL_ERROR: Final = "Internal error; the log of secretd has the details"
 
 Reply: TypeAlias = "bytes | Locked | Coroutine[object, object, bytes]"
@@ -235,7 +230,7 @@ class Monitor:
         """What is asked of those who are neither uid 0 nor the daemon's own uid, at each request."""
         if not self.core.access.admits(self.peer):
             raise AccessDenied(f"uid {self.peer.uid} may not use the control socket any more")
-        if command.function.__name__ in WAITING_COMMANDS:
+        if command.waits:
             self.core.limits.requests.check(self.peer.uid)
 
     async def _later(self, result: Coroutine[object, object, object], id_text: str | None) -> bytes:

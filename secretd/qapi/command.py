@@ -42,6 +42,7 @@ from secretd.qapi.visitor import (
     check_members,
     members,
 )
+from secretd.wire.encoder import JSONText
 from secretd.wire.parser import JSON
 
 
@@ -51,7 +52,8 @@ class Command(NamedTuple):
     ``arguments`` are the alternatives by the value of ``tag_field``; an untagged Struct stands under "".
     ``request``: the Struct of what the fast path may decode, None if it may decode nothing of it.
     ``boxed``: the function takes the Struct itself. ``client``: allowed on the client door. ``oob``:
-    may be executed out of band. ``returns``: the annotation of what it returns, None for nothing.
+    may be executed out of band. ``waits``: it may have to wait for something. ``returns``: the annotation of
+    what it returns, None for nothing.
     """
 
     name: str
@@ -62,29 +64,41 @@ class Command(NamedTuple):
     boxed: bool
     client: bool
     oob: bool
+    waits: bool
     returns: Any
 
 
 class Commands:
-    """The commands that decorated functions define, by name in order of definition."""
+    """Commands by name: those of ``parts``, then those that decorated functions define, in order."""
 
-    def __init__(self) -> None:
+    def __init__(self, *parts: "Commands") -> None:
         self.by_name: dict[str, Command] = {}
+        for part in parts:
+            self.by_name |= part.by_name
 
     def __call__(
-        self, *, name: str | None = None, client: bool = False, oob: bool = False
+        self,
+        *,
+        name: str | None = None,
+        client: bool = False,
+        oob: bool = False,
+        waits: bool = False,
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Decorate a function: its first parameter is the monitor, the others are the arguments."""
 
         def register(function: Callable[..., Any]) -> Callable[..., Any]:
             wire_name = name or function.__name__.replace("_", "-")
-            self.by_name[wire_name] = _command(function, wire_name, client=client, oob=oob)
+            self.by_name[wire_name] = _command(
+                function, wire_name, client=client, oob=oob, waits=waits
+            )
             return function
 
         return register
 
 
-def _command(function: Callable[..., Any], name: str, *, client: bool, oob: bool) -> Command:
+def _command(
+    function: Callable[..., Any], name: str, *, client: bool, oob: bool, waits: bool
+) -> Command:
     hints = typing.get_type_hints(function)
     parameters: list[inspect.Parameter] = list(inspect.signature(function).parameters.values())[1:]
     boxed = len(parameters) == 1 and parameters[0].name == "arguments"
@@ -114,6 +128,7 @@ def _command(function: Callable[..., Any], name: str, *, client: bool, oob: bool
         boxed=boxed,
         client=client,
         oob=oob,
+        waits=waits,
         returns=_returned(hints["return"]),
     )
 
@@ -149,9 +164,12 @@ def _request(name: str, structs: list[type[Struct]]) -> type[Struct] | None:
 
 def _returned(hint: Any) -> Any:
     """Return what a handler's annotation says it returns, at once or after waiting; None for nothing."""
-    for kind in typing.get_args(hint) if isinstance(hint, types.UnionType) else [hint]:
+    is_union = typing.get_origin(hint) in (types.UnionType, Union)
+    for kind in typing.get_args(hint) if is_union else [hint]:
         origin = typing.get_origin(kind)
         if origin not in (collections.abc.Awaitable, collections.abc.Coroutine):
+            if origin is JSONText:
+                return typing.get_args(kind)[0]
             return None if kind is types.NoneType else kind
     raise TypeError(f"{hint} does not say what is returned at once")
 

@@ -5,13 +5,36 @@ The one that creates an object brings `Sources`, which say what its ``file=`` an
 descriptors.source has those of connections and of the command line. The object types call this module.
 """
 
-from collections.abc import Awaitable, Callable
-from typing import NamedTuple, Protocol, TypeVar
+from collections.abc import Awaitable, Callable, Coroutine
+from types import CoroutineType
+from typing import Any, NamedTuple, Protocol, TypeVar, overload
 
 from secretd.errors import CommandError, LimitReached, SourceError
 from secretd.memory.arena import Arena, LockedBuffer
 
+T = TypeVar("T")
 R = TypeVar("R")
+
+
+@overload
+def then(
+    outcome: Coroutine[Any, Any, T], use: Callable[[T], R]
+) -> Coroutine[object, object, R]: ...
+
+
+@overload
+def then(outcome: T | Awaitable[T], use: Callable[[T], R]) -> R | Coroutine[object, object, R]: ...
+
+
+def then(outcome: Any, use: Callable[[Any], R]) -> R | Coroutine[object, object, R]:
+    """Return ``use(value)`` at once, or a coroutine of it where ``outcome`` is a coroutine of the value."""
+    if isinstance(outcome, CoroutineType):
+        return _later(outcome, use)
+    return use(outcome)
+
+
+async def _later(outcome: Awaitable[T], use: Callable[[T], R]) -> R:
+    return use(await outcome)
 
 
 class SourceReader(Protocol):

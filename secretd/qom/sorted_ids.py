@@ -12,7 +12,6 @@ from typing import Final
 BLOCK_IDS: Final = 512
 """Ids of a block; one with twice as many is cut in two."""
 
-
 IDS_PER_LOOK: Final = 512
 """Ids that are examined before other connections get their turn."""
 

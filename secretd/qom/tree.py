@@ -6,9 +6,9 @@ objects, by a `object_type.ObjectType`. The tree decides nothing about access. T
 """
 
 import re
-from collections.abc import Awaitable, Callable, Collection, Iterator
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator
 from types import CoroutineType
-from typing import Final
+from typing import Any, Final
 
 from secretd.errors import AccessDenied, CommandError, LimitReached
 from secretd.journal.journal import Journal
@@ -104,10 +104,10 @@ class ObjectTree:
 
     # --- object-add, object-del
 
-    def add(self, options: ObjectOptions, loading: Loading) -> Awaitable[int] | int:
+    def add(self, options: ObjectOptions, loading: Loading) -> Coroutine[Any, Any, int] | int:
         """Add an object; user_creatable_add_type()'s order of checks. A failed add leaves nothing.
 
-        Returns the plaintext's size in bytes, or an awaitable of it if a source must be waited for.
+        Returns the plaintext's size in bytes, or a coroutine of it if a source must be waited for.
         Raises CommandError.
         """
         object_id = options.id
@@ -170,19 +170,14 @@ class ObjectTree:
                 plaintext.free()
             raise
         old_uid, old_size, size = before
-        self._release(old_uid, old_size)
-        self._count(uid, size)
+        limits = self.limits
+        limits.objects.release(old_uid)
+        limits.object_bytes.release(old_uid, old_size)
+        limits.objects.count(uid)
+        limits.object_bytes.count(uid, size)
         self.deadlines.forget(object_id)
         self.deciding.discard(object_id)
         self._changed(object_id, kind, properties)
-
-    def _count(self, uid: int, size: int) -> None:
-        self.limits.objects.count(uid)
-        self.limits.object_bytes.count(uid, size)
-
-    def _release(self, uid: int, size: int) -> None:
-        self.limits.objects.release(uid)
-        self.limits.object_bytes.release(uid, size)
 
     def pin(self, object_id: str) -> None:
         """Keep an object from being deleted, and from ending by itself."""
@@ -269,7 +264,8 @@ class ObjectTree:
                 plaintext.free()
             raise
         self._sorted.add(object_id)
-        self._count(uid, bytes_held)
+        limits.objects.count(uid)
+        limits.object_bytes.count(uid, bytes_held)
         if kind.decides or properties:
             self._changed(object_id, kind, properties)
         for callback in self._on_count:
@@ -298,7 +294,8 @@ class ObjectTree:
             callback(object_id)
         number, uid, size = self.journal.remove(object_id)
         self._sorted.remove(object_id)
-        self._release(uid, size)
+        self.limits.objects.release(uid)
+        self.limits.object_bytes.release(uid, size)
         self.deadlines.forget(object_id)
         if object_id in self.deciding:
             self.deciding.discard(object_id)

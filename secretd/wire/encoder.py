@@ -6,7 +6,7 @@ ASCII only, separators ", " and ": ", lines that end in CRLF. Not for anything s
 """
 
 import re
-from typing import Final
+from typing import Final, Generic, TypeVar
 
 from secretd.wire.hash_order import qdict_items
 from secretd.wire.parser import Number, Text
@@ -67,8 +67,11 @@ def string(text: str) -> str:
     return f'"{text.translate(_ESCAPES)}"'
 
 
-class Verbatim(str):
-    """JSON text that is ready."""
+T = TypeVar("T")
+
+
+class JSONText(str, Generic[T]):
+    """The JSON text of a value of type T, which is sent as it is."""
 
     __slots__ = ()
 
@@ -83,19 +86,19 @@ def value(data: object) -> str:
     stack = [data]
     while stack:
         item = stack.pop()
-        if isinstance(item, Verbatim):
+        if isinstance(item, JSONText):
             parts.append(item)
         elif isinstance(item, dict):
-            stack.append(Verbatim("}"))
+            stack.append(JSONText("}"))
             for key, member in reversed(qdict_items(item)):
-                stack += (member, Verbatim(f", {string(key)}: "))
+                stack += (member, JSONText(f", {string(key)}: "))
             if item:
-                stack[-1] = Verbatim(str(stack[-1])[2:])
+                stack[-1] = JSONText(str(stack[-1])[2:])
             parts.append("{")
         elif isinstance(item, list):
-            stack.append(Verbatim("]"))
+            stack.append(JSONText("]"))
             for element in reversed(item):
-                stack += (element, Verbatim(", "))
+                stack += (element, JSONText(", "))
             if item:
                 stack.pop()
             parts.append("[")

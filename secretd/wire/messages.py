@@ -67,7 +67,7 @@ def version(qemu: tuple[int, int, int], package: str) -> VersionInfo:
 
 def success(data: object, id_text: str | None) -> bytes:
     """Return a success response; ``data`` None stands for an empty object."""
-    if isinstance(data, encoder.Verbatim):
+    if isinstance(data, encoder.JSONText):
         body: str = data
     else:
         body = "{}" if data is None else encoder.value(data)

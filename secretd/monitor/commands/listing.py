@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""secretd's own command query-secrets, which lists secrets page by page."""
+
+from collections.abc import Iterator
+from typing import Final, Literal, NotRequired, TypedDict
+
+from secretd.monitor.monitor import Monitor
+from secretd.net.loop import turn
+
+SECRETS_PER_REPLY: Final = 400
+"""Secrets that query-secrets lists in one reply, with SECRETS_BYTES for their ids. Some 100 bytes each
+beside the id, so that the line stays under MAX_REPLY_BYTES."""
+
+SECRETS_BYTES: Final = 16 << 10
+"""Bytes of the ids in one reply of query-secrets."""
+
+SecretInfo = TypedDict(
+    "SecretInfo",
+    {
+        "id": str,
+        "qom-type": str,
+        "size": int,
+        "memory": Literal["secretmem", "mlock", "none"],
+        "expires-in": NotRequired[int],
+    },
+)
+"""An entry of query-secrets: the size in bytes, the time left in seconds if it is limited."""
+
+
+async def fill_later(page: "Page", found: Iterator[str | None]) -> list[SecretInfo]:
+    """Look through many secrets of which few may be listed, a little at a time."""
+    monitor = page.monitor
+    done = False
+    while not done:
+        await turn(None if monitor.trusted else monitor.peer.uid)
+        done = page.fill(found)
+    return page.listed
+
+
+class Page:
+    """One reply of query-secrets."""
+
+    def __init__(self, monitor: Monitor) -> None:
+        self.monitor = monitor
+        self.listed: list[SecretInfo] = []
+        self._room = SECRETS_BYTES
+
+    def fill(self, found: Iterator[str | None]) -> bool:
+        """List what was found until the page is full or nothing is left; False where others should have their
+        turn.
+        """
+        tree, memory = self.monitor.tree, self.monitor.core.memory
+        listed = self.listed
+        for object_id in found:
+            if object_id is None:
+                return False
+            self._room -= len(object_id)
+            if listed and (self._room < 0 or len(listed) == SECRETS_PER_REPLY):
+                break
+            qom_type, size = tree.secret(object_id)
+            info: SecretInfo = {
+                "id": object_id, "qom-type": qom_type, "size": size, "memory": memory,
+            }  # fmt: skip
+            remaining = tree.deadlines.remaining(object_id)
+            if remaining is not None:
+                info["expires-in"] = remaining
+            listed.append(info)
+        return True

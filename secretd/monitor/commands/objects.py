@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Commands about objects and their properties (qapi/qom.json)."""
+
+from collections.abc import Awaitable
+from typing import Final
+
+from msgspec import UNSET, UnsetType
+
+from secretd.monitor.monitor import Monitor
+from secretd.qapi.command import Commands
+from secretd.qapi.visitor import SensitiveAny
+from secretd.qom.loading import then
+from secretd.qom.object_type import (
+    ObjectOptions,
+    ObjectPropertyInfo,
+    ObjectTypeInfo,
+    StoredInvalidValue,
+)
+from secretd.qom.registry import AnyOptions
+
+command: Final = Commands()
+
+
+@command(waits=True)
+def object_add(monitor: Monitor, arguments: AnyOptions) -> Awaitable[None] | None:
+    """Make an object."""
+    size = monitor.tree.add(arguments, monitor.loading)
+    if isinstance(size, int):
+        added(monitor, arguments, size)
+        return None
+    return then(size, lambda loaded: added(monitor, arguments, loaded))
+
+
+def added(monitor: Monitor, options: ObjectOptions, size: int) -> None:
+    """Record and announce an object that was added, of ``size`` bytes."""
+    kind = monitor.tree.types.of[type(options)]
+    name = kind.info.name
+    if kind.decides:
+        monitor.note("grant" if name == "secret-grant" else "add", options.id, name)
+    else:
+        monitor.note("add", options.id, name, size)
+        monitor.announce("SECRET_ADDED", options.id)
+
+
+@command()
+def object_del(monitor: Monitor, id: str) -> None:  # noqa: A002 - the wire's name
+    """Remove an object; a secret's plaintext is wiped before the reply."""
+    kind = monitor.tree.delete(id)
+    name = kind.info.name
+    monitor.note("revoke" if name == "secret-grant" else "delete", id, name)
+    if not kind.decides:
+        monitor.announce("SECRET_DELETED", id)
+
+
+@command()
+def qom_list(monitor: Monitor, path: str) -> list[ObjectPropertyInfo]:
+    """List an object's properties, and the objects in a container."""
+    return monitor.core.paths.properties(path)
+
+
+@command()
+def qom_get(monitor: Monitor, path: str, property: str) -> object:  # noqa: A002
+    """Return a property's value."""
+    return monitor.core.paths.get(path, property)
+
+
+@command()
+def qom_set(
+    monitor: Monitor,
+    path: str,
+    property: str,  # noqa: A002
+    value: SensitiveAny,
+) -> None:
+    """Change a property; what an object has loaded stays."""
+    paths = monitor.core.paths
+    try:
+        paths.set(path, property, value)  # type: ignore[arg-type]  # JSON by the schema
+    except StoredInvalidValue:
+        _note_set(monitor, path)
+        raise
+    _note_set(monitor, path)
+
+
+def _note_set(monitor: Monitor, path: str) -> None:
+    node, _ = monitor.core.paths.resolve(path)
+    assert node is not None
+    kind = monitor.tree.type_of(node)
+    assert kind is not None
+    monitor.note("set", node, kind.info.name)
+
+
+@command()
+def qom_list_types(
+    monitor: Monitor, implements: str | UnsetType = UNSET, abstract: bool | UnsetType = UNSET
+) -> list[ObjectTypeInfo]:
+    """List the types of objects."""
+    wanted = None if implements is UNSET else implements
+    return monitor.tree.types.listed(wanted, abstract=abstract is True)
+
+
+@command()
+def qom_list_properties(monitor: Monitor, typename: str) -> list[ObjectPropertyInfo]:
+    """List the properties of a type."""
+    return monitor.tree.types.properties(typename)

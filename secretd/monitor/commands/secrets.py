@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""secretd's own commands: release, seal, generate, expire and explain secrets."""
+
+from collections.abc import Coroutine
+from typing import Any, Final, Literal, NotRequired, TypedDict
+
+from msgspec import UNSET, UnsetType
+
+from secretd.access.decision import Grant
+from secretd.crypto import cipher
+from secretd.descriptors.delivery import Delivery
+from secretd.errors import CommandError
+from secretd.monitor.commands.listing import Page, SecretInfo, fill_later
+from secretd.monitor.commands.objects import added
+from secretd.monitor.events import EventName
+from secretd.monitor.monitor import Monitor
+from secretd.qapi.command import Commands
+from secretd.qom.grant import check_seconds
+from secretd.qom.loading import then
+from secretd.qom.secret import SecretOptions, check_size, random_plaintext
+from secretd.wire.encoder import JSONText
+
+command: Final = Commands()
+
+GRANTS_PER_REPLY: Final = 100
+"""Grants that secret-explain tells of."""
+
+
+class Delivered(TypedDict):
+    """What secret-read returns: how many bytes were written."""
+
+    size: int
+
+
+class Sealed(TypedDict):
+    """What secret-seal returns, both in base64; ``size``: bytes that were written to a descriptor instead."""
+
+    data: NotRequired[str]
+    iv: str
+    size: NotRequired[int]
+
+
+class ConsideredGrant(TypedDict):
+    """What a secret-grant says of a client, and why."""
+
+    grant: str
+    allowed: bool
+    reason: str
+
+
+class Explanation(TypedDict):
+    """What secret-explain returns. ``grant``: the one by which the client may read the secret."""
+
+    allowed: bool
+    exists: bool
+    grant: NotRequired[str]
+    grants: list[ConsideredGrant]
+
+
+@command(client=True, waits=True)
+def secret_read(
+    monitor: Monitor,
+    id: str,  # noqa: A002
+    fdname: str | UnsetType = UNSET,
+    format: Literal["raw", "base64"] | UnsetType = UNSET,  # noqa: A002
+) -> JSONText[Delivered] | Coroutine[Any, Any, JSONText[Delivered]]:
+    """Write a secret to a descriptor: the one that getfd called ``fdname``, or the one passed with
+    this command. The descriptor is closed; the reply comes after the last byte was accepted.
+    """
+    fd = monitor.pending_descriptor() if fdname is UNSET else monitor.named.take(fdname)
+    delivery = monitor.core.deliveries.release(
+        fd, lambda: monitor.check(id, "read"), base64=format == "base64"
+    )
+    if delivery.rest is None:
+        return _delivered(monitor, delivery)
+    return then(delivery.rest, lambda _: _delivered(monitor, delivery))
+
+
+def _delivered(monitor: Monitor, delivery: Delivery) -> JSONText[Delivered]:
+    monitor.announce("SECRET_READ", delivery.grant.object_id)
+    return JSONText(f'{{"size": {delivery.size}}}')
+
+
+@command(client=True)
+def secret_events(
+    monitor: Monitor,
+    enable: bool,
+    events: list[EventName] | UnsetType = UNSET,
+) -> None:
+    """Turn events about secrets on for this connection, or off. ``events``: only those of these names."""
+    assert monitor.on_events is not None
+    if not enable:
+        monitor.on_events(())
+    else:
+        monitor.on_events(None if events is UNSET else frozenset(events))
+
+
+@command()
+def secret_seal(
+    monitor: Monitor,
+    id: str,  # noqa: A002
+    keyid: str,
+    fdname: str | UnsetType = UNSET,
+) -> Sealed | Coroutine[Any, Any, Sealed]:
+    """Return a secret encrypted under another, as QEMU's object-add takes it with keyid, iv and
+    format=base64. Both in base64; the IV is fresh each time. With ``fdname`` the data goes to the descriptor
+    that getfd called so, and its size in bytes is returned: a reply has no room for more than some 48,000.
+    """
+    fd = None if fdname is UNSET else monitor.named.take(fdname)
+    try:
+        key = monitor.tree.key(keyid, monitor.peer.uid)
+        cipher.check_key(key)
+    except BaseException:
+        if fd is not None:
+            fd.close()
+        raise
+    if fd is None:
+        data, iv = cipher.seal(monitor.check(id, "seal").plaintext, key, monitor.scratch)
+        return {"data": data, "iv": iv}
+    reply: Sealed = {"iv": ""}
+
+    def seal(grant: Grant) -> bytes:
+        data, reply["iv"] = cipher.seal(grant.plaintext, key, monitor.scratch)
+        return data.encode()
+
+    delivery = monitor.core.deliveries.release(fd, lambda: monitor.check(id, "seal"), seal=seal)
+    reply["size"] = delivery.size
+    return reply if delivery.rest is None else then(delivery.rest, lambda _: reply)
+
+
+@command()
+def secret_generate(monitor: Monitor, id: str, size: int) -> None:  # noqa: A002
+    """Make a secret of ``size`` random bytes, which nobody has seen."""
+    check_size(size)
+    tree = monitor.tree
+    tree.check_new(id)
+    options = SecretOptions(id=id)
+    plaintext = random_plaintext(tree.journal.arena, size)
+    added(monitor, options, tree.store(options, plaintext, monitor.peer.uid))
+
+
+@command(client=True, oob=True, waits=True)
+def query_secrets(
+    monitor: Monitor, after: str | UnsetType = UNSET
+) -> list[SecretInfo] | Coroutine[Any, Any, list[SecretInfo]]:
+    """List the secrets by id: type, size in bytes, how well their memory is protected. On the client
+    door only those that the caller may read. A reply holds SECRETS_PER_REPLY at most; ``after`` goes on
+    behind that id, until the list is empty.
+    """
+    found = monitor.core.access.readable_after(monitor.peer, "" if after is UNSET else after)
+    page = Page(monitor)
+    return page.listed if page.fill(found) else fill_later(page, found)
+
+
+@command()
+def secret_expire(monitor: Monitor, id: str, after: int | UnsetType = UNSET) -> None:  # noqa: A002
+    """Wipe a secret ``after`` so many seconds from now, whatever was said before; without it never."""
+    monitor.tree.plaintext(id)
+    if after is UNSET:
+        monitor.tree.keep(id)
+        monitor.core.audit.note("lifetime", monitor.subject, id=id)
+        return
+    check_seconds("after", after)
+    if id in monitor.tree.pinned:
+        raise CommandError(f"object '{id}' is in use, can not be deleted")
+    monitor.tree.expire_after(id, after)
+    monitor.core.audit.note("lifetime", monitor.subject, id=id, count=after)
+
+
+@command()
+def secret_explain(monitor: Monitor, id: str, peer: list[str]) -> Explanation:  # noqa: A002
+    """Say whether a client with the identities ``peer`` may read a secret on the client door, and
+    what each secret-grant that names the secret says.
+    """
+    considered = monitor.core.access.explain(frozenset(peer), id)
+    allowed = next((c for c in considered if c.allowed), None)
+    found: Explanation = {
+        "allowed": allowed is not None,
+        "exists": monitor.tree.is_secret(id),
+        "grants": [c._asdict() for c in considered[:GRANTS_PER_REPLY]],  # type: ignore[misc]
+    }
+    if allowed is not None:
+        found["grant"] = allowed.grant
+    return found
