@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How Sphinx builds these pages; scripts/docs calls it. Tables that the code decides are made from it."""
+"""How Sphinx builds these pages; scripts/docs calls it.
+
+Tables that the code decides are made from it.
+"""
 
 import sys
 from pathlib import Path

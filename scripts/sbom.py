@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Print an SBOM of secretd and what it needs to run, as CycloneDX, from the lock file (scripts/package)."""
+"""Print an SBOM of secretd and what it needs to run, as CycloneDX, from the lock file
+(scripts/package).
+"""
 
 import os
 import re

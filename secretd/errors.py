@@ -50,7 +50,10 @@ class AccessDenied(CommandError):
 
 
 class LimitReached(CommandError):
-    """There is too much of something. ``limit``: which of the limits, as query-secret-stats calls it."""
+    """There is too much of something.
+
+    ``limit``: which of the limits, as query-secret-stats calls it.
+    """
 
     def __init__(self, limit: str, desc: str) -> None:
         super().__init__(desc)
@@ -62,8 +65,8 @@ class LockedMemoryExhausted(CommandError):
 
 
 class PeerUnknown(SecretdError):
-    """The kernel does not identify the peer completely; the text is the reason. ``uid``: the peer's, as
-    far as it is known, else -1.
+    """The kernel does not identify the peer completely; the text is the reason. ``uid``: the
+    peer's, as far as it is known, else -1.
     """
 
     def __init__(self, words: str, uid: int = -1) -> None:
@@ -83,7 +86,9 @@ class SourceError(SecretdError):
 
 
 class StateError(SecretdError):
-    """The arena or journal that an earlier process left cannot be gone on with; the text is the reason."""
+    """The arena or journal that an earlier process left cannot be gone on with; the text is the
+    reason.
+    """
 
 
 class MemoryLockError(SecretdError):

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Per-uid quotas on shared resources: limits, current use, and how often each was hit.
 
-A `Quota` counts one resource for each uid; `Limits` has them all, and counts hits for query-secret-stats.
-Limits that are defined beside what they limit are counted here by name. This module acquires and closes
-nothing itself.
+A `Quota` counts one resource for each uid; `Limits` has them all, and counts hits for
+query-secret-stats. Limits that are defined beside what they limit are counted here by name. This
+module acquires and closes nothing itself.
 """
 
 import os
 import resource
 from collections import Counter
+from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple
 
 from secretd.errors import LimitReached
@@ -28,16 +29,96 @@ RESERVED_DESCRIPTORS: Final = 512
 """Descriptors that are kept for the daemon, uid 0 and the daemon's own uid."""
 
 UNFINISHED_BYTES_PER_UID: Final = 64 << 10
-"""Bytes of unfinished messages of one uid on the client door."""
+"""Bytes of unfinished messages of one uid on the client socket."""
 
 OBJECTS_IN_ALL: Final = 1_000_000
 """Objects in all. Beside their plaintext some 250 bytes of memory each."""
 
 OBJECTS_PER_UID: Final = 10_000
-"""Objects of one uid that an authz object admits to the control door."""
+"""Objects of one uid that an authz object admits to the control socket."""
 
 OBJECT_BYTES_PER_UID: Final = 2 << 20
-"""Bytes of plaintext of one such uid: a quarter of the memory that systems let an ordinary process lock."""
+"""Bytes of plaintext of one such uid: a quarter of the memory that systems let an ordinary process
+lock.
+"""
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Times, in seconds, and sizes that tests change; the defaults are what users get."""
+
+    # One connection's share of the loop (net.turns)
+    turn_seconds: float = 0.005
+    """Time after which a connection that sends one request after the other yields."""
+    shared_turn_seconds: float = 0.000_5
+    """The same where there are other connections: those that yielded themselves are not seen by
+    looking.
+    """
+    look_seconds: float = 0.000_025
+    """Time after which it looks whether others are ready, and then yields: about what one request
+    takes, so that the others hardly notice.
+    """
+    batch_bytes: int = 32 << 10
+    """Bytes of replies that are collected before they are sent together."""
+
+    # A connection (net.transport)
+    unfinished_seconds: float = 60.0
+    """Time within which a message that was begun must be finished. QEMU waits for ever."""
+    retry_room_seconds: float = 1.0
+    """Time until a connection without room tries again: room may also come from deleted secrets."""
+
+    # The server (server.server)
+    retry_accept_seconds: float = 0.5
+    """Time until the next try when the process has no descriptor left for a connection."""
+    stop_seconds: float = 12.0
+    """Time that requests which were sent before a stop have to be answered: more than a source or a
+    delivery may take.
+    """
+
+    # Descriptors (descriptors)
+    delivery_seconds: float = 10.0
+    """Time within which the other end must have taken the whole secret."""
+    write_seconds: float = 0.002
+    """Time that a write which does not wait may take before its thread counts as held up."""
+    source_seconds: float = 10.0
+    """Time within which a source must be read to its end. QEMU waits for ever."""
+    stuck_seconds: float = 1.0
+    """Time after which a blocking call counts as stuck: a uid all of whose threads are stuck may
+    pass no more descriptors.
+    """
+
+    # Events (monitor.broadcast, monitor.throttle)
+    events_seconds: float = 0.02
+    """Time between two ticks at which events are sent."""
+    slice_seconds: float = 0.000_5
+    """Time of sending events after which requests get their turn."""
+    queued_events: int = 10_000
+    """Events of the trusted that wait for a tick; of further ones only the count is kept."""
+    queued_events_per_uid: int = 1_000
+    """The same for each other uid."""
+    tick_events: int = 500
+    """Events of the trusted that are sent at one tick."""
+    log_events: int = 2_000
+    """Events that are sent and have not reached every subscriber, above which none is added."""
+    throttled_seconds: float = 1.0
+    """Time between two SECRET_READ, or SECRET_DENIED, of one id on one connection; of those
+    between, the last is sent.
+    """
+    throttled_ids: int = 256
+    """Ids that are throttled at a time on one connection; events of further ones are lost."""
+
+    # The audit (audit.log, audit.refusals)
+    audit_backlog: int = 4096
+    """Records that may wait until they can be written; further ones are dropped and counted."""
+    audit_retry_seconds: float = 1.0
+    """Time until writing is tried again."""
+    refusals_seconds: float = 60.0
+    """Time for which the refusals of one uid are counted, after the first, and then reported in one
+    record.
+    """
+    refusals_uids: int = 1024
+    """Uids whose refusals are counted apart; those of further ones together."""
+
 
 Unit = Literal["bytes", "seconds"]
 
@@ -64,8 +145,8 @@ class Quota:
         self.by_uid: dict[int, int] = {}
 
     def check(self, uid: int, amount: int = 1, besides: int = 0) -> None:
-        """Raise LimitReached if a uid, which has ``besides`` more than is counted here, may not have so
-        much more.
+        """Raise LimitReached if a uid, which has ``besides`` more than is counted here, may not
+        have so much more.
         """
         if uid in self.trusted:
             return
@@ -104,7 +185,9 @@ class Quota:
 
 
 class SharedQuota(Quota):
-    """A Quota of what there is only so much of in all; ``others`` is what all but the trusted hold."""
+    """A Quota of what there is only so much of in all; ``others`` is what all but the trusted
+    hold.
+    """
 
     others = 0
 
@@ -161,7 +244,8 @@ class Limits:
         self._hits: Counter[str] = Counter()
 
     def check_descriptors(self, waiting: int, more: int = 1) -> None:
-        """Raise LimitReached if all others together would have so many that none are left for the trusted.
+        """Raise LimitReached if all others together would have so many that none are left for the
+        trusted.
 
         ``waiting``: how many wait to be closed.
         """

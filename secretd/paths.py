@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Where the sockets are when nobody says otherwise. daemon makes them, client and ctl look there."""
+"""Where the sockets are when nobody says otherwise. daemon makes them, client and ctl look
+there.
+"""
 
 import os
 import stat
@@ -8,7 +10,8 @@ import stat
 def default_directory() -> str:
     """Return the directory of the default sockets; it need not exist.
 
-    /run/secretd for root, else $XDG_RUNTIME_DIR/secretd, else secretd-UID in the temporary directory.
+    /run/secretd for root, else $XDG_RUNTIME_DIR/secretd, else secretd-UID in the temporary
+    directory.
     """
     uid = os.getuid()
     if uid == 0:

@@ -21,12 +21,13 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-from secretd.access.peer import Door
+from secretd.access.peer import SocketRole
 from secretd.audit.log import Audit
 from secretd.daemon import initial_objects
 from secretd.descriptors.source import CommandLineSources
 from secretd.errors import CommandError, UsageError
 from secretd.journal.journal import Journal
+from secretd.limits import Tuning
 from secretd.linux.locked_pages import Level
 from secretd.memory.arena import (
     SCRATCH_RESERVE,
@@ -54,7 +55,9 @@ ARENA_LEVEL = choose_level(require=False)
 
 
 def pytest_collection_modifyitems(items: "list[pytest.Item]") -> None:
-    """The tests that need no other process come first, so that progress shows from the first seconds."""
+    """The tests that need no other process come first, so that progress shows from the first
+    seconds.
+    """
     items.sort(key=lambda item: "/e2e/" in str(item.path))
 
 
@@ -270,8 +273,8 @@ _SETID = {"x86_64": (117, 119, 116, 122), "aarch64": (147, 149, 159, 151)}
 
 
 def connect_as(path: str, uid: int, gid: int, groups: tuple[int, ...] = ()) -> socket.socket:
-    """Connect as another user: this thread becomes it for as long as that takes (setresuid(2) as the
-    kernel has it is for one thread). Files are still opened as root.
+    """Connect as another user: this thread becomes it for as long as that takes (setresuid(2) as
+    the kernel has it is for one thread). Files are still opened as root.
     """
     need_root()
     libc = ctypes.CDLL(None, use_errno=True)
@@ -301,12 +304,19 @@ def connect_as(path: str, uid: int, gid: int, groups: tuple[int, ...] = ()) -> s
 
 
 class Daemon:
-    """A server in a thread of this process, with all doors, and a control door with authz=admins."""
+    """A server in a thread of this process, with all sockets, and a control socket with
+    authz=admins.
+    """
 
     def __init__(
-        self, directory: Path, level: Level = ARENA_LEVEL, make_audit: Callable[[], Audit] = Audit
+        self,
+        directory: Path,
+        level: Level = ARENA_LEVEL,
+        make_audit: Callable[[], Audit] = Audit,
+        tuning: Tuning = Tuning(),  # noqa: B008 - it cannot be changed
     ) -> None:
         self._make_audit = make_audit
+        self._tuning = tuning
         self.control = str(directory / "control.sock")
         self.client = str(directory / "client.sock")
         self.admins = str(directory / "admins.sock")
@@ -336,13 +346,17 @@ class Daemon:
         self.journal = Journal(Arena(self._level))
         self.tree = ObjectTree(self.journal, self.scratch, TYPES)
         self.server = Server(
-            self.tree, COMMANDS.by_name.values(), "secretd test", self._make_audit()
+            self.tree,
+            COMMANDS.by_name.values(),
+            "secretd test",
+            self._make_audit(),
+            tuning=self._tuning,
         )
         try:
-            self.server.add(listen(self.control, Door.CONTROL, 0o600))
-            self.server.add(listen(self.client, Door.CLIENT, 0o666))
-            self.server.add(listen(self.admins, Door.CONTROL, 0o666, authz="admins"))
-            self.server.add(listen(self.credentials, Door.CREDENTIALS, 0o666))
+            self.server.add(listen(self.control, SocketRole.CONTROL, 0o600))
+            self.server.add(listen(self.client, SocketRole.CLIENT, 0o666))
+            self.server.add(listen(self.admins, SocketRole.CONTROL, 0o666, authz="admins"))
+            self.server.add(listen(self.credentials, SocketRole.CREDENTIALS, 0o666))
             await self.server.run(lambda: self._ready.set_result(None))
             self.held = self.scratch.held
         finally:
@@ -370,14 +384,14 @@ class Daemon:
     def connect(
         self,
         *,
-        door: str = "control",
+        role: str = "control",
         negotiate: bool = True,
         uid: int | None = None,
         gid: int | None = None,
         groups: tuple[int, ...] = (),
     ) -> Client:
         """Connect, as another user if there is a uid; the client is closed with the daemon."""
-        path = {"control": self.control, "client": self.client, "admins": self.admins}[door]
+        path = {"control": self.control, "client": self.client, "admins": self.admins}[role]
         sock = None if uid is None else connect_as(path, uid, uid if gid is None else gid, groups)
         client = Client(path, negotiate=negotiate, sock=sock)
         self._clients.append(client)
@@ -400,14 +414,21 @@ class Daemon:
 
 
 @pytest.fixture
-def daemon(tmp_path: Path) -> Iterator[Daemon]:
+def tuning(request: pytest.FixtureRequest) -> Tuning:
+    """The times and sizes that the test's marker `tuning` asks for."""
+    marker = request.node.get_closest_marker("tuning")
+    return Tuning(**marker.kwargs) if marker else Tuning()
+
+
+@pytest.fixture
+def daemon(tmp_path: Path, tuning: Tuning) -> Iterator[Daemon]:
     """A running server."""
-    made = Daemon(tmp_path)
+    made = Daemon(tmp_path, tuning=tuning)
     yield made
     made.stop()
 
 
 @pytest.fixture
 def qmp(daemon: Daemon) -> Client:
-    """A client on the control door."""
+    """A client on the control socket."""
     return daemon.connect()

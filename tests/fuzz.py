@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """secretd against QEMU 10: random and mutated messages to both, answers compared byte for byte.
 
-Each case is followed by 0xFF, which resets the parser, and a command that marks its end, so many go over one
-connection, whole or in random pieces. A difference that `explained` knows is one of those under
-"Differences from QEMU" in docs/protocol.md; after it both are emptied, since their objects may differ.
-Texts of --object are compared with qemu-storage-daemon's answers, one start of it each.
+Each case is followed by 0xFF, which resets the parser, and a command that marks its end, so many go
+over one connection, whole or in random pieces. A difference that `explained` knows is one of those
+under "Differences from QEMU" in docs/protocol.md; after it both are emptied, since their objects
+may differ. Texts of --object are compared with qemu-storage-daemon's answers, one start of it each.
 """
 
 import argparse
@@ -423,8 +423,8 @@ class Side:
 
 
 def fuzz(count: int, seed: int, reference: Qemu, ours: Side) -> int:
-    """Compare so many cases; return how many differences were not explained. A QEMU that dies, as 10.0 does
-    of some messages with oob, is no difference: it is started again.
+    """Compare so many cases; return how many differences were not explained. A QEMU that dies, as
+    10.0 does of some messages with oob, is no difference: it is started again.
     """
     qemu = Side(reference.path)
     rng = random.Random(seed)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What others can hand to secretd, made at random: messages, --object texts, a journal, addresses.
 
-hypothesis makes the input, mostly by mutating what lies in tests/corpora, and makes it small where something
-is wrong. scripts/fuzz runs it for as long as one likes; tests/test_fuzzing.py runs the corpora and some
-hundred more at each check. What was found once is added to the corpora.
+hypothesis makes the input, mostly by mutating what lies in tests/corpora, and makes it small where
+something is wrong. scripts/fuzz runs it for as long as one likes; tests/test_fuzzing.py runs the
+corpora and some hundred more at each check. What was found once is added to the corpora.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def _read(data: bytes, cuts: list[int], *, fast: bool) -> list[object]:
     for end in [*sorted(cut % (len(data) + 1) for cut in cuts), len(data)]:
         while True:
             position, message = connection.next(view, position, end)
-            assert connection.kept_from(position) <= position <= end
+            assert connection.first_needed(position) <= position <= end
             if isinstance(message, NeedData):
                 break
             if isinstance(message, Request):
@@ -114,7 +114,9 @@ def address(data: bytes, _cuts: list[int]) -> None:
 
 
 def left(data: bytes, _cuts: list[int]) -> None:
-    """A journal that an earlier process left, with any content: taken over, or refused, and then works."""
+    """A journal that an earlier process left, with any content: taken over, or refused, and then
+    works.
+    """
     arena = os.memfd_create("fuzz")
     os.ftruncate(arena, locked_pages.FILE_BYTES)
     inode = struct.pack("<Q", os.fstat(arena).st_ino)
@@ -192,7 +194,9 @@ def mutated(draw: Callable[[Any], Any], seeds: list[bytes]) -> bytes:
 
 
 def fuzz(name: str, examples: int, number: int | None = None) -> None:
-    """Try a target with so many inputs; raises what is wrong, with the smallest input that shows it."""
+    """Try a target with so many inputs; raises what is wrong, with the smallest input that shows
+    it.
+    """
 
     @settings(
         max_examples=examples, deadline=None, database=None, print_blob=False,

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """A service manager of few words, for tests of what secretd says to one and gets from it.
 
-It speaks what sd_notify(3) and sd_listen_fds(3) describe: it passes sockets and keeps descriptors. What a
-real systemd does with all this is in tests/e2e.
+It speaks what sd_notify(3) and sd_listen_fds(3) describe: it passes sockets and keeps descriptors.
+What a real systemd does with all this is in tests/e2e.
 """
 
 import array
@@ -33,9 +33,9 @@ os.execv(sys.argv[2 + count], sys.argv[2 + count:])
 
 
 class Manager:
-    """Listens on a socket as $NOTIFY_SOCKET; ``room``: descriptors that it keeps. ``deaf``: it works through
-    nothing. ``late``: what it has no room for it closes only when it has heard that secretd is ready, as
-    systemd does in the background.
+    """Listens on a socket as $NOTIFY_SOCKET; ``room``: descriptors that it keeps. ``deaf``: it
+    works through nothing. ``late``: what it has no room for it closes only when it has heard that
+    secretd is ready, as systemd does in the background.
     """
 
     def __init__(
@@ -120,14 +120,16 @@ class Manager:
     def start(
         self,
         *options: str,
-        doors: "dict[str, socket.socket] | None" = None,
+        sockets: "dict[str, socket.socket] | None" = None,
         extra: "list[tuple[str, int]] | None" = None,
         watchdog: float | None = None,
         prefix: Sequence[str] = (),
         ready: bool = True,
     ) -> "Started":
-        """Start secretd, by the command ``prefix``, with sockets and what is kept of the one before."""
-        passed = [(name, sock.fileno()) for name, sock in (doors or {}).items()]
+        """Start secretd, by the command ``prefix``, with sockets and what is kept of the one
+        before.
+        """
+        passed = [(name, sock.fileno()) for name, sock in (sockets or {}).items()]
         with self._changed:
             passed += [*self.store, *(extra or [])]
         environment = os.environ | {
@@ -195,5 +197,5 @@ def listening(path: Path) -> socket.socket:
 
 
 def ask(sock: socket.socket) -> Client:
-    """A client of the door that such a socket is."""
+    """A client of the socket that such a socket is."""
     return Client(sock.getsockname())

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Real QEMU as a QMP server, for transcripts and fuzzing: Debian's 7.2, and 10 from backports beside it."""
+"""Real QEMU as a QMP server, for transcripts and fuzzing: Debian's 7.2, and 10 from backports
+beside it.
+"""
 
 import contextlib
 import json

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Make system calls fail with ENOSYS in this process, as on a kernel that lacks them (seccomp(2))."""
+"""Make system calls fail with ENOSYS in this process, as on a kernel that lacks them
+(seccomp(2)).
+"""
 
 import ctypes
 import struct

@@ -16,9 +16,8 @@ from typing import Any
 import pytest
 
 from secretd.access.decision import Access
-from secretd.access.peer import Door, Peer, identify
+from secretd.access.peer import Peer, SocketRole, identify
 from secretd.audit.log import Audit
-from secretd.descriptors import threaded_delivery
 from secretd.errors import LockedMemoryExhausted
 from secretd.journal.journal import Journal
 from secretd.monitor.commands import COMMANDS
@@ -79,8 +78,8 @@ def test_a_grant_lets_those_read_whom_its_authz_object_allows(
     daemon: Daemon, loaded: Client
 ) -> None:
     """The secrets that its pattern names, and no others."""
-    client = daemon.connect(door="client", uid=1000)
-    other = daemon.connect(door="client", uid=1001, groups=(33,))
+    client = daemon.connect(role="client", uid=1000)
+    other = daemon.connect(role="client", uid=1001, groups=(33,))
     assert denied(client, "web.key")
     allow(loaded, "web", "uid:1000")
     grant(loaded, "g", "web.*", "web")
@@ -100,7 +99,7 @@ def test_a_list_of_what_one_may_read_is_made_of_what_is_granted(
     daemon: Daemon, loaded: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Exact ids, patterns that overlap, lists in files; nobody else's secrets are looked at."""
-    client = daemon.connect(door="client", uid=1000)
+    client = daemon.connect(role="client", uid=1000)
     (tmp_path / "list").write_text('{"rules": [{"match": "uid:1000", "policy": "allow"}]}')
     loaded.ok(
         "object-add",
@@ -149,7 +148,7 @@ def test_what_was_not_delivered_at_all_is_no_read(daemon: Daemon, loaded: Client
     """Of a grant that counts; the audit would say `withheld`."""
     allow(loaded, "a", "uid:1000")
     grant(loaded, "g", "web.key", "a", **{"max-reads": 1})
-    client = daemon.connect(door="client", uid=1000)
+    client = daemon.connect(role="client", uid=1000)
     source, sink = os.pipe()
     os.close(source)
     words = "Unable to write the secret: Broken pipe"
@@ -191,7 +190,7 @@ def test_an_administrator_who_is_not_one_any_more_hears_nothing(
 ) -> None:
     """Of what happens."""
     allow(loaded, "admins", "uid:1000")
-    admin = daemon.connect(door="admins", uid=1000).watch()
+    admin = daemon.connect(role="admins", uid=1000).watch()
     loaded.add("seen", data="x")
     assert admin.event()["data"]["id"] == "seen"
     loaded.ok("object-del", {"id": "admins"})
@@ -203,7 +202,7 @@ def test_an_administrator_who_is_not_one_any_more_hears_nothing(
 
 def test_the_numbers_of_descriptors_tell_nothing_of_others(daemon: Daemon, loaded: Client) -> None:
     """Each connection counts for itself."""
-    clients = [daemon.connect(door="client", uid=1000 + n) for n in range(3)]
+    clients = [daemon.connect(role="client", uid=1000 + n) for n in range(3)]
     with open("/dev/null") as file:
         for expected in (10, 11):
             for client in clients:
@@ -214,7 +213,7 @@ def test_the_numbers_of_descriptors_tell_nothing_of_others(daemon: Daemon, loade
 
 def test_a_missing_secret_is_said_to_who_may_read_it(daemon: Daemon, loaded: Client) -> None:
     """And to nobody else."""
-    client = daemon.connect(door="client", uid=1000)
+    client = daemon.connect(role="client", uid=1000)
     allow(loaded, "web", "uid:1000")
     grant(loaded, "g", "web.*", "web")
     source, sink = os.pipe()
@@ -228,7 +227,7 @@ def test_every_change_counts_from_the_next_read_on_open_connections(
     daemon: Daemon, loaded: Client
 ) -> None:
     """Adding, changing and deleting grants and authz objects; what is missing denies."""
-    client = daemon.connect(door="client", uid=1000)
+    client = daemon.connect(role="client", uid=1000)
 
     def now(expected: bool) -> None:
         assert denied(client, "web.key") is not expected
@@ -268,7 +267,7 @@ def test_every_change_counts_from_the_next_read_on_open_connections(
 
 def test_the_first_rule_that_fits_any_identity_decides(daemon: Daemon, loaded: Client) -> None:
     """Exact unless it says glob; otherwise the policy."""
-    client = daemon.connect(door="client", uid=1000, groups=(33, 44))
+    client = daemon.connect(role="client", uid=1000, groups=(33, 44))
     grant(loaded, "g", "web.key", "a")
     loaded.ok("object-add", {"qom-type": "authz-list", "id": "a"})
 
@@ -293,7 +292,7 @@ def test_a_list_in_a_file_is_read_again_when_it_changes(
     daemon: Daemon, loaded: Client, tmp_path: Path
 ) -> None:
     """At the next read. What cannot be used allows nobody anything."""
-    client = daemon.connect(door="client", uid=1000)
+    client = daemon.connect(role="client", uid=1000)
     file = tmp_path / "list"
 
     def write(identity: str, *, replace: bool = True) -> None:
@@ -365,7 +364,7 @@ def test_what_is_there_at_the_start_counts(daemon: Daemon, loaded: Client) -> No
     allow(loaded, "a", "uid:1000")
     grant(loaded, "g", "web.key", "a")
     access = daemon.call(lambda: Access(daemon.tree, Audit("none")))
-    peer = Peer(1000, 1000, 1, Door.CLIENT, frozenset({"uid:1000"}))
+    peer = Peer(1000, 1000, 1, SocketRole.CLIENT, frozenset({"uid:1000"}))
     assert access.may_read(peer, "web.key")
     assert not access.may_read(peer, "db.key")
 
@@ -383,7 +382,7 @@ def test_a_list_in_a_file_without_refresh_stays(
     daemon: Daemon, loaded: Client, tmp_path: Path
 ) -> None:
     """What it was when it was added."""
-    client = daemon.connect(door="client", uid=1000)
+    client = daemon.connect(role="client", uid=1000)
     file = tmp_path / "list"
     file.write_text('{"policy": "allow"}')
     loaded.ok(
@@ -413,7 +412,7 @@ def test_a_unit_of_the_system_manager_is_not_one_of_a_user(
         with cgroup(name) as path:
             # The process connects to a socket of the test's; what it is there it is to the daemon too.
             with process_in(path, directory) as sock:
-                peer = identify(sock, Door.CLIENT)
+                peer = identify(sock, SocketRole.CLIENT)
         may_read = partial(daemon.server.core.access.may_read, peer, "web.key")
         assert daemon.call(may_read) is expected
 
@@ -430,13 +429,13 @@ def test_the_unit_is_told_to_administrators(daemon: Daemon, loaded: Client) -> N
 
 def test_an_authz_object_opens_the_control_door_to_others(daemon: Daemon, loaded: Client) -> None:
     """With all rights, as long as it allows them."""
-    refused = daemon.connect(door="admins", uid=1000, negotiate=False)
+    refused = daemon.connect(role="admins", uid=1000, negotiate=False)
     words = "uid 1000 may not use the control socket; connect to the client socket"
     assert refused.reply()["error"]["desc"] == words
     assert refused.line() == b""
     allow(loaded, "admins", "uid:1000")
-    admin = daemon.connect(door="admins", uid=1000)
-    assert daemon.connect(door="admins").ok("query-name") == {}
+    admin = daemon.connect(role="admins", uid=1000)
+    assert daemon.connect(role="admins").ok("query-name") == {}
     assert admin.read("db.key") == SECRET
     assert len(admin.secrets()) == 3
     grant(admin, "g", "*", "admins")
@@ -452,7 +451,7 @@ def test_an_authz_object_opens_the_control_door_to_others(daemon: Daemon, loaded
 
 def test_a_grant_ends_after_so_many_reads(daemon: Daemon, loaded: Client) -> None:
     """A read that could not be delivered to, or was refused, is none."""
-    client = daemon.connect(door="client", uid=1000)
+    client = daemon.connect(role="client", uid=1000)
     allow(loaded, "web", "uid:1000")
     grant(loaded, "g", "web.key", "web", **{"max-reads": 2})
     with open("/dev/null") as file:
@@ -476,7 +475,7 @@ def test_a_grant_ends_after_so_many_reads(daemon: Daemon, loaded: Client) -> Non
 
 def test_a_grant_without_a_limit_is_used_first(daemon: Daemon, loaded: Client) -> None:
     """So that reads are not used up without need."""
-    client = daemon.connect(door="client", uid=1000)
+    client = daemon.connect(role="client", uid=1000)
     allow(loaded, "web", "uid:1000")
     grant(loaded, "g", "web.key", "web", **{"max-reads": 1})
     grant(loaded, "h", "*", "web")
@@ -569,7 +568,7 @@ def test_withdrawing_ends_a_running_delivery(
     loaded.ok("secret-generate", {"id": "big", "size": 1 << 20})
     loaded.ok("object-add", {"qom-type": "authz-simple", "id": "web", "identity": "uid:1000"})
     grant(loaded, "g", "big", "web", **{"max-reads": 1})
-    client = daemon.connect(door="client", uid=1000)
+    client = daemon.connect(role="client", uid=1000)
     source = begin_delivery(client, "big")
     # What does not concern it leaves it going.
     grant(loaded, "h", "web.*", "web")
@@ -581,16 +580,18 @@ def test_withdrawing_ends_a_running_delivery(
     assert client.ok("query-version")
 
 
+@pytest.mark.tuning(write_seconds=20.0)
 @pytest.mark.parametrize("how", ["delete", "expire", "revoke"])
 @pytest.mark.parametrize("form", ["raw", "base64"])
 def test_what_was_taken_before_the_end_is_a_prefix_of_the_secret(
     daemon: Daemon, loaded: Client, how: str, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Wherever the delivery is when it is withdrawn: no byte is wrong, and none comes afterwards."""
+    """Wherever the delivery is when it is withdrawn: no byte is wrong, and none comes
+    afterwards.
+    """
     # Nobody holds a write up here, but where all tests run at once a thread may have to wait for a processor.
-    monkeypatch.setattr(threaded_delivery, "WRITE_SECONDS", 20.0)
     allow(loaded, "web", "uid:1000")
-    clients = [daemon.connect(door="client", uid=1000)]
+    clients = [daemon.connect(role="client", uid=1000)]
     if how != "revoke":
         clients.append(daemon.connect())
     sizes = [0, 1, 7, 100, 4095, 4096, 4097, 10_000, 16_383, 16_384, 16_385, 20_000, 30_000]
@@ -631,7 +632,7 @@ def test_a_delivery_to_another_uid_goes_on_to_its_end(daemon: Daemon, loaded: Cl
     allow(loaded, "web", "uid:1000")
     grant(loaded, "g", "*", "web")
     content = loaded.read("big")
-    client = daemon.connect(door="client", uid=1000)
+    client = daemon.connect(role="client", uid=1000)
     source = begin_delivery(client, "big")
     assert drained(source) == len(content)
     assert client.reply() == {"return": {"size": len(content)}}
@@ -668,7 +669,7 @@ def test_a_fifo_of_another_uid_takes_a_secret(
     loaded.ok("secret-generate", {"id": "big", "size": 300_000})
     allow(loaded, "web", "uid:1000")
     grant(loaded, "g", "*", "web")
-    client = daemon.connect(door="client", uid=1000)
+    client = daemon.connect(role="client", uid=1000)
     os.mkfifo(tmp_path / "fifo")
     for withdraw in (False, True):
         source = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
@@ -692,7 +693,7 @@ def test_a_delivery_that_finds_no_memory_is_an_error(
     """And one that is withdrawn before it began ends."""
     allow(loaded, "web", "uid:1000")
     grant(loaded, "g", "*", "web")
-    client = daemon.connect(door="client", uid=1000)
+    client = daemon.connect(role="client", uid=1000)
     source, sink = os.pipe()
 
     def none(_size: int) -> None:
@@ -779,12 +780,14 @@ def everything(client: Client, name: str) -> list[object]:
 
 
 def test_who_has_no_grant_learns_nothing(daemon: Daemon, loaded: Client) -> None:
-    """Neither content nor existence nor size: all answers are those for a secret that there is not."""
+    """Neither content nor existence nor size: all answers are those for a secret that there is
+    not.
+    """
     loaded.ok("secret-generate", {"id": "exists", "size": 5000})
     allow(loaded, "others", "uid:1001")
     grant(loaded, "g", "exists", "others")
     grant(loaded, "h", "exi*", "others")
-    client = daemon.connect(door="client", uid=1000)
+    client = daemon.connect(role="client", uid=1000)
     assert everything(client, "exists") == everything(client, "nothin")
     # Somebody with a grant for something else learns no more.
     allow(loaded, "mine", "uid:1000")
@@ -826,7 +829,7 @@ def test_a_refusal_makes_the_same_look_ups_whatever_there_is(
     grant(loaded, "g", "web.key", "others")
     allow(loaded, "mine", "uid:1000")
     grant(loaded, "m", "db.*", "mine")
-    client = daemon.connect(door="client", uid=1000)
+    client = daemon.connect(role="client", uid=1000)
     assert denied(client, "web.key")
     sequences = []
     for name in ("web.key", "web.nop"):
@@ -872,7 +875,7 @@ def test_explain_says_whether_and_why(daemon: Daemon, loaded: Client) -> None:
         "reason": "'web': no rule fits, and its policy says deny",
     }
     loaded.ok("qom-set", {"path": "g2", "property": "max-reads", "value": 1})
-    client = daemon.connect(door="client", uid=1000)
+    client = daemon.connect(role="client", uid=1000)
     allow(loaded, "missing", "uid:1000")
     loaded.ok("qom-set", {"path": "g1", "property": "max-reads", "value": 1})
     assert not denied(client, "web.key")
@@ -888,7 +891,7 @@ def test_peers_and_changes_that_are_forgotten_are_worked_out_anew(
 
     monkeypatch.setattr(grant_index, "IDENTITIES_KEPT", 8)
     monkeypatch.setattr(grant_index, "CHANGES_KEPT", 3)
-    clients = [daemon.connect(door="client", uid=1000 + n) for n in range(4)]
+    clients = [daemon.connect(role="client", uid=1000 + n) for n in range(4)]
     allow(loaded, "web", "uid:1001", "uid:1003")
     for round_ in range(6):
         grant(loaded, f"g{round_}", "web.key" if round_ % 2 else "web.*", "web")

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The daemon's decisions against a small model, written from QEMU's documentation (docs/system/authz.rst).
+"""The daemon's decisions against a small model, written from QEMU's documentation
+(docs/system/authz.rst).
 
-Random objects, rules, peers, and changes one after the other; after each the decision on every peer and
-secret is the model's, also what query-secrets and events go by, and what secret-explain says.
+Random objects, rules, peers, and changes one after the other; after each the decision on every peer
+and secret is the model's, also what query-secrets and events go by, and what secret-explain says.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from secretd.access.decision import Access
-from secretd.access.peer import Door, Peer
-from secretd.audit.log import Audit, Subject
+from secretd.access.peer import Peer, SocketRole
+from secretd.audit.log import Audit
+from secretd.audit.records import Subject
 from secretd.descriptors.source import CommandLineSources
 from secretd.errors import AccessDenied, CommandError
 from secretd.journal.journal import Journal
@@ -186,7 +188,7 @@ def play(real: Real, model: Model, step: tuple[Any, ...]) -> None:
 
 
 def read(real: Real, identities: frozenset[str], secret: str) -> bool:
-    peer = Peer(1000, 1000, 1, Door.CLIENT, identities)
+    peer = Peer(1000, 1000, 1, SocketRole.CLIENT, identities)
     try:
         grant = real.access.check(peer, Subject("client", {}), secret)
     except AccessDenied:
@@ -210,7 +212,7 @@ def test_every_decision_is_the_models(
                 # A read counts once at most, and never where a grant without a limit permits it.
                 assert reads(model) - total in (0, 1)
             for peer in PEERS:
-                known = Peer(1000, 1000, 1, Door.CLIENT, peer)
+                known = Peer(1000, 1000, 1, SocketRole.CLIENT, peer)
                 wanted = [s for s in SECRETS if model.grants(peer, s)]
                 assert list(real.access.readable(known, SECRETS)) == wanted
                 for secret in SECRETS:

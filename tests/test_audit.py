@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The audit: what is recorded, what never is, what happens when it cannot be written, and the chain."""
+"""The audit: what is recorded, what never is, what happens when it cannot be written, and the
+chain.
+"""
 
 import asyncio
 import contextlib
@@ -18,7 +20,8 @@ import pytest
 
 from secretd.audit import chain, sinks
 from secretd.audit import log as module
-from secretd.audit.log import Audit, Subject
+from secretd.audit.log import Audit
+from secretd.audit.records import Subject
 from secretd.audit.sinks import (
     FileSink,
     PipeSink,
@@ -27,7 +30,7 @@ from secretd.audit.sinks import (
     open_sink,
 )
 from secretd.errors import CommandError, UsageError
-from secretd.monitor import session as session_module
+from secretd.limits import Tuning
 from tests.conftest import Daemon, need_root
 
 KEY = memoryview(bytearray(b"k" * 32))
@@ -65,30 +68,30 @@ def inside(function: Callable[[], object]) -> None:
 
 
 @pytest.fixture
-def audited(tmp_path: Path) -> Iterator[Daemon]:
+def audited(tmp_path: Path, tuning: Tuning) -> Iterator[Daemon]:
     """A server that writes its audit to tmp_path/audit."""
-    made = Daemon(tmp_path, make_audit=lambda: Audit(str(tmp_path / "audit")))
+    made = Daemon(tmp_path, make_audit=lambda: Audit(str(tmp_path / "audit")), tuning=tuning)
     yield made
     made.stop()
     made.server.core.audit.stop()
 
 
+@pytest.mark.tuning(batch_bytes=100)
 def test_what_is_told_was_recorded_however_much_is_asked_at_once(
     audited: Daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Replies that leave before the end of a turn do not leave before their records."""
-    monkeypatch.setattr(session_module, "BATCH_BYTES", 100)
     qmp = audited.connect()
     (session,) = audited.server.sessions
     told: list[int] = []
-    send = session.transport.send
+    send = session.transport._sender._send
 
-    def sent(data: bytes) -> None:
+    def sent(data: bytes, flags: int) -> int:
         told.append(data.count(b"return"))
         assert (tmp_path / "audit").read_text().count('"event":"add"') == sum(told)
-        send(data)
+        return send(data, flags)
 
-    monkeypatch.setattr(session.transport, "send", sent)
+    monkeypatch.setattr(session.transport._sender, "_send", sent)
     words = '{"execute":"object-add","arguments":{"qom-type":"secret","id":"s%d","data":"x"}}'
     qmp.send("".join(words % number for number in range(50)).encode())
     assert [qmp.reply() for _ in range(50)] == [{"return": {}}] * 50
@@ -103,13 +106,13 @@ def test_a_reply_that_was_waited_for_does_not_leave_before_its_record_either(
     qmp = audited.connect()
     (session,) = audited.server.sessions
     told: list[str] = []
-    send = session.transport.send
+    send = session.transport._sender._send
 
-    def sent(data: bytes) -> None:
+    def sent(data: bytes, flags: int) -> int:
         told.append((tmp_path / "audit").read_text())
-        send(data)
+        return send(data, flags)
 
-    monkeypatch.setattr(session.transport, "send", sent)
+    monkeypatch.setattr(session.transport._sender, "_send", sent)
     (tmp_path / "content").write_text("x")
     qmp.ok("object-add", {"qom-type": "secret", "id": "a", "file": str(tmp_path / "content")})
     assert told[-1].count('"event":"add"') == 1
@@ -136,7 +139,7 @@ def test_each_record_has_its_own_time_however_late_it_is_written(
             patch.setattr(sink, "write", full)
             for _ in range(3):
                 audit.in_turn = True
-                audit.note("add")
+                audit.append("add")
                 audit.end_turn()
         audit._flush()
 
@@ -154,7 +157,7 @@ def test_each_thing_that_is_done_is_a_record(audited: Daemon, tmp_path: Path) ->
     qmp.ok("secret-generate", {"id": "k", "size": 32})
     qmp.ok("object-add", {"qom-type": "authz-simple", "id": "a", "identity": "uid:1000"})
     qmp.ok("object-add", {"qom-type": "secret-grant", "id": "g", "secret": "s", "authz": "a"})
-    client = audited.connect(door="client", uid=1000)
+    client = audited.connect(role="client", uid=1000)
     assert client.read("s") == qmp.read("s") == b"letmein"
     qmp.ok("secret-seal", {"id": "s", "keyid": "k"})
     source, sink = os.pipe()
@@ -210,33 +213,29 @@ def test_what_is_no_identifier_is_not_recorded_and_a_long_one_is_cut(tmp_path: P
 
     def act() -> None:
         for uid, name in enumerate(("hunter 2", "Zm9v==", "", "a" * 200)):
-            audit.refuse("read", uid, PEER, id=name)
+            audit.append_refusal("read", uid, PEER, id=name)
 
     inside(act)
     audit.stop()
     assert [r.get("id") for r in records(tmp_path / "a")] == ["?", "?", "?", "a" * 128]
 
 
-def test_refusals_of_one_uid_are_one_record_and_a_count(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_refusals_of_one_uid_are_one_record_and_a_count(tmp_path: Path) -> None:
     """So that nobody can fill the disk for the others."""
-    monkeypatch.setattr(module, "REFUSALS_SECONDS", 0.01)
-    monkeypatch.setattr(module, "REFUSALS_UIDS", 2)
-    audit = Audit(str(tmp_path / "a"))
+    audit = Audit(str(tmp_path / "a"), tuning=Tuning(refusals_seconds=0.01, refusals_uids=2))
 
     async def act() -> None:
         for _ in range(1000):
             for uid in (1000, 1001, 1002, 1003):
-                audit.refuse("read", uid, PEER, id="s")
-        while audit._windows:  # noqa: ASYNC110 - timers tell no event
+                audit.append_refusal("read", uid, PEER, id="s")
+        while audit._refusals._counts:  # noqa: ASYNC110 - timers tell no event
             await asyncio.sleep(0)
-        audit.refuse("read", 1000, PEER, id="s")
-        audit.refuse("read", 1000, PEER, id="s")
+        audit.append_refusal("read", 1000, PEER, id="s")
+        audit.append_refusal("read", 1000, PEER, id="s")
 
     asyncio.run(act())
     audit.stop()
-    audit._end_window(1000)  # a timer that comes late
+    audit._refusals._end(1000)  # a timer that comes late
     written = records(tmp_path / "a")
     counts = [(r["event"], r.get("peer"), r.get("count")) for r in written]
     first = ("read", {"uid": 1000}, None)
@@ -256,9 +255,9 @@ def test_refusals_of_one_uid_are_one_record_and_a_count(
 def test_without_an_audit_nothing_is_kept() -> None:
     """And nothing is refused."""
     audit = Audit("none")
-    inside(lambda: audit.note("add", id="s"))
-    audit.release("read", PEER, "grant g", "s", 7)
-    audit.refuse("read", 1, PEER)
+    inside(lambda: audit.append("add", id="s"))
+    audit.append_release("read", PEER, "grant g", "s", 7)
+    audit.append_refusal("read", 1, PEER)
     reopen(audit)
     audit.stop()
     assert (audit.records, audit.dropped, audit.target) == (0, 0, "none")
@@ -269,22 +268,18 @@ def test_without_an_audit_nothing_is_kept() -> None:
 # --- where to
 
 
-def test_a_full_pipe_never_blocks_and_what_is_dropped_is_counted(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_full_pipe_never_blocks_and_what_is_dropped_is_counted() -> None:
     """And told in the next record that can be written; flags of the pipe stay as they were."""
-    monkeypatch.setattr(module, "AUDIT_BACKLOG", 10)
-    monkeypatch.setattr(module, "AUDIT_RETRY_SECONDS", 0.0)
     source, sink = os.pipe()
     saved = os.dup(2)
     os.dup2(sink, 2)
     try:
-        audit = Audit("-")
+        audit = Audit("-", tuning=Tuning(audit_backlog=10, audit_retry_seconds=0.0))
         assert isinstance(audit._sink, PipeSink)
 
         async def act() -> None:
             for number in range(3000):
-                audit.note("add", id=f"s{number}")
+                audit.append("add", id=f"s{number}")
                 if number % 5 == 0:
                     await asyncio.sleep(0)
             assert audit.dropped > 0
@@ -293,7 +288,7 @@ def test_a_full_pipe_never_blocks_and_what_is_dropped_is_counted(
             while audit._rest or audit._pending:
                 received += os.read(source, 1 << 16)
                 await asyncio.sleep(0)
-            audit.note("add", id="last")
+            audit.append("add", id="last")
             await asyncio.sleep(0)
             received += os.read(source, 1 << 16)
             lines = [json.loads(line) for line in received.splitlines()]
@@ -372,7 +367,6 @@ def test_each_kind_of_stderr_is_written_to_in_its_own_way(tmp_path: Path) -> Non
 def test_a_thread_that_is_stuck_keeps_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     """What it cannot take is left to the audit, which counts it."""
     monkeypatch.setattr(sinks, "_THREAD_BATCHES", 2)
-    monkeypatch.setattr(module, "AUDIT_RETRY_SECONDS", 0.01)
     source, sink = os.pipe()
     thread = ThreadSink(sink, owned=True)
     with pytest.raises(BlockingIOError):
@@ -398,7 +392,7 @@ def test_files_of_other_machines_are_known(monkeypatch: pytest.MonkeyPatch, tmp_
     with pytest.raises(UsageError, match="require needs a file on a local file system, a pipe or"):
         Audit(str(tmp_path / "a"), require=True)
     audit = Audit(str(tmp_path / "a"))
-    inside(lambda: audit.note("add", id="s"))
+    inside(lambda: audit.append("add", id="s"))
     audit.stop()
     assert [r["event"] for r in records(tmp_path / "a")] == ["add"]
 
@@ -413,7 +407,7 @@ def test_a_new_file_must_serve_as_the_old_one_did(
         patch.setattr(sinks, "_is_remote", lambda _device: True)
         with pytest.raises(UsageError, match="it may block, so nothing can be required of it"):
             reopen(audit)
-    audit.release("read", PEER, "grant g", "s", 7)
+    audit.append_release("read", PEER, "grant g", "s", 7)
     audit.stop()
     assert [r["event"] for r in records(tmp_path / "a.1")] == ["read"]
 
@@ -437,7 +431,7 @@ def test_a_line_that_was_begun_is_whole_in_the_new_file(tmp_path: Path) -> None:
 
     def act() -> None:
         for number in range(5):
-            audit.note("add", id=f"s{number}")
+            audit.append("add", id=f"s{number}")
         audit._flush()
         (tmp_path / "a").rename(tmp_path / "a.1")
         reopen(audit)
@@ -466,7 +460,7 @@ def test_two_daemons_do_not_share_a_file(tmp_path: Path) -> None:
 def test_a_release_waits_for_its_record_to_be_written(tmp_path: Path) -> None:
     """It is there before the caller goes on."""
     audit = Audit(str(tmp_path / "a"), require=True)
-    audit.release("read", PEER, "grant g", "s", 7)
+    audit.append_release("read", PEER, "grant g", "s", 7)
     (record,) = records(tmp_path / "a")
     assert (record["event"], record["decision"], record["id"]) == ("read", "allow", "s")
     audit.stop()
@@ -485,7 +479,9 @@ def small_disk(path: Path) -> Iterator[Path]:
 
 
 def test_with_a_full_disk_nothing_is_released_where_that_is_required(tmp_path: Path) -> None:
-    """By a real full file system: reads and seals fail in words, all else works; then they work again."""
+    """By a real full file system: reads and seals fail in words, all else works; then they work
+    again.
+    """
     with small_disk(tmp_path / "disk") as disk:
         made = Daemon(tmp_path, make_audit=lambda: Audit(str(disk / "audit"), require=True))
         try:
@@ -539,17 +535,17 @@ def test_with_a_closed_pipe_nothing_is_released_where_that_is_required(tmp_path:
     audit = Audit(str(tmp_path / "fifo"), require=True)
 
     def act() -> None:
-        audit.release("read", PEER, "grant g", "s", 7)
+        audit.append_release("read", PEER, "grant g", "s", 7)
         with pytest.raises(CommandError, match="Resource temporarily unavailable"):
             while True:
-                audit.release("read", PEER, "grant g", "s" * 100, 7)
+                audit.append_release("read", PEER, "grant g", "s" * 100, 7)
         while audit._rest:
             os.read(source, 1 << 16)
             audit._flush()
-        audit.release("read", PEER, "grant g", "s", 7)
+        audit.append_release("read", PEER, "grant g", "s", 7)
         os.close(source)
         with pytest.raises(CommandError, match="Broken pipe"):
-            audit.release("read", PEER, "grant g", "s", 7)
+            audit.append_release("read", PEER, "grant g", "s", 7)
 
     inside(act)
     audit.stop()
@@ -564,7 +560,7 @@ def write_some(path: Path, count: int, key: memoryview | None = None) -> None:
     def act() -> None:
         audit.start("1.0", 3)
         for number in range(count):
-            audit.note("add", id=f"s{number}")
+            audit.append("add", id=f"s{number}")
 
     inside(act)
     audit.stop()
@@ -583,9 +579,9 @@ def test_a_file_that_nobody_touched_is_found_whole(tmp_path: Path, key: memoryvi
         audit.start("1.0", 0)
         reopen(audit)  # not moved away
         path.rename(old)
-        audit.note("add", id="before")
+        audit.append("add", id="before")
         reopen(audit)
-        audit.note("add", id="after")
+        audit.append("add", id="after")
 
     inside(rotate)
     audit.stop()
@@ -609,7 +605,7 @@ def test_a_file_that_cannot_be_opened_anew_leaves_the_old_one(tmp_path: Path) ->
     path.parent.rename(tmp_path / "e")
     with pytest.raises(UsageError, match="No such file or directory"):
         reopen(audit)
-    inside(lambda: audit.note("add", id="s"))
+    inside(lambda: audit.append("add", id="s"))
     audit.stop()
     assert [r["event"] for r in records(tmp_path / "e" / "a")] == ["add"]
 
@@ -755,7 +751,7 @@ def test_a_file_of_something_else_is_left_alone(tmp_path: Path) -> None:
 def test_nothing_is_recorded_twice_or_lost_when_there_is_no_peer(tmp_path: Path) -> None:
     """Somebody who cannot be told who they are is refused too."""
     audit = Audit(str(tmp_path / "a"))
-    inside(lambda: audit.refuse("connect", -1, Subject("client", None), reason="x"))
+    inside(lambda: audit.append_refusal("connect", -1, Subject("client", None), reason="x"))
     audit.stop()
     assert [r["event"] for r in records(tmp_path / "a")] == ["connect"]
 
@@ -765,8 +761,8 @@ def test_ids_are_cut_in_what_is_done_and_released_too(tmp_path: Path) -> None:
     audit = Audit(str(tmp_path / "a"))
 
     def act() -> None:
-        audit.done("add", PEER, "s" * 200, "secret", 7)
-        audit.release("read", PEER, "control socket", "s" * 200, 7)
+        audit.append_object_event("add", PEER, "s" * 200, "secret", 7)
+        audit.append_release("read", PEER, "control socket", "s" * 200, 7)
 
     inside(act)
     audit.stop()

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""authz-listfile, which QEMU has but cannot make; the other authz objects are in the transcripts."""
+"""authz-listfile, which QEMU has but cannot make; the other authz objects are in the
+transcripts.
+"""
 
 from pathlib import Path
 

@@ -126,7 +126,9 @@ def test_the_default_socket_is_the_best_one_there_is(
 
 
 def test_the_default_directory_depends_on_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
-    """/run for root, the runtime directory of a user, else a private one in the temporary directory."""
+    """/run for root, the runtime directory of a user, else a private one in the temporary
+    directory.
+    """
     monkeypatch.setattr(os, "getuid", lambda: 0)
     assert paths.default_directory() == "/run/secretd"
     monkeypatch.setattr(os, "getuid", lambda: 1000)
@@ -210,7 +212,9 @@ def test_the_client_connects_again(tmp_path: Path) -> None:
 
 
 def test_what_may_have_been_done_is_done_again_only_where_that_is_safe(daemon: Daemon) -> None:
-    """An add is not; nor is a delete, since somebody may have added another of that id meanwhile."""
+    """An add is not; nor is a delete, since somebody may have added another of that id
+    meanwhile.
+    """
 
     async def use(client: Client) -> None:
         cut(daemon)
@@ -265,7 +269,9 @@ def test_a_socket_that_is_broken_already_is_made_anew(daemon: Daemon) -> None:
 
 
 def test_a_socket_that_nobody_answers_on_is_not_waited_for_without_end(tmp_path: Path) -> None:
-    """As systemd's, while secretd cannot start: neither until the time is over, nor once it is closed."""
+    """As systemd's, while secretd cannot start: neither until the time is over, nor once it is
+    closed.
+    """
     daemon = Daemon(tmp_path)
 
     async def use() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The commands on a running server: objects, properties, descriptors, hand-over, both doors."""
+"""The commands on a running server: objects, properties, descriptors, hand-over, both sockets."""
 
 import base64
 import json
@@ -169,7 +169,9 @@ def test_ids_are_checked(qmp: Client) -> None:
 
 
 def test_a_secret_has_a_largest_size(qmp: Client, tmp_path: Path) -> None:
-    """1 MiB is taken, one byte more is refused; a source that could hold no secret is not read on."""
+    """1 MiB is taken, one byte more is refused; a source that could hold no secret is not read
+    on.
+    """
     big = tmp_path / "big"
     big.write_bytes(b"x" * (1 << 20))
     assert qmp.add("fits", file=str(big)) == {"return": {}}
@@ -478,6 +480,7 @@ def test_descriptors_and_names_belong_to_their_connection(daemon: Daemon, qmp: C
     )
 
 
+@pytest.mark.tuning(source_seconds=0.05)
 def test_a_fifo_holds_up_only_the_connection_that_asked(
     daemon: Daemon, qmp: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -498,7 +501,6 @@ def test_a_fifo_holds_up_only_the_connection_that_asked(
     assert qmp.reply() == {"return": {}}
     assert qmp.reply() == {"return": {}, "id": "after"}
     assert qmp.read("slow") == b"letmein"
-    monkeypatch.setattr(source, "SOURCE_SECONDS", 0.05)
     assert qmp.add("never", file=fifo)["error"]["desc"] == (
         f"Unable to read {fifo}: no end of data within 0.05 seconds"
     )
@@ -555,6 +557,7 @@ def test_a_source_that_is_not_ready_after_all_is_waited_for(
     assert len(calls) > 2
 
 
+@pytest.mark.tuning(source_seconds=0.05)
 def test_a_read_that_never_returns_is_given_up(
     daemon: Daemon, qmp: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -566,7 +569,6 @@ def test_a_read_that_never_returns_is_given_up(
         raise CommandError("nobody hears this")
 
     monkeypatch.setattr(source, "read_path", read_path)
-    monkeypatch.setattr(source, "SOURCE_SECONDS", 0.05)
     assert qmp.add("s", file="/dead/file")["error"]["desc"] == (
         "Unable to read /dead/file: no end of data within 0.05 seconds"
     )
@@ -596,13 +598,13 @@ def test_what_cannot_be_stored_is_freed(
     assert qmp.add("s", data="x") == {"return": {}}
 
 
-# --- the client door
+# --- the client socket
 
 
 def test_the_client_door_refuses_every_read_and_shows_nothing(daemon: Daemon, qmp: Client) -> None:
     """The same words whether the secret exists or not; administration is not there at all."""
     qmp.add("s", data="letmein")
-    client = daemon.connect(door="client")
+    client = daemon.connect(role="client")
     source_, sink = os.pipe()
     for name in ("s", "nope"):
         assert client.cmd("secret-read", {"id": name}, (sink,))["error"] == {
@@ -624,7 +626,9 @@ def test_the_client_door_refuses_every_read_and_shows_nothing(daemon: Daemon, qm
 
 
 def test_a_list_of_secrets_comes_in_pieces(daemon: Daemon, qmp: Client) -> None:
-    """Each reply is a line of 64 KiB at most, whatever ids there are; what is deleted meanwhile is no gap."""
+    """Each reply is a line of 64 KiB at most, whatever ids there are; what is deleted meanwhile is
+    no gap.
+    """
     ids = sorted([f"s{number}" for number in range(900)] + [f"{c * 4000}" for c in "abcdefgh"])
     for object_id in ids:
         assert qmp.add(object_id, data="x") == {"return": {}}

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A read is counted and recorded exactly when a byte was taken: each kind of descriptor, each error,
-each byte.
+"""A read is counted and recorded exactly when a byte was taken: each kind of descriptor, each
+error, each byte.
 """
 
 import errno
@@ -15,6 +15,7 @@ import pytest
 
 from secretd.audit.log import Audit
 from secretd.descriptors import target
+from secretd.limits import Tuning
 from tests.conftest import Client, Daemon, need_root
 from tests.test_access import allow, grant
 from tests.test_credentials import address, app, fetch
@@ -26,10 +27,10 @@ UID = 1000
 
 
 @pytest.fixture
-def audited(tmp_path: Path) -> Iterator[Daemon]:
+def audited(tmp_path: Path, tuning: Tuning) -> Iterator[Daemon]:
     """A daemon whose audit is a file."""
     need_root()
-    made = Daemon(tmp_path, make_audit=lambda: Audit(str(tmp_path / "audit")))
+    made = Daemon(tmp_path, make_audit=lambda: Audit(str(tmp_path / "audit")), tuning=tuning)
     yield made
     made.stop()
     made.server.core.audit.stop()
@@ -80,7 +81,7 @@ def test_an_error_behind_any_byte_counts_from_the_first(
     error: int,
 ) -> None:
     """In the middle of a write too: what was taken before counts, and nothing else does."""
-    client = audited.connect(door="client", uid=UID)
+    client = audited.connect(role="client", uid=UID)
     reads = 0
     for limit in (0, 1, 2, 31):
         for kind in (target.PipeTarget, target.SocketTarget, target.MemfdTarget):
@@ -115,7 +116,7 @@ def test_a_reader_that_leaves_is_counted_by_what_it_took(
     audited: Daemon, limited: Client, tmp_path: Path
 ) -> None:
     """A pipe and a pair that nobody reads any more take nothing; the client may leave as well."""
-    client = audited.connect(door="client", uid=UID)
+    client = audited.connect(role="client", uid=UID)
     for make in (pipe, pair):
         ours, theirs = make()
         os.close(ours)
@@ -163,7 +164,7 @@ def test_a_write_that_was_begun_is_settled_when_it_returns(
         taken[:] = [1] * result
         begun.clear()
         go_on.clear()
-        client = audited.connect(door="client", uid=UID)
+        client = audited.connect(role="client", uid=UID)
         source, sink = os.pipe()
         client.send(b'{"execute":"secret-read","arguments":{"id":"s"}}', (sink,))
         begun.wait(20)
@@ -183,7 +184,7 @@ def test_a_write_that_was_begun_is_settled_when_it_returns(
 
 def test_a_grant_that_was_made_anew_is_not_given_a_read(audited: Daemon, limited: Client) -> None:
     """What is taken back was another one's."""
-    client = audited.connect(door="client", uid=UID)
+    client = audited.connect(role="client", uid=UID)
     source, sink = os.pipe()
     fcntl.fcntl(sink, fcntl.F_SETPIPE_SZ, 4096)
     os.write(sink, b"x" * 4096)
@@ -200,7 +201,7 @@ def test_a_grant_that_was_made_anew_is_not_given_a_read(audited: Daemon, limited
 
 def test_a_memfd_of_an_untrusted_peer_has_its_own_memory(audited: Daemon, limited: Client) -> None:
     """Or is refused before a page is allocated; an unlinked file of another tmpfs is no memfd."""
-    client = audited.connect(door="client", uid=UID)
+    client = audited.connect(role="client", uid=UID)
     fd = os.memfd_create("x")
     words = "The memfd has 0 bytes of memory and the secret has 32; call fallocate(2) on it first"
     assert client.fail("secret-read", {"id": "s"}, (fd,)) == words

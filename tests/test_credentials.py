@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The credentials door: what a unit's LoadCredential= gets, and what others that connect there get.
+"""The credentials socket: what a unit's LoadCredential= gets, and what others that connect there
+get.
 
-The units here are real cgroups, and what connects from them does as systemd does, which itself is in
-tests/e2e.
+The units here are real cgroups, and what connects from them does as systemd does, which itself is
+in tests/e2e.
 """
 
 import contextlib
@@ -16,11 +17,10 @@ from pathlib import Path
 
 import pytest
 
-from secretd.access.peer import Door, PeerUnknown, identify
+from secretd.access.peer import PeerUnknown, SocketRole, identify
 from secretd.audit.log import Audit
-from secretd.descriptors import deliveries
+from secretd.limits import Tuning
 from secretd.linux import peercred
-from secretd.server import server
 from secretd.server.credentials import _REFUSAL, _REFUSAL_TIMES
 from secretd.systemd.credential_address import CREDENTIAL_BYTES
 from tests.conftest import Client, Daemon, need_root
@@ -177,7 +177,7 @@ def test_what_is_refused_gets_too_much(
 
 
 def test_what_is_given_is_audited_and_told(tmp_path: Path, app: str) -> None:
-    """With the rule, the secret and the name it was asked by; the control door hears of both."""
+    """With the rule, the secret and the name it was asked by; the control socket hears of both."""
     daemon = Daemon(tmp_path, make_audit=lambda: Audit(str(tmp_path / "audit")))
     try:
         qmp = daemon.connect().watch()
@@ -246,13 +246,13 @@ def test_on_old_kernels_root_is_told_by_its_number(
     """Before 6.5 there is no SO_PEERPIDFD. That is good enough for root, and for nobody else."""
     monkeypatch.setattr(peercred, "SO_PEERPIDFD", 999)
     with cgroup(f"{SLICE}/old.service") as path, process_in(path, tmp_path) as sock:
-        assert identify(sock, Door.CREDENTIALS).unit == "unit:old.service"
+        assert identify(sock, SocketRole.CREDENTIALS).unit == "unit:old.service"
         with pytest.raises(PeerUnknown, match="this kernel has no SO_PEERPIDFD"):
-            identify(sock, Door.CLIENT)
+            identify(sock, SocketRole.CLIENT)
     (tmp_path / "s").unlink()
     with accepted(tmp_path, uid=1001, gid=1001) as sock:
         with pytest.raises(PeerUnknown, match="this kernel has no SO_PEERPIDFD"):
-            identify(sock, Door.CREDENTIALS)
+            identify(sock, SocketRole.CREDENTIALS)
 
 
 def test_a_secret_that_systemd_would_not_take_is_refused(
@@ -298,7 +298,9 @@ def test_names_that_systemd_has_no_room_for_are_logged(
 def slow(
     daemon: Daemon, unit: str, name: str, wait: str = "wait"
 ) -> "Iterator[subprocess.Popen[bytes]]":
-    """A unit that has asked for a credential and does not read it yet, or, with "shut", never will."""
+    """A unit that has asked for a credential and does not read it yet, or, with "shut", never
+    will.
+    """
     command = words(daemon, unit, repr(address("app.service", name)), 0, wait)
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"connected\n"
@@ -325,11 +327,11 @@ def test_a_secret_that_is_withdrawn_half_way_ends_in_too_much(
     assert got.strip(b"x").strip(b"\0") == b""
 
 
+@pytest.mark.tuning(delivery_seconds=0.05)
 def test_one_that_takes_nothing_for_too_long_is_not_ended(
     daemon: Daemon, qmp: Client, app: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It gets too much in the end, however late it reads."""
-    monkeypatch.setattr(deliveries, "DELIVERY_SECONDS", 0.05)
     fd = os.memfd_create("x")
     os.write(fd, b"x" * 1_000_000)
     added = qmp.ok("add-fd", None, (fd,))
@@ -428,10 +430,10 @@ def test_one_of_which_nothing_was_taken_is_withheld(tmp_path: Path, app: str) ->
         qmp.add("a", data="letmein")
         grant(qmp, "g", "a", more={"max-reads": 5})
         # It must have shut before it is accepted.
-        door = daemon.server._listeners[3]
-        daemon.call(lambda: daemon.loop.remove_reader(door.sock.fileno()))
+        role = daemon.server._listeners[3]
+        daemon.call(lambda: daemon.loop.remove_reader(role.sock.fileno()))
         with slow(daemon, app, "a", "shut") as process:
-            daemon.call(lambda: daemon.server._watch(door))
+            daemon.call(lambda: daemon.server._watch(role))
             while daemon.call(lambda: daemon.server.credentials._number == 0):
                 pass
             while daemon.call(lambda: daemon.server.credentials.busy):
@@ -451,8 +453,7 @@ def test_one_that_is_on_its_way_at_the_end_is_left(
     tmp_path: Path, app: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To the service manager, which keeps it; here nobody does."""
-    monkeypatch.setattr(server, "STOP_SECONDS", 0.01)
-    daemon = Daemon(tmp_path)
+    daemon = Daemon(tmp_path, tuning=Tuning(stop_seconds=0.01))
     try:
         qmp = daemon.connect()
         fd = os.memfd_create("x")

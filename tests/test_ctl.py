@@ -106,8 +106,8 @@ def test_a_secret_is_added_from_a_pipe(run: Ctl, monkeypatch: pytest.MonkeyPatch
 def in_terminal(
     words: list[str], typed: bytes, *, expect: bytes, again: bytes = b""
 ) -> tuple[int, bytes]:
-    """Run secretctl in a terminal of its own; type when it has printed what is expected, and once more
-    when it asks for it.
+    """Run secretctl in a terminal of its own; type when it has printed what is expected, and once
+    more when it asks for it.
     """
     ours, theirs = pty.openpty()
     process = subprocess.Popen(

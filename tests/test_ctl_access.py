@@ -26,7 +26,7 @@ def test_a_grant_is_made_explained_and_revoked(daemon: Daemon, run: Ctl, qmp: Cl
     """One verb each; the client sees it at once."""
     need_root()
     qmp.add("web.key", data="letmein")
-    client = daemon.connect(door="client", uid=33)
+    client = daemon.connect(role="client", uid=33)
     assert client.secrets() == []
     out, _ = run("explain", "web.key", "--as", "uid:33", status=1)
     assert out == (
@@ -243,7 +243,7 @@ def test_an_audit_file_is_verified(
     async def write() -> None:
         audit.start("1", 0)
         for number in range(5):
-            audit.note("add", id=f"s{number}")
+            audit.append("add", id=f"s{number}")
 
     asyncio.run(write())
     audit._flush()

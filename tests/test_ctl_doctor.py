@@ -178,10 +178,10 @@ def test_units_are_looked_at_where_systemd_runs(monkeypatch: pytest.MonkeyPatch)
     assert failing.state == "failed"
     assert failing.found == "auto-restart, after 7 restarts: no such file"
 
-    def too_slow(*_words: object, **_named: object) -> None:
+    def message_timed_out(*_words: object, **_named: object) -> None:
         raise subprocess.TimeoutExpired("systemctl", 1)
 
-    monkeypatch.setattr(subprocess, "run", too_slow)
+    monkeypatch.setattr(subprocess, "run", message_timed_out)
     assert [f.state for f in found(doctor._units)] == ["warning"]
     monkeypatch.setattr(os.path, "isdir", lambda _path: False)
     assert found(doctor._units) == []
@@ -202,7 +202,9 @@ def test_a_daemon_that_does_not_answer_is_a_failure(run: Ctl, tmp_path: Path) ->
 def test_what_the_daemon_tells_is_judged(
     run: Ctl, daemon: Daemon, qmp: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another version, memory that is not locked, limits that were hit, audit records that were lost."""
+    """Another version, memory that is not locked, limits that were hit, audit records that were
+    lost.
+    """
     qmp.add("a", data="letmein")
     daemon.server.core.limits.note_hit("objects-per-uid")
     daemon.server.core.audit.dropped = 3

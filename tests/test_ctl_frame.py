@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What all verbs of secretctl have in common: help, tables, JSON, completion, and how soon it starts."""
+"""What all verbs of secretctl have in common: help, tables, JSON, completion, and how soon it
+starts.
+"""
 
 import json
 import os

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""secretctl where people and scripts use it: terminals, pipes and files in any combination, odd input,
-silence.
+"""secretctl where people and scripts use it: terminals, pipes and files in any combination, odd
+input, silence.
 """
 
 import json
@@ -27,8 +27,8 @@ __all__ = ["run"]
 def with_terminals(
     words: list[str], tmp_path: Path, *, stdin: str, stdout: str, stderr: str
 ) -> tuple[int, bytes, bytes]:
-    """Run secretctl with each standard descriptor a terminal, a pipe, a file or /dev/null; return its
-    status and what it wrote to stdout and stderr.
+    """Run secretctl with each standard descriptor a terminal, a pipe, a file or /dev/null; return
+    its status and what it wrote to stdout and stderr.
     """
     ours: dict[str, int] = {}
     theirs: dict[str, int] = {}

@@ -15,12 +15,13 @@ from pathlib import Path
 import pytest
 
 from secretd import __version__, paths
-from secretd.access.peer import Door
+from secretd.access.peer import SocketRole
 from secretd.audit import chain
-from secretd.audit.log import Audit, Subject
+from secretd.audit.log import Audit
+from secretd.audit.records import Subject
 from secretd.daemon import process as daemon_process
 from secretd.daemon import sockets
-from secretd.daemon.initial_objects import Initial
+from secretd.daemon.initial_objects import InitialObjects
 from secretd.errors import CommandError, UsageError
 from secretd.journal.journal import Journal
 from secretd.memory.arena import Arena
@@ -45,21 +46,21 @@ def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_without_options_both_doors_open_in_the_default_directory(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Which is made, open to others where the client door is to be reached, else private."""
+    """Which is made, open to others where the client socket is to be reached, else private."""
     monkeypatch.setattr(paths, "has_runtime_directory", lambda: True)
     for _again in range(2):
-        assert [(s.door, s.path, s.mode) for s in sockets.default_doors()] == [
-            (Door.CONTROL, str(directory / "control.sock"), 0o600),
-            (Door.CLIENT, str(directory / "client.sock"), 0o666),
+        assert [(s.role, s.path, s.mode) for s in sockets.default_sockets()] == [
+            (SocketRole.CONTROL, str(directory / "control.sock"), 0o600),
+            (SocketRole.CLIENT, str(directory / "client.sock"), 0o666),
         ]
     assert directory.stat().st_mode & 0o777 == 0o755
     directory.rmdir()
     monkeypatch.setattr(paths, "has_runtime_directory", lambda: False)
-    sockets.default_doors()
+    sockets.default_sockets()
     assert directory.stat().st_mode & 0o777 == 0o700
     directory.chmod(0o755)
     with pytest.raises(UsageError, match="others may enter it; run 'chmod 700"):
-        sockets.default_doors()
+        sockets.default_sockets()
 
 
 def test_a_default_directory_that_is_not_ours_is_refused(
@@ -68,11 +69,11 @@ def test_a_default_directory_that_is_not_ours_is_refused(
     """A link, a file, or in no directory at all."""
     directory.symlink_to("/tmp")
     with pytest.raises(UsageError, match="is not a directory of uid"):
-        sockets.default_doors()
+        sockets.default_sockets()
     monkeypatch.setattr(paths, "default_directory", lambda: str(directory / "no" / "no"))
     directory.unlink()
     with pytest.raises(UsageError, match="No such file or directory"):
-        sockets.default_doors()
+        sockets.default_sockets()
 
 
 def test_the_defaults_open_where_nothing_else_is_said(
@@ -80,9 +81,9 @@ def test_the_defaults_open_where_nothing_else_is_said(
 ) -> None:
     """Neither an option nor a socket of the service manager."""
     passed = [Passed("control", 9)]
-    nothing: list[tuple[Door, list[str]]] = [(door, []) for door in Door]
+    nothing: list[tuple[SocketRole, list[str]]] = [(role, []) for role in SocketRole]
     assert sockets.wanted(nothing, passed) == []
-    assert [s.path for s in sockets.wanted([(Door.CREDENTIALS, ["/x"])], [])] == ["/x"]
+    assert [s.path for s in sockets.wanted([(SocketRole.CREDENTIALS, ["/x"])], [])] == ["/x"]
     found = sockets.wanted(nothing, [])
     assert [s.path for s in found] == [
         str(directory / "control.sock"),
@@ -93,13 +94,15 @@ def test_the_defaults_open_where_nothing_else_is_said(
 def test_what_to_type_next_works_as_it_is_printed(
     tmp_path: Path, arena: Arena, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With secretctl's path where a shell would not find it, and the socket where it is not the default."""
+    """With secretctl's path where a shell would not find it, and the socket where it is not the
+    default.
+    """
     journal = Journal(arena)
     tree = ObjectTree(journal, arena, TYPES)
     sock = socket.socket(socket.AF_UNIX)
     path = str(tmp_path / "c")
     sock.bind(path)
-    listeners = [Listener(sock, Door.CONTROL, path)]
+    listeners = [Listener(sock, SocketRole.CONTROL, path)]
     for found, shown in (
         ("/usr/bin/secretctl", "secretctl"),
         (None, f"{Path(sys.executable).parent}/secretctl"),
@@ -116,7 +119,7 @@ def test_what_to_type_next_works_as_it_is_printed(
 
 
 def test_only_a_client_door_is_fine(tmp_path: Path) -> None:
-    """There is nothing to type next, then; a second door that fails closes the first."""
+    """There is nothing to type next, then; a second socket that fails closes the first."""
     secretd = os.path.join(os.path.dirname(sys.executable), "secretd")
     process = subprocess.Popen(
         [secretd, "--client", str(tmp_path / "c")], stderr=subprocess.PIPE, text=True
@@ -190,7 +193,7 @@ def test_names_that_are_not_utf8_are_kept(tmp_path: Path) -> None:
     scratch.close()
 
 
-# --- the audit and the doors for others
+# --- the audit and the sockets for others
 
 
 def started(tmp_path: Path, *options: str) -> "subprocess.Popen[str]":
@@ -276,7 +279,7 @@ def test_the_audits_options_are_checked(tmp_path: Path, arena: Arena) -> None:
             audit(**options)
         assert str(caught.value) == words
     made = audit(audit_key="k", audit_policy="require")
-    made.release("read", Subject("control", None), "control socket", "k", 16)
+    made.append_release("read", Subject("control", None), "control socket", "k", 16)
     (line,) = (tmp_path / "audit").read_bytes().splitlines(keepends=True)
     key = memoryview(bytearray(b"1234567890123456"))
     assert next(iter(chain.Verification(key).findings([line]))).words.startswith("the chain begins")
@@ -291,12 +294,12 @@ def test_the_audits_options_are_checked(tmp_path: Path, arena: Arena) -> None:
 
 def test_a_control_door_for_others_has_a_mode_for_others() -> None:
     """Who may use it is decided at accept; a mode that is given counts."""
-    spec = sockets.door_spec(Door.CONTROL, "/x,authz=admins")
+    spec = sockets.socket_spec(SocketRole.CONTROL, "/x,authz=admins")
     assert (spec.authz, spec.mode) == ("admins", 0o666)
-    spec = sockets.door_spec(Door.CONTROL, "/x,authz=admins,mode=0660")
+    spec = sockets.socket_spec(SocketRole.CONTROL, "/x,authz=admins,mode=0660")
     assert (spec.authz, spec.mode) == ("admins", 0o660)
     with pytest.raises(UsageError, match="--client /x,authz=a: Parameter 'authz' is unexpected"):
-        sockets.door_spec(Door.CLIENT, "/x,authz=a")
+        sockets.socket_spec(SocketRole.CLIENT, "/x,authz=a")
 
 
 def test_another_event_loop_may_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,7 +324,7 @@ def test_an_object_that_cannot_be_replaced_stays(
     journal = Journal(Arena(ARENA_LEVEL))
     tree = ObjectTree(journal, arena, TYPES)
     option = f"secret,id=s,file={tmp_path}/f"
-    assert Initial(tree, []).make(option)
+    assert InitialObjects(tree, []).make(option)
     (tmp_path / "f").write_text("two")
 
     def none(*_given: object, **_named: object) -> int:
@@ -330,16 +333,16 @@ def test_an_object_that_cannot_be_replaced_stays(
     with monkeypatch.context() as patched:
         patched.setattr(Journal, "_append", none)
         with pytest.raises(OSError, match="Cannot allocate"):
-            Initial(tree, []).make(option)
+            InitialObjects(tree, []).make(option)
     assert bytes(journal.plaintext("s")) == b"one"
-    assert Initial(tree, []).make(option)
+    assert InitialObjects(tree, []).make(option)
     assert bytes(journal.plaintext("s")) == b"two"
     # One without plaintext.
-    assert Initial(tree, []).make("authz-list,id=a")
+    assert InitialObjects(tree, []).make("authz-list,id=a")
     with monkeypatch.context() as patched:
         patched.setattr(Journal, "_append", none)
         with pytest.raises(OSError, match="Cannot allocate"):
-            Initial(tree, []).make("authz-list,id=a,policy=allow")
+            InitialObjects(tree, []).make("authz-list,id=a,policy=allow")
     assert Paths(tree).get("a", "policy") == "deny"
     held = journal.arena.held
     journal.close()
@@ -348,7 +351,9 @@ def test_an_object_that_cannot_be_replaced_stays(
 
 
 def test_the_start_brings_along_nothing_that_is_not_needed() -> None:
-    """What asyncio, msgspec and shutil only import where they find it; who wants it later gets it."""
+    """What asyncio, msgspec and shutil only import where they find it; who wants it later gets
+    it.
+    """
     code = (
         "import gc, sys\n"
         "from secretd.daemon.fast_start import fast_imports\n"

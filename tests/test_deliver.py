@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Hand-over: what is taken, what is refused in words, and that the caller's descriptor stays as it was."""
+"""Hand-over: what is taken, what is refused in words, and that the caller's descriptor stays as it
+was.
+"""
 
 import ctypes
 import fcntl
@@ -12,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from secretd.access.decision import Grant
-from secretd.access.peer import Door, Peer
-from secretd.audit.log import Subject
-from secretd.descriptors import deliveries, kinds, target
+from secretd.access.peer import Peer, SocketRole
+from secretd.audit.records import Subject
+from secretd.descriptors import kinds, target
 from secretd.linux import statx
 from tests.conftest import Client, Daemon, need_level
 
@@ -229,12 +231,12 @@ REFUSED = {
 }  # fmt: skip
 
 
+@pytest.mark.tuning(delivery_seconds=0.2)
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_take_a_secret_is_refused_in_words(
     daemon: Daemon, loaded: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """Within the time limit, with flags and offset as they were, while others are answered."""
-    monkeypatch.setattr(deliveries, "DELIVERY_SECONDS", 0.2)
     make, words = REFUSED[name]
     fd, others = make(tmp_path) if make.__code__.co_argcount else make()
     try:
@@ -388,7 +390,7 @@ def test_withdrawing_before_the_first_wait_ends_the_delivery(
 
 def test_only_access_makes_a_grant() -> None:
     """There is no way to deliver without a decision."""
-    peer = Peer(0, 0, 1, Door.CONTROL)
+    peer = Peer(0, 0, 1, SocketRole.CONTROL)
     with pytest.raises(TypeError, match="only access makes"):
         Grant(object(), peer, Subject("client", None), "s", None, memoryview(b"x"))
 

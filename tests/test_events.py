@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Events about secrets: which connections get them, what is in them, what becomes of those that do not
-read.
+"""Events about secrets: which connections get them, what is in them, what becomes of those that do
+not read.
 """
 
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from secretd.monitor import broadcast, throttle
+from secretd.limits import Tuning
 from tests.conftest import Client, Daemon, need_root
 from tests.test_access import allow, grant
 
@@ -57,7 +57,7 @@ def test_neither_the_client_door_nor_who_has_not_negotiated_gets_them(
     daemon: Daemon, qmp: Client
 ) -> None:
     """Events come after negotiation, as in QEMU."""
-    client = daemon.connect(door="client")
+    client = daemon.connect(role="client")
     silent = daemon.connect(negotiate=False)
     qmp.add("s", data="letmein")
     assert client.ok("query-version")
@@ -110,7 +110,7 @@ def test_the_end_is_told_to_all(daemon: Daemon, qmp: Client) -> None:
     assert other.message()["data"] == {"guest": False, "reason": "host-qmp-quit"}
 
 
-# --- reads and refusals, and the client door
+# --- reads and refusals, and the client socket
 
 
 @pytest.fixture
@@ -138,7 +138,7 @@ def refused(client: Client, name: str) -> None:
 def test_reads_and_refusals_are_told_on_the_control_door(daemon: Daemon, granted: Client) -> None:
     """With who it was; not to who did it."""
     watching = daemon.connect().watch()
-    client = daemon.connect(door="client", uid=1000)
+    client = daemon.connect(role="client", uid=1000)
     client.read("web.a")
     refused(client, "db")
     refused(client, "no such \u20ac")
@@ -159,9 +159,9 @@ def test_the_client_door_is_told_of_what_it_may_read_and_of_nothing_else(
     daemon: Daemon, granted: Client
 ) -> None:
     """Without who did it."""
-    client = daemon.connect(door="client", uid=1000).watch()
-    stranger = daemon.connect(door="client", uid=1002).watch()
-    other = daemon.connect(door="client", uid=1001)
+    client = daemon.connect(role="client", uid=1000).watch()
+    stranger = daemon.connect(role="client", uid=1002).watch()
+    other = daemon.connect(role="client", uid=1001)
     granted.ok("object-del", {"id": "db"})
     granted.add("db", data="x")
     granted.add("web.c", data="x")
@@ -185,13 +185,12 @@ def test_the_client_door_is_told_of_what_it_may_read_and_of_nothing_else(
         assert each.events == []
 
 
+@pytest.mark.tuning(throttled_seconds=0.3, events_seconds=1000.0)
 def test_reads_of_one_secret_are_told_once_a_second(
     daemon: Daemon, granted: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first at once, the last at the end of the second; each secret for itself."""
-    monkeypatch.setattr(throttle, "THROTTLED_SECONDS", 0.3)
-    monkeypatch.setattr(broadcast, "EVENTS_SECONDS", 1000.0)  # they are sent when this says so
-    client = daemon.connect(door="client", uid=1000)
+    client = daemon.connect(role="client", uid=1000)
     watching = daemon.connect().watch()
     for _ in range(5):
         client.read("web.a")
@@ -212,14 +211,16 @@ def test_reads_of_one_secret_are_told_once_a_second(
     assert told(watching, 1) == [("SECRET_READ", "web.a")]
 
 
+@pytest.mark.tuning(throttled_ids=5)
 def test_what_cannot_be_throttled_is_lost_and_counted(
     daemon: Daemon, granted: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Somebody who asks for a thousand names fills no memory, and hides no event of others for long."""
-    monkeypatch.setattr(throttle, "THROTTLED_IDS", 5)
-    client = daemon.connect(door="client", uid=1002)
+    """Somebody who asks for a thousand names fills no memory, and hides no event of others for
+    long.
+    """
+    client = daemon.connect(role="client", uid=1002)
     watching = daemon.connect().watch()
-    theirs = daemon.connect(door="client", uid=1001).watch()
+    theirs = daemon.connect(role="client", uid=1001).watch()
     for number in range(20):
         refused(client, f"n{number}")
     daemon.call(daemon.server.core.broadcaster.flush)
@@ -232,18 +233,18 @@ def test_what_cannot_be_throttled_is_lost_and_counted(
             assert event["event"] == "SECRET_DENIED"
             got += 1
     assert (got, lost) == (5, 11)  # of the 16 that one uid may cause within a second
-    # None of it concerned the client door, which loses nothing and hears of nothing.
+    # None of it concerned the client socket, which loses nothing and hears of nothing.
     granted.read("web.a")
     assert told(theirs, 1) == [("SECRET_READ", "web.a")]
 
 
+@pytest.mark.tuning(queued_events=3)
 def test_what_finds_no_room_is_counted_on_the_control_socket(
     daemon: Daemon, granted: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """More events at once than are kept."""
-    monkeypatch.setattr(broadcast, "QUEUED_EVENTS", 3)
     watching = daemon.connect().watch()
-    client = daemon.connect(door="client", uid=1000).watch()
+    client = daemon.connect(role="client", uid=1000).watch()
     daemon.call(daemon.server.core.broadcaster.flush)
     daemon.call(lambda: burst(daemon, 10))
     names = [watching.event()["event"] for _ in range(4)]
@@ -271,18 +272,18 @@ def test_the_time_of_an_event_tells_nothing_of_others(daemon: Daemon, granted: C
             broadcaster._ticking = False
             daemon.server.core.announce("SECRET_ADDED", name, None, None)
             handles += [h for h in daemon.loop._scheduled if "_tick" in repr(h)]
-        return [h.when() / broadcast.EVENTS_SECONDS for h in handles]
+        return [h.when() / Tuning.events_seconds for h in handles]
 
     for when in daemon.call(scheduled):
         assert abs(when - round(when)) < 1e-6
 
 
+@pytest.mark.tuning(throttled_seconds=0.2)
 def test_what_was_held_back_is_not_told_after_a_revocation(
     daemon: Daemon, granted: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Though it happened before."""
-    monkeypatch.setattr(throttle, "THROTTLED_SECONDS", 0.2)
-    client = daemon.connect(door="client", uid=1000)
+    client = daemon.connect(role="client", uid=1000)
     client.watch()
     for _ in range(2):
         granted.read("web.a")
@@ -295,13 +296,13 @@ def test_what_was_held_back_is_not_told_after_a_revocation(
     assert client.events == []
 
 
+@pytest.mark.tuning(throttled_seconds=0.1)
 def test_a_connection_that_ends_takes_its_throttle_along(
     daemon: Daemon, granted: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No timer stays behind."""
-    monkeypatch.setattr(throttle, "THROTTLED_SECONDS", 0.1)
     watching = daemon.connect().watch()
-    client = daemon.connect(door="client", uid=1000)
+    client = daemon.connect(role="client", uid=1000)
     for _ in range(2):
         client.read("web.a")
         daemon.call(daemon.server.core.broadcaster.flush)
@@ -311,11 +312,11 @@ def test_a_connection_that_ends_takes_its_throttle_along(
         pass
 
 
+@pytest.mark.tuning(tick_events=2)
 def test_many_events_are_spread_over_ticks_and_none_is_lost(
     daemon: Daemon, granted: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A share at each tick; in order, and all of them."""
-    monkeypatch.setattr(broadcast, "TICK_EVENTS", 2)
     watching = daemon.connect().watch()
     sent: list[int] = []
     sessions = [
@@ -328,19 +329,18 @@ def test_many_events_are_spread_over_ticks_and_none_is_lost(
         sent.append(count)
         send(events, count)
 
-    session.send_events = watched  # type: ignore[method-assign]
+    session.send_events = watched
     daemon.call(lambda: burst(daemon, 50))
     assert told(watching, 50) == [("SECRET_ADDED", f"web.{n}") for n in range(50)]
     assert max(sent) == 2
     assert sum(sent) == 50
 
 
+@pytest.mark.tuning(queued_events=3, tick_events=1)
 def test_what_is_lost_is_reported_while_it_goes_on(
     daemon: Daemon, granted: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At once at first, and then not with each tick."""
-    monkeypatch.setattr(broadcast, "QUEUED_EVENTS", 3)
-    monkeypatch.setattr(broadcast, "TICK_EVENTS", 1)
     watching = daemon.connect().watch()
     daemon.call(lambda: burst(daemon, 10))
     first = [watching.event() for _ in range(3)]
@@ -356,8 +356,8 @@ def test_what_is_lost_is_reported_while_it_goes_on(
 
 
 def test_events_come_only_to_those_that_ask(daemon: Daemon, qmp: Client) -> None:
-    """QEMU sends its clients nothing about secrets, and some take an event for a reply. SHUTDOWN comes
-    to all.
+    """QEMU sends its clients nothing about secrets, and some take an event for a reply. SHUTDOWN
+    comes to all.
     """
     silent, asking = daemon.connect(), daemon.connect().watch()
     qmp.add("s", data="x")
@@ -394,9 +394,11 @@ def test_events_can_be_chosen_by_name(daemon: Daemon, qmp: Client) -> None:
 def test_a_flood_of_refusals_leaves_room_for_the_events_of_others(
     daemon: Daemon, granted: Client
 ) -> None:
-    """One uid that is refused thousands of names takes 16 of them a second; nothing else is lost or late."""
+    """One uid that is refused thousands of names takes 16 of them a second; nothing else is lost or
+    late.
+    """
     watching = daemon.connect().watch()
-    flooding = daemon.connect(door="client", uid=1002)
+    flooding = daemon.connect(role="client", uid=1002)
     source, sink = os.pipe()
     for number in range(2000):
         line = b'{"execute":"secret-read","arguments":{"id":"n%d-%s"}}\n' % (number, b"x" * 3000)
@@ -415,14 +417,13 @@ def test_a_flood_of_refusals_leaves_room_for_the_events_of_others(
     assert daemon.call(lambda: len(broadcaster._by_uid) + len(broadcaster._log)) == 0
 
 
+@pytest.mark.tuning(queued_events_per_uid=2, events_seconds=1000.0)
 def test_events_of_one_uid_have_room_of_their_own(
     daemon: Daemon, granted: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What goes beyond is counted; the events of others stay."""
-    monkeypatch.setattr(broadcast, "QUEUED_EVENTS_PER_UID", 2)
-    monkeypatch.setattr(broadcast, "EVENTS_SECONDS", 1000.0)
     watching = daemon.connect().watch()
-    client = daemon.connect(door="client", uid=1000)
+    client = daemon.connect(role="client", uid=1000)
     for name in ("web.a", "web.b", "web.a"):
         client.read(name)
     granted.read("db")
@@ -442,11 +443,11 @@ def test_events_of_one_uid_have_room_of_their_own(
     )
 
 
+@pytest.mark.tuning(slice_seconds=0.0)
 def test_many_subscribers_are_served_in_slices(
     daemon: Daemon, qmp: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Requests have their turn between them, and none of the subscribers is forgotten."""
-    monkeypatch.setattr(broadcast, "SLICE_SECONDS", 0.0)
     watching = [daemon.connect().watch() for _ in range(20)]
     broadcaster = daemon.server.core.broadcaster
     turns: list[int] = []
@@ -468,11 +469,11 @@ def test_many_subscribers_are_served_in_slices(
         assert each.event()["data"]["id"] == "t"
 
 
+@pytest.mark.tuning(slice_seconds=0.0)
 def test_turning_events_on_anew_during_a_delivery_stops_it_for_nobody(
     daemon: Daemon, qmp: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All get the next event, and nothing is kept any more."""
-    monkeypatch.setattr(broadcast, "SLICE_SECONDS", 0.0)
     watching = [daemon.connect().watch() for _ in range(5)]
     broadcaster = daemon.server.core.broadcaster
 
@@ -498,14 +499,11 @@ def test_turning_events_on_anew_during_a_delivery_stops_it_for_nobody(
         pass
 
 
+@pytest.mark.tuning(log_events=5, events_seconds=1e-06, tick_events=5, slice_seconds=0.0)
 def test_events_that_are_being_sent_are_limited(
     daemon: Daemon, qmp: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Further ones wait in the queues, and come after them."""
-    monkeypatch.setattr(broadcast, "LOG_EVENTS", 5)
-    monkeypatch.setattr(broadcast, "EVENTS_SECONDS", 1e-6)
-    monkeypatch.setattr(broadcast, "TICK_EVENTS", 5)
-    monkeypatch.setattr(broadcast, "SLICE_SECONDS", 0.0)
     watching = [daemon.connect().watch() for _ in range(10)]
     broadcaster = daemon.server.core.broadcaster
     longest = 0

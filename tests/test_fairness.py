@@ -48,7 +48,7 @@ def granted_client(daemon: Daemon, qmp: Client) -> Client:
     qmp.add("s", data="letmein")
     allow(qmp, "who", "uid:1000")
     grant(qmp, "g", "s", "who")
-    client = daemon.connect(door="client", uid=1000, negotiate=False)
+    client = daemon.connect(role="client", uid=1000, negotiate=False)
     client.reply()
     assert client.cmd("qmp_capabilities", {"enable": ["oob"]}) == {"return": {}}
     return client
@@ -106,7 +106,7 @@ def test_many_connections_of_one_uid_do_not_delay_root(
 
     monkeypatch.setattr(monitor.Monitor, "handle", counting)
     monkeypatch.setattr(turns, "TURNS_SECONDS", 0.0)  # one piece between two looks
-    many = [daemon.connect(door="client", uid=1000) for _ in range(100)]
+    many = [daemon.connect(role="client", uid=1000) for _ in range(100)]
     for client in many:
         client.send(COSTLY * 10)
     while handled.count(1000) < 150:
@@ -124,7 +124,7 @@ def test_many_connections_of_one_uid_do_not_delay_root(
 
 def test_a_message_on_the_client_socket_has_few_tokens(daemon: Daemon, qmp: Client) -> None:
     """What is made of them takes the time of all; a control socket takes as many as ever."""
-    client = daemon.connect(door="client")
+    client = daemon.connect(role="client")
     many = b'{"execute": "query-version", "id": [' + b",".join([b"0"] * 100) + b"]}"
     words = "JSON token count limit exceeded"
     assert client.ask(many)["error"]["desc"] == words
@@ -135,11 +135,14 @@ def test_a_message_on_the_client_socket_has_few_tokens(daemon: Daemon, qmp: Clie
 def test_queued_requests_are_carried_out_one_in_each_turn(
     daemon: Daemon, qmp: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Behind a command that waits, with oob: also when many end at once. All are answered, in order."""
+    """Behind a command that waits, with oob: also when many end at once.
+
+    All are answered, in order.
+    """
     client = granted_client(daemon, qmp)
     turns: list[object] = []
-    real = session.Session._go_on
-    monkeypatch.setattr(session.Session, "_go_on", lambda self: (turns.append(self), real(self)))
+    real = session.Session._continue
+    monkeypatch.setattr(session.Session, "_continue", lambda self: (turns.append(self), real(self)))
     source, sink = blocked_read(client)
     for number in range(1, 6):
         client.send(b'{"execute":"query-version","id":%d}\n' % number)
@@ -160,7 +163,7 @@ def test_a_client_that_resets_ends_no_more_than_its_connection(daemon: Daemon, q
     allow(qmp, "who", "uid:1000")
     grant(qmp, "g", "s", "who")
     for _ in range(3):
-        client = daemon.connect(door="client", uid=1000, negotiate=False)
+        client = daemon.connect(role="client", uid=1000, negotiate=False)
         client.send(b'{"execute":"qmp_capabilities"}\n')
         while not daemon.call(lambda: [s for s in daemon.server.sessions if s.peer.uid == 1000]):
             pass
@@ -188,7 +191,7 @@ def test_requests_that_come_while_others_are_queued_come_after_them(
     later = Transport.later
 
     def only_others(self: Transport, step: Callable[[], None]) -> None:
-        if getattr(step, "__name__", "") == "_go_on_safely":
+        if getattr(step, "__name__", "") == "_continue_safely":
             late.append(step)
         else:
             later(self, step)
@@ -222,7 +225,7 @@ def test_a_grant_taken_back_ends_a_list_that_goes_on(
         qmp.add(f"o{number:02}", data="x")
     allow(qmp, "who", "uid:1000")
     grant(qmp, "g", "o*", "who")
-    client = daemon.connect(door="client", uid=1000)
+    client = daemon.connect(role="client", uid=1000)
     peer = next(s.peer for s in daemon.server.sessions if s.peer.uid == 1000)
     found = daemon.server.core.access.readable_after(peer, "")
     first = daemon.call(lambda: list(itertools.takewhile(lambda each: each is not None, found)))
@@ -245,7 +248,7 @@ def test_a_list_that_looks_through_much_lets_others_go_first(
     allow(qmp, "who", "uid:1000")
     grant(qmp, "g", "*.x", "who")
     grant(qmp, "h", "z", "who")
-    client = daemon.connect(door="client", uid=1000, negotiate=False)
+    client = daemon.connect(role="client", uid=1000, negotiate=False)
     client.reply()
     client.cmd("qmp_capabilities", {"enable": ["oob"]})
     assert [s["id"] for s in client.ok("query-secrets")] == ["o11.x", "o33.x", "z"]
@@ -286,7 +289,7 @@ def test_a_question_costs_the_peers_own_grants(
         return real(self, identities)
 
     monkeypatch.setattr(Rules, "judge", counting)
-    clients = [daemon.connect(door="client", uid=2000 + number) for number in range(5)]
+    clients = [daemon.connect(role="client", uid=2000 + number) for number in range(5)]
     assert [denied(c, f"s{n}") for n, c in enumerate(clients)] == [False] * 5
     assert (
         len(judged) <= 15
@@ -315,7 +318,7 @@ def test_the_audits_key_is_for_the_trusted_alone(daemon: Daemon, qmp: Client) ->
     qmp.add("s", data="letmein")
     allow(qmp, "admins", "uid:1000")
     daemon.call(lambda: daemon.tree.pin("key"))
-    admin = daemon.connect(door="admins", uid=1000)
+    admin = daemon.connect(role="admins", uid=1000)
     words = "Reading secret 'key' is not permitted"
     source, sink = os.pipe()
     assert admin.fail("secret-read", {"id": "key"}, (sink,)) == words
@@ -325,7 +328,7 @@ def test_the_audits_key_is_for_the_trusted_alone(daemon: Daemon, qmp: Client) ->
     assert admin.add("x", keyid="key", format="base64", **sealed)["error"]["desc"] == words
     grant(admin, "g", "key", "admins")
     assert (
-        daemon.connect(door="client", uid=1000).fail("secret-read", {"id": "key"}, (sink,)) == words
+        daemon.connect(role="client", uid=1000).fail("secret-read", {"id": "key"}, (sink,)) == words
     )
     os.close(source)
     os.close(sink)

@@ -9,7 +9,7 @@ import pytest
 from secretd.descriptors import kinds
 from secretd.descriptors.fd import Fd
 from secretd.descriptors.kinds import Kind, classify
-from secretd.net import transport
+from secretd.net import control_messages
 
 
 def test_an_fd_is_closed_once_and_given_away_once() -> None:
@@ -38,8 +38,10 @@ def test_a_forgotten_fd_warns_and_is_closed() -> None:
 def test_what_came_by_scm_rights_is_found() -> None:
     """Among other ancillary data."""
     number = (7).to_bytes(4, "little")
-    assert transport.received([(socket.SOL_SOCKET, socket.SCM_RIGHTS, number * 2 + b"x")]) == [7, 7]
-    assert transport.received([(socket.SOL_SOCKET, 2, number), (1, 1, b"")]) == [7] * 0
+    assert control_messages.received(
+        [(socket.SOL_SOCKET, socket.SCM_RIGHTS, number * 2 + b"x")]
+    ) == [7, 7]
+    assert control_messages.received([(socket.SOL_SOCKET, 2, number), (1, 1, b"")]) == [7] * 0
 
 
 def test_a_socket_whose_peer_cannot_be_asked_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

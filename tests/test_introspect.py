@@ -113,6 +113,6 @@ def test_each_door_has_the_schema_of_its_own_commands(daemon: Daemon, qmp: Clien
     line = qmp.line()
     assert len(line) < 1 << 16
     assert json.loads(line)["return"] == OURS
-    names = {e["name"] for e in daemon.connect(door="client").ok("query-qmp-schema")}
+    names = {e["name"] for e in daemon.connect(role="client").ok("query-qmp-schema")}
     assert "secret-read" in names
     assert "object-add" not in names

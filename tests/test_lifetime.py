@@ -90,7 +90,7 @@ def test_a_delivery_ends_with_the_secrets_time(daemon: Daemon, qmp: Client) -> N
     source = begin_delivery(reader, "big")
     allow(qmp, "web", "uid:1000")
     grant(qmp, "g", "big", "web", **{"expires-after": 1000})
-    client = daemon.connect(door="client", uid=1000)
+    client = daemon.connect(role="client", uid=1000)
     theirs = begin_delivery(client, "big")
     end_soon(daemon, "g")
     assert client.reply()["error"]["desc"] == "Secret 'big' was withdrawn"
@@ -103,12 +103,14 @@ def test_a_delivery_ends_with_the_secrets_time(daemon: Daemon, qmp: Client) -> N
 def test_a_grant_with_a_lifetime_ends(
     daemon: Daemon, qmp: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is gone then, without a word to the clients; and before the timer comes it does not count."""
+    """It is gone then, without a word to the clients; and before the timer comes it does not
+    count.
+    """
     need_root()
     qmp.add("s", data="letmein-" * 4)
     allow(qmp, "web", "uid:1000")
     grant(qmp, "g", "s", "web", **{"expires-after": 1})
-    client = daemon.connect(door="client", uid=1000)
+    client = daemon.connect(role="client", uid=1000)
     assert not denied(client, "s")
     while daemon.call(lambda: "g" in daemon.journal):
         pass

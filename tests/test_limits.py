@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The limits of each uid: at one all works, past it is refused by name, and others do not notice."""
+"""The limits of each uid: at one all works, past it is refused by name, and others do not
+notice.
+"""
 
 import os
 import socket
@@ -8,7 +10,6 @@ from collections.abc import Callable
 import pytest
 
 from secretd import limits
-from secretd.descriptors import deliveries
 from secretd.errors import LimitReached
 from secretd.limits import Limits, SharedQuota
 from tests.conftest import Client, Daemon, need_root
@@ -36,11 +37,11 @@ def others(daemon: Daemon, qmp: Client) -> Callable[[], None]:
     qmp.add("theirs", data="letmein")
     allow(qmp, "b", f"uid:{B}")
     grant(qmp, "gb", "theirs", "b")
-    client = daemon.connect(door="client", uid=B)
+    client = daemon.connect(role="client", uid=B)
 
     def check() -> None:
         assert client.read("theirs") == b"letmein"
-        assert daemon.connect(door="client", uid=B).read("theirs") == b"letmein"
+        assert daemon.connect(role="client", uid=B).read("theirs") == b"letmein"
         assert qmp.read("theirs") == b"letmein"
 
     return check
@@ -67,8 +68,8 @@ def test_a_share_counts_for_each_uid() -> None:
 def test_connections(daemon: Daemon, qmp: Client, others: Callable[[], None]) -> None:
     """Of one uid; those that end make room."""
     daemon.server.core.limits.connections.limit = 3
-    held = [daemon.connect(door="client", uid=A) for _ in range(3)]
-    refused = daemon.connect(door="client", uid=A, negotiate=False)
+    held = [daemon.connect(role="client", uid=A) for _ in range(3)]
+    refused = daemon.connect(role="client", uid=A, negotiate=False)
     assert refused.reply()["error"]["desc"] == (
         "uid 1000 has 3 connections, and the limit is 3 (connections-per-uid)"
     )
@@ -81,7 +82,7 @@ def test_connections(daemon: Daemon, qmp: Client, others: Callable[[], None]) ->
     held[0].close()
     while daemon.call(lambda: daemon.server.core.limits.connections.held(A)) == 3:
         pass
-    assert daemon.connect(door="client", uid=A).ok("query-version")
+    assert daemon.connect(role="client", uid=A).ok("query-version")
 
 
 def test_the_limits_are_what_the_documentation_says() -> None:
@@ -103,13 +104,13 @@ def test_requests_in_flight(daemon: Daemon, qmp: Client, others: Callable[[], No
     grant(qmp, "ga", "big", "a")
     waiting = []
     for _ in range(2):
-        client = daemon.connect(door="client", uid=A)
+        client = daemon.connect(role="client", uid=A)
         source, sink = os.pipe()
         client.send(b'{"execute":"secret-read","arguments":{"id":"big"}}', (sink,))
         os.close(sink)
         assert os.read(source, 1)
         waiting.append((client, source))
-    client = daemon.connect(door="client", uid=A)
+    client = daemon.connect(role="client", uid=A)
     source, sink = os.pipe()
     assert client.fail("secret-read", {"id": "big"}, (sink,)) == (
         "uid 1000 has 2 requests in flight, and the limit is 2 (requests-per-uid)"
@@ -131,7 +132,7 @@ def test_descriptors_of_a_connection(
     daemon: Daemon, qmp: Client, others: Callable[[], None]
 ) -> None:
     """By name and in sets."""
-    client = daemon.connect(door="client", uid=A)
+    client = daemon.connect(role="client", uid=A)
     with open("/dev/null") as file:
         fds = (file.fileno(),)
         for number in range(64):
@@ -145,12 +146,12 @@ def test_descriptors_of_a_connection(
 def test_descriptors_in_all(daemon: Daemon, qmp: Client, others: Callable[[], None]) -> None:
     """So many that the daemon, root and the daemon's own uid always have some left."""
     limits_ = daemon.server.core.limits
-    held = daemon.connect(door="client", uid=A)
+    held = daemon.connect(role="client", uid=A)
     limits_._room = limits_.connections.others + 2
     with open("/dev/null") as file:
         held.ok("getfd", {"fdname": "a"}, (file.fileno(),))
         held.ok("getfd", {"fdname": "b"}, (file.fileno(),))
-        refused = daemon.connect(door="client", uid=B, negotiate=False)
+        refused = daemon.connect(role="client", uid=B, negotiate=False)
         assert refused.reply()["error"]["desc"] == (
             f"The clients have {limits_._room} descriptors, which is the limit (descriptors: "
             "RLIMIT_NOFILE less 512); try again later"
@@ -172,7 +173,7 @@ def test_unfinished_bytes(daemon: Daemon, qmp: Client, others: Callable[[], None
     """Half messages of one uid leave room for those of others."""
     share = daemon.server.core.limits.unfinished
     share.limit = 3 * 2048
-    held = [daemon.connect(door="client", uid=A) for _ in range(4)]
+    held = [daemon.connect(role="client", uid=A) for _ in range(4)]
     for number, client in enumerate(held[:3]):
         client.send(b'{"execute"')
         while daemon.call(lambda: share.held(A)) != 2048 * (number + 1):
@@ -182,7 +183,7 @@ def test_unfinished_bytes(daemon: Daemon, qmp: Client, others: Callable[[], None
         "uid 1000 has 6144 bytes of unfinished messages, and the limit is 6144 (unfinished-bytes-per-uid)"
     )
     assert held[3].line() == b""
-    other = daemon.connect(door="client", uid=B)
+    other = daemon.connect(role="client", uid=B)
     other.send(b'{"execute"')
     other.send(b': "query-version"}')
     assert "return" in other.reply()
@@ -203,7 +204,7 @@ def test_messages_that_wait_behind_another_are_counted(daemon: Daemon, qmp: Clie
     allow(qmp, "a", f"uid:{A}")
     grant(qmp, "ga", "big", "a")
     for close in (False, True):
-        client = daemon.connect(door="client", uid=A, negotiate=False)
+        client = daemon.connect(role="client", uid=A, negotiate=False)
         client.reply()
         client.cmd("qmp_capabilities", {"enable": ["oob"]})
         source, sink = os.pipe()
@@ -226,13 +227,15 @@ def test_messages_that_wait_behind_another_are_counted(daemon: Daemon, qmp: Clie
 
 
 def test_half_messages_of_one_uid_leave_receive_space(daemon: Daemon, qmp: Client) -> None:
-    """However many connections it has: hundreds of half messages, and another uid's are still taken."""
+    """However many connections it has: hundreds of half messages, and another uid's are still
+    taken.
+    """
     held = []
     for _ in range(200):
-        client = daemon.connect(door="client", uid=A)
+        client = daemon.connect(role="client", uid=A)
         client.send(b'{"execute"')
         held.append(client)
-    other = daemon.connect(door="client", uid=B)
+    other = daemon.connect(role="client", uid=B)
     for piece in (b'{"exec', b'ute": "query-', b'version"}'):
         other.send(piece)
         assert qmp.ok("query-name") == {}
@@ -244,7 +247,7 @@ def test_half_messages_of_one_uid_leave_receive_space(daemon: Daemon, qmp: Clien
 def admin(daemon: Daemon, qmp: Client) -> Client:
     """An administrator of another uid."""
     allow(qmp, "admins", f"uid:{A}")
-    return daemon.connect(door="admins", uid=A)
+    return daemon.connect(role="admins", uid=A)
 
 
 def test_objects_of_an_administrator(daemon: Daemon, qmp: Client, admin: Client) -> None:
@@ -306,16 +309,16 @@ def test_objects_in_all(daemon: Daemon, qmp: Client) -> None:
     assert stats(qmp)["objects-hits"] == 1
 
 
+@pytest.mark.tuning(delivery_seconds=0.05)
 def test_the_size_of_a_secret_and_the_time_of_a_delivery_are_counted(
     daemon: Daemon, qmp: Client, monkeypatch: pytest.MonkeyPatch, tmp_path: object
 ) -> None:
     """As all limits are."""
-    monkeypatch.setattr(deliveries, "DELIVERY_SECONDS", 0.05)
     qmp.ok("secret-generate", {"id": "big", "size": 1 << 20})
     allow(qmp, "a", f"uid:{A}")
     grant(qmp, "ga", "big", "a")
     words = "The descriptor did not take the secret within 0.05 seconds"
-    for client in (qmp, daemon.connect(door="client", uid=A)):
+    for client in (qmp, daemon.connect(role="client", uid=A)):
         source, sink = os.pipe()
         assert client.fail("secret-read", {"id": "big"}, (sink,)) == words
         os.close(source)
@@ -343,7 +346,7 @@ def test_the_size_of_a_secret_and_the_time_of_a_delivery_are_counted(
 def test_a_client_without_a_share_cannot_begin_but_may_go_on_elsewhere(daemon: Daemon) -> None:
     """What it holds is given back when its connection ends."""
     share = daemon.server.core.limits.unfinished
-    client = daemon.connect(door="client", uid=A)
+    client = daemon.connect(role="client", uid=A)
     client.send(b'{"execute"')
     while not daemon.call(lambda: share.held(A)):
         pass

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from secretd.net.loop import Loop, crowded, readers
+from secretd.net.loop import Loop, others_ready, readers
 
 
 def run(main: Coroutine[Any, Any, None]) -> None:
@@ -227,6 +227,6 @@ def test_on_any_other_loop_it_is_that_ones_readers() -> None:
     async def main() -> None:
         loop = asyncio.get_running_loop()
         assert readers(loop) == (loop.add_reader, loop.remove_reader)
-        assert crowded(loop)(0)
+        assert others_ready(loop)(0)
 
     asyncio.run(main())

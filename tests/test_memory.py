@@ -27,7 +27,9 @@ def any_arena(request: pytest.FixtureRequest) -> Iterator[Arena]:
 
 
 def test_one_that_comes_and_goes_alone_costs_no_window_each_time(any_arena: Arena) -> None:
-    """What it lay in is kept for the next one; another size takes its place, not a further window."""
+    """What it lay in is kept for the next one; another size takes its place, not a further
+    window.
+    """
     any_arena.allocate(100).free()
     kept, mapped = dict(any_arena._slabs), any_arena.mapped
     for _ in range(3):

@@ -138,7 +138,7 @@ def test_a_result_that_comes_with_the_cancellation_is_discarded() -> None:
     asyncio.run(main())
 
 
-def test_a_uid_whose_threads_are_stuck_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_uid_whose_threads_are_stuck_is_known() -> None:
     """Its descriptors are kept until a thread is free, and counted."""
 
     async def main() -> None:
@@ -151,7 +151,7 @@ def test_a_uid_whose_threads_are_stuck_is_known(monkeypatch: pytest.MonkeyPatch)
             assert offload.closing(OTHER) == number
             offload.close(OTHER, os.dup(sink))
         assert not offload.stuck(OTHER)
-        monkeypatch.setattr(module, "STUCK_SECONDS", 0.0)
+        offload._stuck_seconds = 0.0
         assert offload.stuck(OTHER)
         assert not offload.stuck(OTHER + 1)
         assert offload.closing(OTHER + 1) == 0

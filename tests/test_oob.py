@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from secretd.errors import LockedMemoryExhausted
-from secretd.monitor import session as session_module
 from tests.conftest import Client, Daemon
 
 LIST = b'{"exec-oob": "query-secrets", "id": "oob"}'
@@ -66,7 +65,10 @@ def test_an_out_of_band_command_overtakes_what_is_stuck(oob: Client, stuck: Stuc
 
 
 def test_others_do_not_overtake_and_errors_keep_their_place(oob: Client, stuck: Stuck) -> None:
-    """Neither what is malformed nor what may not be executed out of band. That one is refused at once."""
+    """Neither what is malformed nor what may not be executed out of band.
+
+    That one is refused at once.
+    """
     oob.send(b'{"execute": 3, "id": "a"}' + b"{]" + b"'stray\x01" + name(4))
     refused = oob.ask(b'{"exec-oob": "query-name", "id": "no"}')
     assert refused["error"]["desc"] == "The command query-name does not support OOB"
@@ -225,18 +227,18 @@ def test_whatever_comes_meanwhile_is_answered_as_if_nothing_were_stuck(
         assert answer(oob) == wanted
 
 
+@pytest.mark.tuning(look_seconds=1000.0)
 def test_who_does_not_read_what_it_asks_out_of_band_is_not_read_either(
     daemon: Daemon, qmp: Client, oob: Client, stuck: Stuck, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Replies do not pile up, however long its turn is; all come once it reads again."""
-    monkeypatch.setattr(session_module, "LOOK_SECONDS", 1000.0)
     for number in range(300):
         qmp.add(f"secret{number}", data="letmein")
     oob.send(LIST * 100)
     (session,) = [s for s in daemon.server.sessions if s.monitor.oob]
     while not daemon.call(lambda: session.transport.backlogged):
         pass
-    assert daemon.call(lambda: session.transport._backlog) < 512 << 10
+    assert daemon.call(lambda: session.transport._sender.backlog) < 512 << 10
     assert all(len(oob.reply()["return"]) == 300 for _ in range(100))
     stuck.release()
     while oob.reply().get("id") != "stuck":

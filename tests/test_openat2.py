@@ -87,7 +87,9 @@ def test_a_look_at_the_file_system_that_fails_is_an_error() -> None:
 
 
 def test_links_of_others_in_a_directory_for_all_are_not_followed(tree: Path) -> None:
-    """As the kernel has it with protected_symlinks; ours are, and those of whose directory it is."""
+    """As the kernel has it with protected_symlinks; ours are, and those of whose directory it
+    is.
+    """
     need_root()
     shared = tree / "shared"
     shared.mkdir()

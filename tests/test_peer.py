@@ -13,7 +13,7 @@ import pytest
 
 from secretd.access import peer as module
 from secretd.access import units
-from secretd.access.peer import Door, Peer, identify
+from secretd.access.peer import Peer, SocketRole, identify
 from secretd.access.units import cgroup_of, units_of
 from secretd.errors import PeerUnknown
 from secretd.linux import peercred
@@ -44,7 +44,7 @@ def accepted(path: Path, **who: object) -> Iterator[socket.socket]:
 def test_a_peer_has_its_uid_and_all_its_groups(tmp_path: Path) -> None:
     """As they are at connect."""
     with accepted(tmp_path, uid=1000, gid=1001, groups=(33, 44)) as sock:
-        peer = identify(sock, Door.CLIENT)
+        peer = identify(sock, SocketRole.CLIENT)
     assert (peer.uid, peer.gid, peer.pid) == (1000, 1001, os.getpid())
     assert {"uid:1000", "gid:1001", "gid:33", "gid:44"} <= peer.identities
     assert not {i for i in peer.identities if i.startswith("uid:")} - {"uid:1000"}
@@ -55,7 +55,7 @@ def test_a_peer_has_its_uid_and_all_its_groups(tmp_path: Path) -> None:
 def test_many_groups_are_read_in_full(tmp_path: Path, count: int) -> None:
     """Python's getsockopt has room for 256."""
     with accepted(tmp_path, uid=1000, gid=1000, groups=tuple(range(5000, 5000 + count))) as sock:
-        identities = identify(sock, Door.CLIENT).identities
+        identities = identify(sock, SocketRole.CLIENT).identities
     assert {f"gid:{n}" for n in range(5000, 5000 + count)} <= identities
 
 
@@ -66,7 +66,7 @@ def test_groups_that_do_not_fit_are_not_left_out(
     monkeypatch.setattr(module, "GROUPS_MAX", 300)
     with accepted(tmp_path, uid=1000, gid=1000, groups=tuple(range(5000, 5399))) as sock:
         with pytest.raises(PeerUnknown, match="it is in more than 300 groups"):
-            identify(sock, Door.CLIENT)
+            identify(sock, SocketRole.CLIENT)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,9 @@ NAMES = (
 def test_the_unit_is_read_through_the_pidfd(
     tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the cgroup's number, with /proc or without it; or by /proc, where the kernel tells no number."""
+    """By the cgroup's number, with /proc or without it; or by /proc, where the kernel tells no
+    number.
+    """
     if way == "walk":
         monkeypatch.setattr(units, "_read_proc", lambda _pid: None)
     if way == "proc":
@@ -188,7 +190,7 @@ def test_the_unit_is_read_through_the_pidfd(
         directory = tmp_path / str(number)
         directory.mkdir()
         with cgroup(name) as path, process_in(path, directory) as sock:
-            peer = identify(sock, Door.CLIENT)
+            peer = identify(sock, SocketRole.CLIENT)
         assert set(expected) <= peer.identities
         assert peer.unit == expected[-1]
 
@@ -197,7 +199,7 @@ def test_the_unit_is_read_through_the_pidfd(
 def test_a_process_that_has_ended_is_not_known(
     tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its connection is refused on the client door, and has no unit on the control door."""
+    """Its connection is refused on the client socket, and has no unit on the control socket."""
     if way == "proc":
         monkeypatch.setattr(peercred, "PIDFD_GET_INFO", 0xC040FFFE)
     listener = socket.socket(socket.AF_UNIX)
@@ -208,8 +210,8 @@ def test_a_process_that_has_ended_is_not_known(
     server, _ = listener.accept()
     with server, listener:
         with pytest.raises(PeerUnknown, match="the process has ended"):
-            identify(server, Door.CLIENT)
-        peer = identify(server, Door.CONTROL)
+            identify(server, SocketRole.CLIENT)
+        peer = identify(server, SocketRole.CONTROL)
     assert (peer.uid, peer.unit) == (os.getuid(), None)
 
 
@@ -245,20 +247,20 @@ def test_a_peer_that_has_ended_is_refused_in_words(daemon: Daemon, tmp_path: Pat
 
 
 def test_without_pidfds_the_client_door_is_closed(tmp_path: Path) -> None:
-    """As on Linux before 6.5; the control door needs no more than the uid."""
+    """As on Linux before 6.5; the control socket needs no more than the uid."""
     with accepted(tmp_path) as sock, pytest.MonkeyPatch.context() as patch:
         patch.setattr(peercred, "SO_PEERPIDFD", 999)
         with pytest.raises(PeerUnknown, match=r"this kernel has no SO_PEERPIDFD; Linux 6\.5 has"):
-            identify(sock, Door.CLIENT)
-        assert identify(sock, Door.CONTROL).uid == os.getuid()
+            identify(sock, SocketRole.CLIENT)
+        assert identify(sock, SocketRole.CONTROL).uid == os.getuid()
         patch.undo()
         patch.setattr(peercred, "pid_and_cgroup", lambda _pidfd: None)
         with pytest.raises(PeerUnknown, match="the process has ended"):
-            identify(sock, Door.CLIENT)
+            identify(sock, SocketRole.CLIENT)
         patch.undo()
         patch.setattr(peercred, "SO_PEERGROUPS", 999)
         with pytest.raises(PeerUnknown, match="Protocol not available"):
-            identify(sock, Door.CLIENT)
+            identify(sock, SocketRole.CLIENT)
 
 
 def test_what_cannot_be_looked_up_is_not_known(
@@ -272,19 +274,19 @@ def test_what_cannot_be_looked_up_is_not_known(
     monkeypatch.setattr("secretd.access.peer.cgroup_of", none)
     with accepted(tmp_path) as sock:
         with pytest.raises(PeerUnknown, match="Too many open files"):
-            identify(sock, Door.CLIENT)
-        assert identify(sock, Door.CONTROL).uid == os.getuid()
+            identify(sock, SocketRole.CLIENT)
+        assert identify(sock, SocketRole.CONTROL).uid == os.getuid()
 
 
 def test_what_is_no_socket_of_ours_is_not_known() -> None:
     """No uid, no peer."""
     with socket.socket(socket.AF_UNIX) as sock:
         with pytest.raises(PeerUnknown):
-            identify(sock, Door.CLIENT)
+            identify(sock, SocketRole.CLIENT)
         with pytest.raises(PeerUnknown):
             module._cgroup(sock, -1)
     with pytest.raises(PeerUnknown, match="Bad file descriptor"):
-        identify(sock, Door.CONTROL)
+        identify(sock, SocketRole.CONTROL)
     with pytest.raises(PeerUnknown, match="Bad file descriptor"):
         cgroup_of(9999)
 
@@ -330,7 +332,7 @@ def test_a_pidfd_that_is_none_is_not_known() -> None:
 
 
 def test_trust_is_for_uid_0_and_the_daemons_own() -> None:
-    """Whatever the door."""
-    assert Peer(0, 5, 1, Door.CLIENT).trusted
-    assert Peer(os.getuid(), 5, 1, Door.CLIENT).trusted
-    assert not Peer(os.getuid() + 1, 0, 1, Door.CONTROL).trusted
+    """Whatever the socket."""
+    assert Peer(0, 5, 1, SocketRole.CLIENT).trusted
+    assert Peer(os.getuid(), 5, 1, SocketRole.CLIENT).trusted
+    assert not Peer(os.getuid() + 1, 0, 1, SocketRole.CONTROL).trusted

@@ -20,7 +20,7 @@ from secretd.journal.layout import (
     UNCHECKED,
     WRITTEN,
 )
-from secretd.journal.loader import Loaded
+from secretd.journal.loader import LoadResult
 
 
 def record(
@@ -37,7 +37,7 @@ def record(
 
 def outcome(data: bytes) -> object:
     """All that was found, or that it was refused."""
-    loaded = Loaded({})
+    loaded = LoadResult({})
     try:
         loaded.read(bytes(FILE.size) + data)
     except StateError:
@@ -79,7 +79,9 @@ ODD = st.lists(ONE | st.just(record(b"alike0050", uid=7)), max_size=12)
 
 @given(st.lists(ALIKE | ODD, max_size=5), st.binary(max_size=40), st.integers(0, 2000))
 def test_runs_are_read_as_one_by_one(parts: list[list[bytes]], tail: bytes, damaged: int) -> None:
-    """Whatever stands there: ids twice, what is gone, other kinds, rubbish, a byte that is wrong."""
+    """Whatever stands there: ids twice, what is gone, other kinds, rubbish, a byte that is
+    wrong.
+    """
     data = bytearray(b"".join(b"".join(part) for part in parts) + tail)
     assert outcome(bytes(data)) == one_by_one(bytes(data))
     if data:
@@ -90,7 +92,7 @@ def test_runs_are_read_as_one_by_one(parts: list[list[bytes]], tail: bytes, dama
 def test_a_record_in_the_place_of_another_counts_instead_of_it() -> None:
     """The process ended between writing the one and burying the other, though many are alike."""
     many = [record(b"alike%04d" % number, 64 * number) for number in range(600)]
-    loaded = Loaded({})
+    loaded = LoadResult({})
     loaded.read(bytes(FILE.size) + b"".join(many) + record(b"alike0007", 64 * 7))
     assert loaded.offsets["alike0007"] == FILE.size + 600 * len(many[0])
     assert loaded.superseded == [FILE.size + 7 * len(many[0])]
@@ -103,4 +105,4 @@ def test_a_record_in_the_place_of_another_counts_instead_of_it() -> None:
 def test_an_id_that_is_none_is_refused(count: int, wrong: bytes) -> None:
     """Though the checksum is right."""
     with pytest.raises(StateError, match="a record's id is damaged"):
-        Loaded({}).read(bytes(FILE.size) + wrong * count)
+        LoadResult({}).read(bytes(FILE.size) + wrong * count)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Another process goes on with what one has left, wherever that one was killed.
 
-What is left is looked at before each bytecode of the modules that write it, which is where a kill can fall
-as far as Python goes; from each such moment the state is restored and compared with what it may be.
+What is left is looked at before each bytecode of the modules that write it, which is where a kill
+can fall as far as Python goes; from each such moment the state is restored and compared with what
+it may be.
 """
 
 import os
@@ -31,7 +32,9 @@ LEVELS: tuple[Level, ...] = ("secretmem", "mlock", "none")
 
 
 class Left(NamedTuple):
-    """What a process that was killed has left: the contents of the arena's and the journal's files."""
+    """What a process that was killed has left: the contents of the arena's and the journal's
+    files.
+    """
 
     arena: bytes
     journals: tuple[bytes, ...]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Sessions on a running server: framing, backpressure, hostile clients, doors, the end."""
+"""Sessions on a running server: framing, backpressure, hostile clients, sockets, the end."""
 
 import asyncio
 import contextlib
@@ -16,14 +16,15 @@ from typing import Any
 
 import pytest
 
-from secretd.access.peer import Door
+from secretd.access.peer import SocketRole
 from secretd.errors import LockedMemoryExhausted, PeerUnknown, UsageError
+from secretd.limits import Tuning
 from secretd.memory.arena import Arena, LockedBuffer
-from secretd.monitor import session as session_module
 from secretd.monitor.session import Session
-from secretd.net import transport
 from secretd.net.listener import listen
-from secretd.net.transport import Transport
+from secretd.net.pause import Pause
+from secretd.net.receiver import Locked
+from secretd.net.sender import BACKLOG_BYTES, Sender
 from secretd.server import server
 from tests.conftest import Client, Daemon
 
@@ -134,24 +135,24 @@ def test_a_client_that_does_not_read_stalls_only_itself(daemon: Daemon, qmp: Cli
     while not daemon.call(stalls):
         pass
     assert qmp.cmd("query-name") == {"return": {}}
-    (session,) = [s for s in daemon.server.sessions if s.transport._backlog]
-    assert session.transport._backlog < transport.BACKLOG_BYTES + session_module.BATCH_BYTES + 4096
+    (session,) = [s for s in daemon.server.sessions if s.transport._sender.backlog]
+    assert session.transport._sender.backlog < BACKLOG_BYTES + Tuning.batch_bytes + 4096
     silent.sock.setblocking(True)
     silent.sock.settimeout(20)
     for number in range(sent):
         assert silent.reply()["id"] == number
 
 
+@pytest.mark.tuning(unfinished_seconds=0.1)
 def test_unfinished_messages_are_limited_in_time(
     daemon: Daemon, qmp: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The client is told; one that finishes messages now and then is not affected."""
-    monkeypatch.setattr(transport, "UNFINISHED_SECONDS", 0.1)
     slow = daemon.connect()
     slow.send(NAME + b'{"execute":')
     assert slow.reply() == {"return": {}}
     assert slow.reply()["error"]["desc"] == (
-        "No end of the message within 60 seconds; connection closed"
+        "No end of the message within 0.1 seconds; connection closed"
     )
     assert slow.line() == b""
     end = time.monotonic() + 0.3
@@ -161,11 +162,11 @@ def test_unfinished_messages_are_limited_in_time(
     assert qmp.cmd("query-name") == {"return": {}}
 
 
+@pytest.mark.tuning(unfinished_seconds=0.1)
 def test_a_pause_does_not_forget_the_time_limit(
     daemon: Daemon, qmp: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is unfinished behind a command that waits is timed from when that is done."""
-    monkeypatch.setattr(transport, "UNFINISHED_SECONDS", 0.1)
     fifo = str(tmp_path / "fifo")
     os.mkfifo(fifo)
     qmp.send(
@@ -211,12 +212,12 @@ class StarvedArena(Arena):
 
 
 @pytest.fixture
-def starving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Daemon]:
+def starving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tuning: Tuning) -> Iterator[Daemon]:
     """A server whose scratch memory can be made to run out."""
     from tests import conftest
 
     monkeypatch.setattr(conftest, "Arena", StarvedArena)
-    made = Daemon(tmp_path)
+    made = Daemon(tmp_path, tuning=tuning)
     yield made
     made.stop()
 
@@ -247,13 +248,9 @@ def test_when_receive_space_is_used_up_large_messages_wait_for_it(starving: Daem
     assert large.reply()["id"] == "large"
 
 
-def test_requests_that_wait_for_their_turn_need_no_more_room(
-    starving: Daemon, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.tuning(turn_seconds=-1.0, shared_turn_seconds=-1.0, look_seconds=-1.0)
+def test_requests_that_wait_for_their_turn_need_no_more_room(starving: Daemon) -> None:
     """What is whole and only waits is no unfinished message, however much of it there is."""
-    monkeypatch.setattr(session_module, "TURN_SECONDS", -1.0)
-    monkeypatch.setattr(session_module, "SHARED_TURN_SECONDS", -1.0)
-    monkeypatch.setattr(session_module, "LOOK_SECONDS", -1.0)
     client = starving.connect()
     starving.scratch.starved = "large"
     client.send(b"".join(b'{"execute":"query-name","id":%d}\n' % n for n in range(5000)))
@@ -287,11 +284,13 @@ def test_large_messages_of_many_clients_at_once_all_arrive(daemon: Daemon, qmp: 
     assert daemon.server.space._beyond is None
 
 
+@pytest.mark.tuning(shared_turn_seconds=1000.0)
 def test_one_that_pipelines_lets_another_that_waits_go_first(
     daemon: Daemon, qmp: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It looks for that between two requests, and who is there and wants nothing is no reason to stop."""
-    monkeypatch.setattr(session_module, "SHARED_TURN_SECONDS", 1000.0)
+    """It looks for that between two requests, and who is there and wants nothing is no reason to
+    stop.
+    """
     other = daemon.connect()
     handled: list[Session] = []
     gave_way: list[Session] = []
@@ -301,12 +300,14 @@ def test_one_that_pipelines_lets_another_that_waits_go_first(
             handled.append(session)
             return before(request)
 
-        def give_way(session: Session = session, before: Any = session.transport.give_way) -> None:
+        def yield_turn(
+            session: Session = session, before: Any = session.transport.yield_turn
+        ) -> None:
             gave_way.append(session)
             before()
 
         monkeypatch.setattr(session, "_handle", handle)
-        monkeypatch.setattr(session.transport, "give_way", give_way)
+        monkeypatch.setattr(session.transport, "yield_turn", yield_turn)
     many = b'{"execute":"query-name"}' * 2000
     qmp.send(many)
     assert [qmp.reply() for _ in range(2000)] == [{"return": {}}] * 2000
@@ -324,11 +325,11 @@ def test_one_that_pipelines_lets_another_that_waits_go_first(
     assert 1 <= len(gave_way) < 10  # what wakes the loop counts, too
 
 
+@pytest.mark.tuning(turn_seconds=0.0005)
 def test_many_that_pipeline_at_once_are_all_answered(
     daemon: Daemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What waits for its turn always finds room."""
-    monkeypatch.setattr(session_module, "TURN_SECONDS", 0.0005)
     requests = b"".join(b'{"execute":"query-name","id":%d}\n' % n for n in range(1500))
     clients = [daemon.connect() for _ in range(60)]
     senders = [threading.Thread(target=client.send, args=(requests,)) for client in clients]
@@ -340,11 +341,9 @@ def test_many_that_pipeline_at_once_are_all_answered(
         sender.join(20)
 
 
-def test_room_that_comes_from_elsewhere_is_found(
-    starving: Daemon, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.tuning(retry_room_seconds=0.02)
+def test_room_that_comes_from_elsewhere_is_found(starving: Daemon) -> None:
     """Such as from a deleted secret; no connection tells of it."""
-    monkeypatch.setattr(transport, "RETRY_ROOM_SECONDS", 0.02)
     large = starving.connect()
     starving.scratch.starved = "large"
     rest = send_until_starved(starving, large)
@@ -353,11 +352,9 @@ def test_room_that_comes_from_elsewhere_is_found(
     assert large.reply()["id"] == "large"
 
 
-def test_a_starved_connection_is_closed_when_its_time_is_up(
-    starving: Daemon, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.tuning(unfinished_seconds=1.0)
+def test_a_starved_connection_is_closed_when_its_time_is_up(starving: Daemon) -> None:
     """It does not hold its space for ever, and one that still finds no room waits on."""
-    monkeypatch.setattr(transport, "UNFINISHED_SECONDS", 1.0)
     other = starving.connect()
     other.send(b'{"x": "' + b"y" * 3000)
     large = starving.connect()
@@ -404,7 +401,9 @@ def test_quoted_errors_to_a_client_that_does_not_read_are_kept_and_sent(daemon: 
             try:
                 sent += client.sock.send((message * 20)[sent % len(message) :])
             except BlockingIOError:
-                if daemon.call(lambda: [s for s in daemon.server.sessions if s.transport._out]):
+                if daemon.call(
+                    lambda: [s for s in daemon.server.sessions if s.transport._sender.waiting]
+                ):
                     break
         if leaves:
             client.close()
@@ -420,11 +419,13 @@ def test_quoted_errors_to_a_client_that_does_not_read_are_kept_and_sent(daemon: 
 def test_unread_errors_of_many_clients_hold_little_locked_memory(
     daemon: Daemon, qmp: Client
 ) -> None:
-    """One quoted error each waits at most, whatever they send; the client door is open to many."""
+    """One quoted error each waits at most, whatever they send; the client socket is open to
+    many.
+    """
     before = daemon.call(lambda: daemon.scratch.held)
     crowd = []
     for _ in range(40):
-        client = daemon.connect(door="client", negotiate=False)
+        client = daemon.connect(role="client", negotiate=False)
         client.sock.setblocking(False)
         crowd.append(client)
         with contextlib.suppress(BlockingIOError):
@@ -482,11 +483,13 @@ def test_clients_that_misbehave_together_disturb_nobody(daemon: Daemon, qmp: Cli
 
 
 def test_quit_stops_the_daemon_in_order(daemon: Daemon, qmp: Client) -> None:
-    """The event to all administrators, then the reply, then the end; nothing pipelined is answered."""
+    """The event to all administrators, then the reply, then the end; nothing pipelined is
+    answered.
+    """
     other = daemon.connect()
     waiting = daemon.connect(negotiate=False)
     waiting.reply()
-    client = daemon.connect(door="client")
+    client = daemon.connect(role="client")
     qmp.send(b'{"execute":"quit","id":1}' + NAME)
     event = qmp.reply()
     assert event["event"] == "SHUTDOWN"
@@ -502,14 +505,14 @@ def test_quit_stops_the_daemon_in_order(daemon: Daemon, qmp: Client) -> None:
 
 
 def test_the_control_door_is_for_root_and_the_own_uid(daemon: Daemon) -> None:
-    """Others are told and closed; the client door lets them in, as they are."""
+    """Others are told and closed; the client socket lets them in, as they are."""
     client = daemon.connect(negotiate=False, uid=1000)
     assert client.reply()["error"]["desc"] == (
         "uid 1000 may not use the control socket; connect to the client socket"
     )
     assert client.line() == b""
     client.close()
-    allowed = daemon.connect(door="client", uid=1000)
+    allowed = daemon.connect(role="client", uid=1000)
     fd = os.memfd_create("x")
     allowed.ok("getfd", {"fdname": "a"}, (fd,))
     allowed.ok("getfd", {"fdname": "a"}, (fd,))
@@ -524,7 +527,7 @@ def test_the_control_door_is_for_root_and_the_own_uid(daemon: Daemon) -> None:
 def test_only_root_and_the_own_uid_may_name_a_path(daemon: Daemon, qmp: Client) -> None:
     """The daemon would open it with its own rights; whoever else an authz object admits may not."""
     qmp.ok("object-add", {"qom-type": "authz-simple", "id": "admins", "identity": "uid:1000"})
-    other = daemon.connect(door="admins", uid=1000)
+    other = daemon.connect(role="admins", uid=1000)
     assert other.add("s", file="/etc/hostname")["error"]["desc"] == (
         "Only uid 0 and the daemon's own uid may name a file"
     )
@@ -585,11 +588,11 @@ def ask_or_end(client: Client) -> dict | None:
     return json.loads(line) if line else None
 
 
+@pytest.mark.tuning(retry_accept_seconds=0.05)
 def test_out_of_descriptors_accepting_pauses_and_goes_on(
     daemon: Daemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """EMFILE is not the end, and no busy loop."""
-    monkeypatch.setattr(server, "RETRY_ACCEPT_SECONDS", 0.05)
     failures = [errno.EMFILE, errno.ENFILE]
     (listener, *_rest) = daemon.server._listeners
     real = listener.sock
@@ -638,7 +641,7 @@ def test_a_peer_that_is_gone_at_accept_is_forgotten(
             assert b"It cannot be told in full who has connected: the process" in sock.recv(500)
             assert sock.recv(1) == b""
     with monkeypatch.context() as patch:
-        patch.setattr(Transport, "send", lambda self, _data: self.close())
+        patch.setattr(Sender, "send", lambda self, _data: self._failed())
         with socket.socket(socket.AF_UNIX) as sock:
             sock.connect(daemon.control)
             assert sock.recv(1) == b""
@@ -656,29 +659,31 @@ def test_a_closed_connection_takes_nothing_any_more(daemon: Daemon, qmp: Client)
 
     def late() -> None:
         own = session.transport
-        own.pause("busy")
-        own._too_slow()
+        own.pause(Pause.BUSY)
+        own._timed_out()
         assert not own.is_closed
         own._readable()
-        own.resume("busy")
+        own.resume(Pause.BUSY)
         own.close()
         own.close()
-        own.fed()
-        own.resume("busy")
+        own._on_room()
+        own.resume(Pause.BUSY)
         own.send(b"x")
-        own.send(transport.Locked(daemon.scratch.allocate(10), 10))
+        own.send(Locked(daemon.scratch.allocate(10), 10))
 
     daemon.call(late)
     assert qmp.line() == b""
 
 
 def test_a_uid_with_too_many_descriptors_is_shut_out(daemon: Daemon, qmp: Client) -> None:
-    """Its connection ends when it brings more, with a word why; a new one is refused; others go on."""
+    """Its connection ends when it brings more, with a word why; a new one is refused; others go
+    on.
+    """
     share = daemon.server.core.limits.descriptors
     share.limit = 4
     words = "uid 1000 has %d descriptors open here, and the limit is 4 (descriptors-per-uid)"
-    holder = daemon.connect(door="client", uid=1000)
-    other = daemon.connect(door="client", uid=1000)
+    holder = daemon.connect(role="client", uid=1000)
+    other = daemon.connect(role="client", uid=1000)
     with open("/dev/null") as file:
         for name in "abcd":
             holder.ok("getfd", {"fdname": name}, (file.fileno(),))
@@ -686,16 +691,16 @@ def test_a_uid_with_too_many_descriptors_is_shut_out(daemon: Daemon, qmp: Client
         assert other.reply()["error"]["desc"] == words % 4
         assert other.line() == b""
         closing = daemon.server.core.threads.closing
-        refused = daemon.connect(door="client", uid=1000, negotiate=False)
+        refused = daemon.connect(role="client", uid=1000, negotiate=False)
         # The connection that was ended counts until it is closed: a descriptor lies in it.
         assert refused.reply()["error"]["desc"] in (words % 4, words % 5)
         assert refused.line() == b""
-        daemon.connect(door="client", uid=1001).ok("getfd", {"fdname": "a"}, (file.fileno(),))
+        daemon.connect(role="client", uid=1001).ok("getfd", {"fdname": "a"}, (file.fileno(),))
         qmp.ok("getfd", {"fdname": "a"}, (file.fileno(),))
     holder.ok("closefd", {"fdname": "a"})
     while share.held(1000) != 3 or closing(1000):
         pass
-    assert daemon.connect(door="client", uid=1000).ok("query-version")
+    assert daemon.connect(role="client", uid=1000).ok("query-version")
 
 
 def test_a_failure_in_a_connection_that_closed_itself_touches_no_freed_memory(
@@ -704,7 +709,7 @@ def test_a_failure_in_a_connection_that_closed_itself_touches_no_freed_memory(
     """Its own buffer is gone by then."""
     qmp.send(b'{"half": "' + b"x" * 100)
     session = only_session(daemon)
-    while not daemon.call(lambda: session.transport._fill):
+    while not daemon.call(lambda: session.transport._tail.fill):
         pass
 
     def broken(*_args: object) -> None:
@@ -730,7 +735,7 @@ def test_a_failure_behind_a_command_that_waited_ends_that_connection_only(
         b'{"execute":"object-add","arguments":{"qom-type":"secret","id":"s","file":"%s"}}%s'
         % (fifo.encode(), NAME)
     )
-    while not daemon.call(lambda: session._task):
+    while not daemon.call(lambda: session._pending):
         pass
 
     def broken(*_args: object) -> None:
@@ -750,9 +755,9 @@ def test_a_client_that_reads_again_is_answered_on(daemon: Daemon, qmp: Client) -
 
     def fill() -> None:
         session.transport.send(b"x" * (4 << 20) + b"\r\n")
-        assert "backlog" in session.transport._paused
-        session.transport.resume("backlog")
-        assert "backlog" in session.transport._paused
+        assert session.transport._paused & Pause.BACKLOG
+        session.transport.resume(Pause.BACKLOG)
+        assert session.transport._paused & Pause.BACKLOG
 
     daemon.call(fill)
     qmp.send(NAME)
@@ -760,13 +765,11 @@ def test_a_client_that_reads_again_is_answered_on(daemon: Daemon, qmp: Client) -
     assert qmp.reply() == {"return": {}}
 
 
+@pytest.mark.tuning(turn_seconds=-1.0, shared_turn_seconds=-1.0, look_seconds=-1.0)
 def test_a_long_series_of_requests_lets_others_go_on(
     daemon: Daemon, qmp: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One request a turn here; all are answered, in order."""
-    monkeypatch.setattr(session_module, "TURN_SECONDS", -1.0)
-    monkeypatch.setattr(session_module, "SHARED_TURN_SECONDS", -1.0)
-    monkeypatch.setattr(session_module, "LOOK_SECONDS", -1.0)
     other = daemon.connect()
     qmp.send(b"".join(b'{"execute":"query-name","id":%d}\n' % n for n in range(2000)))
     assert other.cmd("query-name") == {"return": {}}
@@ -819,13 +822,11 @@ def ended(client: Client) -> bool:
         return True
 
 
+@pytest.mark.tuning(turn_seconds=-1.0, shared_turn_seconds=-1.0, look_seconds=-1.0)
 def test_what_was_sent_before_a_stop_is_answered(
     daemon: Daemon, qmp: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All of it, though it takes many turns; who has nothing to wait for is closed at once."""
-    monkeypatch.setattr(session_module, "TURN_SECONDS", -1.0)
-    monkeypatch.setattr(session_module, "SHARED_TURN_SECONDS", -1.0)
-    monkeypatch.setattr(session_module, "LOOK_SECONDS", -1.0)
     idle = daemon.connect()
 
     def send_and_stop() -> None:
@@ -876,13 +877,11 @@ def test_a_client_that_reads_late_gets_its_answers_after_a_stop(
     assert ended(qmp)
 
 
-@pytest.mark.parametrize("hurry", [False, True])
-def test_a_stop_does_not_wait_for_ever(
-    daemon: Daemon, qmp: Client, hurry: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(
+    "hurry", [pytest.param(False, marks=pytest.mark.tuning(stop_seconds=0.01)), True]
+)
+def test_a_stop_does_not_wait_for_ever(daemon: Daemon, qmp: Client, hurry: bool) -> None:
     """For what never comes; and not at all when it is asked for again."""
-    if not hurry:
-        monkeypatch.setattr(server, "STOP_SECONDS", 0.01)
     fd = os.memfd_create("x")
     os.write(fd, bytes(200_000))
     added = qmp.ok("add-fd", None, (fd,))
@@ -950,10 +949,10 @@ def test_a_stale_socket_is_replaced_and_a_live_one_is_not(daemon: Daemon, tmp_pa
     stale = tmp_path / "stale"
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind(str(stale))
-    listener = listen(str(stale), Door.CONTROL, 0o600)
+    listener = listen(str(stale), SocketRole.CONTROL, 0o600)
     assert stale.stat().st_mode & 0o777 == 0o600
     with pytest.raises(UsageError, match="another process is listening there"):
-        listen(str(stale), Door.CONTROL, 0o600)
+        listen(str(stale), SocketRole.CONTROL, 0o600)
     backlog = []
     for _ in range(200):
         sock = socket.socket(socket.AF_UNIX)
@@ -962,31 +961,31 @@ def test_a_stale_socket_is_replaced_and_a_live_one_is_not(daemon: Daemon, tmp_pa
         if sock.connect_ex(str(stale)):
             break
     with pytest.raises(UsageError, match="another process is listening there"):
-        listen(str(stale), Door.CONTROL, 0o600)
+        listen(str(stale), SocketRole.CONTROL, 0o600)
     for sock in backlog:
         sock.close()
     listener.close()
     assert not stale.exists()
     stale.write_text("x")
     with pytest.raises(UsageError, match="exists and is not a socket"):
-        listen(str(stale), Door.CONTROL, 0o600)
+        listen(str(stale), SocketRole.CONTROL, 0o600)
     assert stale.read_text() == "x"
 
 
 def test_paths_that_cannot_be_bound_are_named(tmp_path: Path) -> None:
     """Too long, or in no directory."""
     with pytest.raises(UsageError, match="107 bytes at most"):
-        listen(str(tmp_path / ("x" * 120)), Door.CONTROL, 0o600)
+        listen(str(tmp_path / ("x" * 120)), SocketRole.CONTROL, 0o600)
     with pytest.raises(UsageError, match="No such file or directory"):
-        listen(str(tmp_path / "no" / "s"), Door.CONTROL, 0o600)
+        listen(str(tmp_path / "no" / "s"), SocketRole.CONTROL, 0o600)
 
 
 def test_a_socket_file_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
     """At the end only what is still ours is removed."""
     path = str(tmp_path / "s")
-    first = listen(path, Door.CLIENT, 0o666)
+    first = listen(path, SocketRole.CLIENT, 0o666)
     os.rename(path, str(tmp_path / "moved"))
-    second = listen(path, Door.CLIENT, 0o666)
+    second = listen(path, SocketRole.CLIENT, 0o666)
     first.close()
     assert os.path.exists(path)
     os.unlink(path)
@@ -997,7 +996,9 @@ def test_a_socket_file_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
 def test_a_client_that_left_before_its_command_had_to_wait_leaves_nothing(
     daemon: Daemon, tmp_path: Path
 ) -> None:
-    """Its going is noticed when the replies before are sent; the wait ends then, not at its time limit."""
+    """Its going is noticed when the replies before are sent; the wait ends then, not at its time
+    limit.
+    """
     os.mkfifo(tmp_path / "fifo")
     leaving = daemon.connect()
     others_gone = threading.Event()
@@ -1016,11 +1017,11 @@ def test_a_client_that_left_before_its_command_had_to_wait_leaves_nothing(
     assert daemon.connect().add("s", data="x") == {"return": {}}
 
 
+@pytest.mark.tuning(retry_room_seconds=3600.0)
 def test_a_connection_without_room_has_one_timer(
     daemon: Daemon, qmp: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However often room that others give back does not suffice."""
-    monkeypatch.setattr(transport, "RETRY_ROOM_SECONDS", 3600.0)
     (session,) = daemon.server.sessions
     starved = session.transport
 

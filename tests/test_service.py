@@ -28,7 +28,7 @@ def manager(tmp_path: Path) -> Iterator[Manager]:
 
 
 @pytest.fixture
-def door(tmp_path: Path) -> Iterator[Callable[[str], socket.socket]]:
+def role(tmp_path: Path) -> Iterator[Callable[[str], socket.socket]]:
     """Make sockets as the service manager has them."""
     made: list[socket.socket] = []
 
@@ -50,12 +50,12 @@ def records(said: str) -> list[dict]:
 
 
 def test_secrets_survive_what_ends_the_process(
-    manager: Manager, door: Callable[[str], socket.socket]
+    manager: Manager, role: Callable[[str], socket.socket]
 ) -> None:
     """A stop, whose next start may be a restart's; and kill -9. Deadlines and grants too."""
-    control, client = door("control"), door("client")
-    doors = {"client": client, "control": control}
-    started = manager.start(doors=doors)
+    control, client = role("control"), role("client")
+    sockets = {"client": client, "control": control}
+    started = manager.start(sockets=sockets)
     manager.wait_for_store(*KEPT)
     with_client = qmp(control)
     with_client.add("a", data="letmein")
@@ -69,7 +69,7 @@ def test_secrets_survive_what_ends_the_process(
     said = started.end()
     assert said.endswith("secretd: stopped; the service manager keeps 4 objects\n")
     for number in (signal.SIGKILL, signal.SIGTERM):
-        started = manager.start(doors=doors)
+        started = manager.start(sockets=sockets)
         reader = qmp(client)
         assert reader.read("a") == b"letmein"
         reader.close()
@@ -85,10 +85,10 @@ def test_secrets_survive_what_ends_the_process(
     manager.wait_for_store(*KEPT)
 
 
-def test_quit_leaves_nothing(manager: Manager, door: Callable[[str], socket.socket]) -> None:
+def test_quit_leaves_nothing(manager: Manager, role: Callable[[str], socket.socket]) -> None:
     """Neither here nor there."""
-    control = door("control")
-    started = manager.start(doors={"control": control})
+    control = role("control")
+    started = manager.start(sockets={"control": control})
     client = qmp(control)
     client.add("a", data="letmein")
     waiting = qmp(control)  # the end itself has to wait for it
@@ -110,12 +110,12 @@ def test_quit_leaves_nothing(manager: Manager, door: Callable[[str], socket.sock
 
 @pytest.mark.parametrize("late", [False, True])
 def test_a_store_without_room_is_an_error_that_is_logged(
-    tmp_path: Path, door: Callable[[str], socket.socket], late: bool
+    tmp_path: Path, role: Callable[[str], socket.socket], late: bool
 ) -> None:
     """And secrets end with the process then; also where it turns out a little later."""
-    control = door("control")
+    control = role("control")
     with Manager(tmp_path, room=3, late=late) as manager:
-        started = manager.start(doors={"control": control})
+        started = manager.start(sockets={"control": control})
         manager.wait(f"STATUS=0 secrets, memory: {ARENA_LEVEL}, not kept over restarts")
         said = started.end()
         assert (
@@ -127,11 +127,13 @@ def test_a_store_without_room_is_an_error_that_is_logged(
 
 
 def test_a_store_that_lost_its_room_still_has_what_it_had(
-    manager: Manager, door: Callable[[str], socket.socket]
+    manager: Manager, role: Callable[[str], socket.socket]
 ) -> None:
-    """The journal stays with the file that is kept, and gets its second one when there is room again."""
-    control = door("control")
-    started = manager.start(doors={"control": control})
+    """The journal stays with the file that is kept, and gets its second one when there is room
+    again.
+    """
+    control = role("control")
+    started = manager.start(sockets={"control": control})
     client = qmp(control)
     client.add("a", data="letmein")
     client.close()
@@ -140,7 +142,7 @@ def test_a_store_that_lost_its_room_still_has_what_it_had(
     manager.store.remove(spare)
     os.close(spare[1])
     manager.room = 2
-    started = manager.start(doors={"control": control})
+    started = manager.start(sockets={"control": control})
     client = qmp(control)
     assert client.read("a") == b"letmein"
     client.close()
@@ -151,17 +153,17 @@ def test_a_store_that_lost_its_room_still_has_what_it_had(
     )
     assert said.endswith("secretd: stopped; the service manager keeps 1 object\n")
     manager.room = 4
-    started = manager.start(doors={"control": control})
+    started = manager.start(sockets={"control": control})
     manager.wait_for_store(*KEPT)  # the probe has gone: it is sure
     assert "has no room" not in started.end()
 
 
 def test_a_store_that_was_emptied_gets_everything_again(
-    manager: Manager, door: Callable[[str], socket.socket]
+    manager: Manager, role: Callable[[str], socket.socket]
 ) -> None:
     """As by a daemon-reload while the unit's file was missing for a moment."""
-    control = door("control")
-    started = manager.start(doors={"control": control}, watchdog=0.1)
+    control = role("control")
+    started = manager.start(sockets={"control": control}, watchdog=0.1)
     client = qmp(control)
     client.add("a", data="letmein")
     client.close()
@@ -177,7 +179,7 @@ def test_a_store_that_was_emptied_gets_everything_again(
     manager.wait_for_store(*KEPT)
     said = started.end()
     assert said.count("the service manager has no room for another descriptor") == 1
-    started = manager.start(doors={"control": control})
+    started = manager.start(sockets={"control": control})
     client = qmp(control)
     assert client.read("a") == b"letmein"
     client.close()
@@ -185,12 +187,12 @@ def test_a_store_that_was_emptied_gets_everything_again(
 
 
 def test_a_service_manager_that_is_slow_at_start_is_asked_again(
-    manager: Manager, door: Callable[[str], socket.socket]
+    manager: Manager, role: Callable[[str], socket.socket]
 ) -> None:
     """What was not kept then is kept later."""
-    control = door("control")
+    control = role("control")
     manager.room = 0
-    started = manager.start(doors={"control": control}, watchdog=0.1)
+    started = manager.start(sockets={"control": control}, watchdog=0.1)
     manager.wait(f"STATUS=0 secrets, memory: {ARENA_LEVEL}, not kept over restarts")
     manager.room = 16
     manager.wait(f"STATUS=0 secrets, memory: {ARENA_LEVEL}, kept over restarts")
@@ -198,11 +200,11 @@ def test_a_service_manager_that_is_slow_at_start_is_asked_again(
 
 
 def test_a_journal_that_lost_its_second_file_is_not_moved_to_another(
-    manager: Manager, door: Callable[[str], socket.socket], tmp_path: Path
+    manager: Manager, role: Callable[[str], socket.socket], tmp_path: Path
 ) -> None:
     """Before that one is kept, whatever the start makes it do."""
-    control = door("control")
-    started = manager.start(doors={"control": control})
+    control = role("control")
+    started = manager.start(sockets={"control": control})
     client = qmp(control)
     for _ in range(80):
         client.add("big", data="x")
@@ -216,9 +218,9 @@ def test_a_journal_that_lost_its_second_file_is_not_moved_to_another(
     manager.store.remove(spare)
     os.close(spare[1])
     (tmp_path / "f").write_text("f")
-    started = manager.start("--object", "secret,id=b,file=f", doors={"control": control})
+    started = manager.start("--object", "secret,id=b,file=f", sockets={"control": control})
     started.end(signal.SIGKILL, -9)
-    started = manager.start(doors={"control": control})
+    started = manager.start(sockets={"control": control})
     client = qmp(control)
     assert (client.read("a"), client.read("b")) == (b"letmein", b"f")
     client.close()
@@ -226,14 +228,14 @@ def test_a_journal_that_lost_its_second_file_is_not_moved_to_another(
 
 
 def test_what_is_over_at_a_start_is_gone_before_the_command_line_is_looked_at(
-    manager: Manager, door: Callable[[str], socket.socket], tmp_path: Path
+    manager: Manager, role: Callable[[str], socket.socket], tmp_path: Path
 ) -> None:
     """A key whose time has passed meanwhile is made anew, and what needs it has it."""
-    control = door("control")
+    control = role("control")
     (tmp_path / "key").write_bytes(bytes(32))
     (tmp_path / "data").write_bytes(b"x" * 16)
     options = ["--object", "secret,id=m,file=key"]
-    started = manager.start(*options, doors={"control": control})
+    started = manager.start(*options, sockets={"control": control})
     client = qmp(control)
     client.add("other", data="x")
     for name in ("m", "other"):
@@ -246,7 +248,7 @@ def test_what_is_over_at_a_start_is_gone_before_the_command_line_is_looked_at(
     while now() < ends:  # nothing runs that could report it
         os.sched_yield()
     options += ["--object", f"secret,id=s,keyid=m,format=base64,iv={sealed['iv']},file=data"]
-    started = manager.start(*options, doors={"control": control})
+    started = manager.start(*options, sockets={"control": control})
     client = qmp(control)
     assert [s["id"] for s in client.secrets()] == ["m", "s"]
     client.close()
@@ -255,28 +257,28 @@ def test_what_is_over_at_a_start_is_gone_before_the_command_line_is_looked_at(
 
 
 def test_an_object_that_there_is_no_room_to_compare_stays(
-    manager: Manager, door: Callable[[str], socket.socket], tmp_path: Path
+    manager: Manager, role: Callable[[str], socket.socket], tmp_path: Path
 ) -> None:
     """It is said, and the start goes on."""
-    control = door("control")
+    control = role("control")
     (tmp_path / "f").write_bytes(b"x" * 200_000)
     options = ["--object", "secret,id=s,file=f"]
     limit = ["prlimit", "--memlock=2500000:2500000", *WITHOUT_IPC_LOCK]
-    started = manager.start(*options, doors={"control": control}, prefix=limit)
+    started = manager.start(*options, sockets={"control": control}, prefix=limit)
     client = qmp(control)
     number = 0
     while client.cmd("secret-generate", {"id": f"s{number}", "size": 200_000}) == {"return": {}}:
         number += 1
     client.close()
     started.end()
-    started = manager.start(*options, doors={"control": control}, prefix=limit)
+    started = manager.start(*options, sockets={"control": control}, prefix=limit)
     said = started.end()
     assert "secretd: object 's' stays as it was: No locked memory left for another " in said
     said = refused(
         manager.start(
             "--object",
             "secret,id=new,file=f",
-            doors={"control": control},
+            sockets={"control": control},
             prefix=limit,
             ready=False,
         )
@@ -285,11 +287,11 @@ def test_an_object_that_there_is_no_room_to_compare_stays(
 
 
 def test_the_audits_key_does_not_end_by_itself(
-    manager: Manager, door: Callable[[str], socket.socket]
+    manager: Manager, role: Callable[[str], socket.socket]
 ) -> None:
     """Nor does its deadline of an earlier run stop others from ending."""
-    control = door("control")
-    started = manager.start(doors={"control": control})
+    control = role("control")
+    started = manager.start(sockets={"control": control})
     client = qmp(control)
     client.add("k", data="x" * 16)
     client.add("other", data="x")
@@ -297,7 +299,7 @@ def test_the_audits_key_does_not_end_by_itself(
     client.ok("secret-expire", {"id": "other", "after": 3})
     client.close()
     started.end()
-    started = manager.start("--audit-key=k", doors={"control": control})
+    started = manager.start("--audit-key=k", sockets={"control": control})
     client = qmp(control)
     while [s["id"] for s in client.secrets()] != ["k"]:
         pass
@@ -307,11 +309,11 @@ def test_the_audits_key_does_not_end_by_itself(
 
 
 def test_the_service_manager_is_told(
-    manager: Manager, door: Callable[[str], socket.socket]
+    manager: Manager, role: Callable[[str], socket.socket]
 ) -> None:
     """That the loop turns, how many secrets there are, of a reload and of the end."""
-    control = door("control")
-    started = manager.start(doors={"control": control}, watchdog=0.1)
+    control = role("control")
+    started = manager.start(sockets={"control": control}, watchdog=0.1)
     rest = f"memory: {ARENA_LEVEL}, kept over restarts"
     manager.wait(f"STATUS=0 secrets, {rest}")
     for _ in range(3):
@@ -333,7 +335,7 @@ def test_the_service_manager_is_told(
 
 
 def test_a_status_that_could_not_be_told_is_told_later(
-    manager: Manager, door: Callable[[str], socket.socket]
+    manager: Manager, role: Callable[[str], socket.socket]
 ) -> None:
     """The service manager may be busy."""
     from secretd.daemon import fd_store, status
@@ -348,7 +350,7 @@ def test_a_status_that_could_not_be_told_is_told_later(
         journal = Journal(Arena(ARENA_LEVEL))
         tree = ObjectTree(journal, journal.arena, TYPES)
         ours = Ours(manager.path)
-        reports = status.Reports(fd_store.Store(ours, journal, restored=False), tree)
+        reports = status.StatusReporter(fd_store.Store(ours, journal, restored=False), tree)
         reports.start()
         reports._tell()
         assert reports._due is None
@@ -373,16 +375,16 @@ def test_a_status_that_could_not_be_told_is_told_later(
 
 
 def test_doors_of_the_command_line_are_opened_beside_those_passed(
-    manager: Manager, door: Callable[[str], socket.socket], tmp_path: Path
+    manager: Manager, role: Callable[[str], socket.socket], tmp_path: Path
 ) -> None:
     """What an option says of a passed socket's path is about that socket."""
     need_root()
-    control = door("control")
+    control = role("control")
     path = control.getsockname()
     started = manager.start(
         "--control", f"{path},authz=z", "--client", str(tmp_path / "own.sock"),
         "--object", "authz-simple,id=z,identity=uid:1001",
-        doors={"control": control},
+        sockets={"control": control},
     )  # fmt: skip
     from tests.conftest import connect_as
 
@@ -402,11 +404,11 @@ def refused(started: Started) -> str:
 
 
 def test_a_socket_is_the_door_that_it_is_called(
-    manager: Manager, door: Callable[[str], socket.socket]
+    manager: Manager, role: Callable[[str], socket.socket]
 ) -> None:
     """Another name, another kind of descriptor, or an option that says otherwise ends the start."""
-    control = door("control")
-    said = refused(manager.start(doors={"control.sock": control}, ready=False))
+    control = role("control")
+    said = refused(manager.start(sockets={"control.sock": control}, ready=False))
     assert said == (
         "secretd: the service manager passed a socket as 'control.sock': FileDescriptorName= of a .socket "
         "unit must be control, client or credentials\n"
@@ -424,7 +426,7 @@ def test_a_socket_is_the_door_that_it_is_called(
     two.close()
     os.close(null)
     said = refused(
-        manager.start("--client", control.getsockname(), doors={"control": control}, ready=False)
+        manager.start("--client", control.getsockname(), sockets={"control": control}, ready=False)
     )
     path = control.getsockname()
     assert said.splitlines()[-1] == (
@@ -437,18 +439,18 @@ def test_an_abstract_socket_is_a_door_too(manager: Manager) -> None:
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind(f"\0secretd-test-{os.getpid()}")
         sock.listen()
-        said = manager.start(doors={"client": sock}).end()
+        said = manager.start(sockets={"client": sock}).end()
     assert f"secretd: client socket      @secretd-test-{os.getpid()}\n" in said
 
 
 def test_what_is_unknown_stays_with_the_service_manager(
-    manager: Manager, door: Callable[[str], socket.socket]
+    manager: Manager, role: Callable[[str], socket.socket]
 ) -> None:
     """It may be another version's."""
-    control = door("control")
+    control = role("control")
     null = os.open("/dev/null", os.O_RDONLY)
     started = manager.start(
-        doors={"control": control}, extra=[("new-thing", null), ("probe", null)]
+        sockets={"control": control}, extra=[("new-thing", null), ("probe", null)]
     )
     said = started.end()
     assert (
@@ -459,11 +461,11 @@ def test_what_is_unknown_stays_with_the_service_manager(
 
 
 def test_what_was_left_and_cannot_be_taken_over_stays(
-    manager: Manager, door: Callable[[str], socket.socket]
+    manager: Manager, role: Callable[[str], socket.socket]
 ) -> None:
     """A format that is unknown, a part that is missing; each said, and nothing lost."""
-    control = door("control")
-    started = manager.start(doors={"control": control})
+    control = role("control")
+    started = manager.start(sockets={"control": control})
     client = qmp(control)
     client.add("a", data="letmein")
     client.close()
@@ -471,7 +473,7 @@ def test_what_was_left_and_cannot_be_taken_over_stays(
     kept = dict(manager.store)
     journal = next(fd for name, fd in manager.store if name == "journal" and os.fstat(fd).st_size)
     os.pwrite(journal, b"\7", 8)
-    said = refused(manager.start(doors={"control": control}, ready=False))
+    said = refused(manager.start(sockets={"control": control}, ready=False))
     assert said == (
         "secretd: what secretd held before cannot be taken over: the journal has format 7, not 1. It stays "
         "with the service manager: mend this and the next start takes it over, or give all secrets up with "
@@ -480,12 +482,12 @@ def test_what_was_left_and_cannot_be_taken_over_stays(
     os.pwrite(journal, b"\1", 8)
     arena = [each for each in manager.store if each[0] == "arena"]
     manager.store.remove(arena[0])
-    said = refused(manager.start(doors={"control": control}, ready=False))
+    said = refused(manager.start(sockets={"control": control}, ready=False))
     assert "cannot be taken over: the arena is missing" in said
     manager.store += arena
     spare = memfd(b"")
     started = manager.start(
-        doors={"control": control}, extra=[("arena", spare), ("journal", spare)]
+        sockets={"control": control}, extra=[("arena", spare), ("journal", spare)]
     )
     client = qmp(control)
     assert client.read("a") == b"letmein"
@@ -496,18 +498,18 @@ def test_what_was_left_and_cannot_be_taken_over_stays(
 
 
 def test_an_arena_without_a_journal_is_nothing(
-    manager: Manager, door: Callable[[str], socket.socket]
+    manager: Manager, role: Callable[[str], socket.socket]
 ) -> None:
     """Of a process that was killed before it had both."""
-    control = door("control")
+    control = role("control")
     manager.store.append(("arena", memfd(b"x" * 5000)))
-    started = manager.start(doors={"control": control})
+    started = manager.start(sockets={"control": control})
     manager.wait_for_store(*KEPT)
     started.end()
 
 
 def test_memory_that_is_not_locked_is_refused_where_it_must_be(
-    manager: Manager, door: Callable[[str], socket.socket]
+    manager: Manager, role: Callable[[str], socket.socket]
 ) -> None:
     """What an earlier process left without locking it does not become locked."""
     from secretd.memory.arena import Arena
@@ -516,29 +518,31 @@ def test_memory_that_is_not_locked_is_refused_where_it_must_be(
     manager.store += [("arena", os.dup(journal.arena.fileno()))]
     manager.store += [("journal", os.dup(fd)) for fd in journal.filenos()]
     journal.leave()
-    control = door("control")
-    said = refused(manager.start("--memory-lock=require", doors={"control": control}, ready=False))
+    control = role("control")
+    said = refused(
+        manager.start("--memory-lock=require", sockets={"control": control}, ready=False)
+    )
     assert said.startswith(
         "secretd: the secrets that secretd held before are not in locked memory, and "
     )
-    started = manager.start(doors={"control": control})
+    started = manager.start(sockets={"control": control})
     assert "MEMORY IS NOT LOCKED" in started.end()
 
 
 def test_memory_that_is_too_little_for_what_else_is_needed_loses_nothing(
-    manager: Manager, door: Callable[[str], socket.socket]
+    manager: Manager, role: Callable[[str], socket.socket]
 ) -> None:
     """What was kept stays, whatever the start fails at."""
-    control = door("control")
-    started = manager.start(doors={"control": control})
+    control = role("control")
+    started = manager.start(sockets={"control": control})
     client = qmp(control)
     client.add("a", data="letmein")
     client.close()
     started.end()
     limit = ["prlimit", "--memlock=262144:262144", *WITHOUT_IPC_LOCK]
-    said = refused(manager.start(doors={"control": control}, prefix=limit, ready=False))
+    said = refused(manager.start(sockets={"control": control}, prefix=limit, ready=False))
     assert said.startswith("secretd: No locked memory left for another 65536 bytes")
-    started = manager.start(doors={"control": control})
+    started = manager.start(sockets={"control": control})
     client = qmp(control)
     assert client.read("a") == b"letmein"
     client.close()
@@ -546,21 +550,23 @@ def test_memory_that_is_too_little_for_what_else_is_needed_loses_nothing(
 
 
 def test_a_start_that_fails_keeps_what_was_kept(
-    manager: Manager, door: Callable[[str], socket.socket]
+    manager: Manager, role: Callable[[str], socket.socket]
 ) -> None:
     """A mistake on the command line is no loss; help is none either."""
-    control = door("control")
-    started = manager.start(doors={"control": control})
+    control = role("control")
+    started = manager.start(sockets={"control": control})
     client = qmp(control)
     client.add("a", data="letmein")
     client.close()
     started.end()
     said = refused(
-        manager.start("--object", "secret,id=b,file=/nope", doors={"control": control}, ready=False)
+        manager.start(
+            "--object", "secret,id=b,file=/nope", sockets={"control": control}, ready=False
+        )
     )
     assert "--object secret,id=b,file=/nope: Unable to read /nope" in said
-    manager.start("--object", "help", doors={"control": control}, ready=False).end(0, 0)
-    started = manager.start(doors={"control": control})
+    manager.start("--object", "help", sockets={"control": control}, ready=False).end(0, 0)
+    started = manager.start(sockets={"control": control})
     client = qmp(control)
     assert client.read("a") == b"letmein"
     client.close()
@@ -568,18 +574,18 @@ def test_a_start_that_fails_keeps_what_was_kept(
 
 
 def test_objects_of_the_command_line_are_no_duplicates_of_themselves(
-    manager: Manager, door: Callable[[str], socket.socket], tmp_path: Path
+    manager: Manager, role: Callable[[str], socket.socket], tmp_path: Path
 ) -> None:
     """They stay as they are, with what was counted, unless something about them is new."""
-    control = door("control")
+    control = role("control")
     (tmp_path / "f").write_text("one")
     options = [
         "--object", "secret,id=s,file=f", "--object", "secret,id=d,data=hidden",
         "--object", "authz-list,id=l,policy=allow",
         "--object", "secret-grant,id=g,secret=s,authz=l,max-reads=9,expires-after=900",
     ]  # fmt: skip
-    client_door = door("client")
-    doors = {"control": control, "client": client_door}
+    client_door = role("client")
+    sockets = {"control": control, "client": client_door}
 
     def state() -> tuple[int, int, bytes]:
         reader = qmp(client_door)
@@ -591,41 +597,44 @@ def test_objects_of_the_command_line_are_no_duplicates_of_themselves(
         client.close()
         return reads, left[0], content
 
-    started = manager.start(*options, doors=doors)
+    started = manager.start(*options, sockets=sockets)
     client = qmp(control)
     client.ok("secret-expire", {"id": "s", "after": 800})
     client.close()
     assert state() == (1, 800, b"one")
     said = started.end()
     assert [r["id"] for r in records(said) if r["event"] == "add"] == ["s", "d", "l", "g"]
-    started = manager.start(*options, doors=doors)
+    started = manager.start(*options, sockets=sockets)
     reads, left, _ = state()
     assert (reads, 790 < left <= 800) == (2, True)
     said = started.end()
     assert not [r for r in records(said) if r["event"] == "add"]
     (tmp_path / "f").write_text("two")
     options[-1] = options[-1].replace("max-reads=9", "max-reads=8")
-    started = manager.start(*options, doors=doors)
+    started = manager.start(*options, sockets=sockets)
     assert state() == (1, -1, b"two")
     said = started.end()
     assert [r["id"] for r in records(said) if r["event"] == "add"] == ["s", "g"]
     said = refused(
-        manager.start(*options, "--object", "secret,id=s,file=f", doors=doors, ready=False)
+        manager.start(*options, "--object", "secret,id=s,file=f", sockets=sockets, ready=False)
     )
     assert "attempt to add duplicate property 's' to object (type 'container')" in said
 
 
 def test_best_effort_starts_without_what_cannot_be_had(
     manager: Manager,
-    door: Callable[[str], socket.socket],
+    role: Callable[[str], socket.socket],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With the reason; what an earlier process had of it stays. Mistakes in the words are still errors."""
-    control = door("control")
+    """With the reason; what an earlier process had of it stays.
+
+    Mistakes in the words are still errors.
+    """
+    control = role("control")
     monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
     options = ["--object", f"secret,id=master0,file={tmp_path}/master-key"]
-    said = refused(manager.start(*options, doors={"control": control}, ready=False))
+    said = refused(manager.start(*options, sockets={"control": control}, ready=False))
     assert said == (
         f"secretd: --object secret,id=master0,file={tmp_path}/master-key: Unable to read "
         f"{tmp_path}/master-key: Failed to open file “{tmp_path}/master-key”: No such file or directory\n"
@@ -633,12 +642,12 @@ def test_best_effort_starts_without_what_cannot_be_had(
         "/etc/credstore.encrypted/master-key; --object-policy=best-effort starts without this object\n"
     )
     (tmp_path / "master-key").write_bytes(bytes(32))
-    started = manager.start(*options, doors={"control": control})
+    started = manager.start(*options, sockets={"control": control})
     started.end()
     (tmp_path / "master-key").unlink()
     options.append("--object-policy=best-effort")
     under = "secret,id=x,keyid=nope,iv=AAAAAAAAAAAAAAAAAAAAAA==,data=AAAA"
-    started = manager.start(*options, "--object", under, doors={"control": control})
+    started = manager.start(*options, "--object", under, sockets={"control": control})
     client = qmp(control)
     assert [s["id"] for s in client.secrets()] == ["master0"]
     client.close()
@@ -649,7 +658,11 @@ def test_best_effort_starts_without_what_cannot_be_had(
     )
     said = refused(
         manager.start(
-            *options, "--object", "secret,id=1,format=hex", doors={"control": control}, ready=False
+            *options,
+            "--object",
+            "secret,id=1,format=hex",
+            sockets={"control": control},
+            ready=False,
         )
     )
     assert "Parameter 'format' does not accept value 'hex'" in said
@@ -660,7 +673,7 @@ def test_without_a_service_manager_nothing_is_told(tmp_path: Path) -> None:
     with Manager(tmp_path) as manager:
         manager.path = ""
         sock = listening(tmp_path / "c")
-        started = manager.start(doors={"control": sock}, ready=False)
+        started = manager.start(sockets={"control": sock}, ready=False)
         client = qmp(sock)
         client.add("a", data="x")
         client.close()
@@ -672,17 +685,17 @@ def test_without_a_service_manager_nothing_is_told(tmp_path: Path) -> None:
 
 
 def test_a_connection_that_was_cut_off_is_refused_by_the_next(
-    manager: Manager, door: Callable[[str], socket.socket]
+    manager: Manager, role: Callable[[str], socket.socket]
 ) -> None:
     """It gets more than a credential may have, never an end."""
-    credentials = door("credentials")
-    started = manager.start(doors={"credentials": credentials})
+    credentials = role("credentials")
+    started = manager.start(sockets={"credentials": credentials})
     sock = socket.socket(socket.AF_UNIX)
     sock.bind(f"\0{os.getpid():x}/unit/a.service/x")
     sock.connect(credentials.getsockname())
     manager.wait_for_store(*KEPT, "credential-1")
     started.end(signal.SIGKILL, -9)
-    started = manager.start(doors={"credentials": credentials})
+    started = manager.start(sockets={"credentials": credentials})
     size = 0
     while data := sock.recv(1 << 16):
         size += len(data)
@@ -697,11 +710,11 @@ def test_a_connection_that_was_cut_off_is_refused_by_the_next(
 
 
 def test_one_that_takes_nothing_is_left_to_the_next_at_a_stop(
-    manager: Manager, door: Callable[[str], socket.socket]
+    manager: Manager, role: Callable[[str], socket.socket]
 ) -> None:
     """Not ended, since an end would be taken for all there is."""
-    credentials = door("credentials")
-    started = manager.start(doors={"credentials": credentials})
+    credentials = role("credentials")
+    started = manager.start(sockets={"credentials": credentials})
     sock = socket.socket(socket.AF_UNIX)
     sock.bind(f"\0{os.getpid():x}/unit/a.service/x")
     sock.connect(credentials.getsockname())
@@ -714,7 +727,7 @@ def test_one_that_takes_nothing_is_left_to_the_next_at_a_stop(
     with pytest.raises(BlockingIOError):
         while sock.recv(1 << 16):
             pass
-    started = manager.start(doors={"credentials": credentials})
+    started = manager.start(sockets={"credentials": credentials})
     started.process.send_signal(signal.SIGTERM)
     manager.wait("STOPPING=1")
     started.end()

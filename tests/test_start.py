@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from secretd.access import peer
-from secretd.access.peer import Door, identify
+from secretd.access.peer import SocketRole, identify
 from secretd.daemon import argv, main
 from secretd.errors import UsageError
 from secretd.linux import user_namespace
@@ -184,7 +184,7 @@ def test_what_is_not_mapped_is_no_identity(
             reply = json.loads(sock.recv(1 << 16))
             assert "uid 65534 stands for every uid" in reply["error"]["desc"]
     with connect_as(daemon.client, 1000, 65534, (65534, 5)) as sock:
-        found = identify(peer_socket(daemon, sock), Door.CLIENT)
+        found = identify(peer_socket(daemon, sock), SocketRole.CLIENT)
     assert {i for i in found.identities if i.startswith(("uid:", "gid:"))} == {"uid:1000", "gid:5"}
 
 
@@ -228,11 +228,11 @@ def test_a_namespace_that_maps_one_uid_is_said_at_start(tmp_path: Path) -> None:
 
 def test_a_link_in_the_sockets_place_is_not_followed(tmp_path: Path) -> None:
     """The mode comes with the socket."""
-    listener = listen(str(tmp_path / "s"), Door.CLIENT, 0o640)
+    listener = listen(str(tmp_path / "s"), SocketRole.CLIENT, 0o640)
     assert os.stat(tmp_path / "s").st_mode & 0o777 == 0o640
     listener.close()
     for mode in (0o600, 0o666, 0o660):
-        made = listen(str(tmp_path / "m"), Door.CONTROL, mode, os.getgid())
+        made = listen(str(tmp_path / "m"), SocketRole.CONTROL, mode, os.getgid())
         assert os.stat(tmp_path / "m").st_mode & 0o777 == mode
         made.close()
 
@@ -245,13 +245,13 @@ def test_directories_that_others_can_write_are_refused(
     inner.mkdir(parents=True)
     os.chmod(tmp_path / "a", 0o777)
     with pytest.raises(UsageError, match=r"a: other users can replace what is in it .*mode 0777"):
-        listen(str(inner / "s"), Door.CLIENT, 0o666)
+        listen(str(inner / "s"), SocketRole.CLIENT, 0o666)
     os.chmod(tmp_path / "a", 0o1777)
-    listen(str(inner / "s"), Door.CLIENT, 0o666).close()
+    listen(str(inner / "s"), SocketRole.CLIENT, 0o666).close()
     with pytest.raises(UsageError, match="abstract sockets have no mode"):
-        listen("@secretd", Door.CONTROL, 0o600)
+        listen("@secretd", SocketRole.CONTROL, 0o600)
     with pytest.raises(UsageError, match="none/s: No such file or directory"):
-        listen(str(tmp_path / "none" / "s"), Door.CONTROL, 0o600)
+        listen(str(tmp_path / "none" / "s"), SocketRole.CONTROL, 0o600)
     if os.getuid() == 0:
         os.chown(tmp_path, 1234, -1)
     owner = os.stat(tmp_path).st_uid

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The client without asyncio: what it does when the daemon refuses, restarts, stays silent or is another
-program.
+"""The client without asyncio: what it does when the daemon refuses, restarts, stays silent or is
+another program.
 """
 
 import asyncio
@@ -34,7 +34,9 @@ GREETING = b'{"QMP": {"version": {"qemu": {}, "package": "secretd x"}, "capabili
 
 @contextmanager
 def server(path: str, *answers: bytes) -> Iterator[list[bytes]]:
-    """A server that sends one answer at a time, each after the next thing it receives; b"" hangs up."""
+    """A server that sends one answer at a time, each after the next thing it receives; b"" hangs
+    up.
+    """
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path)
     listener.listen()
@@ -155,7 +157,9 @@ def test_a_command_that_ends_each_connection_is_given_up(tmp_path: Path) -> None
 def test_silence_is_said_and_can_be_limited(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While it connects, and while it waits for a reply; what comes later is not taken for another's."""
+    """While it connects, and while it waits for a reply; what comes later is not taken for
+    another's.
+    """
     monkeypatch.setattr(channel, "PATIENCE_SECONDS", 0.02)
     path = str(tmp_path / "s")
     said: list[str] = []

@@ -10,7 +10,9 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_a_users_code_is_checked_by_the_types_of_the_client(tmp_path: Path) -> None:
-    """From outside of this checkout, in strict mode; tests/e2e/test_wheel.py has the installed package."""
+    """From outside of this checkout, in strict mode; tests/e2e/test_wheel.py has the installed
+    package.
+    """
     code = tmp_path / "uses.py"
     code.write_text((ROOT / "tests/typing/uses.py").read_text())
     done = subprocess.run(

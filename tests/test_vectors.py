@@ -4,18 +4,20 @@
 import asyncio
 import contextlib
 import os
+from collections.abc import Coroutine
 from pathlib import Path
 
 import pytest
 
-from secretd.access.peer import Door, Peer
+from secretd.access.peer import Peer, SocketRole
 from secretd.audit.log import Audit
 from secretd.journal.journal import Journal
+from secretd.limits import Tuning
 from secretd.memory.arena import Arena
 from secretd.monitor.commands import COMMANDS
 from secretd.monitor.core import Core
 from secretd.monitor.monitor import Monitor
-from secretd.net.transport import Locked
+from secretd.net.receiver import Locked
 from secretd.qom.registry import TYPES
 from secretd.qom.tree import ObjectTree
 from secretd.wire import messages as wire
@@ -38,8 +40,14 @@ class Codec:
         tree = ObjectTree(self.journal, self.scratch, TYPES)
         self.runner = asyncio.Runner()
         self._ended = False
-        shared = Core(tree, COMMANDS.by_name.values(), "secretd test", Audit(), self.quit)
-        peer = Peer(os.getuid(), os.getgid(), os.getpid(), Door.CONTROL)
+
+        def start(coroutine: Coroutine[object, object, None]) -> asyncio.Task[None]:
+            raise AssertionError(coroutine)
+
+        shared = Core(
+            tree, COMMANDS.by_name.values(), "secretd test", Audit(), self.quit, start, Tuning()
+        )
+        peer = Peer(os.getuid(), os.getgid(), os.getpid(), SocketRole.CONTROL)
         self.monitor = Monitor(shared, peer, self._negotiated)
         self.codec = Connection(self.monitor.table.decode)
         self._input = bytearray()

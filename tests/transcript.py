@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 r"""Transcripts: exchanges with a QMP server as data, in tests/vectors/*.qmp.
 
-What QEMU says in them was recorded by scripts/record-vectors, never typed. A file is a list of vectors,
-each with a connection of its own and no objects at its start:
+What QEMU says in them was recorded by scripts/record-vectors, never typed. A file is a list of
+vectors, each with a connection of its own and no objects at its start:
 
     = the name of the vector
     # a remark
@@ -21,8 +21,8 @@ each with a connection of its own and no objects at its start:
     != FIELD JSON | ROW secretd's value of one field of the answer above (FIELD like error.desc); ROW is the
                         beginning of the row under "Differences from QEMU" in docs/protocol.md
 
-In what is sent and answered $dir is the vector's directory; $fd1, $fd2 … are numbers of descriptors, the
-same wherever the same name stands; $seconds and $microseconds any number.
+In what is sent and answered $dir is the vector's directory; $fd1, $fd2 … are numbers of
+descriptors, the same wherever the same name stands; $seconds and $microseconds any number.
 """
 
 import ast
@@ -45,7 +45,9 @@ SCHEMA = VECTORS / "schema.json"
 
 @dataclass
 class Reply:
-    """An answer: QEMU 10's, QEMU 7.2's where it is different (None if there is none), ours likewise."""
+    """An answer: QEMU 10's, QEMU 7.2's where it is different (None if there is none), ours
+    likewise.
+    """
 
     text: str
     ours: tuple[str, object, str] | None = None
@@ -112,7 +114,9 @@ def load(path: Path) -> list[Vector]:
 
 @dataclass
 class Option:
-    """What stands after ``--object``; the words of the error, what is printed; our own words, and why."""
+    """What stands after ``--object``; the words of the error, what is printed; our own words, and
+    why.
+    """
 
     text: str
     words: str = ""

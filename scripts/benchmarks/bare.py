@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The least that a server in Python can do: receive, decode, keep in a dictionary, answer.
 
-No locked memory, no check of anything, no audit, no journal, no error. scripts/bench measures it beside
-secretd, since what it reaches on a machine is what all else has to fit under there.
+No locked memory, no check of anything, no audit, no journal, no error. scripts/bench measures it
+beside secretd, since what it reaches on a machine is what all else has to fit under there.
 """
 
 import asyncio

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A uid that floods a client socket, as a program: flood.py SOCKET KIND CONNECTIONS UID, until it is killed.
+"""A uid that floods a client socket, as a program: flood.py SOCKET KIND CONNECTIONS UID, until it
+is killed.
 
-KIND: costly (each connection sends one costly message after the other) or refused (one connection reads
-secrets that it may not, each of another name).
+KIND: costly (each connection sends one costly message after the other) or refused (one connection
+reads secrets that it may not, each of another name).
 """
 
 import contextlib

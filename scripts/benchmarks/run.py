@@ -2,9 +2,9 @@
 """What scripts/bench measures, how, and the table it prints.
 
 Each server is pinned to one processor together with its load (load.c), since what a wake-up across
-processors costs says more of the machine than of the server. Servers take turns within a round, and the
-figures are medians of the rounds, so that what else goes on here hits all of them alike. The ratios count;
-absolute figures are this machine's.
+processors costs says more of the machine than of the server. Servers take turns within a round, and
+the figures are medians of the rounds, so that what else goes on here hits all of them alike. The
+ratios count; absolute figures are this machine's.
 """
 
 import argparse
@@ -40,8 +40,8 @@ HERE = Path(__file__).parent
 
 
 class Result(NamedTuple):
-    """What one run of the load has measured: operations a second, percentiles in µs, the server's µs of
-    processor time for each operation.
+    """What one run of the load has measured: operations a second, percentiles in µs, the server's
+    µs of processor time for each operation.
     """
 
     rate: float
@@ -51,8 +51,8 @@ class Result(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A line of the table. ``goal``: what the ratio is to be, and its direction; ``note``: what else
-    there is to say.
+    """A line of the table. ``goal``: what the ratio is to be, and its direction; ``note``: what
+    else there is to say.
     """
 
     name: str
@@ -269,7 +269,9 @@ def against_qemu(machine: Machine) -> Iterator[Row]:
             master(server)
 
         def both(*words: str) -> tuple[Result, Result | None, str]:
-            """What secretd and QEMU reach, and in words what is the most that could be reached here."""
+            """What secretd and QEMU reach, and in words what is the most that could be reached
+            here.
+            """
             plain = words[0] in {"pair", "version"}
             found = machine.compare([*servers, *(limits if plain else [])], *words)
             its = found.get(name)
@@ -314,7 +316,9 @@ def against_qemu(machine: Machine) -> Iterator[Row]:
 
 
 def crowd(machine: Machine) -> Iterator[Row]:
-    """A hundred clients at once; QEMU serves one on each of its monitors, so four monitors are compared."""
+    """A hundred clients at once; QEMU serves one on each of its monitors, so four monitors are
+    compared.
+    """
     ours, qemu = machine.secretd(), machine.qemu(4)
     seconds = str(machine.seconds * 2)
     try:
@@ -361,7 +365,9 @@ def fill(machine: Machine, server: Server, count: int, first: int = 0) -> None:
 
 
 def resident(machine: Machine) -> Iterator[Row]:
-    """With 100,000 secrets: what a delete costs, what memory they take, how soon they are there again."""
+    """With 100,000 secrets: what a delete costs, what memory they take, how soon they are there
+    again.
+    """
     many = 100_000 if machine.rounds > 1 else 20_000
     few, ours, qemu = machine.secretd(), machine.secretd(), machine.qemu()
     servers = [few, ours] if qemu is None else [few, ours, qemu]
@@ -594,8 +600,8 @@ def again(machine: Machine) -> Iterator[Row]:
     )
     times = []
     with Manager(directory) as manager, listening(directory / "control.sock") as control:
-        doors = {"control": control}
-        started = manager.start("--audit=none", doors=doors, prefix=["taskset", "-c", CPU])
+        sockets = {"control": control}
+        started = manager.start("--audit=none", sockets=sockets, prefix=["taskset", "-c", CPU])
         path = control.getsockname()
         subprocess.run(
             [machine.load, "qmp", path, "add", "600", "64", "1", f"COUNT={many}", "FROM=0"],
@@ -605,7 +611,7 @@ def again(machine: Machine) -> Iterator[Row]:
             started.end(signal.SIGKILL, -9)
             began = time.monotonic()
             started = manager.start(
-                "--audit=none", doors=doors, prefix=["taskset", "-c", CPU], ready=False
+                "--audit=none", sockets=sockets, prefix=["taskset", "-c", CPU], ready=False
             )
             with contextlib.closing(Client(path)) as client:
                 assert client.read(f"b{many - 1}") == b"x" * 32
@@ -617,8 +623,8 @@ def again(machine: Machine) -> Iterator[Row]:
 
 
 def steady(machine: Machine) -> Iterator[Row]:
-    """A million secrets come, are read and go, of sizes from 1 byte to 1 MiB, a thousand at a time: what is
-    left of them.
+    """A million secrets come, are read and go, of sizes from 1 byte to 1 MiB, a thousand at a time:
+    what is left of them.
     """
     total = 1_000_000 if machine.rounds > 1 else 20_000
     first = total // 5
@@ -638,8 +644,8 @@ def steady(machine: Machine) -> Iterator[Row]:
 
 
 def fair(machine: Machine) -> Iterator[Row]:
-    """One client asks one thing at a time while another sends all it can. Both are on another processor
-    than the server, which then has no time to let somebody else run on its own.
+    """One client asks one thing at a time while another sends all it can. Both are on another
+    processor than the server, which then has no time to let somebody else run on its own.
     """
     server = machine.secretd()
     seconds = str(2 * machine.seconds)
@@ -688,7 +694,9 @@ def flooding(path: str, kind: str, connections: int) -> Iterator[None]:
 
 
 def flooded(machine: Machine) -> Iterator[Row]:
-    """What root and a subscriber notice of a uid that does its worst; what 4,000 connected clients cost."""
+    """What root and a subscriber notice of a uid that does its worst; what 4,000 connected clients
+    cost.
+    """
     names = (
         "slowest new connection of root while 500 of one uid send costly messages",
         "slowest event while one uid is refused without end",
@@ -785,7 +793,9 @@ def idle(machine: Machine) -> Iterator[Row]:
 
 
 def unit(machine: Machine) -> Iterator[Row]:
-    """A unit that loads a credential, and secretd not running yet, in a box with a systemd of its own."""
+    """A unit that loads a credential, and secretd not running yet, in a box with a systemd of its
+    own.
+    """
     name = "LoadCredential=, cold start included"
     if os.getuid() or not shutil.which("systemd-nspawn"):
         yield Row(

@@ -17,7 +17,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import click
 from msgspec import UNSET, Raw, UnsetType
 
-from secretd.audit.log import Record
+from secretd.audit.records import AuditRecord
 from secretd.ctl.secrets import main as _verbs_are_there  # noqa: F401
 from secretd.ctl.verb import EXIT_STATUS, SECTIONS, cli
 from secretd.daemon.options import parser as daemon_parser
@@ -55,7 +55,9 @@ LIMITS = {
 
 
 def write(directory: Path) -> None:
-    """Write all tables into a directory, a Markdown file each; what has not changed stays as it is."""
+    """Write all tables into a directory, a Markdown file each; what has not changed stays as it
+    is.
+    """
     directory.mkdir(exist_ok=True)
     for name, lines in {
         "commands": commands(),
@@ -149,9 +151,9 @@ def commands() -> Iterator[str]:
     for command in COMMANDS.by_name.values():
         yield f"## `{command.name}`"
         yield ""
-        doors = "control and client" if command.client else "control"
+        sockets = "control and client" if command.client else "control"
         oob = ", out of band too" if command.oob else ""
-        yield f"*On the {doors} socket{oob}.* {doc(command.function)}"
+        yield f"*On the {sockets} socket{oob}.* {doc(command.function)}"
         yield ""
         yield from _arguments(command)
         returned = "an empty object"
@@ -245,7 +247,7 @@ _AUDIT = {
 
 def audit() -> Iterator[str]:
     """Return a table of the members of a record."""
-    names = {"seq", "time", "hash", *(n.replace("_", "-") for n in Record.__struct_fields__)}
+    names = {"seq", "time", "hash", *(n.replace("_", "-") for n in AuditRecord.__struct_fields__)}
     if names != _AUDIT.keys():
         raise ValueError(
             f"scripts/tools/reference.py does not say what these are: {names ^ _AUDIT.keys()}"

@@ -6,7 +6,7 @@ refuses; nothing else makes one, and nothing else gives out plaintext. It goes b
 and authz objects in the tree, as they are at that moment. commands and server ask; who a peer is
 says peer.
 
-On the control door everything is allowed. On the other doors reading needs a secret-grant whose
+On the control socket everything is allowed. On the other sockets reading needs a secret-grant whose
 pattern matches the id and whose authz object allows the peer. A refusal looks only at what that
 peer is granted: never at whether the secret exists, nor at what is granted to others.
 """
@@ -17,8 +17,9 @@ from collections.abc import Iterable, Iterator
 from typing import Final, NamedTuple
 
 from secretd.access.grant_index import Granted, GrantIndex, Rule
-from secretd.access.peer import Door, Peer
-from secretd.audit.log import Audit, Subject
+from secretd.access.peer import Peer, SocketRole
+from secretd.audit.log import Audit
+from secretd.audit.records import Subject
 from secretd.errors import AccessDenied, CommandError
 from secretd.qom.authz import Verdict
 from secretd.qom.grant import READS, used_up
@@ -30,9 +31,8 @@ from secretd.systemd.credential_address import CREDENTIAL_BYTES, CredentialAddre
 class Grant:
     """Permission to release one secret to one peer, as `Access.check` gave it, and what it is.
 
-    ``subject`` is the peer as the audit names it. ``plaintext`` is borrowed: good until the secret is
-    removed. ``rule``: the id of the secret-grant
-    that permits it, None on the control door.
+    ``subject`` is the peer as the audit names it. ``plaintext`` is borrowed: good until the secret
+    is removed. ``rule``: the id of the secret-grant that permits it, None on the control socket.
     """
 
     __slots__ = ("object_id", "peer", "plaintext", "rule", "subject", "terms")
@@ -68,7 +68,9 @@ class Considered(NamedTuple):
 
 
 def _in_order(first: Iterator[str | None], second: Iterator[str | None]) -> Iterator[str | None]:
-    """Return what two sorted iterators have, in order and each once; None wherever one of them has it."""
+    """Return what two sorted iterators have, in order and each once; None wherever one of them has
+    it.
+    """
     streams, heads = [first, second], ["", ""]
     while streams:
         for index in reversed(range(len(streams))):
@@ -112,19 +114,19 @@ class Access:
         rule = None
         if object_id in self._tree.pinned and not peer.trusted:
             # The audit's key: whoever has it can make up records.
-            self._audit.refuse(action, peer.uid, subject, id=object_id)
+            self._audit.append_refusal(action, peer.uid, subject, id=object_id)
             raise AccessDenied(f"Reading secret '{object_id}' is not permitted")
-        if peer.door is not Door.CONTROL:
+        if peer.role is not SocketRole.CONTROL:
             rule = self._permitting(peer.identities, object_id)
             if rule is None:
-                self._audit.refuse(action, peer.uid, subject, id=object_id)
+                self._audit.append_refusal(action, peer.uid, subject, id=object_id)
                 raise AccessDenied(f"Reading secret '{object_id}' is not permitted")
         if rule is not None and not self._tree.is_secret(object_id):
             # What there is beside secrets is no client's affair.
             raise CommandError(f"No secret with id '{object_id}'")
         plaintext = self._tree.plaintext(object_id)
         by = "control socket" if rule is None else f"grant {rule.id}"
-        self._audit.release(action, subject, by, object_id, len(plaintext))
+        self._audit.append_release(action, subject, by, object_id, len(plaintext))
         if rule is not None and rule.limited:
             self._count(rule.id, 1)
         return Grant(_KEY, peer, subject, object_id, rule, plaintext)
@@ -134,20 +136,22 @@ class Access:
     ) -> Grant:
         """Return leave to give a unit the secret that its LoadCredential= asks for.
 
-        ``claimed``: what the address says. Anybody can say that, so the peer must be a service manager
-        that is in that very unit, by what the kernel says. The secret is the one whose id is the
-        credential's name, or that a grant maps it to. Raises AccessDenied with the reason, which is for
-        the administrator.
+        ``claimed``: what the address says. Anybody can say that, so the peer must be a service
+        manager that is in that very unit, by what the kernel says. The secret is the one whose id
+        is the credential's name, or that a grant maps it to. Raises AccessDenied with the reason,
+        which is for the administrator.
         """
         name = claimed.credential if claimed else ""
         try:
             object_id, rule = await self._mapped(peer, claimed)
         except AccessDenied as error:
-            self._audit.refuse("credential", peer.uid, subject, credential=name, reason=error.desc)
+            self._audit.append_refusal(
+                "credential", peer.uid, subject, credential=name, reason=error.desc
+            )
             raise
         plaintext = self._tree.plaintext(object_id)
         by = f"grant {rule.id}"
-        self._audit.release("credential", subject, by, object_id, len(plaintext), name)
+        self._audit.append_release("credential", subject, by, object_id, len(plaintext), name)
         return Grant(_KEY, peer, subject, object_id, rule, plaintext)
 
     async def _mapped(self, peer: Peer, claimed: CredentialAddress | None) -> tuple[str, Rule]:
@@ -219,12 +223,12 @@ class Access:
 
         A grant that was changed or made anew meanwhile keeps its count, which is another one's.
         """
-        self._audit.note("withheld", grant.subject, id=grant.object_id, reason=reason)
+        self._audit.append("withheld", grant.subject, id=grant.object_id, reason=reason)
         rule = grant.terms
         if (
             rule is not None
             and rule.limited
-            and grant.peer.door is Door.CLIENT
+            and grant.peer.role is SocketRole.CLIENT
             and self._index.rules.get(rule.id) is rule
         ):
             self._count(rule.id, -1)
@@ -233,19 +237,22 @@ class Access:
         """True if `check` would not refuse. Writes no record: it is for what peers are told without
         asking.
         """
-        return peer.door is Door.CONTROL or self._permitting(peer.identities, object_id) is not None
+        return (
+            peer.role is SocketRole.CONTROL
+            or self._permitting(peer.identities, object_id) is not None
+        )
 
     def readable(self, peer: Peer, object_ids: Iterable[str]) -> Iterator[str]:
         """Return those that this peer may know of: the ones that it may read."""
         return (object_id for object_id in object_ids if self.may_read(peer, object_id))
 
     def readable_after(self, peer: Peer, after: str) -> Iterator[str | None]:
-        """Return the ids of the secrets that this peer may read and that come after one, in order; None
-        wherever others should have their turn.
+        """Return the ids of the secrets that this peer may read and that come after one, in order;
+        None wherever others should have their turn.
 
         It starts from what the peer is granted, so that its time tells nothing of other secrets.
         """
-        if peer.door is Door.CONTROL:
+        if peer.role is SocketRole.CONTROL:
             return self._tree.secrets_after(after)
         return self._granted_after(peer, after)
 
@@ -266,7 +273,9 @@ class Access:
                     yield object_id
 
     def _granted_and_asked(self, peer: Peer) -> tuple[Granted, list[Rule]]:
-        """Return what a peer is granted, and the grants whose authz object was asked, and allows it, now."""
+        """Return what a peer is granted, and the grants whose authz object was asked, and allows
+        it, now.
+        """
         granted = self._index.granted_to(peer.identities)
         rules = granted.uncacheable.values()
         return granted, [rule for rule in rules if self._allows(rule.authz, peer.identities)]
@@ -289,11 +298,11 @@ class Access:
         )
 
     def admits(self, peer: Peer) -> bool:
-        """May this peer use its door? The control door is for uid 0, the daemon's own uid, and whom the
-        door's authz object allows.
+        """May this peer use its socket? The control socket is for uid 0, the daemon's own uid, and
+        whom the socket's authz object allows.
         """
         return (
-            peer.door is not Door.CONTROL
+            peer.role is not SocketRole.CONTROL
             or peer.trusted
             or (peer.authz is not None and self._allows(peer.authz, peer.identities))
         )

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Which secret-grant objects apply to which peers, so that a question costs only a peer's own grants.
+"""Which secret-grant objects apply to which peers, so that a question costs only a peer's own
+grants.
 
 `GrantIndex` knows each grant, and for each authz object which identities it can allow at all: exact
 ones, such that begin with a text, or any. A peer's `Granted` is made from the candidates of its
-identities, and kept. A change of a grant or authz object touches only the kept entries with one of its
-identities; where a pattern or a list file may allow any identity, entries catch up from a list of
-changes when they are asked next. The index decides nothing: access asks it, and asks the authz objects.
+identities, and kept. A change of a grant or authz object touches only the kept entries with one of
+its identities; where a pattern or a list file may allow any identity, entries catch up from a list
+of changes when they are asked next. The index decides nothing: access asks it, and asks the authz
+objects.
 """
 
 from collections import Counter
@@ -22,7 +24,9 @@ IDENTITIES_KEPT: Final = 1 << 18
 """Identities of all peers together for which it is kept what they are granted."""
 
 CHANGES_KEPT: Final = 4096
-"""Changes of grants to patterns and list files after which everything that is kept is worked out anew."""
+"""Changes of grants to patterns and list files after which everything that is kept is worked out
+anew.
+"""
 
 
 class Rule(NamedTuple):
@@ -40,7 +44,8 @@ class Rule(NamedTuple):
 class Granted:
     """What peers with certain identities are granted.
 
-    ``all``: by the grant's id. ``uncacheable``: those of them whose authz object has to be asked each time.
+    ``all``: by the grant's id. ``uncacheable``: those of them whose authz object has to be asked
+    each time.
     """
 
     def __init__(self, identities: frozenset[str], position: int) -> None:
@@ -95,8 +100,8 @@ class Granted:
         return set(self._patterns)
 
     def exact_after(self, object_id: str) -> Iterator[str | None]:
-        """Return the ids that cacheable grants name without a pattern and that come after one, in order; None
-        after each IDS_PER_LOOK.
+        """Return the ids that cacheable grants name without a pattern and that come after one, in
+        order; None after each IDS_PER_LOOK.
         """
         while found := self._sorted.after(object_id, IDS_PER_LOOK):
             yield from found

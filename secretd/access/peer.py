@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The peer: the process at the other end of a connection, as the kernel describes it.
 
-`identify` asks once, when a connection is accepted; what the kernel says is of the moment when the peer
-connected. linux.peercred has the system calls, units the way from a process to its systemd unit. It decides
-nothing: access.decision does. server.server calls it.
+`identify` asks once, when a connection is accepted; what the kernel says is of the moment when the
+peer connected. linux.peercred has the system calls, units the way from a process to its systemd
+unit. It decides nothing: access.decision does. server.server calls it.
 """
 
 import errno
@@ -19,13 +19,15 @@ from secretd.linux import peercred
 from secretd.linux.user_namespace import GIDS, UIDS, IdMap
 
 GROUPS_MAX: Final = 4096
-"""Groups of a peer; one with more is refused, since the time to read them is everybody's. The kernel has
-65,536, and who may use a range of subordinate gids can be in all of them.
+"""Groups of a peer; one with more is refused, since the time to read them is everybody's. The
+kernel has 65,536, and who may use a range of subordinate gids can be in all of them.
 """
 
 
 def check_own_uid(uids: IdMap = UIDS) -> None:
-    """Raise UsageError if the daemon's own uid cannot be told from others: it would trust them all."""
+    """Raise UsageError if the daemon's own uid cannot be told from others: it would trust them
+    all.
+    """
     if os.getuid() == uids.overflow:
         raise UsageError(
             f"uid {os.getuid()}, under which secretd runs, stands for every uid that this user "
@@ -38,7 +40,7 @@ _TRUSTED: Final = (0, os.getuid())
 """uid 0 and the daemon's own uid, which never changes."""
 
 
-class Door(Enum):
+class SocketRole(Enum):
     """A listening socket's dialect and rights."""
 
     CONTROL = "control"
@@ -49,15 +51,16 @@ class Door(Enum):
 class Peer(NamedTuple):
     """The process at the other end at the time it connected.
 
-    ``identities``: all that authz objects may name, such as ``uid:33``, ``gid:33``, ``unit:nginx.service``,
-    ``user-unit:1000/foo.service``. ``unit``: the systemd unit as the last of these says it. ``authz``: the id
-    of the object that admits to this door others than uid 0 and the daemon's own uid.
+    ``identities``: all that authz objects may name, such as ``uid:33``, ``gid:33``,
+    ``unit:nginx.service``, ``user-unit:1000/foo.service``. ``unit``: the systemd unit as the last
+    of these says it. ``authz``: the id of the object that admits to this socket others than uid 0
+    and the daemon's own uid.
     """
 
     uid: int
     gid: int
     pid: int
-    door: Door
+    role: SocketRole
     identities: frozenset[str] = frozenset()
     unit: str | None = None
     authz: str | None = None
@@ -76,11 +79,11 @@ class Peer(NamedTuple):
         return self.uid in _TRUSTED
 
 
-def identify(sock: socket.socket, door: Door, authz: str | None = None) -> Peer:
+def identify(sock: socket.socket, role: SocketRole, authz: str | None = None) -> Peer:
     """Return the peer of a connected AF_UNIX socket, or raise PeerUnknown.
 
-    For uid 0 and the daemon's own uid on the control door what is told beyond the uid is for the audit only,
-    so there nothing is refused.
+    uid 0 and the daemon's own uid are not refused on the control socket: there everything but the
+    uid is for the audit only.
     """
     try:
         pid, uid, gid = peercred.credentials(sock)
@@ -91,12 +94,12 @@ def identify(sock: socket.socket, door: Door, authz: str | None = None) -> Peer:
             f"uid {uid} stands for every uid that the daemon's user namespace does not map", uid
         )
     own = frozenset((f"uid:{uid}",) if gid == GIDS.overflow else (f"uid:{uid}", f"gid:{gid}"))
-    peer = Peer(uid, gid, pid, door, own, None, authz)
+    peer = Peer(uid, gid, pid, role, own, None, authz)
     try:
         identities = [f"gid:{group}" for group in _groups(sock) if group != GIDS.overflow]
-        units = units_of(_cgroup(sock, pid if door is Door.CREDENTIALS and uid == 0 else -1))
+        units = units_of(_cgroup(sock, pid if role is SocketRole.CREDENTIALS and uid == 0 else -1))
     except (PeerUnknown, OSError) as error:
-        if door is Door.CONTROL and peer.trusted:
+        if role is SocketRole.CONTROL and peer.trusted:
             return peer
         words = reason(error) if isinstance(error, OSError) else str(error)
         raise PeerUnknown(words, uid) from None
@@ -118,8 +121,8 @@ def _groups(sock: socket.socket) -> Iterable[int]:
 def _cgroup(sock: socket.socket, pid: int) -> str | None:
     """Return the path of the peer's cgroup, None if it has none that we can name.
 
-    ``pid``: where the kernel gives no pidfd of who connected, look at the process that has this number
-    now. It may be another one only if the peer has ended: that is good enough for root, who
+    ``pid``: where the kernel gives no pidfd of who connected, look at the process that has this
+    number now. It may be another one only if the peer has ended: that is good enough for root, who
     connects as a service manager and waits for the answer. -1: for nobody else.
     """
     try:

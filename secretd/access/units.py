@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The systemd unit of a process, from its cgroup.
 
-The cgroup is read without a race: where the kernel has PIDFD_GET_INFO (6.13), the cgroup is the one whose
-number the kernel gives; elsewhere it is what /proc says while the pidfd shows that the process has not
-ended. Where neither works, `PeerUnknown` is raised. access.peer calls it.
+The cgroup is read without a race: where the kernel has PIDFD_GET_INFO (6.13), the cgroup is the one
+whose number the kernel gives; elsewhere it is what /proc says while the pidfd shows that the
+process has not ended. Where neither works, `PeerUnknown` is raised. access.peer calls it.
 """
 
 import errno
@@ -20,7 +20,9 @@ from secretd.linux import peercred
 _CGROUP_MOUNTS: Final = ("/sys/fs/cgroup", "/sys/fs/cgroup/unified")
 
 _CGROUPS_WALKED: Final = 4096
-"""Cgroups looked through for one whose path /proc does not tell; with more the peer is not known."""
+"""Cgroups looked through for one whose path /proc does not tell; with more the peer is not
+known.
+"""
 
 _NOT_FOUND: Final = "its cgroup was not found"
 _ENDED: Final = "the process has ended, or is in a PID namespace that we do not see"
@@ -31,9 +33,11 @@ _USER_MANAGER: Final = re.compile(r"user@([0-9]{1,10})\.service")
 
 
 def cgroup_of(pidfd: int) -> str | None:
-    """Return the path, below the mount point, of the cgroup of a process that lives, or raise PeerUnknown.
+    """Return the path, below the mount point, of the cgroup of a process that lives, or raise
+    PeerUnknown.
 
-    ``pidfd`` is borrowed. None: it is outside our cgroup namespace, or there are no version 2 cgroups.
+    ``pidfd`` is borrowed. None: it is outside our cgroup namespace, or there are no version 2
+    cgroups.
     """
     mount = _mount()
     try:
@@ -81,7 +85,9 @@ def _told_by_proc(pidfd: int) -> str | None:
 
 
 def _read_proc(pid: int) -> str | None:
-    """Return the version 2 cgroup that /proc tells; None if it cannot be read. "/.." if there is none."""
+    """Return the version 2 cgroup that /proc tells; None if it cannot be read. "/.." if there is
+    none.
+    """
     try:
         with open(f"/proc/{pid}/cgroup", encoding="utf-8", errors="surrogateescape") as file:
             found = [line[3:].rstrip("\n") for line in file if line.startswith("0::")]
@@ -114,7 +120,9 @@ _missed: Final[dict[int, None]] = {}
 
 
 def _walk(mount: str, number: int) -> str:
-    """Find a cgroup by its number, which no other ever gets; where there is none of it, only once."""
+    """Find a cgroup by its number, which no other ever gets; where there is none of it, only
+    once.
+    """
     if number in _missed:
         raise PeerUnknown(_NOT_FOUND)
     try:
@@ -146,7 +154,8 @@ def _walk_once(mount: str, number: int) -> str:
 
 
 def units_of(path: str | None) -> list[str]:
-    """Return the identities that a cgroup's path gives: the system manager's unit, then the user manager's.
+    """Return the identities that a cgroup's path gives: the system manager's unit, then the user
+    manager's.
 
     As systemd reads it (cg_path_get_unit() of basic/cgroup-util.c): slices are skipped, the next
     component is the unit; a user manager's units stand below ``user@UID.service``. What a user

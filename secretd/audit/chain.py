@@ -17,7 +17,9 @@ GENESIS: Final = "0" * 64
 """What stands before the first record of all."""
 
 FIRST_EVENTS: Final = ("start", "reopen")
-"""The events that begin a file or a run; their ``prev`` is what the record before has as its last member."""
+"""The events that begin a file or a run; their ``prev`` is what the record before has as its last
+member.
+"""
 
 LAST_EVENTS: Final = ("stop", "rotate")
 """The events that end a run or a file."""
@@ -34,8 +36,8 @@ def link(previous: str, body: bytes, key: memoryview | None) -> str:
 
 
 def write(previous: str, members: str, key: memoryview | None) -> tuple[str, str]:
-    """Return a whole line, and what the next one is linked to. ``members``: what stands between the braces
-    of a record's JSON.
+    """Return a whole line, and what the next one is linked to. ``members``: what stands between the
+    braces of a record's JSON.
     """
     if key is None:
         head = hashlib.sha256(f"{previous}{{{members}}}".encode()).hexdigest()
@@ -44,7 +46,7 @@ def write(previous: str, members: str, key: memoryview | None) -> tuple[str, str
     return f'{{{members},"mac":"{head}"}}\n', head
 
 
-class Record(NamedTuple):
+class ChainedLine(NamedTuple):
     """A line as it was read. ``link``: its last member, an HMAC if ``keyed``."""
 
     body: bytes
@@ -59,7 +61,7 @@ class Record(NamedTuple):
         return number if isinstance(number, int) else -1
 
 
-def read(line: bytes) -> Record | None:
+def read(line: bytes) -> ChainedLine | None:
     """Return the record in a line, None if it is none."""
     match = _LINE.fullmatch(line.rstrip(b"\n"))
     if match is None:
@@ -68,7 +70,7 @@ def read(line: bytes) -> Record | None:
         members = json.loads(match[1] + b"}")
     except (ValueError, RecursionError):
         return None
-    return Record(match[1] + b"}", members, match[3].decode(), match[2] == b"mac")
+    return ChainedLine(match[1] + b"}", members, match[3].decode(), match[2] == b"mac")
 
 
 class Finding(NamedTuple):
@@ -81,7 +83,8 @@ class Finding(NamedTuple):
 class Verification:
     """Goes through lines of one or several files of a chain, oldest first.
 
-    ``continues``: what came before is known to be elsewhere. A chain may go from hashes to a key, not back.
+    ``continues``: what came before is known to be elsewhere. A chain may go from hashes to a key,
+    not back.
     """
 
     def __init__(self, key: memoryview | None, *, continues: bool = False) -> None:
@@ -89,7 +92,7 @@ class Verification:
         self._continues = continues
         self._keyed = False  # a record under a key was seen
         self._previous: str | None = None
-        self.last: Record | None = None
+        self.last: ChainedLine | None = None
         self.records = 0
         self.head = GENESIS
 
@@ -109,7 +112,7 @@ class Verification:
             if words:
                 yield Finding(number, words)
 
-    def _judge(self, record: Record) -> str:
+    def _judge(self, record: ChainedLine) -> str:
         """Return what is wrong with a record, given those before; "" if nothing is."""
         members, number = record.members, record.number
         follows = self._previous

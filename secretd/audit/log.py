@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The audit: one line of JSON for each thing that somebody did, or was refused, with a secret.
+"""The audit log: numbered, linked records of what peers did with secrets, or were refused.
 
-`Audit` numbers records, links them (chain) and writes them, all of a turn of the loop at once; sinks says
-where to. access writes releases and refusals through it, commands the rest. It never
-holds a value or a key of a secret; what it is told of is redacted where it comes from, since an id
-is all that it takes.
+`Audit` numbers records, links them (chain) and writes them, all of a turn of the loop in one write
+(sinks). access appends releases and refusals, the monitor everything else.
 
-Writing never waits. What cannot be written now is kept up to a limit, then dropped and counted. Under
-``--audit-policy=require`` a secret is released only after its record has been written.
+Writing never waits. A record that finds no room stays in a queue; beyond the queue's limit records
+are dropped, and counted in the next one. Under ``--audit-policy=require`` a secret is released only
+after its record has been written.
 """
 
 import asyncio
@@ -16,107 +15,26 @@ import os
 import re
 import stat
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Final
 
-import msgspec
-from msgspec import UNSET, Raw, Struct, UnsetType
-
-from secretd.audit import chain
+from secretd.audit import chain, fast_records
+from secretd.audit.records import Importance, Subject, text_of
+from secretd.audit.refusals import Refusals
 from secretd.audit.sinks import Sink, open_sink
 from secretd.errors import CommandError, UsageError
+from secretd.limits import Tuning
 from secretd.systemd.stderr_journal import journal_on_stderr
 
-AUDIT_ID_CHARACTERS: Final = 128
-"""Characters of an id in a record; the rest is cut."""
-
-AUDIT_BACKLOG: Final = 4096
-"""Records that may wait until they can be written; further ones are dropped and counted."""
-
-AUDIT_RETRY_SECONDS: Final = 1.0
-"""Seconds until writing is tried again."""
-
-REFUSALS_SECONDS: Final = 60.0
-"""Seconds for which the refusals of one uid are counted, after the first, and then told in one record: nobody
-can fill the disk for the others."""
-
-REFUSALS_UIDS: Final = 1024
-"""Uids whose refusals are counted apart; those of further ones together."""
-
-_OTHERS: Final = -2
 _TAIL_BYTES: Final = 64 << 10
-_ORDINARY: Final = 0
-_REFUSAL: Final = 1
-_FIRST: Final = 2  # of a file or a run
 _ID: Final = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
-
-
-class Record(Struct, omit_defaults=True, rename="kebab"):
-    """A line, behind ``seq``, its number, and ``time``, in UTC. ``size``: bytes; ``peer``: JSON of who did
-    it; ``rule``: what decided.
-    """
-
-    event: str
-    decision: str | UnsetType = UNSET
-    rule: str | UnsetType = UNSET
-    id: str | UnsetType = UNSET
-    credential: str | UnsetType = UNSET
-    type: str | UnsetType = UNSET
-    size: int | UnsetType = UNSET
-    door: str | UnsetType = UNSET
-    peer: Raw | UnsetType = UNSET
-    reason: str | UnsetType = UNSET
-    count: int | UnsetType = UNSET
-    of: int | UnsetType = UNSET
-    version: str | UnsetType = UNSET
-    objects: int | UnsetType = UNSET
-    prev: str | UnsetType = UNSET  # only of the first record of a file or a run
-    dropped: int | UnsetType = UNSET  # records that were lost before this one
-
-
-class Subject:
-    """Who did it: by which door, and the peer as JSON, if it is known. ``text``: as members of a record."""
-
-    __slots__ = ("door", "peer", "text")
-
-    def __init__(self, door: str, peer: Mapping[str, object] | None) -> None:
-        self.door = door
-        self.peer = UNSET if peer is None else Raw(msgspec.json.encode(peer))
-        self.text = _json({"door": door} if peer is None else {"door": door, "peer": peer})[1:-1]
-
-
-class _Window:
-    """The refusals of one uid since the last record of them."""
-
-    def __init__(self, peer: Raw | UnsetType) -> None:
-        self.peer = peer
-        self.count = 0
-
-
-def _made(event: str, members: dict[str, object]) -> tuple[str, int]:
-    """Return a record's text, and which kind of record it is."""
-    object_id = members.get("id")
-    if isinstance(object_id, str) and len(object_id) > AUDIT_ID_CHARACTERS:
-        members["id"] = object_id[:AUDIT_ID_CHARACTERS]
-    record = Record(event, **members)  # type: ignore[arg-type]  # its members
-    kind = _FIRST if event in chain.FIRST_EVENTS else _ORDINARY
-    return _json(record)[1:-1], _REFUSAL if record.decision == "deny" else kind
-
-
-def _json(value: object) -> str:
-    return msgspec.json.encode(value).decode()
-
-
-def _told(window: _Window) -> tuple[str, dict[str, object]]:
-    count, window.count = window.count, 0
-    return "refusals", {"decision": "deny", "peer": window.peer, "count": count}
 
 
 class Audit:
     """The records of this process, and how they follow those of the one before in the same file.
 
-    ``in_turn``: what is noted is written by `end_turn`, all at once. ``key``: returns what the chain's HMAC
-    is made with, borrowed; None for a chain without.
+    ``in_turn``: what is noted is written by `end_turn`, all at once. ``key``: returns what the
+    chain's HMAC is made with, borrowed; None for a chain without.
     """
 
     def __init__(
@@ -125,7 +43,10 @@ class Audit:
         *,
         require: bool = False,
         key: Callable[[], memoryview] | None = None,
+        tuning: Tuning = Tuning(),  # noqa: B008 - it cannot be changed
     ) -> None:
+        self._backlog = tuning.audit_backlog
+        self._retry_seconds = tuning.audit_retry_seconds
         self._target = target
         self._require = require
         self._key = key
@@ -133,7 +54,7 @@ class Audit:
         self._rest = b""  # whole lines or the rest of one that come before all others
         self._batch = b""  # what the rest is the rest of
         self._pending: list[bytes] = []  # lines
-        self._windows: dict[int, _Window] = {}
+        self._refusals = Refusals(self._append_refusals, tuning)
         self._scheduled = False
         self.in_turn = False
         self._started = False
@@ -193,30 +114,28 @@ class Audit:
     def start(self, version: str, objects: int) -> None:
         """The daemon begins to serve."""
         self._started = True
-        self.note("start", version=version, objects=objects)
+        self.append("start", version=version, objects=objects)
         self._written()
 
-    def note(self, event: str, subject: Subject | None = None, **members: object) -> None:
-        """Write a record as soon as possible. See Record for what members there are."""
+    def append(self, event: str, subject: Subject | None = None, **members: object) -> None:
+        """Append a record, to be written as soon as possible; ``members`` are those of
+        AuditRecord.
+        """
         if subject is not None:
-            members |= {"door": subject.door, "peer": subject.peer}
-        self._keep(*_made(event, members))
+            members |= {"door": subject.role, "peer": subject.peer}
+        self._number(*text_of(event, members))
         if not self.in_turn:
             self._schedule()
 
-    def done(
+    def append_object_event(
         self, event: str, subject: Subject, object_id: str, kind: str, size: int | None
     ) -> None:
-        """Write the record of what was done to an object that there is, of a type, with so many bytes: the
-        same as `note` would, in less time.
+        """Append the record of what a peer did to an existing object of type ``kind`` and ``size``
+        bytes.
         """
         if self._sink is None:
             return
-        if len(object_id) > AUDIT_ID_CHARACTERS:
-            object_id = object_id[:AUDIT_ID_CHARACTERS]
-        of = "" if size is None else f'"size":{size},'
-        text = f'"event":"{event}","id":"{object_id}","type":"{kind}",{of}{subject.text}'
-        self._keep(text, _ORDINARY)
+        self._number(fast_records.object_event(event, subject, object_id, kind, size))
         if not self.in_turn:
             self._schedule()
 
@@ -226,13 +145,13 @@ class Audit:
         if self._pending and not self._flush() and not self._scheduled:
             self._retry()
 
-    def _keep(self, text: str, kind: int) -> None:
+    def _number(self, text: str, importance: int = Importance.ORDINARY) -> None:
         """Number a record and link it to the one before, unless there is no room for it."""
         pending = self._pending
-        if self._sink is None or len(pending) >= AUDIT_BACKLOG:
+        if self._sink is None or len(pending) >= self._backlog:
             self.dropped += self._sink is not None
             return
-        if kind == _FIRST:
+        if importance == Importance.FIRST:
             text += f',"prev":"{self.head}"'
         if self.dropped > self._dropped_before:
             text += f',"dropped":{self.dropped - self._dropped_before}'
@@ -241,9 +160,9 @@ class Audit:
         stamp = self._stamp or self._now()
         key = None if self._key is None else self._key()
         line, self.head = chain.write(self.head, f'"seq":{number},"time":"{stamp}",{text}', key)
-        pending.append((self._priorities[kind] + line).encode())
+        pending.append((self._priorities[importance] + line).encode())
 
-    def release(  # noqa: PLR0917 - the members that each of these records has
+    def append_release(  # noqa: PLR0917 - the members that each of these records has
         self,
         event: str,
         subject: Subject,
@@ -252,29 +171,24 @@ class Audit:
         size: int,
         credential: str = "",
     ) -> None:
-        """Write the record of a release of a secret that there is, by a rule, which must not happen if this
-        raises CommandError. ``credential``: the name it was asked for by, if that is another.
+        """Append the record of a release, which must not happen if this raises CommandError.
+
+        ``rule`` permits it. ``credential``: the name it was asked for by, if that is another.
         """
         if self._sink is None:
             return
-        if len(object_id) > AUDIT_ID_CHARACTERS:
-            object_id = object_id[:AUDIT_ID_CHARACTERS]
-        by = "" if not credential else f'"credential":{_json(credential)},'
-        text = (
-            f'"event":"{event}","decision":"allow","rule":"{rule}","id":"{object_id}",'
-            f'{by}"size":{size},{subject.text}'
-        )
+        text = fast_records.release(event, subject, rule, object_id, size, credential)
         if not self._require:
-            self._keep(text, _ORDINARY)
+            self._number(text)
             if not self.in_turn:
                 self._schedule()
             return
         if self._flush():
-            self._keep(text, _ORDINARY)
+            self._number(text)
             if self._flush():
                 return
             # It is on its way, in part or whole, and may yet be written: say that it is not true.
-            self.note("withheld", of=self.records, reason=self._fault)
+            self.append("withheld", of=self.records, reason=self._fault)
         else:
             self.dropped += 1
         raise CommandError(
@@ -282,40 +196,30 @@ class Audit:
             "then releases no secret"
         )
 
-    def refuse(self, event: str, uid: int, subject: Subject | None, **members: object) -> None:
-        """Write the record of a refusal; of many from one uid, the first and how many more there were."""
-        if self._sink is None:
+    def append_refusal(
+        self, event: str, uid: int, subject: Subject | None, **members: object
+    ) -> None:
+        """Append the record of a refusal; of many from one uid, the first and how many more there
+        were.
+        """
+        if self._sink is None or not self._refusals.is_first(uid):
             return
-        if uid not in self._windows and len(self._windows) >= REFUSALS_UIDS:
-            uid = _OTHERS
-        window = self._windows.get(uid)
-        if window is not None:
-            window.count += 1
-            return
-        self._windows[uid] = _Window(UNSET if uid == _OTHERS else Raw(b'{"uid":%d}' % uid))
-        asyncio.get_running_loop().call_later(REFUSALS_SECONDS, self._end_window, uid)
         asked = members.get("id")
         if isinstance(asked, str) and not _ID.fullmatch(asked):
-            members["id"] = "?"  # it may be anything that somebody typed by mistake
-        self.note(event, subject, decision="deny", **members)
+            members["id"] = "?"  # it may be anything that a person typed by mistake
+        self.append(event, subject, decision="deny", **members)
 
-    def _end_window(self, uid: int) -> None:
-        window = self._windows.get(uid)
-        if window is None:
-            return
-        if not window.count:
-            del self._windows[uid]
-            return
-        event, members = _told(window)
-        self.note(event, None, **members)
-        asyncio.get_running_loop().call_later(REFUSALS_SECONDS, self._end_window, uid)
+    def _append_refusals(self, members: dict[str, object]) -> None:
+        self.append("refusals", None, **members)
 
     def is_in_line_on_stderr(self) -> bool:
         """True if a line was begun on stderr, and the rest of it waits."""
         return bool(self._rest) and self._target == "-"
 
     def open_again(self) -> Sink | None:
-        """Open the file that has the name now, for `switch`; None if it is the same. Raises UsageError.
+        """Open the file that has the name now, for `switch`; None if it is the same.
+
+        Raises UsageError.
 
         It may wait, where the file is on another machine.
         """
@@ -337,7 +241,7 @@ class Audit:
         if self._sink is None:
             sink.close()
             return
-        self.note("rotate")
+        self.append("rotate")
         self._flush()
         # A line that was begun in the old file is written anew, whole.
         self._rest = self._batch[
@@ -345,18 +249,15 @@ class Audit:
         ]
         old, self._sink = self._sink, sink
         old.close()
-        self.note("reopen")
+        self.append("reopen")
         self._flush()
 
     def stop(self) -> None:
         """The daemon ends; there may be no loop any more."""
-        for window in self._windows.values():
-            if window.count:
-                event, members = _told(window)
-                self._keep(*_made(event, members))
-        self._windows.clear()
+        for members in self._refusals.close():
+            self._number(*text_of("refusals", members))
         if self._started:
-            self._keep(*_made("stop", {}))
+            self._number(*text_of("stop", {}))
         self._flush()
         if self._sink is not None:
             self._sink.close()
@@ -385,7 +286,7 @@ class Audit:
 
     def _retry(self) -> None:
         self._scheduled = True
-        asyncio.get_running_loop().call_later(AUDIT_RETRY_SECONDS, self._written)
+        asyncio.get_running_loop().call_later(self._retry_seconds, self._written)
 
     def _flush(self) -> bool:
         """Write all that waits; False if something is left."""

@@ -165,7 +165,9 @@ def _is_pipe(status: os.stat_result) -> bool:
 
 
 def _is_remote(device: int) -> bool:
-    """True if a file system's answers come from another machine or process (proc_pid_mountinfo(5))."""
+    """True if a file system's answers come from another machine or process
+    (proc_pid_mountinfo(5)).
+    """
     number = f"{os.major(device)}:{os.minor(device)}"
     with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as mounts:
         for line in mounts:

@@ -2,9 +2,9 @@
 """secretd's Python client, for programs that keep their secrets in it: `Client` for asyncio,
 `SyncClient` for the rest.
 
-Both have the same methods. Plaintext never stands in JSON: it goes through descriptors, into buffers in
-locked memory that are wiped when they are freed. Errors are qemu.qmp's, and all of them are QMPError;
-text that is not UTF-8 is a ValueError.
+Both have the same methods. Plaintext never stands in JSON: it goes through descriptors, into
+buffers in locked memory that are wiped when they are freed. Errors are qemu.qmp's, and all of them
+are QMPError; text that is not UTF-8 is a ValueError.
 """
 
 import importlib

@@ -3,17 +3,19 @@
 
 Plaintext never stands in JSON: `add` passes a descriptor that the daemon reads, `read` one that it
 writes, into locked memory of this process. Errors are qemu.qmp's: `ConnectError`, `ExecuteError`,
-`ExecInterruptedError`, `StateError`. Used by ctl, and by programs that keep their secrets in secretd.
+`ExecInterruptedError`, `StateError`. Used by ctl, and by programs that keep their secrets in
+secretd.
 
     async with Client("/run/secretd/control.sock") as client:
         await client.generate("disk0", 32)
         with await client.read("disk0") as plaintext:
             use(plaintext.view)
 
-When the daemon goes away, as it does for a restart or an upgrade, the client connects again by itself.
-What was not sent yet is sent then; what was sent without an answer is done again where doing it twice is
-as good as once (reading, listing, sealing, expire), and is an ExecInterruptedError otherwise: it may have
-been done. (Of a grant with max-reads a read that is done again uses up two.)
+When the daemon goes away, as it does for a restart or an upgrade, the client connects again by
+itself. What was not sent yet is sent then; what was sent without an answer is done again where
+doing it twice is as good as once (reading, listing, sealing, expire), and is an
+ExecInterruptedError otherwise: it may have been done. (Of a grant with max-reads a read that is
+done again uses up two.)
 """
 
 import asyncio
@@ -41,7 +43,10 @@ _CHUNK_BYTES: Final = 64 << 10
 
 
 class Client:
-    """A connection to secretd. Use it as an async context manager, or call `connect` and `close`."""
+    """A connection to secretd.
+
+    Use it as an async context manager, or call `connect` and `close`.
+    """
 
     def __init__(self, path: str | None = None, *, retry_seconds: float = RETRY_SECONDS) -> None:
         """``path``: the socket; default $SECRETD_SOCKET, else the control or the client socket.
@@ -53,7 +58,10 @@ class Client:
         self._arena: Arena | None = None
 
     async def connect(self) -> None:
-        """Connect and negotiate. Raises qemu.qmp's ConnectError; the first time nothing is tried again."""
+        """Connect and negotiate.
+
+        Raises qemu.qmp's ConnectError; the first time nothing is tried again.
+        """
         await self._connection.connect()
 
     async def close(self) -> None:
@@ -75,8 +83,8 @@ class Client:
     # --- objects
 
     async def add(self, object_id: str, fd: int, encoding: Encoding = PLAIN) -> None:
-        """Add a secret whose content the daemon reads from ``fd`` (borrowed): a file or memfd from its
-        start, a pipe or socket to its end.
+        """Add a secret whose content the daemon reads from ``fd`` (borrowed): a file or memfd from
+        its start, a pipe or socket to its end.
         """
         options = {"id": object_id, **encoding.members()}
         types.check_text(options)
@@ -126,7 +134,9 @@ class Client:
         await self._connection.execute("secret-expire", {"id": object_id, **lifetime})
 
     async def explain(self, object_id: str, identities: "list[str]") -> dict[str, object]:
-        """Return secret-explain's answer: may a client with these identities read a secret, and why?"""
+        """Return secret-explain's answer: may a client with these identities read a secret, and
+        why?
+        """
         arguments = {"id": object_id, "peer": identities}
         return cast(dict[str, object], await self._connection.execute("secret-explain", arguments))
 
@@ -190,7 +200,8 @@ class Client:
         format: Format = "raw",  # noqa: A002 - QEMU's word
     ) -> int:
         """Have the daemon write a secret to ``fd`` (borrowed): the write end of a pipe, an end of a
-        stream socket pair, or a memfd, which is given its memory here. Returns the secret's size in bytes.
+        stream socket pair, or a memfd, which is given its memory here. Returns the secret's size in
+        bytes.
         """
         types.check_text(object_id)
         give_memory(fd, format)
@@ -234,9 +245,9 @@ class Client:
     # --- events
 
     async def events(self, *, names: Sequence[str] = ()) -> AsyncIterator[Event]:
-        """Return the events as they come, from now on, until the client is closed; with ``names`` only those.
-        What happened while the connection was made anew is missing; SECRET_EVENTS_LOST tells of what secretd
-        has dropped.
+        """Return the events as they come, from now on, until the client is closed; with ``names``
+        only those. What happened while the connection was made anew is missing; SECRET_EVENTS_LOST
+        tells of what secretd has dropped.
         """
         arguments: dict[str, object] = {"enable": True, **({"events": [*names]} if names else {})}
         subscribed = -1

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""One QMP connection for programs without an event loop: connect, exchange messages, pass descriptors.
+"""One QMP connection for programs without an event loop: connect, exchange messages, pass
+descriptors.
 
-A `Channel` connects once and is lost once; sync makes another one. It speaks to QEMU as well, since it knows
-no command but qmp_capabilities. While it waits it calls ``on_wait``, so that a person learns what for, and it
-waits no longer than ``timeout`` seconds.
+A `Channel` connects once and is lost once; sync makes another one. It speaks to QEMU as well, since
+it knows no command but qmp_capabilities. While it waits it calls ``on_wait``, so that a person
+learns what for, and it waits no longer than ``timeout`` seconds.
 """
 
 import array
@@ -27,11 +28,16 @@ OnWait = Callable[[str], object]
 
 
 class Refused(Exception):
-    """The server said in its first line why it does not serve this client; the text is its words."""
+    """The server said in its first line why it does not serve this client; the text is its
+    words.
+    """
 
 
 class Lost(Exception):
-    """The connection has ended. ``sent``: the command had been sent, and may have been carried out."""
+    """The connection has ended.
+
+    ``sent``: the command had been sent, and may have been carried out.
+    """
 
     def __init__(self, words: str, *, sent: bool) -> None:
         super().__init__(words)
@@ -51,7 +57,10 @@ class Pump:
 
 
 class Channel:
-    """A connection to ``path``. ``greeting``: the server's; ``events``: those that came between replies."""
+    """A connection to ``path``.
+
+    ``greeting``: the server's; ``events``: those that came between replies.
+    """
 
     def __init__(self, path: str, timeout: float | None, on_wait: OnWait | None = None) -> None:
         self.path = path
@@ -112,8 +121,8 @@ class Channel:
         fds: Sequence[int] = (),
         pump: Pump | None = None,
     ) -> Message:
-        """Execute a command and return the whole reply, with ``fds`` passed along and ``pump`` served
-        meanwhile. Raises Lost, or TimeoutError.
+        """Execute a command and return the whole reply, with ``fds`` passed along and ``pump``
+        served meanwhile. Raises Lost, or TimeoutError.
         """
         message = {"execute": command}
         if arguments is not None:
@@ -143,7 +152,9 @@ class Channel:
         raise Lost("The connection was closed", sent=False)
 
     def event(self, timeout: float | None = None) -> Message | None:
-        """Return the next event; None at the end of the connection, or after ``timeout`` seconds."""
+        """Return the next event; None at the end of the connection, or after ``timeout``
+        seconds.
+        """
         if self.events:
             return self.events.popleft()
         try:
@@ -266,7 +277,9 @@ class _Deadline:
 
 
 def wait(fd: int, events: int, timeout: float | None) -> bool:
-    """Wait for a descriptor for so many seconds, None for any time; False if it is not ready by then."""
+    """Wait for a descriptor for so many seconds, None for any time; False if it is not ready by
+    then.
+    """
     poll = select.poll()
     poll.register(fd, events)
     return bool(poll.poll(None if timeout is None else timeout * 1000))

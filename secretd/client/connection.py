@@ -23,7 +23,10 @@ _REFUSAL_SECONDS: Final = 2.0
 
 
 class Connection:
-    """A connection to a socket. ``retry_seconds``: for how long it is made anew once it was lost."""
+    """A connection to a socket.
+
+    ``retry_seconds``: for how long it is made anew once it was lost.
+    """
 
     def __init__(self, path: str, retry_seconds: float) -> None:
         self.path = path
@@ -42,7 +45,10 @@ class Connection:
         return self._closed.is_set()
 
     async def connect(self) -> None:
-        """Connect and negotiate. Raises qemu.qmp's ConnectError; the first time nothing is tried again."""
+        """Connect and negotiate.
+
+        Raises qemu.qmp's ConnectError; the first time nothing is tried again.
+        """
         self._closed.clear()
         await self._connect()
 
@@ -84,8 +90,8 @@ class Connection:
             return await self.qmp.execute(command, arguments)
 
     async def again(self, once: Callable[[], Awaitable[R]], *, twice: bool = True) -> R:
-        """Return what ``once`` returns, after connecting again if need be. ``twice``: it may be done
-        twice.
+        """Return what ``once`` returns, after connecting again if need be. ``twice``: it may be
+        done twice.
         """
         loop = asyncio.get_running_loop()
         deadline: float | None = None
@@ -153,7 +159,8 @@ class Connection:
 
 
 def _refusal(path: str) -> str | None:
-    """Return the words of a server that sends an error where its greeting should be, None if it does not.
+    """Return the words of a server that sends an error where its greeting should be, None if it
+    does not.
 
     qemu.qmp drops what it did not understand, so the server is asked once more.
     """

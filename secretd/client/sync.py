@@ -6,12 +6,12 @@
         with client.read("disk0") as plaintext:
             use(plaintext.view)
 
-It has the methods of `aio.Client`, and its errors are qemu.qmp's, too. It starts no event loop and no
-thread, and imports qemu.qmp only when it raises one of these errors. secretctl is made with it.
+It has the methods of `aio.Client`, and its errors are qemu.qmp's, too. It starts no event loop and
+no thread, and imports qemu.qmp only when it raises one of these errors. secretctl is made with it.
 
-A connection that was lost is made anew for ``retry_seconds``. A command that had not been sent is sent
-then; one that had been sent is sent again only where carrying it out twice does no harm, and a few times
-at most.
+A connection that was lost is made anew for ``retry_seconds``. A command that had not been sent is
+sent then; one that had been sent is sent again only where carrying it out twice does no harm, and a
+few times at most.
 """
 
 import contextlib
@@ -66,8 +66,8 @@ class SyncClient:
     ) -> None:
         """``path``: the socket; default $SECRETD_SOCKET, else the control or the client socket.
         ``retry_seconds``: for how long a connection that was lost is made anew; 0 for not at all.
-        ``timeout``: seconds that each answer may take, None for any time. ``on_wait`` is called with what is
-        waited for once that takes longer than 2 seconds.
+        ``timeout``: seconds that each answer may take, None for any time. ``on_wait`` is called
+        with what is waited for once that takes longer than 2 seconds.
         """
         self.path = default_socket() if path is None else path
         self._retry_seconds = retry_seconds
@@ -124,12 +124,14 @@ class SyncClient:
 
     @property
     def package(self) -> str:
-        """What the server calls itself in its greeting, such as "secretd 0.1.0"; "" while not connected."""
+        """What the server calls itself in its greeting, such as "secretd 0.1.0"; "" while not
+        connected.
+        """
         return self._channel.package if self._channel is not None else ""
 
     def _again(self, once: Callable[[Channel], T], *, twice: bool = True) -> T:
-        """Return what ``once`` returns, after connecting again if need be. ``twice``: it may be carried out
-        twice.
+        """Return what ``once`` returns, after connecting again if need be. ``twice``: it may be
+        carried out twice.
         """
         deadline: float | None = None
         failures = 0
@@ -165,7 +167,10 @@ class SyncClient:
                 time.sleep(_RETRY_EACH * (1 + failures))
 
     def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> object:
-        """Execute any command; return what it returns. Raises ValueError for text that is not UTF-8."""
+        """Execute any command; return what it returns.
+
+        Raises ValueError for text that is not UTF-8.
+        """
         types.check_text(arguments)
         return self._again(
             lambda channel: _returned(channel.exchange(command, arguments)),
@@ -175,8 +180,8 @@ class SyncClient:
     # --- objects
 
     def add(self, object_id: str, fd: int, encoding: Encoding = PLAIN) -> None:
-        """Add a secret whose content the daemon reads from ``fd`` (borrowed): a file or memfd from its
-        start, a pipe or socket to its end.
+        """Add a secret whose content the daemon reads from ``fd`` (borrowed): a file or memfd from
+        its start, a pipe or socket to its end.
         """
         self._add(object_id, fd, encoding, None)
 
@@ -237,7 +242,9 @@ class SyncClient:
         self.execute("secret-expire", {"id": object_id, **lifetime})
 
     def explain(self, object_id: str, identities: "list[str]") -> dict[str, object]:
-        """Return secret-explain's answer: may a client with these identities read a secret, and why?"""
+        """Return secret-explain's answer: may a client with these identities read a secret, and
+        why?
+        """
         found = self.execute("secret-explain", {"id": object_id, "peer": identities})
         return cast(dict[str, object], found)
 
@@ -280,7 +287,8 @@ class SyncClient:
 
     def read_into(self, object_id: str, fd: int, *, format: Format = "raw") -> int:  # noqa: A002
         """Have the daemon write a secret to ``fd`` (borrowed): the write end of a pipe, an end of a
-        stream socket pair, or a memfd, which is given its memory here. Returns the secret's size in bytes.
+        stream socket pair, or a memfd, which is given its memory here. Returns the secret's size in
+        bytes.
         """
         types.check_text(object_id)
         give_memory(fd, format)
@@ -322,8 +330,8 @@ class SyncClient:
     def _collect(
         self, deliver: Callable[[int, Pump], T], size_of: Callable[[T], int]
     ) -> tuple[LockedBuffer, T]:
-        """Return what ``deliver`` has written to the descriptor it is given, in locked memory, and what it
-        returns, of which ``size_of`` is the number of bytes.
+        """Return what ``deliver`` has written to the descriptor it is given, in locked memory, and
+        what it returns, of which ``size_of`` is the number of bytes.
         """
         source, sink = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         ends = [source, sink]
@@ -345,9 +353,9 @@ class SyncClient:
     # --- events
 
     def events(self, *, names: Sequence[str] = ()) -> Iterator[Event]:
-        """Return the events from now on as they come, until the client is closed; with ``names`` only those.
-        What happened while the connection was made anew is missing; SECRET_EVENTS_LOST tells of what secretd
-        has dropped.
+        """Return the events from now on as they come, until the client is closed; with ``names``
+        only those. What happened while the connection was made anew is missing; SECRET_EVENTS_LOST
+        tells of what secretd has dropped.
         """
         arguments: dict[str, object] = {"enable": True, **({"events": [*names]} if names else {})}
         subscribed: Channel | None = None
@@ -410,8 +418,8 @@ class _Collected:
 
 
 def give_memory(fd: int, form: Format) -> None:
-    """Allocate a memfd's pages, so that they are this process's: secretd refuses to allocate them for
-    peers that it does not trust. Does nothing to other descriptors.
+    """Allocate a memfd's pages, so that they are this process's: secretd refuses to allocate them
+    for peers that it does not trust. Does nothing to other descriptors.
     """
     with contextlib.suppress(OSError):
         fcntl.fcntl(fd, _F_GET_SEALS)

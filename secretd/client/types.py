@@ -8,8 +8,8 @@ Format = Literal["raw", "base64"]
 
 
 class SecretInfo(NamedTuple):
-    """An entry of query-secrets. ``size``: bytes; ``memory``: secretmem, mlock or none; ``expires_in``: the
-    seconds that are left, None where the lifetime is not limited.
+    """An entry of query-secrets. ``size``: bytes; ``memory``: secretmem, mlock or none;
+    ``expires_in``: the seconds that are left, None where the lifetime is not limited.
     """
 
     id: str
@@ -27,9 +27,9 @@ class Sealed(NamedTuple):
 
 
 class Event(NamedTuple):
-    """An event (docs/protocol.md, "Events"). ``id``: of the secret, "" where the event is about none;
-    ``peer``: the uid, gid, pid and unit that caused it, None where secretd does not name it; ``time``:
-    seconds since the epoch.
+    """An event (docs/protocol.md, "Events"). ``id``: of the secret, "" where the event is about
+    none; ``peer``: the uid, gid, pid and unit that caused it, None where secretd does not name it;
+    ``time``: seconds since the epoch.
     """
 
     name: str
@@ -40,8 +40,8 @@ class Event(NamedTuple):
 
 
 class Encoding(NamedTuple):
-    """How the content of a secret to be added is encoded: base64 or not, encrypted under ``keyid`` or
-    not. ``iv`` is base64.
+    """How the content of a secret to be added is encoded: base64 or not, encrypted under ``keyid``
+    or not. ``iv`` is base64.
     """
 
     format: Format = "raw"
@@ -79,8 +79,8 @@ def figures(parts: object) -> dict[str, int]:
 
 
 def check_text(value: object) -> None:
-    """Raise ValueError for text that is not UTF-8, such as a name that came from a command line: JSON cannot
-    carry it.
+    """Raise ValueError for text that is not UTF-8, such as a name that came from a command line:
+    JSON cannot carry it.
     """
     if isinstance(value, str):
         try:
@@ -97,7 +97,7 @@ def check_text(value: object) -> None:
 
 
 def before(beginning: str) -> str:
-    """Return a text that sorts just before all ids that begin so: "~" sorts behind all that an id can
-    have.
+    """Return a text that sorts just before all ids that begin so: "~" sorts behind all that an id
+    can have.
     """
     return f"{beginning[:-1]}{chr(ord(beginning[-1]) - 1)}~" if beginning else ""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Base64 from locked memory into locked memory, with QEMU's words for what is not base64.
 
-msgspec decodes into a bytearray, which is wiped. `binascii` is never used on secrets: its results are
-ordinary bytes, and it leaves plaintext on the C stack. qom.secret and the deliveries call it.
+msgspec decodes into a bytearray, which is wiped. `binascii` is never used on secrets: its results
+are ordinary bytes, and it leaves plaintext on the C stack. qom.secret and the deliveries call it.
 """
 
 import re

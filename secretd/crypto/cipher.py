@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """AES-256-CBC from locked memory into locked memory, in the steps of QEMU's crypto/secret_common.c.
 
-Only this package uses `cryptography`. A cipher context lives within one function that does not await: while
-the context exists, the key is in the heap. qom.secret and the command secret-seal call it.
+Only this package uses `cryptography`. A cipher context lives within one function that does not
+await: while the context exists, the key is in the heap. qom.secret and the command secret-seal call
+it.
 """
 
 import binascii
@@ -51,7 +52,8 @@ def _aes_256_cbc() -> "Callable[[memoryview, bytes], Cipher[modes.CBC]]":
 def decrypt(
     ciphertext: memoryview, key: memoryview, iv: bytes, scratch_arena: Arena, arena: Arena
 ) -> LockedBuffer:
-    """Return, in ``arena``, the plaintext of AES-256-CBC with PKCS#7 padding, all of which is checked.
+    """Return, in ``arena``, the plaintext of AES-256-CBC with PKCS#7 padding, all of which is
+    checked.
 
     Raises CommandError in the words of qcrypto_secret_decrypt().
     """

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The verbs of `secretctl` for many secrets: import, export, watch.
 
-What they read and write is a line of JSON for each secret, which is the arguments of QEMU's object-add.
-Nothing is exported in clear. ctl calls it.
+What they read and write is a line of JSON for each secret, which is the arguments of QEMU's
+object-add. Nothing is exported in clear. ctl calls it.
 """
 
 import json
@@ -54,9 +54,9 @@ _BLANK: Final = re.compile(rb"[ \t\r]*")
 def import_(options: Options) -> int:
     """Add many secrets from lines of JSON.
 
-    They come from FILE or standard input. A line has the members of object-add: id, data, and format,
-    keyid and iv as needed; and expires-in, in seconds. What 'export' writes is such. The first line that
-    is refused ends it, and is named; those before it are added.
+    They come from FILE or standard input. A line has the members of object-add: id, data, and
+    format, keyid and iv as needed; and expires-in, in seconds. What 'export' writes is such. The
+    first line that is refused ends it, and is named; those before it are added.
     """
     fd = 0 if options.file == "-" else os.open(options.file, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -94,7 +94,9 @@ def _import(options: Options, fd: int) -> int:
 
 
 def _lines(fd: int, buffer: LockedBuffer) -> Iterator[memoryview]:
-    """Return the lines, each in locked memory until the next is asked for; nothing of a blank one."""
+    """Return the lines, each in locked memory until the next is asked for; nothing of a blank
+    one.
+    """
     view, fill, ended = buffer.view, 0, False
     while not ended:
         count = os.readv(fd, [view[fill:]])
@@ -125,7 +127,9 @@ def _ends(view: memoryview, *, last: bool) -> Iterator[int]:
 
 @cache
 def _decoder() -> Any:
-    """Return what decodes a line and leaves its data where it is. msgspec is imported where it is needed."""
+    """Return what decodes a line and leaves its data where it is. msgspec is imported where it is
+    needed.
+    """
     import msgspec
 
     names = {"keyid": str, "iv": str, "format": str, "qom_type": str, "expires_in": int}
@@ -180,9 +184,10 @@ def _add(client: SyncClient, line: memoryview, where: str) -> None:
 def export(options: Options) -> int:
     """Print many secrets, sealed, as lines of JSON.
 
-    All of them without IDS, but the one they are sealed under. They can be read with 'import', here or
-    elsewhere, where the key has the same id; each line is also the arguments of QEMU's object-add. A secret
-    that cannot be exported is named, the others follow, and the exit status is 1.
+    All of them without IDS, but the one they are sealed under. They can be read with 'import', here
+    or elsewhere, where the key has the same id; each line is also the arguments of QEMU's
+    object-add. A secret that cannot be exported is named, the others follow, and the exit status is
+    1.
     """
     exported = failed = 0
     with client_of(options) as client:
@@ -214,8 +219,8 @@ def export(options: Options) -> int:
 def watch(options: Options) -> None:
     """Print what happens to secrets as it happens.
 
-    On the control socket by whom, too; on the client socket what concerns secrets that the caller may
-    read. A restart of secretd is waited for.
+    On the control socket by whom, too; on the client socket what concerns secrets that the caller
+    may read. A restart of secretd is waited for.
     """
     with client_of(options) as client:
         if sys.stderr.isatty() and not options.json:

@@ -30,8 +30,8 @@ from secretd.memory.arena import choose_level
 State = Literal["ok", "warning", "failed"]
 
 LOCKED_BYTES: Final = 8 << 20
-"""Bytes that may be locked with which there is room for 100,000 small secrets: what systemd allows by
-default.
+"""Bytes that may be locked with which there is room for 100,000 small secrets: what systemd allows
+by default.
 """
 
 _SO_PEERPIDFD: Final = 77
@@ -339,8 +339,8 @@ _MARKS: Final = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "failed": (
 def doctor(options: Options) -> int:
     """Check what secretd needs, and say how to mend it.
 
-    Memory locking, kernel, limits, units, sockets, and the daemon itself; it takes 5 seconds at most.
-    The exit status is 1 if something has failed; a warning is not a failure.
+    Memory locking, kernel, limits, units, sockets, and the daemon itself; it takes 5 seconds at
+    most. The exit status is 1 if something has failed; a warning is not a failure.
     """
     findings: list[Finding] = []
 

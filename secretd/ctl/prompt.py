@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Asking for a secret on the terminal: without echo, of any length, into locked memory.
 
-The terminal's line editing is off, since it cuts a line at 4,095 bytes (termios(3)); backspace, Ctrl-U
-and Ctrl-D work as in it. A paste may have several lines: it is marked as one by terminals with bracketed
-paste, and is recognised elsewhere since it comes in one piece. ctl calls `ask_twice`.
+The terminal's line editing is off, since it cuts a line at 4,095 bytes (termios(3)); backspace,
+Ctrl-U and Ctrl-D work as in it. A paste may have several lines: it is marked as one by terminals
+with bracketed paste, and is recognised elsewhere since it comes in one piece. ctl calls
+`ask_twice`.
 """
 
 import os
@@ -21,7 +22,9 @@ SECRET_BYTES: Final = 1 << 20
 """Bytes that are read at most: of the largest secret."""
 
 PASTE_SECONDS: Final = 0.1
-"""Seconds within which the next line of a paste follows, where the terminal does not mark pastes."""
+"""Seconds within which the next line of a paste follows, where the terminal does not mark
+pastes.
+"""
 
 _PASTE_BEGINS: Final = b"\x1b[200~"
 _PASTE_ENDS: Final = b"\x1b[201~"
@@ -36,7 +39,10 @@ _READ_BYTES: Final = 4096
 
 @contextmanager
 def ask_twice(client: SyncClient, text: str) -> Iterator[LockedBuffer]:
-    """Ask for a new secret, and once more, since what was mistyped cannot be seen. Raises UsageError."""
+    """Ask for a new secret, and once more, since what was mistyped cannot be seen.
+
+    Raises UsageError.
+    """
     fd = os.open("/dev/tty", os.O_RDWR | os.O_CLOEXEC | os.O_NOCTTY)
     try:
         with (

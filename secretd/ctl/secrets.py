@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The command `secretctl`: secretd from a shell.
 
-Opens files and passes their descriptors, so that plaintext goes past this process where it can. What
-it must hold for a moment (a prompt, a pipe it looks into) lies in locked memory.
+Opens files and passes their descriptors, so that plaintext goes past this process where it can.
+What it must hold for a moment (a prompt, a pipe it looks into) lies in locked memory.
 
-The command line, errors and what is printed are in ctl_frame, with what the exit statuses mean; other
-verbs in ctl_access, ctl_bulk and ctl_doctor.
+The command line, errors and what is printed are in ctl_frame, with what the exit statuses mean;
+other verbs in ctl_access, ctl_bulk and ctl_doctor.
 """
 
 import errno
@@ -78,9 +78,9 @@ _ENCODINGS = click.Choice(("raw", "base64"))
 def add(options: Options) -> None:
     """Add a secret.
 
-    It is asked for on the terminal if no source is given. Its content comes from a file, a descriptor,
-    standard input or a prompt, raw or in base64, in clear or encrypted under another secret. It never
-    stands in an argument, where everybody could read it.
+    It is asked for on the terminal if no source is given. Its content comes from a file, a
+    descriptor, standard input or a prompt, raw or in base64, in clear or encrypted under another
+    secret. It never stands in an argument, where everybody could read it.
     """
     given = (options.file is not None, options.fd is not None, options.stdin, options.prompt)
     if sum(given) > 1:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What all verbs of `secretctl` have in common: the command line (click), errors with the next step,
-tables, JSON, progress and completion. The verbs are in ctl, ctl_access, ctl_bulk and ctl_doctor.
+"""What all verbs of `secretctl` have in common: the command line (click), errors with the next
+step, tables, JSON, progress and completion. The verbs are in ctl, ctl_access, ctl_bulk and
+ctl_doctor.
 
-rich is imported where a terminal is drawn on, and nowhere else: `secretctl read` in a script must start
-soon.
+rich is imported where a terminal is drawn on, and nowhere else: `secretctl read` in a script must
+start soon.
 """
 
 import contextlib
@@ -75,7 +76,9 @@ _NEXT_STEPS: Final = (
 
 
 class Options(SimpleNamespace):
-    """What stands on the command line, by the names of click's parameters; and ``socket``, ``json``."""
+    """What stands on the command line, by the names of click's parameters; and ``socket``,
+    ``json``.
+    """
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(name)
@@ -240,7 +243,8 @@ def main() -> int:
 
 
 def _open_closed() -> None:
-    """Give each closed standard descriptor an end: nothing that is opened later must be taken for it.
+    """Give each closed standard descriptor an end: nothing that is opened later must be taken for
+    it.
 
     What is written to a closed standard output is an error then, not lost (as with the tools of GNU
     coreutils).
@@ -294,7 +298,10 @@ def warn(message: str) -> None:
 
 
 def _usage(error: click.UsageError) -> int:
-    """Say what is wrong with the command line. What it cannot place is not printed: it may be a secret."""
+    """Say what is wrong with the command line.
+
+    What it cannot place is not printed: it may be a secret.
+    """
     context = error.ctx
     words = error.format_message()
     if isinstance(error, click.NoSuchOption):
@@ -441,7 +448,9 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, right: Iterable
 
 @contextlib.contextmanager
 def progress(words: str, total: int | None) -> Iterator[Callable[[], None]]:
-    """Show how far something long has come, on a terminal's stderr; yields what tells of each step."""
+    """Show how far something long has come, on a terminal's stderr; yields what tells of each
+    step.
+    """
     if not sys.stderr.isatty():
         yield lambda: None
         return

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What stands in argv: secrets given with ``--object …data=`` leave it before anything else is done.
+"""What stands in argv: secrets given with ``--object …data=`` leave it before anything else is
+done.
 
 It makes no objects and knows no other option; daemon calls it first of all.
 """
@@ -83,8 +84,8 @@ def hide_data() -> None:
 def _clean_environment(values: list[bytes]) -> None:
     """Remove the variables that hold what was hidden, such as the one a unit's options came from.
 
-    A value of a few bytes is the whole of a variable or a part of it by chance (``x``, ``/root``), so it
-    counts only behind ``data=``.
+    A value of a few bytes is the whole of a variable or a part of it by chance (``x``, ``/root``),
+    so it counts only behind ``data=``.
     """
     forms = {form for value in values for form in (value, value.replace(b",", b",,"))}
     for name, content in list(os.environb.items()):

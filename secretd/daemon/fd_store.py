@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The service manager's descriptor store, which keeps secrets over restarts, kill -9 and upgrades.
 
-Two kinds of descriptors are stored, the arena and the journal's files; the next process continues with them.
-Without a store, secrets end with the process, as QEMU's do. daemon.process calls it; systemd.notify has the
-protocol.
+Two kinds of descriptors are stored, the arena and the journal's files; the next process continues
+with them. Without a store, secrets end with the process, as QEMU's do. daemon.process calls it;
+systemd.notify has the protocol.
 """
 
 import asyncio
@@ -28,8 +28,8 @@ background.
 class Store:
     """What the service manager keeps for the next process.
 
-    ``kept``: all that is needed, as far as is known. ``holds``: it may have a part of it, so nothing is wiped
-    when this process ends.
+    ``kept``: all that is needed, as far as is known. ``holds``: it may have a part of it, so
+    nothing is wiped when this process ends.
     """
 
     def __init__(self, manager: Manager, journal: Journal, *, restored: bool) -> None:
@@ -50,8 +50,8 @@ class Store:
                 self._lost()
 
     def _offer(self, *, wait: bool) -> bool:
-        """Have everything kept (what is kept already is no second time) and a probe; False if that could not
-        even be said.
+        """Have everything kept (what is kept already is no second time) and a probe; False if that
+        could not even be said.
         """
         self.holds = True
         # A file that may not be kept must not become the one that counts.
@@ -62,7 +62,9 @@ class Store:
         return told
 
     def watch(self, changed: Callable[[], None]) -> None:
-        """Find out, from the running loop, whether there was room; call ``changed`` when it is known."""
+        """Find out, from the running loop, whether there was room; call ``changed`` when it is
+        known.
+        """
         if self._source < 0:
             return
         loop = asyncio.get_running_loop()
@@ -81,7 +83,9 @@ class Store:
         loop.add_reader(self._source, ended)
 
     def again(self, changed: Callable[[], None]) -> None:
-        """Offer everything once more: a daemon-reload may have made the store smaller for a moment."""
+        """Offer everything once more: a daemon-reload may have made the store smaller for a
+        moment.
+        """
         if self._source < 0 and not self._given_up:
             if self._offer(wait=False):
                 self.watch(changed)
@@ -110,7 +114,9 @@ class Store:
             )
 
     def give_up(self) -> None:
-        """Have nothing kept any more; that is certain when this returns, if the service manager answers."""
+        """Have nothing kept any more; that is certain when this returns, if the service manager
+        answers.
+        """
         self._given_up = True
         self.kept = self.holds = False
         self.close()

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the service manager passes at start: listening sockets, and what it stored for an earlier process.
+"""What the service manager passes at start: listening sockets, and what it stored for an earlier
+process.
 
-`inherited` sorts the descriptors by name; `open_journal` continues with the stored arena and journal, or
-makes new ones. daemon.process calls both.
+`inherited` sorts the descriptors by name; `open_journal` continues with the stored arena and
+journal, or makes new ones. daemon.process calls both.
 """
 
 import logging
@@ -10,7 +11,7 @@ import os
 import socket
 from typing import Final, NamedTuple
 
-from secretd.access.peer import Door
+from secretd.access.peer import SocketRole
 from secretd.daemon.sockets import is_listening
 from secretd.errors import LockedMemoryExhausted, MemoryLockError, StateError, UsageError
 from secretd.journal.journal import Journal
@@ -25,34 +26,36 @@ ARENA: Final = "arena"
 JOURNAL: Final = "journal"
 """What the files are called in the descriptor store."""
 
-_DOORS: Final = tuple(door.value for door in Door)
+_ROLES: Final = tuple(role.value for role in SocketRole)
 
 
-class Inherited(NamedTuple):
+class InheritedDescriptors(NamedTuple):
     """What the service manager passed: listening sockets, and what it kept of an earlier process.
-    ``connections``: of the credentials door.
+    ``connections``: of the credentials socket.
     """
 
-    doors: list[Passed]
+    sockets: list[Passed]
     arenas: list[int]
     journals: list[int]
     connections: list[Passed]
 
 
-def inherited() -> Inherited:
-    """Return what the service manager passed, by the names that it has; the caller owns the descriptors.
+def inherited() -> InheritedDescriptors:
+    """Return what the service manager passed, by the names that it has; the caller owns the
+    descriptors.
 
-    Raises UsageError for a socket that is no door. What else is unknown stays with the service manager.
+    Raises UsageError for a socket that is no socket. What else is unknown stays with the service
+    manager.
     """
-    found = Inherited([], [], [], [])
+    found = InheritedDescriptors([], [], [], [])
     for each in passed():
         name, fd = each
-        if name in _DOORS:
+        if name in _ROLES:
             if not is_listening(fd):
                 raise UsageError(
                     f"what the service manager passed as '{name}' is no listening AF_UNIX stream socket"
                 )
-            found.doors.append(each)
+            found.sockets.append(each)
         elif name == ARENA:
             found.arenas.append(fd)
         elif name == JOURNAL:
@@ -62,7 +65,7 @@ def inherited() -> Inherited:
         elif is_listening(fd):
             raise UsageError(
                 f"the service manager passed a socket as '{name}': FileDescriptorName= of a .socket unit "
-                f"must be {', '.join(_DOORS[:-1])} or {_DOORS[-1]}"
+                f"must be {', '.join(_ROLES[:-1])} or {_ROLES[-1]}"
             )
         else:
             if name != "probe":
@@ -73,11 +76,11 @@ def inherited() -> Inherited:
     return found
 
 
-def open_journal(found: Inherited, *, require_lock: bool) -> tuple[Journal, bool]:
+def open_journal(found: InheritedDescriptors, *, require_lock: bool) -> tuple[Journal, bool]:
     """Return the journal, with its arena, and whether an earlier process has left it.
 
-    Raises UsageError if what was left cannot be taken over, MemoryLockError if memory has to be locked and
-    cannot be.
+    Raises UsageError if what was left cannot be taken over, MemoryLockError if memory has to be
+    locked and cannot be.
     """
     if not found.journals:
         for fd in found.arenas:  # of a process that ended before it had a journal
@@ -105,7 +108,7 @@ def open_journal(found: Inherited, *, require_lock: bool) -> tuple[Journal, bool
 
 
 def adopt(connections: list[Passed]) -> list[tuple[socket.socket, str]]:
-    """Return the connections of the credentials door that an earlier process had accepted."""
+    """Return the connections of the credentials socket that an earlier process had accepted."""
     found = []
     for name, fd in connections:
         sock = socket.socket(fileno=fd)

@@ -22,12 +22,12 @@ from secretd.wire.parser import Text
 log = logging.getLogger("secretd")
 
 
-class Initial:
+class InitialObjects:
     """Makes the objects of ``--object``, one after the other.
 
-    ``hidden``: descriptors that stand for data=. ``required``: whether the start fails where what an object
-    needs is not there. ``made``: the ids of those that were made, and not found as an earlier process has
-    left them.
+    ``hidden``: descriptors that stand for data=. ``required``: whether the start fails where what
+    an object needs is not there. ``made``: the ids of those that were made, and not found as an
+    earlier process has left them.
     """
 
     def __init__(self, tree: ObjectTree, hidden: list[int], *, required: bool = True) -> None:
@@ -85,7 +85,9 @@ class Initial:
         return f"{words}; {argv.DOUBLED}" if "…" in words else words
 
     def _may_be_shown(self, text: str) -> bool:
-        """True if nothing in the text of an object, as it stands now or as it was typed, is a secret."""
+        """True if nothing in the text of an object, as it stands now or as it was typed, is a
+        secret.
+        """
         try:
             given = keyval.arguments(keyval.buffer(text)).members
         except UsageError:
@@ -113,7 +115,9 @@ def parse(tree: ObjectTree, text: str) -> ObjectOptions | None:
 
 
 def _credential_hint(options: ObjectOptions) -> str:
-    """Say what to look at where a credential of our own unit is missing: systemd starts units without."""
+    """Say what to look at where a credential of our own unit is missing: systemd starts units
+    without.
+    """
     directory = os.environ.get("CREDENTIALS_DIRECTORY")
     file = getattr(options, "file", None)
     if not directory or not isinstance(file, str) or os.path.dirname(file) != directory:

@@ -2,8 +2,8 @@
 """The daemon's log on stderr, written without waiting: a pipe that is full, or a journald that is
 stopped, must not stop the daemon.
 
-A line that finds no room is kept; beyond KEPT_LINES lines are counted, and the count is written once
-there is room. daemon installs the handler, commands read its count.
+A line that finds no room is kept; beyond KEPT_LINES lines are counted, and the count is written
+once there is room. daemon installs the handler, commands read its count.
 """
 
 import asyncio

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Where the program `secretd` begins: what has to be so before anything else is imported.
 
-Descriptors 0 to 2 are open, so that nothing is taken for one of them later. The C library binds functions at
-once: bound lazily, the resolver leaves the vector registers on the stack when a function is called for
-the first time, and with them what was copied last (_dl_runtime_resolve_xsavec() of glibc's
-dl-trampoline.h). That is decided when a program starts, so it is started anew where the environment does
-not say so; the units do. Then daemon.main() is called.
+Descriptors 0 to 2 are open, so that nothing is taken for one of them later. The C library binds
+functions at once: bound lazily, the resolver leaves the vector registers on the stack when a
+function is called for the first time, and with them what was copied last
+(_dl_runtime_resolve_xsavec() of glibc's dl-trampoline.h). That is decided when a program starts, so
+it is started anew where the environment does not say so; the units do. Then daemon.main() is
+called.
 """
 
 import os
@@ -17,7 +18,9 @@ BIND_NOW = "LD_BIND_NOW"
 """Environment variable that makes the dynamic linker resolve all functions at start (ld.so(8))."""
 
 CLOSED = "SECRETD_CLOSED"
-"""Environment variable from one incarnation to the next: which of descriptors 0 to 2 were closed."""
+"""Environment variable from one incarnation to the next: which of descriptors 0 to 2 were
+closed.
+"""
 
 
 def open_closed() -> list[int]:

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The command `secretd`: its options, its start, its end.
 
-Builds what the other modules provide and runs it; the only module that reads the command line of the
-daemon. What it says on stderr is for the person who started it, or for the journal.
+Builds what the other modules provide and runs it; the only module that reads the command line of
+the daemon. What it says on stderr is for the person who started it, or for the journal.
 """
 
 import argparse
@@ -20,17 +20,17 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from secretd import __version__, paths
-from secretd.access.peer import Door, check_own_uid
+from secretd.access.peer import SocketRole, check_own_uid
 from secretd.audit.log import Audit
 from secretd.audit.sinks import Sink
 from secretd.daemon import argv, inherited
 from secretd.daemon.fd_store import Store
-from secretd.daemon.inherited import Inherited
-from secretd.daemon.initial_objects import Initial
+from secretd.daemon.inherited import InheritedDescriptors
+from secretd.daemon.initial_objects import InitialObjects
 from secretd.daemon.log import LogHandler
 from secretd.daemon.options import parser
-from secretd.daemon.sockets import DoorSpec, open_doors, wanted
-from secretd.daemon.status import Reports
+from secretd.daemon.sockets import SocketSpec, open_sockets, wanted
+from secretd.daemon.status import StatusReporter
 from secretd.errors import CommandError, SecretdError, UsageError
 from secretd.journal.journal import Journal
 from secretd.linux.locked_pages import forbid_dumps, limit_text
@@ -75,7 +75,7 @@ def run(options: argparse.Namespace, handler: LogHandler) -> int:
     found = inherited.inherited()
     forbid_dumps()
     _raise_descriptor_limit()
-    specs = wanted(((door, getattr(options, door.value)) for door in Door), found.doors)
+    specs = wanted(((role, getattr(options, role.value)) for role in SocketRole), found.sockets)
     journal, restored = inherited.open_journal(found, require_lock=options.memory_lock == "require")
     process = _Process(journal, manager, found, handler, restored=restored)
     try:
@@ -86,15 +86,15 @@ def run(options: argparse.Namespace, handler: LogHandler) -> int:
 
 
 class _Process:
-    """What runs: started, serving, ended. ``found``: what the service manager passed; ``restored``: the
-    journal is an earlier process's.
+    """What runs: started, serving, ended. ``found``: what the service manager passed; ``restored``:
+    the journal is an earlier process's.
     """
 
     def __init__(
         self,
         journal: Journal,
         manager: Manager | None,
-        found: Inherited,
+        found: InheritedDescriptors,
         handler: LogHandler,
         *,
         restored: bool,
@@ -112,14 +112,14 @@ class _Process:
         self._served = False
         self._scratch: Arena | None = None
 
-    def run(self, options: argparse.Namespace, specs: list[DoorSpec]) -> None:
+    def run(self, options: argparse.Namespace, specs: list[SocketSpec]) -> None:
         """Make the objects, then serve until the end."""
         journal = self._journal
         self._scratch = Arena(journal.arena.level, window=SCRATCH_WINDOW, reserve=SCRATCH_RESERVE)
         tree = ObjectTree(journal, self._scratch, TYPES)
         expired = tree.end_due()
         hidden = argv.hidden_fds()
-        initial = Initial(tree, hidden, required=options.object_policy == "require")
+        initial = InitialObjects(tree, hidden, required=options.object_policy == "require")
         if not all(map(initial.make, options.object)):
             return
         argv.close(hidden)
@@ -139,7 +139,7 @@ class _Process:
         self,
         tree: ObjectTree,
         audit: Audit,
-        specs: list[DoorSpec],
+        specs: list[SocketSpec],
         made: list[str],
         expired: list[str],
     ) -> None:
@@ -148,10 +148,10 @@ class _Process:
             tree, COMMANDS.by_name.values(), f"secretd {__version__}", audit, self._store
         )
         server.core.log_dropped = lambda: self._handler.lost
-        listeners = open_doors(specs, self._found.doors)
+        listeners = open_sockets(specs, self._found.sockets)
         for listener in listeners:
             server.add(listener)
-        reports = None if self._store is None else Reports(self._store, tree)
+        reports = None if self._store is None else StatusReporter(self._store, tree)
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(_unexpected)
 
@@ -183,13 +183,13 @@ class _Process:
         def ready() -> None:
             audit.start(__version__, len(tree.journal))
             if self._before:
-                audit.note("restore", count=self._before)
+                audit.append("restore", count=self._before)
             for object_id in expired:
-                audit.note("expire", id=object_id)
+                audit.append("expire", id=object_id)
             for object_id in made:
                 kind = tree.type_of(object_id)
                 assert kind is not None
-                audit.note("add", id=object_id, type=kind.info.name, door="command line")
+                audit.append("add", id=object_id, type=kind.info.name, door="command line")
             for sock, name in inherited.adopt(self._found.connections):
                 server.credentials.refuse(sock, name)
             _say_ready(tree, listeners, self._before)
@@ -320,7 +320,7 @@ _MEMORY = {
 def _say_ready(tree: ObjectTree, listeners: list[Listener], before: int) -> None:
     kept = f", {before} of them from before" if before else ""
     lines = [f"version {__version__}, {_objects(len(tree.journal))}{kept}"]
-    lines += [f"{listener.door.value + ' socket':<18} {listener.path}" for listener in listeners]
+    lines += [f"{listener.role.value + ' socket':<18} {listener.path}" for listener in listeners]
     level = tree.journal.arena.level
     lines.append(f"{'memory':<18} {_MEMORY[level]}")
     for line in lines:
@@ -329,7 +329,7 @@ def _say_ready(tree: ObjectTree, listeners: list[Listener], before: int) -> None
         log.warning("%s; such peers are refused, and no rule can name them", words)
     if level == "none":
         log.warning("%s", limit_text())
-    control = next((ln for ln in listeners if ln.door is Door.CONTROL), None)
+    control = next((ln for ln in listeners if ln.role is SocketRole.CONTROL), None)
     if control is not None and control.owned:
         tool = "secretctl"
         if shutil.which(tool) is None:

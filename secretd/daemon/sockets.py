@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The doors: which sockets there are, by the command line, the service manager, or by default.
+"""The sockets: which sockets there are, by the command line, the service manager, or by default.
 
 It opens them; what goes through them is server's. daemon calls it.
 """
@@ -13,31 +13,31 @@ from collections.abc import Collection, Iterable
 from typing import Final, NamedTuple
 
 from secretd import paths
-from secretd.access.peer import Door
+from secretd.access.peer import SocketRole
 from secretd.errors import UsageError
 from secretd.net.listener import Listener, listen
 from secretd.qapi import keyval
 from secretd.systemd.activation import Passed
 
 
-class DoorSpec(NamedTuple):
-    """What ``--control``, ``--client`` or ``--credentials`` says. ``mode`` is the socket's, ``gid`` -1 for
-    no change; ``authz``: the object that says who else may use a control socket.
+class SocketSpec(NamedTuple):
+    """What ``--control``, ``--client`` or ``--credentials`` says. ``mode`` is the socket's, ``gid``
+    -1 for no change; ``authz``: the object that says who else may use a control socket.
     """
 
-    door: Door
+    role: SocketRole
     path: str
     mode: int
     gid: int
     authz: str | None = None
 
 
-_MODES: Final = {Door.CONTROL: 0o600, Door.CLIENT: 0o666, Door.CREDENTIALS: 0o600}
+_MODES: Final = {SocketRole.CONTROL: 0o600, SocketRole.CLIENT: 0o666, SocketRole.CREDENTIALS: 0o600}
 
 
-def door_spec(door: Door, text: str) -> DoorSpec:
+def socket_spec(role: SocketRole, text: str) -> SocketSpec:
     """Read PATH[,mode=OCTAL][,group=NAME], or raise UsageError."""
-    option = f"--{door.value} {text}"
+    option = f"--{role.value} {text}"
     try:
         # Unlike a type's name, a path may have commas.
         members = keyval.parse(text if text.startswith("path=") else f"path={text}", "path")
@@ -46,8 +46,8 @@ def door_spec(door: Door, text: str) -> DoorSpec:
     path = members.pop("path", "")
     if not path:
         raise UsageError(f"{option}: the path of the socket is missing")
-    mode, gid = _MODES[door], -1
-    authz = members.pop("authz", None) if door is Door.CONTROL else None
+    mode, gid = _MODES[role], -1
+    authz = members.pop("authz", None) if role is SocketRole.CONTROL else None
     if authz is not None:
         mode = 0o666  # who may use it is decided at accept
     if "mode" in members:
@@ -63,10 +63,10 @@ def door_spec(door: Door, text: str) -> DoorSpec:
             raise UsageError(f"{option}: there is no group '{name}'") from None
     if members:
         raise UsageError(f"{option}: Parameter '{next(iter(members))}' is unexpected")
-    return DoorSpec(door, path, mode, gid, authz)
+    return SocketSpec(role, path, mode, gid, authz)
 
 
-def default_doors() -> list[DoorSpec]:
+def default_sockets() -> list[SocketSpec]:
     """Return those that open when nobody says otherwise, in a directory that is made for them."""
     directory = paths.default_directory()
     own = not paths.has_runtime_directory()
@@ -81,17 +81,19 @@ def default_doors() -> list[DoorSpec]:
     if own and status.st_mode & 0o077:
         raise UsageError(f"{directory}: others may enter it; run 'chmod 700 {directory}'")
     return [
-        DoorSpec(Door.CONTROL, paths.control_path(), _MODES[Door.CONTROL], -1),
-        DoorSpec(Door.CLIENT, paths.client_path(), _MODES[Door.CLIENT], -1),
+        SocketSpec(SocketRole.CONTROL, paths.control_path(), _MODES[SocketRole.CONTROL], -1),
+        SocketSpec(SocketRole.CLIENT, paths.client_path(), _MODES[SocketRole.CLIENT], -1),
     ]
 
 
 def wanted(
-    options: "Iterable[tuple[Door, list[str]]]", passed: "Collection[Passed]"
-) -> list[DoorSpec]:
-    """Return what the options of each door say; without any, and without passed sockets, the defaults."""
-    specs = [door_spec(door, text) for door, texts in options for text in texts]
-    return specs if specs or passed else default_doors()
+    options: "Iterable[tuple[SocketRole, list[str]]]", passed: "Collection[Passed]"
+) -> list[SocketSpec]:
+    """Return what the options of each socket say; without any, and without passed sockets, the
+    defaults.
+    """
+    specs = [socket_spec(role, text) for role, texts in options for text in texts]
+    return specs if specs or passed else default_sockets()
 
 
 def is_listening(fd: int) -> bool:
@@ -110,10 +112,11 @@ def is_listening(fd: int) -> bool:
         )
 
 
-def open_doors(specs: Iterable[DoorSpec], passed: Iterable[Passed]) -> list[Listener]:
-    """Open the sockets that are named; take over those that the service manager ``passed``, whose names say
-    which door each is. What a spec says of the path of such a socket counts for it (``authz``), but for mode
-    and group, which are the .socket unit's. Raises UsageError.
+def open_sockets(specs: Iterable[SocketSpec], passed: Iterable[Passed]) -> list[Listener]:
+    """Open the sockets that are named; take over those that the service manager ``passed``.
+
+    The name of a passed socket gives its role. A spec with the path of a passed socket applies to
+    it (``authz``), except for mode and group, which are the .socket unit's. Raises UsageError.
     """
     opened: list[Listener] = []
     left = list(specs)
@@ -124,17 +127,17 @@ def open_doors(specs: Iterable[DoorSpec], passed: Iterable[Passed]) -> list[List
             path = _path(sock)
             spec = next((spec for spec in left if spec.path == path), None)
             if spec is None:
-                opened.append(Listener(sock, Door(name), path, owned=False))
+                opened.append(Listener(sock, SocketRole(name), path, owned=False))
                 continue
             left.remove(spec)
-            if spec.door.value != name:
+            if spec.role.value != name:
                 sock.close()
                 raise UsageError(
-                    f"--{spec.door.value} {path}: the service manager passed this socket as '{name}'"
+                    f"--{spec.role.value} {path}: the service manager passed this socket as '{name}'"
                 )
-            opened.append(Listener(sock, spec.door, path, spec.authz, owned=False))
+            opened.append(Listener(sock, spec.role, path, spec.authz, owned=False))
         for spec in left:
-            opened.append(listen(spec.path, spec.door, spec.mode, spec.gid, spec.authz))  # noqa: PERF401
+            opened.append(listen(spec.path, spec.role, spec.mode, spec.gid, spec.authz))  # noqa: PERF401
     except BaseException:
         for listener in opened:
             listener.close()

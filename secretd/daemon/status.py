@@ -11,8 +11,10 @@ STATUS_SECONDS: Final = 1.0
 """Seconds after a change within which `systemctl status` shows it: not each is worth a message."""
 
 
-class Reports:
-    """What the service manager is told while the daemon runs: that the loop turns, and a line of status."""
+class StatusReporter:
+    """What the service manager is told while the daemon runs: that the loop turns, and a line of
+    status.
+    """
 
     def __init__(self, store: Store, tree: ObjectTree) -> None:
         self._store = store

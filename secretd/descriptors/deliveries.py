@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Releasing secrets to descriptors: the one sequence that secret-read and LoadCredential= share.
 
-`Deliveries.release` asks what the descriptor is, has access decide, writes, and undoes a read that delivered
-nothing. The loop writes to the descriptors of trusted peers, a thread of the peer's uid to all others.
-A delivery waits for a full descriptor, up to a time limit; no other request waits for the delivery. The
-commands and server.credentials call this module.
+`Deliveries.release` asks what the descriptor is, has access decide, writes, and undoes a read that
+delivered nothing. The loop writes to the descriptors of trusted peers, a thread of the peer's uid
+to all others. A delivery waits for a full descriptor, up to a time limit; no other request waits
+for the delivery. The commands and server.credentials call this module.
 """
 
 import asyncio
@@ -19,23 +19,30 @@ from secretd.descriptors.target import Target, open_target
 from secretd.descriptors.threaded_delivery import ThreadedDelivery
 from secretd.descriptors.threads import BlockingCalls
 from secretd.errors import CommandError, LimitReached
+from secretd.limits import Tuning
 from secretd.memory.arena import Arena
-
-DELIVERY_SECONDS: Final = 10.0
-"""Seconds within which the other end must have taken the whole secret."""
 
 _DISCONNECTED: Final = CommandError("the client has disconnected")
 
 
 class Deliveries:
-    """Starts deliveries, and knows those that go on. ``undo`` is called for a read that delivered nothing."""
+    """Starts deliveries, and knows those that go on.
+
+    ``undo`` is called for a read that delivered nothing.
+    """
 
     def __init__(
-        self, scratch: Arena, threads: BlockingCalls, undo: Callable[[Grant, str], object]
+        self,
+        scratch: Arena,
+        threads: BlockingCalls,
+        undo: Callable[[Grant, str], object],
+        tuning: Tuning,
     ) -> None:
         self._scratch = scratch
         self._threads = threads
         self._undo = undo
+        self._seconds = tuning.delivery_seconds
+        self._write_seconds = tuning.write_seconds
         self._running: dict[str, set[Delivery]] = {}
 
     # --- release
@@ -52,8 +59,9 @@ class Deliveries:
         """Write a secret to a descriptor, which is consumed. Raises CommandError.
 
         The delivery's ``rest`` is a coroutine where not everything could be written at once.
-        ``decide`` returns the permission or raises; it is asked after the descriptor, so that one which
-        cannot take a secret uses up no read. ``seal``: returns what to write instead of the plaintext.
+        ``decide`` returns the permission or raises; it is asked after the descriptor, so that one
+        which cannot take a secret uses up no read. ``seal``: returns what to write instead of the
+        plaintext.
         """
         try:
             target = opened(fd.fileno())
@@ -64,7 +72,7 @@ class Deliveries:
             raise
         if not grant.peer.trusted:
             threaded = ThreadedDelivery(
-                grant, target, fd, self._undo, base64, sealed, self._scratch
+                grant, target, fd, self._undo, base64, sealed, self._scratch, self._write_seconds
             )
             # Known to `withdraw` from now on, not only when the coroutine first runs.
             self._remember(threaded)
@@ -108,7 +116,7 @@ class Deliveries:
 
     async def _write_rest(self, delivery: LoopDelivery) -> None:
         try:
-            async with asyncio.timeout(DELIVERY_SECONDS):
+            async with asyncio.timeout(self._seconds):
                 complete = False
                 while not complete:
                     await delivery.wait()
@@ -116,7 +124,7 @@ class Deliveries:
                         raise delivery.withdrawal()
                     complete = delivery.write()
         except TimeoutError:
-            raise delivery.fail(_timed_out()) from None
+            raise delivery.fail(self._timed_out()) from None
         except OSError as error:
             raise delivery.fail_system(error) from None
         except CommandError as error:
@@ -136,7 +144,7 @@ class Deliveries:
                 loop.call_soon_threadsafe(delivery.close)
 
         try:
-            async with asyncio.timeout(DELIVERY_SECONDS) as delivery.scope:
+            async with asyncio.timeout(self._seconds) as delivery.scope:
                 if delivery.withdrawn:
                     delivery.scope.reschedule(loop.time())
                 failure = await self._threads.run(
@@ -146,7 +154,7 @@ class Deliveries:
                     unused,
                 )
         except TimeoutError:
-            error = delivery.withdrawal() if delivery.withdrawn else _timed_out()
+            error = delivery.withdrawal() if delivery.withdrawn else self._timed_out()
             raise delivery.abandon(error) from None
         except asyncio.CancelledError:
             delivery.abandon(_DISCONNECTED)
@@ -186,9 +194,8 @@ class Deliveries:
             if not others:
                 del self._running[object_id]
 
-
-def _timed_out() -> CommandError:
-    return LimitReached(
-        "delivery-seconds",
-        f"The descriptor did not take the secret within {DELIVERY_SECONDS:g} seconds",
-    )
+    def _timed_out(self) -> CommandError:
+        return LimitReached(
+            "delivery-seconds",
+            f"The descriptor did not take the secret within {self._seconds:g} seconds",
+        )

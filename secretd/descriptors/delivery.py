@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """One secret on its way to one descriptor.
 
-Theory of operation. A `Delivery` owns a target, the descriptor under it, and a view of what is to be
-written. It ends in exactly one of three ways:
+Theory of operation. A `Delivery` owns a target, the descriptor under it, and a view of what is to
+be written. It ends in exactly one of three ways:
 
 - all of it was written: the owner calls `close`;
-- writing failed, or took too long: `fail` gives the reason. If the other end took no byte, the read is
-  undone (the audit says `withheld`, and a limited grant gets its read back); then `close`;
-- the secret was deleted or the grant withdrawn: `withdraw` returns only when the delivery touches no
-  plaintext any more. The owner wakes up, sees `withdrawn`, and ends it as a failure.
+- writing failed, or took too long: `fail` gives the reason. If the other end took no byte, the read
+  is undone (the audit says `withheld`, and a limited grant gets its read back); then `close`;
+- the secret was deleted or the grant withdrawn: `withdraw` returns only when the delivery touches
+  no plaintext any more. The owner wakes up, sees `withdrawn`, and ends it as a failure.
 
-`LoopDelivery` is written by the event loop, for trusted peers. threaded_delivery has the one for the others,
-whose descriptors can block a thread for ever. deliveries starts both and keeps track of those that go on.
+`LoopDelivery` is written by the event loop, for trusted peers. threaded_delivery has the one for
+the others, whose descriptors can block a thread for ever. deliveries starts both and keeps track of
+those that go on.
 """
 
 import asyncio
@@ -32,10 +33,11 @@ _EMPTY: Final = memoryview(b"")
 class Delivery:
     """A delivery to ``target``, which borrows ``fd``; both are owned.
 
-    What is written is the plaintext that ``grant`` carries, its base64, or ``sealed`` instead. ``size`` is
-    its length and ``written`` what the other end has taken so far, both in bytes. ``undo`` is called with
-    the grant and the reason if the delivery ends before the other end has taken a byte. ``rest`` is a
-    coroutine that writes what could not be written at once, and raises CommandError.
+    What is written is the plaintext that ``grant`` carries, its base64, or ``sealed`` instead.
+    ``size`` is its length and ``written`` what the other end has taken so far, both in bytes.
+    ``undo`` is called with the grant and the reason if the delivery ends before the other end has
+    taken a byte. ``rest`` is a coroutine that writes what could not be written at once, and raises
+    CommandError.
     """
 
     rest: Coroutine[object, object, None] | None = None
@@ -105,7 +107,10 @@ class LoopDelivery(Delivery):
     _woken: asyncio.Future[None] | None = None
 
     def write(self) -> bool:
-        """Write what the descriptor takes without waiting; True once that was all. Raises OSError."""
+        """Write what the descriptor takes without waiting; True once that was all.
+
+        Raises OSError.
+        """
         written = self.written
         self.written += self.target.write(self.view[written:] if written else self.view, written)
         return self.written >= self.size

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """`Fd`, the owner of one descriptor.
 
-A descriptor that a peer passed can block in close(2), so the owner is given the function that closes it.
+A descriptor that a peer passed can block in close(2), so the owner is given the function that
+closes it.
 """
 
 import os

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What a descriptor is, asked with calls that cannot block.
 
-The object behind it may be served by the peer (FUSE) or locked by it (a socket, a pipe's mutex), so fstat(2)
-and getsockname(2) are out of the question (docs/design.md, "Descriptors are hostile"). target and source call
-it.
+The object behind it may be served by the peer (FUSE) or locked by it (a socket, a pipe's mutex), so
+fstat(2) and getsockname(2) are out of the question (docs/design.md, "Descriptors are hostile").
+target and source call it.
 """
 
 import errno
@@ -64,8 +64,8 @@ def _kind(fd: int) -> Kind:
 
 @lru_cache(1)
 def _memfd_device() -> tuple[int, int]:
-    """Return the device of the kernel's own tmpfs. An unlinked file of any other may be on one that is
-    full.
+    """Return the device of the kernel's own tmpfs. An unlinked file of any other may be on one that
+    is full.
     """
     fd = os.memfd_create("secretd-device", os.MFD_CLOEXEC)
     try:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The descriptors that a connection holds: the pending one, named ones and numbered sets.
 
-Names and sets are as in QEMU's monitor/fds.c, but belong to one connection. The monitor calls this module; it
-does not receive.
+Names and sets are as in QEMU's monitor/fds.c, but belong to one connection. The monitor calls this
+module; it does not receive.
 """
 
 from typing import Final, NotRequired, TypedDict
@@ -24,7 +24,9 @@ class PendingFd:
         self._waiting: Fd | None = None
 
     def receive(self, fds: list[Fd]) -> None:
-        """Keep the first of a message's descriptors instead of the one that waited; close the rest."""
+        """Keep the first of a message's descriptors instead of the one that waited; close the
+        rest.
+        """
         if self._waiting is not None:
             self.close()
         self._waiting = fds[0]
@@ -98,7 +100,8 @@ FIRST_NUMBER: Final = 10
 class FdSets:
     """The numbered sets of add-fd, remove-fd and query-fdsets (monitor/fds.c).
 
-    A descriptor is known by a number of the connection's own: the process's would tell what others do.
+    A descriptor is known by a number of the connection's own: the process's would tell what others
+    do.
     """
 
     def __init__(self) -> None:

@@ -3,8 +3,9 @@
 """Reading what ``file=`` names into locked memory: a path or a descriptor that the client passed.
 
 Everything here may block (a FIFO without a writer, a network file system), so over QMP it runs in a
-thread and with a time limit; on the command line it is called directly. qom.secret asks for a source by
-its name; which descriptors a name can mean is said by the connection's `ConnectionSources`.
+thread and with a time limit; on the command line it is called directly. qom.secret asks for a
+source by its name; which descriptors a name can mean is said by the connection's
+`ConnectionSources`.
 """
 
 import asyncio
@@ -23,6 +24,7 @@ from secretd.descriptors.kinds import Kind, classify, is_readable
 from secretd.descriptors.passed import FdSets
 from secretd.descriptors.threads import BlockingCalls
 from secretd.errors import AccessDenied, SourceError
+from secretd.limits import Tuning
 from secretd.linux import keyctl
 from secretd.linux.openat2 import open_without_magic_links
 from secretd.memory.arena import Arena, LockedBuffer
@@ -31,9 +33,6 @@ R = TypeVar("R")
 
 SOURCE_BYTES: Final = 2 << 20
 """Bytes a source may hold: a secret of the largest size in base64 with newlines. QEMU: no limit."""
-
-SOURCE_SECONDS: Final = 10.0
-"""Seconds within which a source must be read to its end. QEMU waits for ever."""
 
 _FIRST_BYTES: Final = 4096 - 2
 _FDSET: Final = re.compile(r"/dev/fdset/([0-9]{1,10})")
@@ -49,7 +48,7 @@ class CommandLineSources:
 
     def file(self, name: str) -> LockedBuffer:
         """Read a file, through magic links too."""
-        return read_path(name, self._scratch, magic_links=True)
+        return read_path(name, self._scratch, Tuning.source_seconds, magic_links=True)
 
     def key(self, serial: int) -> LockedBuffer:
         """Read a key of the kernel's."""
@@ -62,12 +61,20 @@ class ConnectionSources:
     """
 
     def __init__(
-        self, fdsets: FdSets, scratch: Arena, threads: BlockingCalls, uid: int, *, trusted: bool
+        self,
+        fdsets: FdSets,
+        scratch: Arena,
+        threads: BlockingCalls,
+        uid: int,
+        seconds: float,
+        *,
+        trusted: bool,
     ) -> None:
         self._fdsets = fdsets
         self._scratch = scratch
         self._threads = threads
         self.uid = uid
+        self._seconds = seconds
         self._trusted = trusted
 
     async def file(self, name: str) -> LockedBuffer:
@@ -76,10 +83,14 @@ class ConnectionSources:
         if fd is not None:
             # A duplicate, so that the number stays ours whatever the connection does meanwhile.
             copy = Fd(os.dup(fd))
-            return await self._run(partial(_read_and_close, copy, self._scratch), copy.close)
+            return await self._run(
+                partial(_read_and_close, copy, self._scratch, self._seconds), copy.close
+            )
         if not self._trusted:
             raise AccessDenied("Only uid 0 and the daemon's own uid may name a file")
-        return await self._run(partial(read_path, name, self._scratch, magic_links=False))
+        return await self._run(
+            partial(read_path, name, self._scratch, self._seconds, magic_links=False)
+        )
 
     async def key(self, serial: int) -> LockedBuffer:
         """Return a key's payload likewise. The kernel may wait for who makes the key."""
@@ -92,10 +103,10 @@ class ConnectionSources:
     ) -> LockedBuffer:
         try:
             return await asyncio.wait_for(
-                self._threads.run(self.uid, LockedBuffer.free, call, unused), SOURCE_SECONDS
+                self._threads.run(self.uid, LockedBuffer.free, call, unused), self._seconds
             )
         except TimeoutError:
-            raise _too_late() from None
+            raise _timed_out(self._seconds) from None
 
     def _descriptor(self, name: str) -> int | None:
         """Return the passed descriptor that ``name`` means, None if it is a path."""
@@ -114,7 +125,7 @@ class ConnectionSources:
         return None
 
 
-def read_path(name: str, scratch: Arena, *, magic_links: bool) -> LockedBuffer:
+def read_path(name: str, scratch: Arena, seconds: float, *, magic_links: bool) -> LockedBuffer:
     """Open and read a file to its end; blocks.
 
     ``magic_links``: follow /proc/self/fd/N and the like, as process substitution needs.
@@ -126,13 +137,16 @@ def read_path(name: str, scratch: Arena, *, magic_links: bool) -> LockedBuffer:
     except OSError as error:
         raise _not_opened(name, os.strerror(error.errno or 0)) from None
     try:
-        return _read(fd, name, scratch, seekable=stat.S_ISREG(os.fstat(fd).st_mode))
+        return _read(fd, name, scratch, seconds, seekable=stat.S_ISREG(os.fstat(fd).st_mode))
     finally:
         os.close(fd)
 
 
 def read_key(serial: int, scratch: Arena) -> LockedBuffer:
-    """Read the payload of a key (keyctl(2), KEYCTL_READ); may block. The kernel has none over 1 MiB."""
+    """Read the payload of a key (keyctl(2), KEYCTL_READ); may block.
+
+    The kernel has none over 1 MiB.
+    """
     while True:
         size = _key_size(serial, None)
         buffer = scratch.allocate(size + 2)
@@ -156,7 +170,7 @@ def _key_size(serial: int, into: memoryview | None) -> int:
     return size
 
 
-def _read_and_close(owned: Fd, scratch: Arena) -> LockedBuffer:
+def _read_and_close(owned: Fd, scratch: Arena, seconds: float) -> LockedBuffer:
     fd = owned.fileno()
     try:
         if not is_readable(fd):
@@ -164,14 +178,14 @@ def _read_and_close(owned: Fd, scratch: Arena) -> LockedBuffer:
         kind = classify(fd)
         if kind is Kind.OTHER:
             raise SourceError("the descriptor is not a pipe, socket pair, memfd or file")
-        return _read(fd, "", scratch, seekable=kind in (Kind.MEMFD, Kind.FILE))
+        return _read(fd, "", scratch, seconds, seekable=kind in (Kind.MEMFD, Kind.FILE))
     finally:
         owned.close()
 
 
-def _read(fd: int, name: str, scratch: Arena, *, seekable: bool) -> LockedBuffer:
+def _read(fd: int, name: str, scratch: Arena, seconds: float, *, seekable: bool) -> LockedBuffer:
     """Read to the end: from offset 0 if that can be, without moving the owner's offset."""
-    deadline = time.monotonic() + SOURCE_SECONDS
+    deadline = time.monotonic() + seconds
     expected = os.fstat(fd).st_size + 1 if seekable else _FIRST_BYTES
     buffer = scratch.allocate(min(max(expected, _FIRST_BYTES), SOURCE_BYTES + 1) + 2)
     fill = 0
@@ -189,7 +203,7 @@ def _read(fd: int, name: str, scratch: Arena, *, seekable: bool) -> LockedBuffer
                 if seekable:
                     count = os.preadv(fd, [room], fill)
                 else:
-                    _wait(fd, deadline)
+                    _wait(fd, deadline, seconds)
                     count = os.readv(fd, [room])
             except BlockingIOError:
                 continue
@@ -204,11 +218,11 @@ def _read(fd: int, name: str, scratch: Arena, *, seekable: bool) -> LockedBuffer
         raise
 
 
-def _wait(fd: int, deadline: float) -> None:
+def _wait(fd: int, deadline: float, seconds: float) -> None:
     poll = select.poll()
     poll.register(fd, select.POLLIN)
     if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-        raise _too_late()
+        raise _timed_out(seconds)
 
 
 def _grown(buffer: LockedBuffer, fill: int, scratch: Arena) -> LockedBuffer:
@@ -241,5 +255,5 @@ def _not_opened(name: str, reason: str) -> SourceError:
     return SourceError(f"Failed to open file “{_displayed(name)}”: {reason}")
 
 
-def _too_late() -> SourceError:
-    return SourceError(f"no end of data within {SOURCE_SECONDS:g} seconds", "source-seconds")
+def _timed_out(seconds: float) -> SourceError:
+    return SourceError(f"no end of data within {seconds:g} seconds", "source-seconds")

@@ -26,7 +26,8 @@ _TAKES = "secret-read takes the write end of a pipe, an end of a stream socket p
 class Target:
     """What a secret is written to, by a descriptor that is borrowed.
 
-    ``may_block``: a thread writes, which a peer may hold up; then nothing may lie where it cannot be wiped.
+    ``may_block``: a thread writes, which a peer may hold up; then nothing may lie where it cannot
+    be wiped.
     """
 
     may_block = False
@@ -76,7 +77,9 @@ class PipeTarget(Target):
         return self._write_if_ready(data) if self.may_block else self._splice(data)
 
     def _write_if_ready(self, data: memoryview) -> int:
-        """Write what one free page of the pipe takes (pipe(7)): what is spliced would wait in the kernel."""
+        """Write what one free page of the pipe takes (pipe(7)): what is spliced would wait in the
+        kernel.
+        """
         poll = select.poll()
         poll.register(self.fd, select.POLLOUT)
         if not poll.poll(0):
@@ -123,8 +126,8 @@ class MemfdTarget(Target):
     """A memfd: given the secret's size, then filled from its start."""
 
     def begin(self, size: int) -> None:
-        """See Target. A peer that is not trusted has to bring the memory: pages that the daemon's write
-        allocates are charged to the daemon's cgroup for as long as the peer keeps the memfd.
+        """See Target. A peer that is not trusted has to bring the memory: pages that the daemon's
+        write allocates are charged to the daemon's cgroup for as long as the peer keeps the memfd.
         """
         if self.may_block and (own := allocated_bytes(self.fd)) < size:
             raise CommandError(

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """A delivery that a thread writes, for a peer whose descriptor can block.
 
-Even a write that asks not to wait may never return (docs/design.md, "Descriptors are hostile"). So the thread
-copies the secret piece by piece into a locked buffer of its own and writes from there. A write that is
-stuck in the kernel reads that buffer whenever it continues: withdrawing the secret wipes the buffer, and the
-buffer is used for nothing else until the write has returned.
+Even a write that asks not to wait may never return (docs/design.md, "Descriptors are hostile"). So
+the thread copies the secret piece by piece into a locked buffer of its own and writes from there. A
+write that is stuck in the kernel reads that buffer whenever it continues: withdrawing the secret
+wipes the buffer, and the buffer is used for nothing else until the write has returned.
 
-Two locks. ``_copying`` protects the plaintext and the buffer; it is held for a copy, never for a system call.
-``_writing`` is held from the copy until it is written, which may be for ever, so the loop takes it with a
-time limit only. `write` runs in the thread, everything else in the loop.
+Two locks. ``_copying`` protects the plaintext and the buffer; it is held for a copy, never for a
+system call. ``_writing`` is held from the copy until it is written, which may be for ever, so the
+loop takes it with a time limit only. `write` runs in the thread, everything else in the loop.
 """
 
 import asyncio
@@ -28,15 +28,15 @@ from secretd.errors import CommandError
 from secretd.memory.arena import Arena, LockedBuffer
 from secretd.memory.wipe import wipe
 
-WRITE_SECONDS: Final = 0.002
-"""Seconds that a write which does not wait may take before its thread counts as held up."""
-
 PIECE_BYTES: Final = 16 << 10
 """Bytes of a secret that a thread holds at a time."""
 
 
 class ThreadedDelivery(Delivery):
-    """A delivery by a thread. ``scope`` is the time limit of the coroutine that waits for the thread."""
+    """A delivery by a thread.
+
+    ``scope`` is the time limit of the coroutine that waits for the thread.
+    """
 
     def __init__(  # noqa: PLR0917 - as Delivery
         self,
@@ -47,11 +47,13 @@ class ThreadedDelivery(Delivery):
         base64: bool,
         sealed: bytes | None,
         scratch: Arena,
+        write_seconds: float,
     ) -> None:
         super().__init__(grant, target, fd, undo, base64, sealed)
         target.may_block = True
         self.scope: asyncio.Timeout | None = None
         self._scratch = scratch
+        self._write_seconds = write_seconds
         self._copying = threading.Lock()
         self._writing = threading.Lock()
         self._closed = False
@@ -68,7 +70,7 @@ class ThreadedDelivery(Delivery):
             return
         # Wait for a write that is under way, as long as it takes if nothing holds it up: wiping the
         # buffer in the middle of it would give the client zeros behind what it has, instead of the end.
-        idle = not self.withdrawn and self._writing.acquire(timeout=WRITE_SECONDS)
+        idle = not self.withdrawn and self._writing.acquire(timeout=self._write_seconds)
         with self._copying:
             self.withdrawn = True
             if self._piece is not None:
@@ -146,7 +148,9 @@ class ThreadedDelivery(Delivery):
             return True
 
     def _wait(self) -> None:
-        """Wait until the descriptor is writable or the delivery is withdrawn, as it is at its time limit."""
+        """Wait until the descriptor is writable or the delivery is withdrawn, as it is at its time
+        limit.
+        """
         with self._copying:
             if self._bell < 0:
                 self._bell = os.eventfd(int(self.withdrawn), os.EFD_CLOEXEC)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Threads for calls that a client can make block, a few for each uid.
 
-close(2), open(2), read(2) on what others pass or name may never return (docs/design.md, "Descriptors are
-hostile"). It knows nothing of descriptors or secrets; monitor closes through it, qom.source reads.
+close(2), open(2), read(2) on what others pass or name may never return (docs/design.md,
+"Descriptors are hostile"). It knows nothing of descriptors or secrets; monitor closes through it,
+qom.source reads.
 """
 
 import asyncio
@@ -17,14 +18,16 @@ from typing import Final, TypeVar
 
 from secretd.access.peer import Peer
 from secretd.errors import LockedMemoryExhausted
+from secretd.limits import Tuning
 from secretd.linux.sockopt import holds_descriptors, kernel_version, unread_bytes
 from secretd.memory.arena import Arena
 
 R = TypeVar("R")
 
 CLOSE_COLLECTS_GARBAGE: Final = kernel_version() < (6, 8)
-"""True where close(2) of an AF_UNIX socket may close descriptors that others have passed around in circles
-(unix_gc() of net/unix/garbage.c, a work queue's job since Linux 6.8)."""
+"""True where close(2) of an AF_UNIX socket may close descriptors that others have passed around in
+circles (unix_gc() of net/unix/garbage.c, a work queue's job since Linux 6.8).
+"""
 
 _PEEK_BYTES: Final = 8 << 10
 
@@ -32,10 +35,9 @@ THREADS_PER_UID: Final = 4
 """Threads that one uid may keep busy with descriptors that block."""
 
 THREADS_OF_TRUSTED: Final = 64
-"""The same for uid 0 and the daemon's own uid, whose many programs wait for FIFOs and slow files."""
-
-STUCK_SECONDS: Final = 1.0
-"""Seconds after which a call counts as stuck: a uid all of whose threads are may pass no more descriptors."""
+"""The same for uid 0 and the daemon's own uid, whose many programs wait for FIFOs and slow
+files.
+"""
 
 
 class BlockingCalls:
@@ -45,7 +47,8 @@ class BlockingCalls:
     goes on in its thread.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stuck_seconds: float = Tuning.stuck_seconds) -> None:
+        self._stuck_seconds = stuck_seconds
         self._lock = threading.Lock()
         self._threads: dict[int, int] = {}
         self._queues: dict[int, deque[Callable[[], object]]] = {}
@@ -60,10 +63,14 @@ class BlockingCalls:
         return self._closing.get(uid, 0)
 
     def stuck(self, uid: int) -> bool:
-        """True if all threads that a uid may have are busy, each with one call for STUCK_SECONDS."""
+        """True if all threads that a uid may have are busy, each with one call for
+        ``stuck_seconds``.
+        """
         with self._lock:
             began = self._since.get(uid, {}).values()
-            return len(began) >= _threads(uid) and max(began) < time.monotonic() - STUCK_SECONDS
+            return (
+                len(began) >= _threads(uid) and max(began) < time.monotonic() - self._stuck_seconds
+            )
 
     def idle(self) -> bool:
         """True if no call runs or waits."""
@@ -99,8 +106,8 @@ class BlockingCalls:
     ) -> R:
         """Return ``function()``, called in a thread.
 
-        ``discard`` is called in the loop with the result if nobody waits for it any more; ``unused`` in
-        the thread, instead of the function, if that is so before its turn comes.
+        ``discard`` is called in the loop with the result if nobody waits for it any more;
+        ``unused`` in the thread, instead of the function, if that is so before its turn comes.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[R] = loop.create_future()
@@ -188,9 +195,9 @@ def close_connection(
 ) -> None:
     """Close a connection that was shut down, so that nothing more comes on it.
 
-    close(2) also closes the descriptors that lie unread in it, and that may never return: then a thread of
-    the peer's uid does it, as it does on kernels that collect the garbage of all sockets there. The bytes
-    that lie before them pass through ``scratch``.
+    close(2) also closes the descriptors that lie unread in it, and that may never return: then a
+    thread of the peer's uid does it, as it does on kernels that collect the garbage of all sockets
+    there. The bytes that lie before them pass through ``scratch``.
     """
     if CLOSE_COLLECTS_GARBAGE or (not peer.trusted and _holds_descriptors(sock, scratch)):
         threads.close(peer.uid, sock.detach())

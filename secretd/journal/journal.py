@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 r"""The property store of the objects: an append-only, checksummed journal in an ordinary memfd.
 
-It holds everything about an object but plaintext, which stays in the arena: a record names the slot. So
-arena and journal together are all that another process needs to go on: `Journal.restore` does. qom adds,
-reads and removes; nothing else writes here. daemon has the service manager keep the descriptors.
+It holds everything about an object but plaintext, which stays in the arena: a record names the
+slot. So arena and journal together are all that another process needs to go on: `Journal.restore`
+does. qom adds, reads and removes; nothing else writes here. daemon has the service manager keep the
+descriptors.
 
-Each object is whole or absent at every moment, whenever the process is killed: adding fills the slot, then
-the record, then the record's state byte; removing clears the state byte, then wipes the slot. In Python
-only a dict from id to record offset is kept.
+Each object is whole or absent at every moment, whenever the process is killed: adding fills the
+slot, then the record, then the record's state byte; removing clears the state byte, then wipes the
+slot. In Python only a dict from id to record offset is kept.
 
-There are two files, so that compaction needs nobody else: it writes what lives into the other one, whose
-magic comes last. Of two files that have it the one of the later generation counts. records says how they are
-laid out.
+There are two files, so that compaction needs nobody else: it writes what lives into the other one,
+whose magic comes last. Of two files that have it the one of the later generation counts. records
+says how they are laid out.
 """
 
 import json
@@ -45,7 +46,7 @@ from secretd.journal.layout import (
     Header,
     latest,
 )
-from secretd.journal.loader import Loaded, Survey
+from secretd.journal.loader import LoadResult, LoadSummary
 from secretd.memory.arena import Arena, LockedBuffer
 
 _PACKS: Final = 64
@@ -57,7 +58,10 @@ _COMPACT_BYTES: Final = 256 << 10
 
 
 class Record(NamedTuple):
-    """An object as the journal holds it. ``type`` is its type's number; sizes are bytes; ``uid`` added it."""
+    """An object as the journal holds it.
+
+    ``type`` is its type's number; sizes are bytes; ``uid`` added it.
+    """
 
     id: str
     type: int
@@ -67,7 +71,7 @@ class Record(NamedTuple):
     uid: int
 
 
-class _Kept(NamedTuple):
+class _JournalFiles(NamedTuple):
     """Both files, the second -1 if there is none, and the first one's mapping."""
 
     fd: int
@@ -81,12 +85,12 @@ class Journal:
     ``ids``: of all objects, at any time. ``survey``: what there was at first.
     """
 
-    def __init__(self, arena: Arena, kept: "_Kept | None" = None) -> None:
+    def __init__(self, arena: Arena, kept: "_JournalFiles | None" = None) -> None:
         self.arena = arena
         self.fixed = False  # True: stay with this file
         self._offsets: dict[str, int] = {}
         self.ids = self._offsets.keys()
-        self.survey = Survey()
+        self.survey = LoadSummary()
         self._dead = 0
         self._end = FILE.size
         self._packs: dict[
@@ -107,7 +111,8 @@ class Journal:
 
     @classmethod
     def restore(cls, arena_fd: int, journal_fds: Sequence[int]) -> Self:
-        """Return the journal that an earlier process left, with its arena; takes over the descriptors.
+        """Return the journal that an earlier process left, with its arena; takes over the
+        descriptors.
 
         Raises StateError or LockedMemoryExhausted; then all is as it was for who else keeps it.
         """
@@ -125,7 +130,7 @@ class Journal:
         for other in others:
             os.close(other)
         arena = Arena(LEVELS[header.level], window=header.window, fd=arena_fd)
-        journal = cls(arena, _Kept(fd, spare, mapping))
+        journal = cls(arena, _JournalFiles(fd, spare, mapping))
         # Compaction would go on in a file that nobody else keeps.
         journal.fixed = spare < 0
         try:
@@ -157,7 +162,9 @@ class Journal:
         return self._spare >= 0
 
     def filenos(self) -> tuple[int, int]:
-        """The descriptors of both files, borrowed: with the arena's, all that another process needs."""
+        """The descriptors of both files, borrowed: with the arena's, all that another process
+        needs.
+        """
         if not self.paired:
             self._spare = _memfd()
         return self._fd, self._spare
@@ -170,8 +177,8 @@ class Journal:
         plaintext: LockedBuffer | None,
         uid: int,
     ) -> int:
-        """Store an object under an id that is free; takes over the plaintext buffer. Returns its size in
-        bytes: plaintext and record.
+        """Store an object under an id that is free; takes over the plaintext buffer. Returns its
+        size in bytes: plaintext and record.
         """
         if object_id in self._offsets:
             raise ValueError("the id is taken")
@@ -196,7 +203,7 @@ class Journal:
         self._offsets[object_id] = self._append(
             object_id, record.type, properties, record.size, record.slot, record.uid
         )
-        self._bury(old)
+        self._mark_dead(old)
 
     def replace(
         self,
@@ -206,8 +213,8 @@ class Journal:
         plaintext: LockedBuffer | None,
         uid: int,
     ) -> tuple[int, int, int]:
-        """Put another object in the place of one that there is, and wipe that; takes over the plaintext
-        buffer. Returns the uid that added the old one, its size and the new one's.
+        """Put another object in the place of one that there is, and wipe that; takes over the
+        plaintext buffer. Returns the uid that added the old one, its size and the new one's.
         """
         size, slot = (0, NO_SLOT) if plaintext is None else (plaintext.size, plaintext.offset)
         self._compact_if_due()
@@ -217,14 +224,14 @@ class Journal:
         self._offsets[object_id] = new
         if plaintext is not None:
             plaintext.disown()
-        self._bury(old)
+        self._mark_dead(old)
         if old_slot != NO_SLOT:
             self.arena.free(old_slot, old_size)
         return old_uid, old_size + length, size + self._end - new
 
     def remove(self, object_id: str) -> tuple[int, int, int]:
-        """Forget an object and wipe its plaintext; return its type's number, the uid that added it, and
-        its size in bytes: plaintext and record.
+        """Forget an object and wipe its plaintext; return its type's number, the uid that added it,
+        and its size in bytes: plaintext and record.
         """
         offset = self._offsets.pop(object_id)
         length, _, _, kind, _, size, slot, uid = RECORD.unpack_from(self._map, offset)
@@ -240,7 +247,9 @@ class Journal:
         return None if offset is None else self._read(offset)
 
     def summary(self, object_id: str) -> tuple[int, int] | None:
-        """Return an object's type number and plaintext size in bytes, or None; cheaper than `get`."""
+        """Return an object's type number and plaintext size in bytes, or None; cheaper than
+        `get`.
+        """
         offset = self._offsets.get(object_id)
         if offset is None:
             return None
@@ -248,13 +257,15 @@ class Journal:
         return fields[3], fields[5]
 
     def owner(self, object_id: str) -> tuple[int, int]:
-        """Return the uid that added an object that there is, and its size in bytes: plaintext and record."""
+        """Return the uid that added an object that there is, and its size in bytes: plaintext and
+        record.
+        """
         fields = RECORD.unpack_from(self._map, self._offsets[object_id])
         return fields[7], fields[5] + fields[0]
 
     def content(self, object_id: str) -> tuple[int, int, int] | None:
-        """Return an object's type number, plaintext size in bytes and the offset that `Arena.view` takes, or
-        None.
+        """Return an object's type number, plaintext size in bytes and the offset that `Arena.view`
+        takes, or None.
         """
         offset = self._offsets.get(object_id)
         if offset is None:
@@ -314,7 +325,7 @@ class Journal:
         self._end = end
         return offset
 
-    def _bury(self, offset: int) -> None:
+    def _mark_dead(self, offset: int) -> None:
         self._map[offset + STATE_OFFSET] = GONE
         self._dead += LENGTH.unpack_from(self._map, offset)[0]
 
@@ -348,7 +359,9 @@ class Journal:
         return mapping
 
     def _note_windows(self, count: int) -> None:
-        """So many windows of the arena will have been used: the next process wipes what is unused of them."""
+        """So many windows of the arena will have been used: the next process wipes what is unused
+        of them.
+        """
         struct.pack_into("<I", self._map, WINDOWS_OFFSET, count)
 
     def _compact_if_due(self) -> None:
@@ -382,11 +395,11 @@ class Journal:
         os.ftruncate(self._spare, 0)
 
     def _load(self, end: int) -> dict[int, list[int]]:
-        """Find the records up to ``end``, and one that was finished behind it; return the offsets of all
-        plaintexts by size. Raises StateError.
+        """Find the records up to ``end``, and one that was finished behind it; return the offsets
+        of all plaintexts by size. Raises StateError.
         """
         data = self._map[:]
-        found = Loaded(self._offsets)
+        found = LoadResult(self._offsets)
         found.read(data)
         if found.end < end:
             raise StateError("the records end too early")

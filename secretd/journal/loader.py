@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Reading the records that an earlier process wrote.
 
-`LoadResult.read` checks every record and fills in what the journal has to know of it. It writes nothing;
-journal.journal calls it at the start.
+`LoadResult.read` checks every record and fills in what the journal has to know of it. It writes
+nothing; journal.journal calls it at the start.
 """
 
 import math
@@ -25,9 +25,9 @@ _SINGLES: Final = 64
 """Records that are read one by one after a run of less than _SHORT_RUN."""
 
 
-class Survey:
-    """What there is when a journal is opened: ids by their type's number, those that have properties, and
-    how many objects and bytes (plaintext and record) each uid has.
+class LoadSummary:
+    """What there is when a journal is opened: ids by their type's number, those that have
+    properties, and how many objects and bytes (plaintext and record) each uid has.
     """
 
     def __init__(self) -> None:
@@ -41,11 +41,11 @@ class Survey:
         return sum(count for count, _ in self.held.values())
 
 
-class Loaded:
-    """What stands in a file: ``offsets`` of the live records by id, ``end`` of them all, bytes of the
-    ``dead``, the offsets of plaintexts by size (``buffers``), and what they sum up to (``survey``).
-    ``superseded``: the offsets of records that are live and should not be, since the process ended while
-    it put others in their place.
+class LoadResult:
+    """What stands in a file: ``offsets`` of the live records by id, ``end`` of them all, bytes of
+    the ``dead``, the offsets of plaintexts by size (``buffers``), and what they sum up to
+    (``survey``). ``superseded``: the offsets of records that are live and should not be, since the
+    process ended while it put others in their place.
     """
 
     def __init__(self, offsets: dict[str, int]) -> None:
@@ -54,7 +54,7 @@ class Loaded:
 
     def _begin(self) -> None:
         self.offsets.clear()
-        self.survey = Survey()
+        self.survey = LoadSummary()
         self.buffers: dict[int, list[int]] = defaultdict(list)
         self.superseded: list[int] = []
         self.dead = 0
@@ -118,7 +118,9 @@ class Loaded:
         return True
 
     def _supersede(self, data: bytes, object_id: str) -> None:
-        """The process ended while it put a record in the place of another, which is no longer valid."""
+        """The process ended while it put a record in the place of another, which is no longer
+        valid.
+        """
         old = self.offsets[object_id]
         length, _, _, kind, _, size, slot, uid = RECORD.unpack_from(data, old)
         self.superseded.append(old)
@@ -132,8 +134,8 @@ class Loaded:
         held[1] -= size + length
 
     def _read_run(self, data: bytes) -> int:
-        """Read records that are like the next one: live, of its length, type and uid, each with a plaintext.
-        That is how most journals look, and takes a third of the time. Returns how many.
+        """Read records that are like the next one: live, of its length, type and uid, each with a
+        plaintext. That is how most journals look, and takes a third of the time. Returns how many.
         """
         begin = self.end
         length = LENGTH.unpack_from(data, begin)[0] if begin + RECORD.size <= len(data) else 0

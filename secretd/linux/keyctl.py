@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""keyctl(2)'s KEYCTL_READ through ctypes, straight into locked memory: Python has no wrapper for it."""
+"""keyctl(2)'s KEYCTL_READ through ctypes, straight into locked memory: Python has no wrapper for
+it.
+"""
 
 import ctypes
 import os

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Pages of locked memory, as the kernel gives them: memfd_secret(2), mlock(2), madvise(2), and wiping.
+"""Pages of locked memory, as the kernel gives them: memfd_secret(2), mlock(2), madvise(2), and
+wiping.
 
-Code sees memoryviews of a mapping, made with PyMemoryView_FromMemory. An `mmap` object would give bytes
-copies when sliced, and keeps a duplicate of the descriptor. What is where in them is memory's.
+Code sees memoryviews of a mapping, made with PyMemoryView_FromMemory. An `mmap` object would give
+bytes copies when sliced, and keeps a duplicate of the descriptor. What is where in them is
+memory's.
 """
 
 import ctypes
@@ -21,7 +23,9 @@ SYS_MEMFD_SECRET = 447
 """memfd_secret(2), Linux 5.14; the same number on every architecture."""
 
 FILE_BYTES = 64 << 30
-"""Size of each arena's file. memfd_secret cannot be resized; only what is mapped counts as locked."""
+"""Size of each arena's file. memfd_secret cannot be resized; only what is mapped counts as
+locked.
+"""
 
 _MADV_DONTFORK = 10
 _MADV_DONTDUMP = 16
@@ -57,8 +61,8 @@ def forbid_dumps() -> None:
 
 
 def map_pages(fd: int, offset: int, length: int, level: Level) -> tuple[int, memoryview]:
-    """Map a part of a file so that it stays out of swap, core dumps and children; all in bytes. Returns its
-    address and a writable view. Raises LockedMemoryExhausted.
+    """Map a part of a file so that it stays out of swap, core dumps and children; all in bytes.
+    Returns its address and a writable view. Raises LockedMemoryExhausted.
     """
     address = _libc.mmap(
         None, length, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, fd, offset
@@ -80,7 +84,10 @@ def unmap_pages(address: int, length: int) -> None:
 
 
 def open_file(level: Level) -> int:
-    """Make a file of FILE_BYTES whose pages are protected like that; the caller closes it. Raises OSError."""
+    """Make a file of FILE_BYTES whose pages are protected like that; the caller closes it.
+
+    Raises OSError.
+    """
     # The name shows in /proc/PID/maps only; it says nothing of the content.
     fd = _memfd_secret() if level == "secretmem" else os.memfd_create("secretd", os.MFD_CLOEXEC)
     try:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """openat2(2), which Python lacks. Only this one use; qom.source and qom.authz call it.
 
-Where it is not allowed the path is walked by hand: systemd's RestrictSUIDSGID= refuses the whole call,
-since a filter cannot see its flags, and kernels before 5.6 do not have it.
+Where it is not allowed the path is walked by hand: systemd's RestrictSUIDSGID= refuses the whole
+call, since a filter cannot see its flags, and kernels before 5.6 do not have it.
 """
 
 import ctypes
@@ -24,8 +24,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def open_without_magic_links(path: bytes, flags: int) -> int:
-    """Open a path that leads through no magic link (/proc/PID/fd/N and the like). Raises OSError; ELOOP if
-    it does.
+    """Open a path that leads through no magic link (/proc/PID/fd/N and the like). Raises OSError;
+    ELOOP if it does.
     """
     how = (ctypes.c_uint64 * 3)(flags, 0, _RESOLVE_NO_MAGICLINKS)
     fd: int = _libc.syscall(_SYS_OPENAT2, _AT_FDCWD, path, ctypes.byref(how), ctypes.sizeof(how))
@@ -81,9 +81,9 @@ def _parts(path: bytes) -> list[bytes]:
 
 
 def _check_link(link: int, directory: int) -> None:
-    """Raise OSError for a link that the kernel would not follow either: a magic one (all of /proc but those
-    at its top, such as self), one on a mount without links, or one that somebody else has put into a
-    directory such as /tmp (proc_sys_fs(5), protected_symlinks).
+    """Raise OSError for a link that the kernel would not follow either: a magic one (all of /proc
+    but those at its top, such as self), one on a mount without links, or one that somebody else has
+    put into a directory such as /tmp (proc_sys_fs(5), protected_symlinks).
     """
     buffer = (ctypes.c_long * 32)()
     if _libc.fstatfs(link, buffer):

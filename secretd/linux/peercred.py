@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What the kernel tells of the process at the other end of an AF_UNIX socket.
 
-SO_PEERCRED and SO_PEERGROUPS (unix(7)), SO_PEERPIDFD (Linux 6.5) and PIDFD_GET_INFO (Linux 6.13). Python's
-getsockopt returns 1024 bytes at most, and a peer may be in more groups than fit. All functions raise
-OSError; access.peer and access.units decide what an answer means.
+SO_PEERCRED and SO_PEERGROUPS (unix(7)), SO_PEERPIDFD (Linux 6.5) and PIDFD_GET_INFO (Linux 6.13).
+Python's getsockopt returns 1024 bytes at most, and a peer may be in more groups than fit. All
+functions raise OSError; access.peer and access.units decide what an answer means.
 """
 
 import array
@@ -64,14 +64,15 @@ def groups(sock: socket.socket, most: int) -> "array.array[int]":
 
 
 def pidfd(sock: socket.socket) -> int:
-    """Return a pidfd of the peer (SO_PEERPIDFD), which the caller closes. Raises OSError; ENOPROTOOPT on
-    kernels that lack it.
+    """Return a pidfd of the peer (SO_PEERPIDFD), which the caller closes. Raises OSError;
+    ENOPROTOOPT on kernels that lack it.
     """
     return int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD, 4), "little")
 
 
 def pid_and_cgroup(process: int) -> tuple[int, int] | None:
-    """Return the pid and the cgroup's inode number of a process (PIDFD_GET_INFO), None if it has ended.
+    """Return the pid and the cgroup's inode number of a process (PIDFD_GET_INFO), None if it has
+    ended.
 
     ``process`` is a borrowed pidfd. Raises OSError; ENOTTY on kernels that lack it.
     """

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Socket options and questions that Python's socket module lacks, none of which waits for a peer.
 
-`domain` asks by number, since making a Python socket calls getsockname(2), which takes the lock of a TCP
-socket. The others decide whether peers may send descriptors (SO_PASSRIGHTS, Linux 6.16) and whether
-descriptors lie unread in a connection. transport, fds and server call this module.
+`domain` asks by number, since making a Python socket calls getsockname(2), which takes the lock of
+a TCP socket. The others decide whether peers may send descriptors (SO_PASSRIGHTS, Linux 6.16) and
+whether descriptors lie unread in a connection. transport, fds and server call this module.
 """
 
 import contextlib
@@ -34,8 +34,8 @@ _libc.getsockopt.argtypes = [
 def domain(fd: int) -> int:
     """Return the address family of a borrowed socket (socket(7), SO_DOMAIN). Raises OSError.
 
-    The kernel answers without the socket's lock (sk_getsockopt() of net/core/sock.c), which a peer can hold
-    for as long as it likes.
+    The kernel answers without the socket's lock (sk_getsockopt() of net/core/sock.c), which a peer
+    can hold for as long as it likes.
     """
     value, size = ctypes.c_int(), ctypes.c_uint32(ctypes.sizeof(ctypes.c_int))
     if _libc.getsockopt(fd, socket.SOL_SOCKET, SO_DOMAIN, ctypes.byref(value), ctypes.byref(size)):
@@ -45,7 +45,8 @@ def domain(fd: int) -> int:
 
 
 def permit_descriptors(sock: socket.socket, *, permit: bool) -> None:
-    """Let the peer of an AF_UNIX socket send descriptors to it, or not: then its sendmsg(2) fails with EPERM.
+    """Let the peer of an AF_UNIX socket send descriptors to it, or not: then its sendmsg(2) fails
+    with EPERM.
 
     Connections inherit this from their listener. Does nothing before Linux 6.16.
     """
@@ -70,8 +71,9 @@ def unread_bytes(fd: int) -> int:
 def peek(sock: socket.socket, into: memoryview) -> tuple[int, bool]:
     """Look at what the next recvmsg(2) into the same view would take, and leave it there.
 
-    Returns its bytes, 0 at the end, and whether descriptors come with it. Raises BlockingIOError if there is
-    nothing. Peeking installs no descriptor and closes none (scm_recv_unix() of net/core/scm.c).
+    Returns its bytes, 0 at the end, and whether descriptors come with it. Raises BlockingIOError if
+    there is nothing. Peeking installs no descriptor and closes none (scm_recv_unix() of
+    net/core/scm.c).
     """
     flags = socket.MSG_PEEK | socket.MSG_DONTWAIT
     count, _, found, _ = sock.recvmsg_into((into,), 0, flags)

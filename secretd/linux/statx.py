@@ -47,8 +47,8 @@ def type_and_links(fd: int) -> tuple[int, int]:
 
 
 def device(fd: int) -> tuple[int, int]:
-    """Return the major and minor number of the file system that a file lies on; raises OSError. Never
-    waits.
+    """Return the major and minor number of the file system that a file lies on; raises OSError.
+    Never waits.
     """
     major, minor = _DEVICE.unpack_from(_ask(fd, 0))
     return major, minor

@@ -27,7 +27,10 @@ class _Timerspec(ctypes.Structure):
 
 
 def create() -> int:
-    """Return the descriptor of a new timer that does not block, which the caller closes. Raises OSError."""
+    """Return the descriptor of a new timer that does not block, which the caller closes.
+
+    Raises OSError.
+    """
     fd: int = _libc.timerfd_create(time.CLOCK_BOOTTIME, os.O_CLOEXEC | os.O_NONBLOCK)
     if fd < 0:
         raise OSError(ctypes.get_errno(), "timerfd_create")

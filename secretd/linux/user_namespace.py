@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Which ids this process's user namespace maps (user_namespaces(7)).
 
-The kernel shows every id without a mapping as one overflow id, so that id names no peer. access.peer and
-secretctl's doctor call it.
+The kernel shows every id without a mapping as one overflow id, so that id names no peer.
+access.peer and secretctl's doctor call it.
 """
 
 from typing import Final, NamedTuple
@@ -13,8 +13,8 @@ _ALL_IDS: Final = (1 << 32) - 1
 class IdMap(NamedTuple):
     """Which ids of one kind this user namespace maps (user_namespaces(7)).
 
-    ``overflow`` is what the kernel shows for every id that it does not map, None where it maps all: then
-    it is an id like others.
+    ``overflow`` is what the kernel shows for every id that it does not map, None where it maps all:
+    then it is an id like others.
     """
 
     ranges: tuple[range, ...]

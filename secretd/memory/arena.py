@@ -35,7 +35,9 @@ SECRET_WINDOW = 256 << 10
 """Bytes mapped at once for secrets."""
 
 SCRATCH_WINDOW = 64 << 10
-"""Bytes mapped at once for receive and scratch space: small, so that each size class costs little."""
+"""Bytes mapped at once for receive and scratch space: small, so that each size class costs
+little.
+"""
 
 SCRATCH_RESERVE = 1 << 20
 """Bytes of receive and scratch space mapped at start. With it 114,688 secrets of up to 64 bytes fit
@@ -112,11 +114,11 @@ class LockedBuffer:
 class Arena:
     """Slots of power-of-two size classes in windows of one memory file.
 
-    ``level`` is how well the file's pages are protected; ``held`` what is given out, ``spare`` what is mapped
-    and not used, in bytes. Buffers of a window or more get windows of
-    their own. All sizes are bytes. ``fd``: the file of an earlier process's arena, taken over; `adopt`
-    says then what of it is in use. ``on_window`` is told how many windows of the file are needed before
-    one is used for the first time.
+    ``level`` is how well the file's pages are protected; ``held`` what is given out, ``spare`` what
+    is mapped and not used, in bytes. Buffers of a window or more get windows of their own. All
+    sizes are bytes. ``fd``: the file of an earlier process's arena, taken over; `adopt` says then
+    what of it is in use. ``on_window`` is told how many windows of the file are needed before one
+    is used for the first time.
     """
 
     def __init__(
@@ -158,10 +160,11 @@ class Arena:
         return self._fd
 
     def adopt(self, windows: int, buffers: Mapping[int, list[int]]) -> None:
-        """Take over what an earlier process left: ``buffers`` are the offsets of what is in use in the first
-        ``windows`` windows of the file, by size. All else there is wiped.
+        """Take over what an earlier process left: ``buffers`` are the offsets of what is in use in
+        the first ``windows`` windows of the file, by size. All else there is wiped.
 
-        Raises StateError if they cannot be this arena's, LockedMemoryExhausted where they cannot be mapped.
+        Raises StateError if they cannot be this arena's, LockedMemoryExhausted where they cannot be
+        mapped.
         """
         window, shift = self._window, self._shift
         large: dict[int, int] = {}  # by first window: how many
@@ -316,7 +319,9 @@ class Arena:
             os.close(fd)
 
     def _release_idle(self, instead: _Slab | None = None) -> None:
-        """Give back the window of the slab that is kept though nothing is in it, and keep another."""
+        """Give back the window of the slab that is kept though nothing is in it, and keep
+        another.
+        """
         slab, self._idle = self._idle, instead
         if slab is not None:
             index = slab.base >> self._shift

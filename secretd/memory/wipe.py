@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Overwriting plaintext in place.
 
-Callers are whatever holds plaintext for a moment: memory, crypto, net and descriptors. Both functions
-keep the object where it is: nothing is reallocated, so no copy stays behind.
+Callers are whatever holds plaintext for a moment: memory, crypto, net and descriptors. Both
+functions keep the object where it is: nothing is reallocated, so no copy stays behind.
 """
 
 _ZEROS = bytes(4096)

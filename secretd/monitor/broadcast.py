@@ -2,10 +2,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Events about secrets: which connections get them, how often, and when.
 
-A connection gets events after `secret-events` has turned them on. Control connections get every event,
-with the peer that caused it; client connections get events about secrets that they may read, without
-the peer. The connection that caused an event does not get it: it has the reply. The broadcaster decides
-nothing (access does) and sends through its subscribers.
+A connection gets events after `secret-events` has turned them on. Control connections get every
+event, with the peer that caused it; client connections get events about secrets that they may read,
+without the peer. The connection that caused an event does not get it: it has the reply. The
+broadcaster decides nothing (access does) and sends through its subscribers.
 
 Theory of operation. An event goes through three places:
 
@@ -15,10 +15,11 @@ Theory of operation. An event goes through three places:
 2. At each tick of a clock, so that the time of an event tells nothing of others, a fair share of every queue
    moves to the log, with the number of its position.
 3. Each subscriber has a position in the log. `_deliver` sends to one subscriber after the other all that lies
-   behind its position, for SLICE_SECONDS at a time, and then lets requests have their turn. An entry
+   behind its position, for ``slice_seconds`` at a time, and then lets requests have their turn. An entry
    leaves the log when every subscriber has got it.
 
-What finds no room is counted, and subscribers on the control socket are told how many events they lost.
+What finds no room is counted, and subscribers on the control socket are told how many events they
+lost.
 """
 
 import asyncio
@@ -29,33 +30,17 @@ from time import monotonic
 from typing import Final, NamedTuple
 
 from secretd.access.decision import Access
-from secretd.access.peer import Door, Peer
+from secretd.access.peer import Peer, SocketRole
+from secretd.limits import Tuning
 from secretd.monitor.throttle import THROTTLED, Subscriber, Throttle
-
-EVENTS_SECONDS: Final = 0.02
-"""Seconds between two ticks at which events are sent."""
-
-SLICE_SECONDS: Final = 0.000_5
-"""Seconds of sending after which requests get their turn."""
-
-QUEUED_EVENTS: Final = 10_000
-"""Events of the trusted that wait for a tick; of further ones the count is all that is kept."""
-
-QUEUED_EVENTS_PER_UID: Final = 1_000
-"""The same for each other uid."""
-
-TICK_EVENTS: Final = 500
-"""Events of the trusted that are sent at one tick."""
-
-LOG_EVENTS: Final = 2_000
-"""Events that are sent and have not reached every subscriber, above which none is added."""
 
 TICK_EVENTS_PER_UID: Final = 20
 """The same for each other uid."""
 
 DENIED_IDS_PER_UID: Final = 16
-"""Ids of which SECRET_DENIED is sent within DENIED_SECONDS, where one uid that is not trusted is refused
-many. Of further ones only the audit tells."""
+"""Ids of which SECRET_DENIED is sent within DENIED_SECONDS, where one uid that is not trusted is
+refused many. Of further ones only the audit tells.
+"""
 
 DENIED_SECONDS: Final = 1.0
 """Seconds within which one refusal of an id to one uid that is not trusted is an event."""
@@ -65,8 +50,9 @@ LOST_SECONDS: Final = 1.0
 
 
 class SecretEvent(NamedTuple):
-    """An event. ``full`` is what control connections get, ``bare`` what client connections get; ``origin``:
-    what caused it, None where nothing that could be a subscriber did; ``number``: in the order of publishing.
+    """An event. ``full`` is what control connections get, ``bare`` what client connections get;
+    ``origin``: what caused it, None where nothing that could be a subscriber did; ``number``: in
+    the order of publishing.
     """
 
     number: int
@@ -83,7 +69,8 @@ class Broadcaster:
     ``subscribers``: those that have turned events on.
     """
 
-    def __init__(self, access: Access) -> None:
+    def __init__(self, access: Access, tuning: Tuning) -> None:
+        self._tuning = tuning
         self._access = access
         self.subscribers: dict[Subscriber, None] = {}
         self._trusted: deque[SecretEvent] = deque()
@@ -126,18 +113,19 @@ class Broadcaster:
     # --- in
 
     def accepts(self, name: str, object_id: str, uid: int | None, origin: object) -> bool:
-        """True if somebody may get such an event and there is room for it; else it is dropped or counted.
+        """True if somebody may get such an event and there is room for it; else it is dropped or
+        counted.
 
         ``uid``: of an untrusted peer that caused it, None for all others.
         """
         if not self.subscribers or (len(self.subscribers) == 1 and self._is_only(origin)):
             return False
         if uid is None:
-            room = len(self._trusted) < QUEUED_EVENTS
+            room = len(self._trusted) < self._tuning.queued_events
         elif name == "SECRET_DENIED":
             return self._is_news(uid, object_id)
         else:
-            room = len(self._by_uid.get(uid, ())) < QUEUED_EVENTS_PER_UID
+            room = len(self._by_uid.get(uid, ())) < self._tuning.queued_events_per_uid
         self._overflowed += not room
         return room
 
@@ -159,7 +147,10 @@ class Broadcaster:
     def publish(  # noqa: PLR0917 - the members of a SecretEvent
         self, name: str, object_id: str, full: bytes, bare: bytes, origin: object, uid: int | None
     ) -> None:
-        """Send an event at the next tick; `accepts` has said that there is room. See SecretEvent."""
+        """Send an event at the next tick; `accepts` has said that there is room.
+
+        See SecretEvent.
+        """
         self._published += 1
         event = SecretEvent(self._published, name, object_id, full, bare, origin)
         if uid is None:
@@ -172,24 +163,27 @@ class Broadcaster:
         if not self._ticking:
             self._ticking = True
             loop = asyncio.get_running_loop()
-            tick = math.floor(loop.time() / EVENTS_SECONDS + 1) * EVENTS_SECONDS
+            tick = (
+                math.floor(loop.time() / self._tuning.events_seconds + 1)
+                * self._tuning.events_seconds
+            )
             loop.call_at(tick, self._tick)
 
     # --- from the queues to the log
 
     def _tick(self) -> None:
         self._ticking = False
-        self._take(TICK_EVENTS, TICK_EVENTS_PER_UID)
+        self._take(self._tuning.tick_events, TICK_EVENTS_PER_UID)
         if self._trusted or self._by_uid or self._overflowed:
             self._schedule()
         self._start()
 
     def _take(self, of_trusted: int, of_each: int) -> None:
-        """Move so many events of each queue to the log, unless that has much left to be sent: then the queues
-        fill, and count what is lost.
+        """Move so many events of each queue to the log, unless that has much left to be sent: then
+        the queues fill, and count what is lost.
         """
         log = self._log
-        if len(log) >= LOG_EVENTS:
+        if len(log) >= self._tuning.log_events:
             return
         for _ in range(min(of_trusted, len(self._trusted))):
             log.append(self._trusted.popleft())
@@ -201,10 +195,10 @@ class Broadcaster:
 
     def flush(self) -> None:
         """Send everything now."""
-        self._take(len(self._trusted), QUEUED_EVENTS_PER_UID)
+        self._take(len(self._trusted), self._tuning.queued_events_per_uid)
         self._start()
         while self._trusted or self._by_uid or self._waiting:
-            self._take(len(self._trusted), QUEUED_EVENTS_PER_UID)
+            self._take(len(self._trusted), self._tuning.queued_events_per_uid)
             self._start()
             self._deliver()
 
@@ -222,9 +216,9 @@ class Broadcaster:
             self._deliver()
 
     def _deliver(self) -> None:
-        """Send to one subscriber after the other, until SLICE_SECONDS have passed."""
+        """Send to one subscriber after the other, until ``slice_seconds`` have passed."""
         self._delivering = False
-        end = monotonic() + SLICE_SECONDS
+        end = monotonic() + self._tuning.slice_seconds
         batch: _Batch | None = None
         try:
             while self._waiting:
@@ -253,7 +247,9 @@ class Broadcaster:
             self._first += 1
 
     def _report_lost(self) -> None:
-        """Count for the control connections what found no room: once it is over, and while it goes on."""
+        """Count for the control connections what found no room: once it is over, and while it goes
+        on.
+        """
         if not self._overflowed:
             return
         now = monotonic()
@@ -263,7 +259,7 @@ class Broadcaster:
         self._overflow_sent = now
         lost, self._overflowed = self._overflowed, 0
         for subscriber in self.subscribers:
-            if subscriber.peer.door is Door.CONTROL:
+            if subscriber.peer.role is SocketRole.CONTROL:
                 subscriber.lose(lost)
 
     def _may_know(self, peer: Peer, object_id: str) -> bool:
@@ -272,7 +268,7 @@ class Broadcaster:
     def _send(self, subscriber: Subscriber, batch: "_Batch") -> None:
         """Send what this subscriber may know, has not done itself and does not get too often."""
         peer, origin, wanted = subscriber.peer, subscriber.origin, subscriber.wanted
-        control = peer.door is Door.CONTROL
+        control = peer.role is SocketRole.CONTROL
         if not self._access.admits(peer):
             return
         if (
@@ -304,7 +300,7 @@ class Broadcaster:
                 sent.append(full if control else bare)
         for (name, object_id), text in latest.items():
             if subscriber.throttle is None:
-                subscriber.throttle = Throttle(subscriber, self._may_know)
+                subscriber.throttle = Throttle(subscriber, self._may_know, self._tuning)
             if subscriber.throttle.passes(name, object_id, text):
                 sent.append(text)
         if sent:

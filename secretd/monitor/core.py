@@ -1,20 +1,23 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What all connections share: the tree, the commands of each door, access, deliveries, events.
+"""What all connections share: the tree, the commands of each socket, access, deliveries, events.
 
-`Daemon` makes and holds them, and answers nothing itself: monitor does, one for each connection. server makes
-it.
+`Daemon` makes and holds them, and answers nothing itself: monitor does, one for each connection.
+server makes it.
 """
 
+import asyncio
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from functools import cached_property
 from typing import Final, Literal
 
 from secretd.access.decision import Access
-from secretd.access.peer import Door, Peer
-from secretd.audit.log import AUDIT_ID_CHARACTERS, Audit
+from secretd.access.peer import Peer, SocketRole
+from secretd.audit.log import Audit
+from secretd.audit.records import AUDIT_ID_CHARACTERS
 from secretd.descriptors.deliveries import Deliveries
 from secretd.descriptors.threads import BlockingCalls
+from secretd.limits import Tuning
 from secretd.monitor.broadcast import Broadcaster
 from secretd.monitor.events import EVENTS
 from secretd.qapi.command import Command
@@ -32,28 +35,33 @@ QEMU_VERSION: Final = (10, 0, 0)
 """The QEMU whose answers ours are: what the greeting says."""
 
 CLIENT_MESSAGE_BYTES: Final = 6 << 10
-"""Bytes of one message on the client door, where no command carries a secret: so little that its
+"""Bytes of one message on the client socket, where no command carries a secret: so little that its
 clients never compete for the room that large messages need."""
 
 CLIENT_MESSAGE_TOKENS: Final = 128
-"""Tokens of one message on the client socket: what is made of them takes a microsecond or more for each, of
-the time that all share, and a command there has three arguments at most."""
+"""Tokens of one message on the client socket: what is made of them takes a microsecond or more for
+each, of the time that all share, and a command there has three arguments at most.
+"""
 
 
 class Core:
     """What all sessions share.
 
     ``quit`` is called with the data of SHUTDOWN, as JSON text; it ends the daemon with all secrets.
-    ``log_dropped`` returns how many lines of the log were lost.
+    ``start`` runs a coroutine that ends with the server at the latest. ``log_dropped`` returns how
+    many lines of the log were lost. ``stopping``: requests that were not begun are not answered any
+    more.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0917 - what a server consists of
         self,
         tree: ObjectTree,
         commands: Iterable[Command],
         package: str,
         audit: Audit,
         quit: Callable[[str], None],  # noqa: A002 - the command's name
+        start: Callable[[Coroutine[object, object, None]], "asyncio.Task[None]"],
+        tuning: Tuning,
     ) -> None:
         self.tree = tree
         self.paths = Paths(tree)
@@ -64,17 +72,21 @@ class Core:
         )
         self.audit = audit
         self.quit = quit
+        self.start = start
+        self.tuning = tuning
+        self.stopping = False
+        self.has_one_session: Callable[[], bool] = lambda: False
         self.log_dropped: Callable[[], int] = lambda: 0
         self.access = Access(tree, audit)
-        self.broadcaster = Broadcaster(self.access)
-        self.threads = BlockingCalls()
-        self.deliveries = Deliveries(tree.scratch, self.threads, self.access.take_back)
+        self.broadcaster = Broadcaster(self.access, tuning)
+        self.threads = BlockingCalls(tuning.stuck_seconds)
+        self.deliveries = Deliveries(tree.scratch, self.threads, self.access.take_back, tuning)
         # After the index of grants, which subscribed when access was made.
         tree.subscribe(decision=self._recheck_deliveries, removal=self.deliveries.withdraw)
         every = list(commands)
         self.tables = {
-            Door.CONTROL: Table(every, MAX_MESSAGE_BYTES),
-            Door.CLIENT: Table(
+            SocketRole.CONTROL: Table(every, MAX_MESSAGE_BYTES),
+            SocketRole.CLIENT: Table(
                 [c for c in every if c.client], CLIENT_MESSAGE_BYTES, CLIENT_MESSAGE_TOKENS
             ),
         }
@@ -88,7 +100,10 @@ class Core:
         self.deliveries.recheck(self.access.holds)
 
     def announce(self, name: str, object_id: str, peer: Peer | None, origin: object) -> None:
-        """Publish an event about a secret. ``peer`` caused it, None if none did; ``origin``: its session."""
+        """Publish an event about a secret.
+
+        ``peer`` caused it, None if none did; ``origin``: its session.
+        """
         uid = None if peer is None or peer.trusted else peer.uid
         if not self.broadcaster.accepts(name, object_id, uid, origin):
             return
@@ -104,7 +119,7 @@ class Core:
     def expire(self, object_id: str) -> None:
         """The time of an object is over: end deliveries, wipe it, say so."""
         kind = self.tree.delete(object_id)
-        self.audit.note("expire", id=object_id, type=kind.info.name)
+        self.audit.append("expire", id=object_id, type=kind.info.name)
         if not kind.decides:
             self.announce("SECRET_EXPIRED", object_id, None, None)
 
@@ -116,7 +131,9 @@ def wire_event(name: str, data: str) -> bytes:
 
 
 class Table:
-    """The commands of a door, by name and by the type of a decoded request; the largest message."""
+    """The commands of a socket, by name and by the type of a decoded request; the largest
+    message.
+    """
 
     def __init__(
         self, commands: list[Command], max_bytes: int, max_tokens: int | None = None

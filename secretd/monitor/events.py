@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The events that secretd sends: what their data is.
 
-broadcast decides which connections get them, commands when they happen. The schema is made from here.
+broadcast decides which connections get them, commands when they happen. The schema is made from
+here.
 """
 
 from typing import Final, Literal, NotRequired, TypedDict
@@ -36,7 +37,7 @@ class PeerInfo(TypedDict):
 
 
 class AboutSecret(TypedDict):
-    """What happened to the secret ``id``; on the control door also who did it, if anybody did."""
+    """What happened to the secret ``id``; on the control socket also who did it, if anybody did."""
 
     id: str
     peer: NotRequired[PeerInfo]

@@ -19,11 +19,15 @@ from secretd.qapi.keyval import KeyvalError
 from secretd.qom.tree import with_hint
 
 QUOTED_BYTES: Final = 4
-"""Bytes of a line's own text that an error about it quotes: it may be of a secret. QEMU quotes all."""
+"""Bytes of a line's own text that an error about it quotes: it may be of a secret.
+
+QEMU quotes all.
+"""
 
 QUOTED_WORD_BYTES: Final = 7
-"""Bytes of an unknown command that is quoted whole; of a longer one, which may be part of a secret, as
-much as of anything else."""
+"""Bytes of an unknown command that is quoted whole; of a longer one, which may be part of a secret,
+as much as of anything else.
+"""
 
 SECRETS_PER_LISTING: Final = 1000
 """Secrets that `info secrets` lists: more would not fit into a reply."""
@@ -46,8 +50,8 @@ _EXPECTED: Final = "string expected"
 
 
 class Word(NamedTuple):
-    """A command of the human monitor. ``run`` takes the session and a view of the rest of the line, which has
-    a byte to spare on each side.
+    """A command of the human monitor. ``run`` takes the session and a view of the rest of the line,
+    which has a byte to spare on each side.
     """
 
     names: tuple[str, ...]

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """One QMP session: which command a request means, its arguments, its reply (QEMU's monitor/qmp.c).
 
-A `Monitor` has the state of one connection: negotiation, and the descriptors it passed. Session state is
-which table a command is looked up in. It sees no socket; server feeds it requests and sends what it
-returns, commands carries them out. The only place where exceptions become replies.
+A `Monitor` has the state of one connection: negotiation, and the descriptors it passed. Session
+state is which table a command is looked up in. It sees no socket; server feeds it requests and
+sends what it returns, commands carries them out. The only place where exceptions become replies.
 """
 
 import logging
-import socket
 import traceback
 from collections.abc import Callable, Collection, Coroutine
 from types import CoroutineType
@@ -18,7 +17,7 @@ from msgspec.structs import astuple
 
 from secretd.access.decision import Grant
 from secretd.access.peer import Peer
-from secretd.audit.log import Subject
+from secretd.audit.records import Subject
 from secretd.descriptors.fd import Fd
 from secretd.descriptors.passed import (
     DESCRIPTORS_PER_CONNECTION,
@@ -27,7 +26,7 @@ from secretd.descriptors.passed import (
     PendingFd,
 )
 from secretd.descriptors.source import ConnectionSources
-from secretd.descriptors.threads import THREADS_PER_UID, close_connection
+from secretd.descriptors.threads import THREADS_PER_UID
 from secretd.errors import (
     AccessDenied,
     CommandError,
@@ -36,7 +35,7 @@ from secretd.errors import (
 )
 from secretd.memory.arena import Arena
 from secretd.monitor.core import QEMU_VERSION, Core
-from secretd.net.transport import Locked
+from secretd.net.receiver import Locked
 from secretd.qapi.command import Command, check
 from secretd.wire import messages as wire
 from secretd.wire.messages import Malformed, Request
@@ -45,8 +44,9 @@ from secretd.wire.parser import Fault
 log = logging.getLogger("secretd")
 
 QUOTED_BYTES: Final = 1024
-"""Bytes of the sender's own text that an error quotes at most: it waits in locked memory until it is
-read. QEMU quotes all of it."""
+"""Bytes of the sender's own text that an error quotes at most: it waits in locked memory until it
+is read. QEMU quotes all of it.
+"""
 
 MAX_REPLY_BYTES: Final = 64 << 10
 """Bytes of a reply: clients read lines, and some (go-qemu) none that are longer. QEMU: no limit."""
@@ -57,7 +57,10 @@ Reply: TypeAlias = "bytes | Locked | Coroutine[object, object, bytes]"
 
 
 class Monitor:
-    """The session of ``peer``. ``on_negotiated`` is called when the client leaves negotiation mode."""
+    """The session of ``peer``.
+
+    ``on_negotiated`` is called when the client leaves negotiation mode.
+    """
 
     def __init__(self, core: Core, peer: Peer, on_negotiated: Callable[[], None]) -> None:
         self.core = core
@@ -65,7 +68,7 @@ class Monitor:
         self.tree = core.tree
         self.peer = peer
         self.trusted = peer.trusted
-        self.table = core.tables[peer.door]
+        self.table = core.tables[peer.role]
         self._by_request = self.table.by_request
         self.negotiated = False
         self.pending = PendingFd()
@@ -74,12 +77,17 @@ class Monitor:
         self.fdsets = FdSets()
         self.loading = core.tree.loading(
             ConnectionSources(
-                self.fdsets, self.scratch, core.threads, peer.uid, trusted=self.trusted
+                self.fdsets,
+                self.scratch,
+                core.threads,
+                peer.uid,
+                core.tuning.source_seconds,
+                trusted=self.trusted,
             )
         )
         self.oob = False
         self.on_events: Callable[[Collection[str] | None], None] | None = None
-        self.subject = Subject(peer.door.value, peer.info)
+        self.subject = Subject(peer.role.value, peer.info)
 
     @property
     def scratch(self) -> Arena:
@@ -103,11 +111,11 @@ class Monitor:
 
     def note(self, event: str, object_id: str, kind: str, size: int | None = None) -> None:
         """Write an audit record of what this session did to an object of a type, ``kind``."""
-        self.core.audit.done(event, self.subject, object_id, kind, size)
+        self.core.audit.append_object_event(event, self.subject, object_id, kind, size)
 
     def note_connection(self) -> None:
         """Write an audit record of who has connected."""
-        self.core.audit.note("connect", self.subject)
+        self.core.audit.append("connect", self.subject)
 
     def check(self, object_id: str, action: str) -> Grant:
         """Return leave to release a secret; see access.Access.check."""
@@ -118,7 +126,9 @@ class Monitor:
             raise
 
     def pending_descriptor(self) -> Fd:
-        """Return the descriptor that was passed, unless all threads of its uid are stuck with such."""
+        """Return the descriptor that was passed, unless all threads of its uid are stuck with
+        such.
+        """
         fd = self.pending.take()
         uid = self.peer.uid
         if not self.trusted and self.core.threads.stuck(uid):
@@ -143,7 +153,9 @@ class Monitor:
         return fd
 
     def receive(self, numbers: list[int]) -> None:
-        """Take over descriptors that came with a message; raises LimitReached if the peer brings too many."""
+        """Take over descriptors that came with a message; raises LimitReached if the peer brings
+        too many.
+        """
         if self.trusted:
             self.pending.receive([Fd(number) for number in numbers])
             return
@@ -154,7 +166,8 @@ class Monitor:
             raise fault
 
     def descriptors_fault(self, more: int = 1) -> LimitReached | None:
-        """Return the limit that so many descriptors more of this peer would go beyond, None if there is none.
+        """Return the limit that so many descriptors more of this peer would go beyond, None if
+        there is none.
 
         What waits to be closed counts too. Asked before each recvmsg(2), so a message of SCM_MAX_FD
         descriptors goes beyond a limit by less than that.
@@ -171,10 +184,6 @@ class Monitor:
         """Close what one who is not trusted has passed."""
         self._descriptors.release(self.peer.uid)
         self.core.threads.close(self.peer.uid, fd)
-
-    def close_connection(self, sock: socket.socket) -> None:
-        """Close the connection's own descriptor."""
-        close_connection(sock, self.peer, self.core.threads, self.scratch)
 
     def close(self) -> None:
         """Close all descriptors of the session."""
@@ -216,7 +225,9 @@ class Monitor:
             return self._failure(error, id_text)
 
     def _find(self, request: Request) -> tuple[Command, Struct]:
-        """Return the command that the reference parser has read, and its arguments, or raise CommandError."""
+        """Return the command that the reference parser has read, and its arguments, or raise
+        CommandError.
+        """
         if not self.negotiated:
             _check_negotiation(request.command)
         command = self.table.by_name.get(request.command)
@@ -227,7 +238,9 @@ class Monitor:
         return command, check(command, request.arguments)
 
     def _check_peer(self, command: Command) -> None:
-        """What is asked of those who are neither uid 0 nor the daemon's own uid, at each request."""
+        """What is asked of those who are neither uid 0 nor the daemon's own uid, at each
+        request.
+        """
         if not self.core.access.admits(self.peer):
             raise AccessDenied(f"uid {self.peer.uid} may not use the control socket any more")
         if command.waits:

@@ -1,109 +1,93 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""One connection: a Transport, a codec and a Monitor tied together.
+"""One QMP session: a transport, a codec and a monitor tied together.
 
-A `Session` hands on what comes, answers in order, and keeps what must wait its turn. It decides nothing about
-commands (monitor does) and opens nothing; server makes sessions and knows them all.
+Theory of operation. The transport calls `consume` with the bytes that have arrived. The session
+cuts requests out of them (wire.connection), has the monitor handle each, and collects the replies
+in its `Outbox`. It stops when
+
+- the bytes end in the middle of a message: the transport keeps them and calls again with more;
+- a command has to wait (``_pending``): without `oob` the transport is paused until the reply is
+  sent, so requests are answered in order. With `oob` the session reads on: out-of-band requests run
+  at once, others are queued as bytes in locked memory, and parsed again when it is their turn. So
+  no parsed request outlives the buffer that it is a view of;
+- its `Turn` is over: other connections come first.
+
+An exception in handling ends this connection, and never the daemon. `closed` ends everything that
+the session still owns. The session decides nothing about commands (monitor does); server.server
+makes sessions.
 """
 
 import asyncio
 import re
-import socket
-import time
 from collections import deque
 from collections.abc import Callable, Collection, Coroutine
-from typing import Final, Protocol
+from typing import Final
 
 from msgspec import Struct
 
-from secretd.access.peer import Door, Peer
+from secretd.access.peer import Peer, SocketRole
 from secretd.errors import LimitReached, LockedMemoryExhausted
 from secretd.memory.arena import LockedBuffer
-from secretd.monitor.core import Core, wire_event
+from secretd.monitor.core import Core
 from secretd.monitor.monitor import Monitor, Reply, log_internal
+from secretd.monitor.outbox import Outbox
 from secretd.monitor.throttle import Throttle
-from secretd.net.receive_space import ReceiveSpace
-from secretd.net.transport import (
-    ALL,
-    UNFINISHED_SECONDS,
-    Locked,
-    Transport,
-)
+from secretd.net.pause import Pause
+from secretd.net.receiver import CONSUMED, Locked
+from secretd.net.transport import Transport
+from secretd.net.turns import Turn
 from secretd.wire import messages as wire
 from secretd.wire.connection import Connection
 from secretd.wire.lexer import NeedData
 from secretd.wire.messages import Malformed, Request
 
-TURN_SECONDS: Final = 0.005
-"""Seconds after which a connection that sends one request after the other lets the loop go on."""
-
-SHARED_TURN_SECONDS: Final = 0.000_5
-"""The same where there are other connections: those that gave way themselves are not seen by looking."""
-
-LOOK_SECONDS: Final = 0.000_025
-"""Seconds after which it looks whether others wait, and then lets them go on: about what one request
-takes, so that they hardly notice.
-"""
-
 QUEUED_REQUESTS: Final = 8
-"""Requests that may wait behind one that is being carried out, where the client has enabled oob; QEMU's
-QMP_REQ_QUEUE_LEN_MAX. Then the connection is not read."""
-
-BATCH_BYTES: Final = 32 << 10
-"""Bytes of replies that are collected before they are sent together."""
+"""Requests that may wait behind one that is being carried out, where the client has enabled oob;
+QEMU's QMP_REQ_QUEUE_LEN_MAX. Then the connection is not read.
+"""
 
 _BRACE: Final = re.compile(rb"{")
 
 
-class Owner(Protocol):
-    """What a session asks of the server that made it."""
-
-    core: Core
-    space: ReceiveSpace
-    stopping: bool
-    sessions: "set[Session]"
-
-    def start(self, coroutine: Coroutine[object, object, None]) -> asyncio.Task[None]:
-        """Run what a session waits for."""
-
-    def forget(self, session: "Session") -> None:
-        """A session has ended."""
-
-
 class Session:
-    """One connection; the Receiver of its Transport."""
+    """The session of ``peer`` on ``transport``, whose receiver it is.
 
-    def __init__(self, server: Owner, sock: socket.socket, peer: Peer) -> None:
-        self._server = server
-        self._audit = server.core.audit
-        self.monitor = Monitor(server.core, peer, self._negotiated)
+    ``ended`` is called once, at its end.
+    """
+
+    def __init__(
+        self, core: Core, transport: Transport, peer: Peer, ended: Callable[["Session"], None]
+    ) -> None:
+        self._core = core
+        self.transport = transport
+        self.peer = peer
+        self._ended = ended
+        self._trusted = peer.trusted
+        self.monitor = Monitor(core, peer, self._negotiated)
+        self.outbox = Outbox(transport, core.audit, core.tuning.batch_bytes)
+        self._replies = self.outbox.replies
+        self._audit, self._send = core.audit, transport.send
+        self._turn = Turn(core.has_one_session, transport.others_ready, core.tuning)
         table = self.monitor.table
         self.max_bytes = table.max_bytes
         self._codec = Connection(table.decode, table.max_bytes, table.max_tokens)
         self._next, self._handle = self._codec.next, self.monitor.handle
-        self.kept_from = self._codec.kept_from
-        self.moved = self._codec.moved
+        self.first_needed = self._codec.first_needed
+        self.shifted = self._codec.shifted
+        self.drained = self.outbox.report_lost
+        # As a subscriber of events.
         self.origin: object = self.monitor
         self.monitor.on_events = self._subscribe
-        self.peer = peer
-        self._trusted = peer.trusted
         self.wanted: Collection[str] | None = None
         self.since = self.position = 0
         self.throttle: Throttle | None = None
-        self._out: list[bytes] = []
-        self._out_size = 0
-        self._began = self._looked = 0.0
-        self._consuming = False
-        self._lost = 0
-        self._task: asyncio.Task[None] | None = None
-        self._aside: asyncio.Task[None] | None = None  # what was asked for out of band meanwhile
+        self.send_events, self.lose = self.outbox.send_events, self.outbox.lose
+        # Commands that wait, and requests behind them.
+        self._pending: asyncio.Task[None] | None = None
+        self._pending_oob: asyncio.Task[None] | None = None
         self._queue: deque[LockedBuffer | bytes | Locked] = deque()
-        limits = server.core.limits
-        share = None if peer.door is Door.CONTROL else (limits.unfinished, peer.uid)
-        self.transport = Transport(
-            sock, server.space, self, self.monitor.close_connection, share,
-            uid=None if peer.trusted else peer.uid,
-        )  # fmt: skip
-        self.transport.send(self.monitor.greeting())
+        transport.start(self)
+        transport.send(self.monitor.greeting())
 
     def _negotiated(self) -> None:
         self._codec.oob = self.monitor.oob
@@ -113,120 +97,107 @@ class Session:
         self._unsubscribe()
         self.wanted = wanted
         if wanted is None or wanted:
-            self._server.core.broadcaster.subscribe(self)
+            self._core.broadcaster.subscribe(self)
 
     def _unsubscribe(self) -> None:
-        self._server.core.broadcaster.unsubscribe(self)
+        self._core.broadcaster.unsubscribe(self)
         if self.throttle is not None:
             self.throttle.close()
             self.throttle = None
 
     @property
-    def listening(self) -> bool:
-        """True once negotiation is over."""
-        return self.monitor.negotiated
+    def receives_shutdown(self) -> bool:
+        """True once negotiation is over, on the control socket."""
+        return self.monitor.negotiated and self.peer.role is SocketRole.CONTROL
 
     @property
     def busy(self) -> bool:
         """True while requests that were read are not answered yet."""
-        return self._task is not None or self._aside is not None or bool(self._queue)
+        return self._pending is not None or self._pending_oob is not None or bool(self._queue)
+
+    # --- requests
 
     def consume(self, view: memoryview, position: int, end: int) -> int:
-        """Carry out the requests in the view, in order, until one must be waited for.
-
-        If the client has enabled oob, what comes meanwhile is read on: out-of-band commands are
-        carried out at once, others queued.
-        """
-        audit = self._audit
-        audit.in_turn = self._consuming = True
-        out, self._began = self._out, 0.0
+        """Carry out the requests in the view, in order; see Receiver and the module's text."""
+        core, audit, outbox, replies = self._core, self._audit, self.outbox, self._replies
+        audit.in_turn = outbox.held = True
+        self._turn.began = 0.0
         try:
-            while self._task is None and not self._queue and not self._server.stopping:
+            while self._pending is None and not self._queue and not core.stopping:
                 position, request = self._next(view, position, end)
                 if isinstance(request, NeedData):
                     return position
                 reply = self._handle(request)
+                # The only request of a read, and its reply is ready: nearly always.
                 if position == end and isinstance(reply, bytes) and isinstance(request, Struct):
-                    out.append(reply)
-                    return ALL
+                    replies.append(reply)
+                    return CONSUMED
                 self._answer(reply)
-                if self.transport.is_closed or self.transport.backlogged or self._is_over():
+                if self.transport.is_closed or self.transport.backlogged or self._yield_if_due():
                     return position
-            if self._task is not None or self._queue:
+            if self._pending is not None or self._queue:
                 position = self._consume_meanwhile(view, position, end)
             return position
         finally:
             audit.end_turn()  # before the replies
-            self._consuming = False
-            if len(out) == 1:
-                self._out_size = 0
-                self.transport.send(out.pop())
-            elif out:
-                self._flush()
+            outbox.held = False
+            if len(replies) == 1:
+                outbox.size = 0
+                self._send(replies.pop())
+            elif replies:
+                outbox.flush()
 
-    def _is_over(self) -> bool:
-        """True if this connection's turn is over, since it has lasted long or others wait."""
-        now = time.monotonic()
-        if not self._began:
-            self._began = self._looked = now
-        elif now - self._looked > LOOK_SECONDS:
-            self._looked = now
-            alone = len(self._server.sessions) == 1
-            turn = TURN_SECONDS if alone else SHARED_TURN_SECONDS
-            if now - self._began > turn or (not alone and self.transport.others_wait()):
-                self.transport.give_way()
-                return True
+    def _yield_if_due(self) -> bool:
+        if self._turn.is_over():
+            self.transport.yield_turn()
+            return True
         return False
 
     def _consume_meanwhile(self, view: memoryview, position: int, end: int) -> int:
-        """Where the client has enabled oob, carry out what is and queue the rest, while a request is waited
-        for.
+        """While a command is pending: run out-of-band requests at once and queue the others
+        (`oob`).
         """
         transport = self.transport
         if not self.monitor.oob:
-            transport.pause("busy")
+            transport.pause(Pause.BUSY)
             return position
-        while not (transport.is_closed or transport.backlogged or self._server.stopping):
-            start = self.kept_from(position)
+        while not (transport.is_closed or transport.backlogged or self._core.stopping):
+            start = self.first_needed(position)
             if len(self._queue) == QUEUED_REQUESTS:
-                transport.pause("busy")
+                transport.pause(Pause.BUSY)
                 break
             position, request = self._next(view, position, end)
             if isinstance(request, NeedData):
                 break
             if isinstance(request, Request) and request.oob:
                 self._answer(self._handle(request))
-                if self._aside is not None:
-                    transport.pause("aside")
+                if self._pending_oob is not None:
+                    transport.pause(Pause.ASIDE)
                     break
-                if self._is_over():
+                if self._yield_if_due():
                     break
             elif not self._enqueue(request, view[start:position]):
                 position = start
-                transport.pause("busy")
+                transport.pause(Pause.BUSY)
                 break
         return position
 
     def _answer(self, reply: Reply) -> None:
         """Send a reply with others soon, or start to wait for it."""
         if isinstance(reply, bytes):
-            self._out.append(reply)
-            self._out_size += len(reply)
-            if self._out_size >= BATCH_BYTES:
-                self._flush()
+            self.outbox.add(reply)
         elif isinstance(reply, Locked):
-            self._flush()
-            self.transport.send(reply)
-        elif self._task is None:
+            self.outbox.add_locked(reply)
+        elif self._pending is None:
             # First, so that it is cancelled if the flush finds that the client has gone.
-            self._task = self._server.start(self._finish(reply))
-            self._flush()
+            self._pending = self._core.start(self._finish(reply))
+            self.outbox.flush()
         else:
-            self._aside = self._server.start(self._finish_aside(reply))
-            self._flush()
+            self._pending_oob = self._core.start(self._finish_oob(reply))
+            self.outbox.flush()
 
     def _enqueue(self, request: Request | Malformed | Struct, message: memoryview) -> bool:
-        """Keep a request for when its turn comes; False if there is no locked memory for it."""
+        """Queue a request; False if there is no locked memory for it."""
         if isinstance(request, Malformed):
             # The words are ready; only a reply can come of it.
             reply = self.monitor.handle(request)
@@ -237,124 +208,97 @@ class Session:
         match = _BRACE.search(message)
         assert match is not None
         message = message[match.start() :]
-        share = self.transport.share
+        account = self.transport.account
         try:
-            if share is not None:
-                share[0].check(share[1], len(message))
+            if account is not None:
+                account.quota.check(account.uid, len(message))
             kept = self.monitor.scratch.allocate(len(message))
         except (LockedMemoryExhausted, LimitReached):
             return False
-        if share is not None:
-            share[0].count(share[1], len(message))
+        if account is not None:
+            account.quota.count(account.uid, len(message))
         kept.view[:] = message
         self._queue.append(kept)
         return True
 
+    # --- commands that wait
+
     async def _finish(self, reply: Coroutine[object, object, bytes]) -> None:
         data = await reply
-        self._task = None
+        self._pending = None
         self._audit.end_turn()  # before the reply
         self._safely(lambda: self.transport.send(data))
         if self._queue and not self._trusted:
-            self.transport.later(self._go_on_safely)
+            self.transport.later(self._continue_safely)
         else:
-            self._go_on_safely()
+            self._continue_safely()
 
-    async def _finish_aside(self, reply: Coroutine[object, object, bytes]) -> None:
-        """Wait for a command that was asked for out of band; the connection is not read meanwhile."""
+    async def _finish_oob(self, reply: Coroutine[object, object, bytes]) -> None:
+        """Wait for an out-of-band command; the connection is not read meanwhile."""
         data = await reply
-        self._aside = None
+        self._pending_oob = None
         self._audit.end_turn()
         self._safely(lambda: self.transport.send(data))
-        self._safely(lambda: self.transport.resume("aside"))
+        self._safely(lambda: self.transport.resume(Pause.ASIDE))
 
-    def _go_on_safely(self) -> None:
-        self._safely(self._go_on)
+    def _continue_safely(self) -> None:
+        self._safely(self._continue)
 
     def _safely(self, step: Callable[[], object]) -> None:
         """Take a step whose failure ends this connection, and not the daemon."""
         try:
             step()
-        except Exception as error:  # noqa: BLE001 - a reload must not end the daemon
+        except Exception as error:  # noqa: BLE001 - see above
             log_internal(error)
             try:
                 self.transport.close()
             except Exception as again:  # noqa: BLE001 - it is closed as far as it can be
                 log_internal(again)
 
-    def _go_on(self) -> None:
-        """Carry out what was queued, until one must be waited for; then read again. For a peer that is not
-        trusted, one request in each turn.
+    def _continue(self) -> None:
+        """Carry out queued requests until one must wait, then read again.
+
+        An untrusted peer gets one request in each of its turns.
         """
-        while self._queue and self._task is None and not self._server.stopping:
-            kept = self._queue.popleft()
-            if isinstance(kept, LockedBuffer):
-                with kept:
-                    self._give(kept)
+        while self._queue and self._pending is None and not self._core.stopping:
+            queued = self._queue.popleft()
+            if isinstance(queued, LockedBuffer):
+                with queued:
+                    self._release(queued)
                     table = self.monitor.table
                     codec = Connection(table.decode, table.max_bytes, table.max_tokens)
                     codec.oob = True
-                    request = codec.next(kept.view, 0, len(kept.view))[1]
+                    request = codec.next(queued.view, 0, len(queued.view))[1]
                     assert not isinstance(request, NeedData)
                     self._answer(self.monitor.handle(request))
             else:
-                self._answer(kept)
+                self._answer(queued)
             if self._queue and not self._trusted:
-                self._flush()
-                self.transport.later(self._go_on_safely)
+                self.outbox.flush()
+                self.transport.later(self._continue_safely)
                 return
-        self._flush()
-        self.transport.resume("busy")
+        self.outbox.flush()
+        self.transport.resume(Pause.BUSY)
 
-    def _give(self, kept: LockedBuffer) -> None:
-        share = self.transport.share
-        if share is not None:
-            share[0].release(share[1], len(kept))
+    def _release(self, queued: LockedBuffer) -> None:
+        account = self.transport.account
+        if account is not None:
+            account.quota.release(account.uid, len(queued))
 
-    def _flush(self) -> None:
-        out = self._out
-        if out:
-            self._audit.end_turn()  # what is told was recorded
-            self._audit.in_turn = self._consuming
-            data = b"".join(out)
-            out.clear()
-            self._out_size = 0
-            self.transport.send(data)
+    # --- what the transport reports
 
-    def send_events(self, events: bytes, count: int) -> None:
-        """Send so many events, after the replies that are due. A client that does not read loses them,
-        and is told when it reads again.
-        """
-        if self.transport.backlogged:
-            self._lost += count
-            return
-        self._out.append(events)
-        if not self._consuming:
-            self._flush()
-
-    def lose(self, count: int) -> None:
-        """Tell the client, when there is something to tell, that it did not get so many events."""
-        self._lost += count
-        asyncio.get_running_loop().call_soon(self.drained)
-
-    def drained(self) -> None:
-        """The client reads again: tell it how many events it has lost."""
-        if self._lost and not self.transport.backlogged and not self.transport.is_closed:
-            lost, self._lost = self._lost, 0
-            self.send_events(wire_event("SECRET_EVENTS_LOST", f'{{"count": {lost}}}'), 1)
-
-    def has_room(self) -> bool:
-        """True if the peer may pass a descriptor."""
+    def accepts_descriptors(self) -> bool:
+        """See Receiver."""
         return self.monitor.descriptors_fault() is None
 
     def too_many_descriptors(self) -> None:
-        """Say which limit descriptors would go beyond, which lie in the connection."""
+        """See Receiver."""
         fault = self.monitor.descriptors_fault()
         assert fault is not None
         self._refuse(fault)
 
     def descriptors(self, numbers: list[int]) -> bool:
-        """Take over what came with a message; False if the connection is to be closed."""
+        """See Receiver."""
         try:
             self.monitor.receive(numbers)
         except LimitReached as error:
@@ -362,40 +306,35 @@ class Session:
             return False
         return True
 
-    def _refuse(self, error: LimitReached | LockedMemoryExhausted) -> None:
-        if isinstance(error, LimitReached):
-            self._server.core.limits.note_hit(error.limit)
-        self.transport.send(wire.failure("GenericError", error.desc, None))
-
-    def too_slow(self) -> None:
-        """A message was begun and not finished in time."""
-        self._server.core.limits.note_hit("unfinished-seconds")
-        self.transport.send(
-            wire.failure(
-                "GenericError",
-                f"No end of the message within {UNFINISHED_SECONDS:g} seconds; connection closed",
-                None,
-            )
-        )
-
     def no_memory(self, error: LockedMemoryExhausted | LimitReached) -> None:
-        """There is no locked memory for an unfinished message."""
+        """See Receiver."""
         self._refuse(error)
 
+    def message_timed_out(self) -> None:
+        """See Receiver."""
+        seconds = self._core.tuning.unfinished_seconds
+        words = f"No end of the message within {seconds:g} seconds; connection closed"
+        self._refuse(LimitReached("unfinished-seconds", words))
+
+    def _refuse(self, error: LimitReached | LockedMemoryExhausted) -> None:
+        if isinstance(error, LimitReached):
+            self._core.limits.note_hit(error.limit)
+        self.transport.send(wire.failure("GenericError", error.desc, None))
+
     def closed(self) -> None:
-        """Forget the session."""
-        for task in filter(None, (self._task, self._aside)):
-            # Not before its first step, which was scheduled before: only then does what it owns
-            # (a descriptor, a buffer) have someone to release it.
+        """See Receiver: release everything that the session owns."""
+        for task in filter(None, (self._pending, self._pending_oob)):
+            # Not before its first step, which was scheduled before: only in that step does it take
+            # over what it has to release (a descriptor, a buffer).
             asyncio.get_running_loop().call_soon(task.cancel)
         while self._queue:
-            kept = self._queue.popleft()
-            if isinstance(kept, Locked):
-                kept.buffer.free()
-            elif isinstance(kept, LockedBuffer):
-                self._give(kept)
-                kept.free()
-        self._server.forget(self)
-        self._server.core.limits.connections.release(self.monitor.peer.uid)
+            queued = self._queue.popleft()
+            if isinstance(queued, Locked):
+                queued.buffer.free()
+            elif isinstance(queued, LockedBuffer):
+                self._release(queued)
+                queued.free()
+        self._ended(self)
+        self._core.limits.connections.release(self.peer.uid)
         self._unsubscribe()
         self.monitor.close()

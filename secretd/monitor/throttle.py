@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""x"""
+"""Throttling of frequent events, per connection and id.
+
+Of SECRET_READ and SECRET_DENIED one connection gets the first of each id at once, and then the last
+of those within each interval. broadcast makes a `Throttle` for a subscriber when the first such
+event comes.
+"""
 
 import asyncio
 from collections import Counter
@@ -7,14 +12,7 @@ from collections.abc import Callable, Collection
 from typing import Final, Protocol
 
 from secretd.access.peer import Peer
-
-THROTTLED_SECONDS: Final = 1.0
-"""Seconds between two SECRET_READ, or SECRET_DENIED, of one id on one connection; of those between,
-the last is sent.
-"""
-
-THROTTLED_IDS: Final = 256
-"""Ids that are throttled at a time on one connection; events of further ones are lost."""
+from secretd.limits import Tuning
 
 THROTTLED: Final = frozenset({"SECRET_READ", "SECRET_DENIED"})
 
@@ -22,9 +20,9 @@ THROTTLED: Final = frozenset({"SECRET_READ", "SECRET_DENIED"})
 class Subscriber(Protocol):
     """A connection that has turned events on.
 
-    ``origin``: what events that it causes name as theirs; ``wanted``: the names of the events that it gets,
-    None for all; ``since``: the number of the last event before it turned them on; ``position``: how far in
-    the log it has got; ``throttle``: None where nothing was throttled yet.
+    ``origin``: what events that it causes name as theirs; ``wanted``: the names of the events that
+    it gets, None for all; ``since``: the number of the last event before it turned them on;
+    ``position``: how far in the log it has got; ``throttle``: None where nothing was throttled yet.
     """
 
     origin: object
@@ -44,7 +42,13 @@ class Subscriber(Protocol):
 class Throttle:
     """What one connection gets of the events that are throttled."""
 
-    def __init__(self, subscriber: Subscriber, may_know: Callable[[Peer, str], bool]) -> None:
+    def __init__(
+        self,
+        subscriber: Subscriber,
+        may_know: Callable[[Peer, str], bool],
+        tuning: Tuning,
+    ) -> None:
+        self._seconds, self._ids = tuning.throttled_seconds, tuning.throttled_ids
         self._subscriber = subscriber
         self._may_know = may_know
         # When the next one may be sent, by name and id.
@@ -66,11 +70,11 @@ class Throttle:
             self._held[key] = event
             return False
         # Each kind has room of its own: refusals of made-up names do not hide reads.
-        if self._counts[name] >= THROTTLED_IDS:
+        if self._counts[name] >= self._ids:
             self._subscriber.lose(1)
             return False
         self._counts[name] += 1
-        self._next[key] = loop.time() + THROTTLED_SECONDS
+        self._next[key] = loop.time() + self._seconds
         if self._timer is None:
             self._timer = loop.call_at(self._next[key], self._due)
         return True
@@ -91,7 +95,7 @@ class Throttle:
             if event is None:
                 self._counts[key[0]] -= 1
             else:
-                self._next[key] = now + THROTTLED_SECONDS
+                self._next[key] = now + self._seconds
                 if self._may_know(self._subscriber.peer, key[1]):
                     self._subscriber.send_events(event, 1)
         if self._next:

@@ -10,7 +10,7 @@ import socket
 import stat
 from typing import Final
 
-from secretd.access.peer import Door
+from secretd.access.peer import SocketRole
 from secretd.descriptors.threads import BlockingCalls
 from secretd.errors import UsageError
 from secretd.linux.sockopt import permit_descriptors
@@ -24,25 +24,25 @@ PATH_BYTES: Final = 107
 
 
 class Listener:
-    """A listening socket. ``authz``: the id of the object that says who else may use a control door.
-    ``owned``: its file is removed at the end; the service manager's is not.
+    """A listening socket. ``authz``: the id of the object that says who else may use a control
+    socket. ``owned``: its file is removed at the end; the service manager's is not.
     """
 
     def __init__(
         self,
         sock: socket.socket,
-        door: Door,
+        role: SocketRole,
         path: str,
         authz: str | None = None,
         *,
         owned: bool = True,
     ) -> None:
         self.sock = sock
-        self.door = door
+        self.role = role
         self.authz = authz
         self.path = path
         self.owned = owned
-        if door is not Door.CONTROL or authz is not None or _is_open_to_others(path):
+        if role is not SocketRole.CONTROL or authz is not None or _is_open_to_others(path):
             # Until a peer is admitted its descriptors could only be closed, and that may never return.
             permit_descriptors(sock, permit=False)
         self._inode = os.stat(path).st_ino if owned else -1
@@ -62,8 +62,8 @@ class Listener:
     def close(self, threads: BlockingCalls | None = None) -> None:
         """Stop listening; remove the socket's file if it is still ours.
 
-        Descriptors may lie in connections that were not accepted, and closing those may never return:
-        ``offload`` has a thread for it.
+        Descriptors may lie in connections that were not accepted, and closing those may never
+        return: ``offload`` has a thread for it.
         """
         if threads is None:
             self.sock.close()
@@ -83,7 +83,9 @@ def _is_open_to_others(path: str) -> bool:
         return True
 
 
-def listen(path: str, door: Door, mode: int, gid: int = -1, authz: str | None = None) -> Listener:
+def listen(
+    path: str, role: SocketRole, mode: int, gid: int = -1, authz: str | None = None
+) -> Listener:
     """Bind and listen. A stale socket is replaced; a live one, or another file, is a UsageError."""
     if len(os.fsencode(path)) > PATH_BYTES:
         raise UsageError(f"{path}: the path of a socket may have {PATH_BYTES} bytes at most")
@@ -101,7 +103,7 @@ def listen(path: str, door: Door, mode: int, gid: int = -1, authz: str | None = 
             os.umask(umask)
         if gid != -1:
             os.chown(path, -1, gid, follow_symlinks=False)
-        if door is not Door.CONTROL or authz is not None or mode & 0o077:
+        if role is not SocketRole.CONTROL or authz is not None or mode & 0o077:
             permit_descriptors(sock, permit=False)
         sock.listen(LISTEN_BACKLOG)
     except OSError as error:
@@ -110,7 +112,7 @@ def listen(path: str, door: Door, mode: int, gid: int = -1, authz: str | None = 
     except BaseException:
         sock.close()
         raise
-    listener = Listener(sock, door, path, authz)
+    listener = Listener(sock, role, path, authz)
     listener.gid = gid
     return listener
 
@@ -118,7 +120,8 @@ def listen(path: str, door: Door, mode: int, gid: int = -1, authz: str | None = 
 def check_directory(directory: str) -> None:
     """Raise UsageError if other users can replace files in a directory, or the directory itself.
 
-    Those that only the owner of a file can replace it in, such as /tmp, are taken (chmod(2), sticky bit).
+    Those that only the owner of a file can replace it in, such as /tmp, are taken (chmod(2), sticky
+    bit).
     """
     # In a user namespace root's own directories may belong to an id that is not mapped.
     own = (0, os.getuid(), UIDS.overflow)

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""An asyncio event loop that calls connection readers directly from epoll_wait(2), and shares time by uid.
+"""An asyncio event loop that calls connection readers directly from epoll_wait(2), and shares time
+by uid.
 
-asyncio makes a list of what is ready, from that a queue of handles, and runs each in its context: some
-fifteen calls before the one that counts. A callback given to `Loop.watch` is called as soon as epoll reports
-its descriptor, and as long as that leaves asyncio nothing to do, epoll is asked again at once.
+asyncio makes a list of what is ready, from that a queue of handles, and runs each in its context:
+some fifteen calls before the one that counts. A callback given to `Loop.watch` is called as soon as
+epoll reports its descriptor, and as long as that leaves asyncio nothing to do, epoll is asked again
+at once.
 
 Work for peers that are not trusted goes through `Turns`: a little of it at a time, in turn by uid,
-between two looks at epoll. So neither the number of a uid's connections nor what they send delays the
-trusted, or another uid, by more than a few messages. transport uses this where it finds it, and
+between two looks at epoll. So neither the number of a uid's connections nor what they send delays
+the trusted, or another uid, by more than a few messages. transport uses this where it finds it, and
 `add_reader` on any other loop.
 """
 
@@ -34,8 +36,8 @@ _EVENTS: Final = 128
 
 
 class _Selector(selectors.BaseSelector):
-    """epoll(7), for descriptors by number. ``failed`` is told of what a watcher raised. ``undisturbed``:
-    nothing was given to asyncio to do since `select` was called.
+    """epoll(7), for descriptors by number. ``failed`` is told of what a watcher raised.
+    ``undisturbed``: nothing was given to asyncio to do since `select` was called.
     """
 
     def __init__(self, failed: Callable[[Exception], None]) -> None:
@@ -106,8 +108,8 @@ class _Selector(selectors.BaseSelector):
         self._keys.clear()
 
     def select(self, timeout: float | None = None) -> list[tuple[SelectorKey, int]]:
-        """See BaseSelector. Calls those who watch, and returns the rest; goes on for as long as there is
-        none and nobody gives asyncio something to do.
+        """See BaseSelector. Calls those who watch, and returns the rest; goes on for as long as
+        there is none and nobody gives asyncio something to do.
         """
         wait, deadline = -1.0, 0.0
         if timeout is not None:
@@ -122,7 +124,7 @@ class _Selector(selectors.BaseSelector):
                 if callback is not None and events != _OUT:
                     try:
                         callback()
-                    except Exception as error:  # noqa: BLE001 - a reload must not end the daemon
+                    except Exception as error:  # noqa: BLE001 - as asyncio does with a callback
                         self._failed(error)
                     if events == _IN:
                         continue
@@ -139,8 +141,10 @@ class _Selector(selectors.BaseSelector):
                 if wait <= 0:
                     return ready
 
-    def crowded(self, fd: int) -> bool:
-        """True if asyncio has something to do, or there is something to read from any but one descriptor."""
+    def others_ready(self, fd: int) -> bool:
+        """True if asyncio has something to do, or there is something to read from any but one
+        descriptor.
+        """
         return (
             not self.undisturbed
             or bool(self.turns)
@@ -148,7 +152,9 @@ class _Selector(selectors.BaseSelector):
         )
 
     def _wanted(self, others: list[tuple[int, int]]) -> list[tuple[SelectorKey, int]]:
-        """Return of what epoll says what asyncio has asked for: as it is now, as watchers may change it."""
+        """Return of what epoll says what asyncio has asked for: as it is now, as watchers may
+        change it.
+        """
         ready = []
         for fd, events in others:
             mask = (EVENT_READ if events & ~_OUT else 0) | (EVENT_WRITE if events & ~_IN else 0)
@@ -164,7 +170,7 @@ class Loop(asyncio.SelectorEventLoop):
     def __init__(self) -> None:
         self._waiting = selector = _Selector(self._watcher_failed)
         super().__init__(selector)
-        self.crowded = selector.crowded
+        self.others_ready = selector.others_ready
         self.turns = selector.turns
         self.watch = selector.watch
         self.unwatch = selector.unwatch
@@ -212,12 +218,16 @@ def readers(
 
 
 def turns(loop: asyncio.AbstractEventLoop, uid: int) -> Callable[[Callable[[], None]], object]:
-    """Return how to have work for a uid done when its turn comes: on other loops, when the loop's is."""
+    """Return how to have work for a uid done when its turn comes: on other loops, when the loop's
+    is.
+    """
     return partial(loop.turns.add, uid) if isinstance(loop, Loop) else loop.call_soon
 
 
 async def turn(uid: int | None) -> None:
-    """Let others have their turn: come back when it is that uid's, or the loop's where there is none."""
+    """Let others have their turn: come back when it is that uid's, or the loop's where there is
+    none.
+    """
     loop = asyncio.get_running_loop()
     come = loop.create_future()
 
@@ -232,8 +242,8 @@ async def turn(uid: int | None) -> None:
     await come
 
 
-def crowded(loop: asyncio.AbstractEventLoop) -> Callable[[int], bool]:
-    """Return how to find out whether the loop has something else to do than to serve one descriptor; on
-    loops that do not tell, it always has.
+def others_ready(loop: asyncio.AbstractEventLoop) -> Callable[[int], bool]:
+    """Return how to find out whether the loop has something else to do than to serve one
+    descriptor; on loops that do not tell, it always has.
     """
-    return loop.crowded if isinstance(loop, Loop) else lambda _fd: True
+    return loop.others_ready if isinstance(loop, Loop) else lambda _fd: True

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Receive space: the locked memory that connections receive into, and how they share it.
 
-It reads nothing and knows no message; each connection's Transport asks for room and gives it back
-(docs/design.md, "Fairness").
+All connections receive into one buffer. What is left of it after a read, an unfinished message,
+moves to a buffer of the connection's own, its `Tail`. This module reads nothing and knows no
+messages (docs/design.md, "Fairness"); transport calls it.
 """
 
 import asyncio
 from collections import Counter
-from typing import Final, Protocol
+from collections.abc import Callable
+from typing import Final, NamedTuple
 
-from secretd.errors import LockedMemoryExhausted
+from secretd.errors import LimitReached, LockedMemoryExhausted
 from secretd.limits import Quota
 from secretd.memory.arena import Arena, LockedBuffer
 from secretd.wire.lexer import MAX_MESSAGE_BYTES
@@ -18,8 +20,9 @@ RECEIVE_BYTES: Final = 64 << 10
 """Bytes of the receive buffer that all connections share: what one recvmsg(2) takes at most."""
 
 ROOMY_BYTES: Final = 256 << 10
-"""Bytes of scratch memory that must be spare for a connection to take that much at once. With less it
-takes no more than always finds room, should some of it have to wait."""
+"""Bytes of scratch memory that must be spare for a connection to take that much at once. With less
+it takes no more than always finds room, should some of it have to wait.
+"""
 
 FIRST_TAIL_BYTES: Final = 2 << 10
 """Bytes of a connection's own buffer at first; it grows fourfold. Small, so that many clients that
@@ -32,8 +35,9 @@ SMALL_TAIL_BYTES: Final = 8 << 10
 """Bytes of an unfinished message up to which there is nearly always room."""
 
 LARGE_TAILS_BYTES: Final = 1 << 20
-"""Bytes that all unfinished messages above SMALL_TAIL_BYTES may take together. One connection at a time
-may go beyond, so that those that have used it up do not all wait for each other."""
+"""Bytes that all unfinished messages above SMALL_TAIL_BYTES may take together. One connection at a
+time may go beyond, so that those that have used it up do not all wait for each other.
+"""
 
 TIGHT_BYTES: Final = LARGE_TAILS_BYTES // 2
 """Bytes of unfinished messages above which a connection takes less at once, as ROOMY_BYTES says."""
@@ -42,23 +46,19 @@ TAILS_BYTES: Final = LARGE_TAILS_BYTES + LARGEST_TAIL_BYTES + (512 << 10)
 """Bytes that all unfinished messages may take together: also 64 to 256 small ones."""
 
 
-class Holder(Protocol):
-    """A connection that may hold a buffer of its own."""
+class Account(NamedTuple):
+    """The quota that a connection's unfinished message counts in, and for which uid."""
 
-    @property
-    def share(self) -> "tuple[Quota, int] | None":
-        """What the buffer is counted in, and for which uid; None if it is not."""
-
-    def fed(self) -> None:
-        """There may be room again."""
+    quota: Quota
+    uid: int
 
 
 class ReceiveSpace:
     """The locked memory that connections receive into, shared by all.
 
-    ``large`` is the buffer that they share, ``small`` less of it: for one whose messages are all small, and
-    for any while there is little room for what connections leave unread or unfinished: TIGHT_BYTES,
-    ROOMY_BYTES.
+    ``large`` is the buffer that all share. ``small`` is less of it: for a connection whose messages
+    are all small, and for any while little room is left for unfinished messages (TIGHT_BYTES,
+    ROOMY_BYTES).
     """
 
     def __init__(self, arena: Arena) -> None:
@@ -67,48 +67,123 @@ class ReceiveSpace:
         self.large = self.shared.view
         self.small = self.large[: SMALL_TAIL_BYTES - 1]
         self.held = 0  # bytes of connections' own buffers
-        self.starved: set[Holder] = set()
+        self.starved: set[Tail] = set()  # that wait for room
         self.unhandled: Counter[int] = Counter()
-        """By uid: connections whose own buffer waits for their uid's turn, to be handled or to be filled."""
-        self._beyond: Holder | None = None  # who may go beyond LARGE_TAILS_BYTES
+        """By uid: connections whose own buffer waits for their uid's turn, to be handled or to be
+        filled.
+        """
+        self._beyond: Tail | None = None  # the one that may go beyond LARGE_TAILS_BYTES
 
-    def allocate(self, size: int, owner: Holder) -> LockedBuffer:
-        """Return a connection's buffer, or raise LockedMemoryExhausted; LimitReached if its uid has
-        enough.
+    def allocate(self, size: int, tail: "Tail") -> LockedBuffer:
+        """Return a buffer of ``size`` bytes. Raises LockedMemoryExhausted, or LimitReached if the
+        uid has enough.
         """
         small = size <= SMALL_TAIL_BYTES
         limit = TAILS_BYTES if small else LARGE_TAILS_BYTES
         beyond = self.held + size > limit
-        if beyond and (small or self._beyond not in (None, owner)):
+        if beyond and (small or self._beyond not in (None, tail)):
             raise LockedMemoryExhausted(
                 f"Unfinished messages take {self.held} of {limit} bytes; try again later"
             )
-        if owner.share is not None:
-            owner.share[0].check(owner.share[1], size)
+        account = tail.account
+        if account is not None:
+            account.quota.check(account.uid, size)
         buffer = self.arena.allocate(size)
         self.held += size
-        if owner.share is not None:
-            owner.share[0].acquire(owner.share[1], size)
+        if account is not None:
+            account.quota.count(account.uid, size)
         if beyond:
-            self._beyond = owner
+            self._beyond = tail
         return buffer
 
-    def done(self, buffer: LockedBuffer, owner: Holder) -> None:
-        """Give back the buffer of a connection that needs none any more."""
-        if self._beyond is owner:
-            self._beyond = None
-        self.free(buffer, owner)
-
-    def free(self, buffer: LockedBuffer, owner: Holder) -> None:
-        """Give back a connection's buffer, and let those that wait for room try again."""
+    def free(self, buffer: LockedBuffer, tail: "Tail") -> None:
+        """Give a buffer back, and let the connections that wait for room try again."""
         self.held -= buffer.size
-        if owner.share is not None:
-            owner.share[0].release(owner.share[1], buffer.size)
+        account = tail.account
+        if account is not None:
+            account.quota.release(account.uid, buffer.size)
         buffer.free()
-        loop = asyncio.get_running_loop()
-        while self.starved:
-            loop.call_soon(self.starved.pop().fed)
+        if self.starved:
+            loop = asyncio.get_running_loop()
+            while self.starved:
+                loop.call_soon(self.starved.pop().on_room)
+
+    def done(self, tail: "Tail") -> None:
+        """Let others go beyond LARGE_TAILS_BYTES, if this one did."""
+        if self._beyond is tail:
+            self._beyond = None
 
     def close(self) -> None:
         """Wipe and give back the shared buffer."""
         self.shared.free()
+
+
+class Tail:
+    """The unfinished message of one connection, in a buffer of its own.
+
+    ``fill``: bytes in the buffer; ``position``: how far of them was read. ``on_room`` is called
+    when there may be room again for a message that has filled its buffer.
+    """
+
+    __slots__ = ("_space", "account", "buffer", "fill", "on_room", "position")
+
+    def __init__(
+        self, space: ReceiveSpace, account: Account | None, on_room: Callable[[], None]
+    ) -> None:
+        self._space = space
+        self.account = account
+        self.on_room = on_room
+        self.buffer: LockedBuffer | None = None
+        self.fill = 0
+        self.position = 0
+
+    def hold(self, rest: memoryview) -> None:
+        """Copy the beginning of a message into a new buffer.
+
+        Raises LockedMemoryExhausted or LimitReached.
+        """
+        size = FIRST_TAIL_BYTES
+        while size <= len(rest):
+            size *= 4
+        try:
+            self.buffer = self._space.allocate(size, self)
+        except LockedMemoryExhausted:
+            self.buffer = self._space.allocate(len(rest), self)  # no room to grow: it will wait
+        self.buffer.view[: len(rest)] = rest
+
+    @property
+    def is_full(self) -> bool:
+        """True if the message fills its buffer."""
+        return self.buffer is not None and self.fill >= self.buffer.size
+
+    def grow(self) -> bool:
+        """Move the message to a larger buffer; False if there is no room now."""
+        before = self.buffer
+        assert before is not None
+        size = 4 * before.size
+        if 4 * size > LARGEST_TAIL_BYTES:
+            size = LARGEST_TAIL_BYTES
+        try:
+            larger = self._space.allocate(size, self)
+        except (LockedMemoryExhausted, LimitReached):
+            return False
+        larger.view[: self.fill] = before.view[: self.fill]
+        self.buffer = larger
+        self._space.free(before, self)
+        return True
+
+    def wait_for_room(self) -> None:
+        """Have ``on_room`` called once."""
+        self._space.starved.add(self)
+
+    def stop_waiting(self) -> None:
+        """Undo `wait_for_room`."""
+        self._space.starved.discard(self)
+
+    def drop(self) -> None:
+        """Wipe the buffer and give it back."""
+        buffer, self.buffer = self.buffer, None
+        self.fill = self.position = 0
+        if buffer is not None:
+            self._space.done(self)
+            self._space.free(buffer, self)

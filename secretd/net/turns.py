@@ -1,16 +1,21 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Work for untrusted peers, done in turn by uid.
 
-Each turn is short, and the loop looks at epoll between turns. So neither the number of a uid's connections
-nor the cost of their messages delays other peers by more than a few messages. net.loop runs it.
+Each turn is short, and the loop looks at epoll between turns. So neither the number of a uid's
+connections nor the cost of their messages delays other peers by more than a few messages. net.loop
+runs it.
 """
 
 from collections.abc import Callable
 from time import monotonic
 from typing import Final
 
+from secretd.limits import Tuning
+
 TURNS_SECONDS: Final = 0.001
-"""Seconds of work for peers that are not trusted between two looks at epoll, where there is more."""
+"""Seconds of work for peers that are not trusted between two looks at epoll, where there is
+more.
+"""
 
 
 class Turns:
@@ -43,7 +48,37 @@ class Turns:
                 by_uid[uid] = waiting  # behind the others
             try:
                 work()
-            except Exception as error:  # noqa: BLE001 - a reload must not end the daemon
+            except Exception as error:  # noqa: BLE001 - as asyncio does with a callback
                 self._failed(error)
             if monotonic() > end:
                 return
+
+
+class Turn:
+    """How long one connection may handle its requests until it yields.
+
+    ``alone`` returns True while there is no other connection; ``others_ready`` looks whether one
+    has sent something. A connection with a single request never asks.
+    """
+
+    __slots__ = ("_alone", "_looked", "_others_ready", "_tuning", "began")
+
+    def __init__(
+        self, alone: Callable[[], bool], others_ready: Callable[[], bool], tuning: Tuning
+    ) -> None:
+        self._alone = alone
+        self._others_ready = others_ready
+        self._tuning = tuning
+        self.began = self._looked = 0.0
+
+    def is_over(self) -> bool:
+        """True if the turn has lasted long enough, or others are ready."""
+        now = monotonic()
+        if not self.began:
+            self.began = self._looked = now
+        elif now - self._looked > self._tuning.look_seconds:
+            self._looked = now
+            alone = self._alone()
+            longest = self._tuning.turn_seconds if alone else self._tuning.shared_turn_seconds
+            return now - self.began > longest or (not alone and self._others_ready())
+        return False

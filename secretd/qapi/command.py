@@ -47,13 +47,15 @@ from secretd.wire.parser import JSON
 
 
 class Command(NamedTuple):
-    """A QMP command. ``function(monitor, *arguments)`` carries it out and returns JSON or a coroutine.
+    """A QMP command.
 
-    ``arguments`` are the alternatives by the value of ``tag_field``; an untagged Struct stands under "".
-    ``request``: the Struct of what the fast path may decode, None if it may decode nothing of it.
-    ``boxed``: the function takes the Struct itself. ``client``: allowed on the client door. ``oob``:
-    may be executed out of band. ``waits``: it may have to wait for something. ``returns``: the annotation of
-    what it returns, None for nothing.
+    ``function(monitor, *arguments)`` carries it out and returns JSON or a coroutine.
+
+    ``arguments`` are the alternatives by the value of ``tag_field``; an untagged Struct stands
+    under "". ``request``: the Struct of what the fast path may decode, None if it may decode
+    nothing of it. ``boxed``: the function takes the Struct itself. ``client``: allowed on the
+    client socket. ``oob``: may be executed out of band. ``waits``: it may have to wait for
+    something. ``returns``: the annotation of what it returns, None for nothing.
     """
 
     name: str
@@ -69,7 +71,9 @@ class Command(NamedTuple):
 
 
 class Commands:
-    """Commands by name: those of ``parts``, then those that decorated functions define, in order."""
+    """Commands by name: those of ``parts``, then those that decorated functions define, in
+    order.
+    """
 
     def __init__(self, *parts: "Commands") -> None:
         self.by_name: dict[str, Command] = {}
@@ -138,7 +142,9 @@ def _camel(name: str) -> str:
 
 
 def _request(name: str, structs: list[type[Struct]]) -> type[Struct] | None:
-    """Return the Struct of the whole message, for those alternatives that the fast path may decode."""
+    """Return the Struct of the whole message, for those alternatives that the fast path may
+    decode.
+    """
     if not structs:
         return None
     config = structs[0].__struct_config__
@@ -163,7 +169,9 @@ def _request(name: str, structs: list[type[Struct]]) -> type[Struct] | None:
 
 
 def _returned(hint: Any) -> Any:
-    """Return what a handler's annotation says it returns, at once or after waiting; None for nothing."""
+    """Return what a handler's annotation says it returns, at once or after waiting; None for
+    nothing.
+    """
     is_union = typing.get_origin(hint) in (types.UnionType, Union)
     for kind in typing.get_args(hint) if is_union else [hint]:
         origin = typing.get_origin(kind)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """An optimisation: decode one request straight from its bytes, or decline.
 
-The reference is wire.lexer and wire.parser, followed by qapi.command.check. FastDecoder builds the same
-Struct, and accepts a line only if the reference provably would; a property test holds them equal.
-wire.connection calls it first and falls back to the reference.
+The reference is wire.lexer and wire.parser, followed by qapi.command.check. FastDecoder builds the
+same Struct, and accepts a line only if the reference provably would; a property test holds them
+equal. wire.connection calls it first and falls back to the reference.
 """
 
 import re
@@ -40,7 +40,10 @@ class FastDecoder:
         self._shapes: dict[int, re.Pattern[bytes]] = {}
 
     def __call__(self, line: memoryview) -> Struct | None:
-        """Return the request, or None to decline. Raises nothing: msgspec's errors quote the text."""
+        """Return the request, or None to decline.
+
+        Raises nothing: msgspec's errors quote the text.
+        """
         try:
             request = self._decode(line)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):

@@ -2,8 +2,8 @@
 """The schema that query-qmp-schema returns (QEMU's qapi/introspect.json), from commands' functions.
 
 What a command takes and returns stands in its annotations (see secretd.qapi.command) and in the
-TypedDicts that it returns; nothing is written twice. As in QEMU, types other than the built-in ones have
-numbers for names, which mean nothing. monitor asks once for each door.
+TypedDicts that it returns; nothing is written twice. As in QEMU, types other than the built-in ones
+have numbers for names, which mean nothing. monitor asks once for each socket.
 """
 
 import types
@@ -219,7 +219,9 @@ _Fields: TypeAlias = dict[str, tuple[Any, bool, list[str]]]
 
 
 def _fields(kind: type) -> _Fields:
-    """Return the members of a Struct or TypedDict: annotation, whether each must be, its features."""
+    """Return the members of a Struct or TypedDict: annotation, whether each must be, its
+    features.
+    """
     hints = typing.get_type_hints(kind, include_extras=True)
     found: _Fields = {}
     if issubclass(kind, Struct):

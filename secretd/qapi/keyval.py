@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The command line's ``secret,id=x,file=y`` and JSON (QEMU's util/keyval.c).
 
-Text to arguments and back; what the arguments mean is said elsewhere. A text may hold a secret: it is
-read where it lies, and values stay views of it. daemon, argv and hmp call it.
+Text to arguments and back; what the arguments mean is said elsewhere. A text may hold a secret: it
+is read where it lies, and values stay views of it. daemon, argv and hmp call it.
 """
 
 import re
@@ -47,8 +47,9 @@ class Value(Text):
 
 
 class KeyvalError(UsageError):
-    """What is wrong with a text, in QEMU's words around a part of it. That part may be of a secret (after a
-    comma that should have been doubled), so it stays where it is until somebody asks for the words.
+    """What is wrong with a text, in QEMU's words around a part of it. That part may be of a secret
+    (after a comma that should have been doubled), so it stays where it is until somebody asks for
+    the words.
     """
 
     def __init__(self, before: str, quote: memoryview | None = None, after: str = "") -> None:
@@ -80,7 +81,8 @@ class Given(NamedTuple):
 def arguments(view: memoryview) -> Given:
     """Return the arguments of ``--object TEXT``: JSON if it starts with a brace, else keyval.
 
-    ``view`` has the text between two bytes to spare and is changed. Raises UsageError in QEMU's words.
+    ``view`` has the text between two bytes to spare and is changed. Raises UsageError in QEMU's
+    words.
     """
     if bytes(view[1:2]) != b"{":
         return _parse(view, "qom-type")
@@ -97,7 +99,8 @@ def buffer(text: str) -> memoryview:
 
 
 def parse(text: str, implied_key: str) -> dict[str, str]:
-    """Return the members of ``[VALUE,]KEY=VALUE,…`` where ``,,`` is a comma; the last of a key wins.
+    """Return the members of ``[VALUE,]KEY=VALUE,…`` where ``,,`` is a comma; the last of a key
+    wins.
 
     Raises UsageError in QEMU's words, also for nested keys.
     """

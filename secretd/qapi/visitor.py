@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""From parsed values to typed ones, in QEMU's words: its QAPI input visitors (qobject-input-visitor.c).
+"""From parsed values to typed ones, in QEMU's words: its QAPI input visitors
+(qobject-input-visitor.c).
 
-`JSON_VISITOR` takes what the wire's parser made, `KEYVAL_VISITOR` what stands on a command line, where every
-scalar is text and paths are written with dots. A type is told by an annotation, as schema describes;
-`checker` makes a function of it. It knows no command and no object type.
+`JSON_VISITOR` takes what the wire's parser made, `KEYVAL_VISITOR` what stands on a command line,
+where every scalar is text and paths are written with dots. A type is told by an annotation, as
+schema describes; `checker` makes a function of it. It knows no command and no object type.
 """
 
 import re
@@ -26,8 +27,9 @@ SensitiveAny = NewType("SensitiveAny", object)
 """Any JSON, which may carry a secret."""
 
 ORDERED_NAMES: Final = 512
-"""Names of which the unexpected one is found as QEMU does; of more, the first is named. Who chooses the
-names chooses how long the search takes."""
+"""Names of which the unexpected one is found as QEMU does; of more, the first is named. Who chooses
+the names chooses how long the search takes.
+"""
 
 _INT32: Final = range(-(1 << 31), 1 << 31)
 _INT64: Final = range(-(1 << 63), 1 << 63)
@@ -112,7 +114,9 @@ def _wrong_type(path: str, expected: str) -> CommandError:
 
 
 class Member(NamedTuple):
-    """A member of an object: its name on the wire, its Python name, its annotation, its check; must it be?"""
+    """A member of an object: its name on the wire, its Python name, its annotation, its check; must
+    it be?
+    """
 
     wire_name: str
     name: str
@@ -228,7 +232,9 @@ def check_members(
 
 
 def _unexpected(given: dict[str, JSON], seen: list[str]) -> str:
-    """Which one QEMU names: the first that is left in the hash table it ticks off the members in."""
+    """Which one QEMU names: the first that is left in the hash table it ticks off the members
+    in.
+    """
     if len(given) > ORDERED_NAMES:
         return next(name for name in given if name not in seen)
     table = GHashTable(name for name, _ in qdict_items(given))

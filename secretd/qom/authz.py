@@ -42,10 +42,14 @@ LISTFILE_BYTES: Final = 1 << 20
 
 _WATCHED: Final = "watched"
 _LOADED: Final = "loaded"
-"""What the journal keeps beside the properties of an authz-listfile: the path to read again, or the list."""
+"""What the journal keeps beside the properties of an authz-listfile: the path to read again, or the
+list.
+"""
 
 _SETTLED_NS: Final = 100_000_000
-"""Nanoseconds by which a file's time must lie back for it to tell that the file was not changed since."""
+"""Nanoseconds by which a file's time must lie back for it to tell that the file was not changed
+since.
+"""
 
 
 class Rule(Struct, forbid_unknown_fields=True):
@@ -132,7 +136,10 @@ class Rules:
 
 
 class FileRules:
-    """The rules in a file, read again when it has changed. One that cannot be used allows nobody anything."""
+    """The rules in a file, read again when it has changed.
+
+    One that cannot be used allows nobody anything.
+    """
 
     steady = False
 
@@ -244,8 +251,8 @@ class AuthZList(AuthZ):
 
 
 class AuthZListFile(AuthZ):
-    """An authz-list in a file of JSON. In QEMU 10 none can be made, since its type is called otherwise
-    than in object-add; both names are QEMU's.
+    """An authz-list in a file of JSON. In QEMU 10 none can be made, since its type is called
+    otherwise than in object-add; both names are QEMU's.
     """
 
     info = TypeInfo(
@@ -278,7 +285,9 @@ class AuthZListFile(AuthZ):
         return use_content(partial(loading.sources.file, filename), load, f"'{filename}'")
 
     def rules(self, properties: Mapping[str, Any]) -> Rules | FileRules:
-        """As it was made: another ``filename`` or ``refresh`` set later changes nothing, as in QEMU."""
+        """As it was made: another ``filename`` or ``refresh`` set later changes nothing, as in
+        QEMU.
+        """
         if _LOADED in properties:
             return Rules(properties[_LOADED])
         return FileRules(properties[_WATCHED])

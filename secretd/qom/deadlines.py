@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The deadlines of objects, and the timer that fires at the next one.
 
-Time is CLOCK_BOOTTIME, which nothing can set and which runs while the machine sleeps. This module knows ids
-only: the tree sets deadlines, and the server ends the objects that are due.
+Time is CLOCK_BOOTTIME, which nothing can set and which runs while the machine sleeps. This module
+knows ids only: the tree sets deadlines, and the server ends the objects that are due.
 """
 
 import asyncio
@@ -19,7 +19,9 @@ LIFETIME_SECONDS: Final = 100 * 366 * 86400
 """Seconds that an object may be given at most: more than a machine runs."""
 
 DEADLINE: Final = "deadline"
-"""The journal's name for an object's deadline, beside its properties: nanoseconds of CLOCK_BOOTTIME."""
+"""The journal's name for an object's deadline, beside its properties: nanoseconds of
+CLOCK_BOOTTIME.
+"""
 
 ENDED_PER_TURN: Final = 200
 """Objects that are ended before others get their turn."""

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Loading an object's content: where it may come from, and what every type does with it.
 
-The one that creates an object brings `Sources`, which say what its ``file=`` and ``serial=`` may name;
-descriptors.source has those of connections and of the command line. The object types call this module.
+The one that creates an object brings `Sources`, which say what its ``file=`` and ``serial=`` may
+name; descriptors.source has those of connections and of the command line. The object types call
+this module.
 """
 
 from collections.abc import Awaitable, Callable, Coroutine
@@ -27,7 +28,9 @@ def then(outcome: T | Awaitable[T], use: Callable[[T], R]) -> R | Coroutine[obje
 
 
 def then(outcome: Any, use: Callable[[Any], R]) -> R | Coroutine[object, object, R]:
-    """Return ``use(value)`` at once, or a coroutine of it where ``outcome`` is a coroutine of the value."""
+    """Return ``use(value)`` at once, or a coroutine of it where ``outcome`` is a coroutine of the
+    value.
+    """
     if isinstance(outcome, CoroutineType):
         return _later(outcome, use)
     return use(outcome)
@@ -77,7 +80,8 @@ def use_content(
     use: Callable[[LockedBuffer], R],
     what: str,
 ) -> R | Awaitable[R]:
-    """Return ``use(content)`` of what ``read`` returns, at once or later; the content is freed then.
+    """Return ``use(content)`` of what ``read`` returns, at once or later; the content is freed
+    then.
 
     Raises CommandError, also later; ``what`` is what cannot be read, as errors print it.
     """

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What a type of objects is, and what is told of all of them (QEMU's TypeInfo and qom-list-types).
 
-Each type says its own in a file beside this one; which there are stands in qom.types. It holds no objects:
-the tree (qom.object) does, and calls it.
+Each type says its own in a file beside this one; which there are stands in qom.types. It holds no
+objects: the tree (qom.object) does, and calls it.
 """
 
 from collections.abc import Awaitable, Collection, Mapping
@@ -40,8 +40,8 @@ class ObjectTypeInfo(TypedDict):
 
 
 class StoredInvalidValue(CommandError):
-    """A value is refused by words only, as some of QEMU's setters do: the property has it. ``changes``:
-    what to store.
+    """A value is refused by words only, as some of QEMU's setters do: the property has it.
+    ``changes``: what to store.
     """
 
     def __init__(self, desc: str, changes: dict[str, object]) -> None:
@@ -66,14 +66,17 @@ class ObjectOptions(Struct, tag_field="qom-type", forbid_unknown_fields=True, kw
 
 
 Content: TypeAlias = LockedBuffer | dict[str, object] | None
-"""What a type loads for an object: plaintext, or properties to store beside those given, or nothing."""
+"""What a type loads for an object: plaintext, or properties to store beside those given, or
+nothing.
+"""
 
 
 class ObjectType:
     """What can be made with object-add, said once for all objects of a type.
 
-    ``number`` stands in the journal and never changes. ``defaults`` are the values of properties that
-    were not given. ``decides``: access depends on such objects. What one type does differently it overrides.
+    ``number`` stands in the journal and never changes. ``defaults`` are the values of properties
+    that were not given. ``decides``: access depends on such objects. What one type does differently
+    it overrides.
     """
 
     info: TypeInfo

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Objects by path, and their properties: qom-list, qom-get, qom-set (QEMU's qom/object.c, qom-qmp-cmds.c).
+"""Objects by path, and their properties: qom-list, qom-get, qom-set (QEMU's qom/object.c,
+qom-qmp-cmds.c).
 
 There are `/`, `/objects`, and in that what the tree has. commands calls it.
 """

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""GLib's patterns (g_pattern_match_simple()): ``*`` is any text, ``?`` one character, all else itself.
+"""GLib's patterns (g_pattern_match_simple()): ``*`` is any text, ``?`` one character, all else
+itself.
 
-In time that is bounded by the product of the lengths, whatever the pattern: users choose names of units that
-are matched against an administrator's patterns. Knows no ids and no identities.
+In time that is bounded by the product of the lengths, whatever the pattern: users choose names of
+units that are matched against an administrator's patterns. Knows no ids and no identities.
 """
 
 import re
@@ -22,7 +23,9 @@ def is_pattern(text: str) -> bool:
 
 
 def literal_prefix(pattern: str) -> str:
-    """Return the text that everything a pattern matches begins with, in front of its first ``*`` or ``?``."""
+    """Return the text that everything a pattern matches begins with, in front of its first ``*`` or
+    ``?``.
+    """
     return re.split("[*?]", pattern, maxsplit=1)[0]
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The object types `secret` and `secret_keyring`: QEMU's crypto/secret*.c.
 
-From ``data``, ``file`` or a key, raw or base64, in clear or encrypted under another secret, to plaintext in
-the arena. It opens nothing itself (qom.source does). The tree calls it.
+From ``data``, ``file`` or a key, raw or base64, in clear or encrypted under another secret, to
+plaintext in the arena. It opens nothing itself (qom.source does). The tree calls it.
 """
 
 import os

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """A sorted list of ids, updated at each change in time that does not grow with the list.
 
-It is a list of short lists: a change moves some hundred entries at most. So the time of a query tells
-nothing of earlier changes. The object tree keeps one.
+It is a list of short lists: a change moves some hundred entries at most. So the time of a query
+tells nothing of earlier changes. The object tree keeps one.
 """
 
 from bisect import bisect_left, bisect_right, insort
@@ -67,7 +67,8 @@ class SortedIds:
         return found
 
     def with_prefixes(self, after: str, prefixes: Collection[str]) -> Iterator[str | None]:
-        """Return the ids behind ``after`` that begin with one of ``prefixes``, in order and each once.
+        """Return the ids behind ``after`` that begin with one of ``prefixes``, in order and each
+        once.
 
         After each IDS_PER_LOOK ids it returns None: ids may be added and removed then.
         """

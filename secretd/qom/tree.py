@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The object tree: `/objects`, by id (QEMU's qom/object_interfaces.c).
 
-Objects are records of the journal, not Python objects. What a type can do is defined once for all of its
-objects, by a `object_type.ObjectType`. The tree decides nothing about access. The commands call it.
+Objects are records of the journal, not Python objects. What a type can do is defined once for all
+of its objects, by a `object_type.ObjectType`. The tree decides nothing about access. The commands
+call it.
 """
 
 import re
@@ -12,7 +13,7 @@ from typing import Any, Final
 
 from secretd.errors import AccessDenied, CommandError, LimitReached
 from secretd.journal.journal import Journal
-from secretd.journal.loader import Survey
+from secretd.journal.loader import LoadSummary
 from secretd.limits import Limits
 from secretd.memory.arena import Arena, LockedBuffer
 from secretd.qom.deadlines import DEADLINE, Deadlines, now
@@ -42,8 +43,8 @@ class ObjectTree:
     """All objects.
 
     Plaintext lies in the journal's arena; ``scratch`` is locked memory for intermediate results.
-    ``deciding``: the ids of the objects by which access decides. ``pinned``: the ids of objects that cannot
-    be deleted, since the daemon itself needs them.
+    ``deciding``: the ids of the objects by which access decides. ``pinned``: the ids of objects
+    that cannot be deleted, since the daemon itself needs them.
     """
 
     def __init__(self, journal: Journal, scratch: Arena, types: Types) -> None:
@@ -72,8 +73,8 @@ class ObjectTree:
         """Subscribe to changes.
 
         ``decision`` is called with the id of each object that access decides by, once it was added,
-        changed or removed; ``removal`` with the id of an object before its plaintext is wiped, and must end
-        everything that still reads it; ``count`` after an object was added or removed.
+        changed or removed; ``removal`` with the id of an object before its plaintext is wiped, and
+        must end everything that still reads it; ``count`` after an object was added or removed.
         """
         for callbacks, callback in (
             (self._on_decision, decision), (self._on_removal, removal), (self._on_count, count),
@@ -82,7 +83,9 @@ class ObjectTree:
                 callbacks.append(callback)  # type: ignore[arg-type]  # each into its own list
 
     def loading(self, sources: SourceReader) -> Loading:
-        """Return what objects of one origin are loaded with: its sources, and the tree's memory and keys."""
+        """Return what objects of one origin are loaded with: its sources, and the tree's memory and
+        keys.
+        """
         return Loading(self.journal.arena, self.scratch, sources, self.key)
 
     def _take_over(self) -> None:
@@ -99,7 +102,7 @@ class ObjectTree:
                 record = self.journal.get(object_id)
                 assert record is not None
                 self._changed(object_id, kind, record.properties)
-        self.journal.survey = Survey()
+        self.journal.survey = LoadSummary()
         self._sorted = SortedIds(self.journal)
 
     # --- object-add, object-del
@@ -129,11 +132,13 @@ class ObjectTree:
             self._being_loaded.discard(options.id)
 
     def renew(self, options: ObjectOptions, loading: Loading, changes: dict[str, object]) -> bool:
-        """Add an object at start, where an earlier process may have left it. Returns True if it was added.
+        """Add an object at start, where an earlier process may have left it.
 
-        An object that is the same stays, with its deadline and counts; another one is replaced in one step.
-        A failure leaves it as it is. ``changes``: properties to store instead of those given. The sources
-        must answer at once.
+        Returns True if it was added.
+
+        An object that is the same stays, with its deadline and counts; another one is replaced in
+        one step. A failure leaves it as it is. ``changes``: properties to store instead of those
+        given. The sources must answer at once.
         """
         known = options.id in self._ids
         if not known:
@@ -194,7 +199,9 @@ class ObjectTree:
             self.deadlines.forget(object_id)
 
     def end_due(self) -> list[str]:
-        """Delete those objects that an earlier process has left and whose time is over; return their ids."""
+        """Delete those objects that an earlier process has left and whose time is over; return
+        their ids.
+        """
         due = self.deadlines.due()
         for object_id in due:
             self.delete(object_id)
@@ -228,7 +235,8 @@ class ObjectTree:
             )
 
     def store(self, options: ObjectOptions, plaintext: LockedBuffer, uid: int) -> int:
-        """Take over plaintext (in the journal's arena) for an object of ``uid`` that passed `check_new`.
+        """Take over plaintext (in the journal's arena) for an object of ``uid`` that passed
+        `check_new`.
 
         Returns its size in bytes.
         """

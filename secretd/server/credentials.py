@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The credentials door: what systemd's ``LoadCredential=NAME:/path/of/the/socket`` gets.
+"""The credentials socket: what systemd's ``LoadCredential=NAME:/path/of/the/socket`` gets.
 
-systemd connects and waits for the secret and the end (systemd.exec(5)); it never writes a byte, and takes
-whatever came until the end, even nothing, for the whole credential. So the only way to refuse is to send
-more than it takes: then the unit fails, where it would start with an empty or cut secret otherwise. server
-accepts and calls `accept`; access decides; deliver writes.
+systemd connects and waits for the secret and the end (systemd.exec(5)); it never writes a byte, and
+takes whatever came until the end, even nothing, for the whole credential. So the only way to refuse
+is to send more than it takes: then the unit fails, where it would start with an empty or cut secret
+otherwise. server accepts and calls `accept`; access decides; deliver writes.
 
-A connection must not end because this process was killed, either. So the service manager is given it to
-keep as soon as it is accepted, and the next process refuses it: what it was sent already nobody knows.
+A connection must not end because this process was killed, either. So the service manager is given
+it to keep as soon as it is accepted, and the next process refuses it: what it was sent already
+nobody knows.
 """
 
 import asyncio
@@ -18,8 +19,8 @@ import socket
 from collections.abc import Callable, Coroutine
 from typing import Final, Protocol
 
-from secretd.access.peer import Door, Peer, identify
-from secretd.audit.log import Subject
+from secretd.access.peer import Peer, SocketRole, identify
+from secretd.audit.records import Subject
 from secretd.descriptors.fd import Fd
 from secretd.descriptors.target import SocketTarget
 from secretd.descriptors.threads import close_connection
@@ -57,8 +58,8 @@ Start = Callable[[Coroutine[object, object, None]], "asyncio.Task[None]"]
 
 
 class Credentials:
-    """The connections of the credentials door. ``start`` runs what each of them waits for; ``ended`` is
-    called after each.
+    """The connections of the credentials socket. ``start`` runs what each of them waits for;
+    ``ended`` is called after each.
     """
 
     def __init__(
@@ -80,10 +81,12 @@ class Credentials:
         self._begin(self._serve(sock, name))
 
     def refuse(self, sock: socket.socket, name: str) -> None:
-        """Take over a connection that an earlier process had accepted, and the name it is kept by."""
+        """Take over a connection that an earlier process had accepted, and the name it is kept
+        by.
+        """
         log.warning("a unit's LoadCredential= was cut off by the end of secretd; the unit fails")
         self._number = max(self._number, int(name.removeprefix(STORED)))
-        self._begin(self._refuse(sock, name, Peer(-1, -1, -1, Door.CREDENTIALS)))
+        self._begin(self._refuse(sock, name, Peer(-1, -1, -1, SocketRole.CREDENTIALS)))
 
     def _begin(self, work: Coroutine[object, object, None]) -> None:
         task = self._start(work)
@@ -105,10 +108,10 @@ class Credentials:
         return bool(self._tasks)
 
     async def _serve(self, sock: socket.socket, name: str) -> None:
-        peer, claimed = Peer(-1, -1, -1, Door.CREDENTIALS), None
+        peer, claimed = Peer(-1, -1, -1, SocketRole.CREDENTIALS), None
         try:
             claimed = credential_address(sock.getpeername())
-            peer = identify(sock, Door.CREDENTIALS)
+            peer = identify(sock, SocketRole.CREDENTIALS)
             await self._deliver(sock, peer, claimed)
         except (CommandError, PeerUnknown) as error:
             self._say(claimed, peer, error)
@@ -116,7 +119,7 @@ class Credentials:
         except asyncio.CancelledError:
             sock.close()
             raise
-        except Exception as error:  # noqa: BLE001 - a reload must not end the daemon
+        except Exception as error:  # noqa: BLE001 - systemd would take an end for the secret
             log_internal(error)
             await self._refuse(sock, name, peer)
         else:
@@ -127,7 +130,7 @@ class Credentials:
     ) -> None:
         """Send the secret, or raise CommandError."""
         core = self._core
-        subject = Subject(peer.door.value, peer.info)
+        subject = Subject(peer.role.value, peer.info)
         if claimed is not None and len("".join(claimed).encode()) > CREDENTIAL_ADDRESS_BYTES:
             log.warning(
                 "credential '%s' of %s: their names have more than %d bytes together, so that systemd "
@@ -144,8 +147,8 @@ class Credentials:
         """Log why a unit does not get a credential: it is told nothing but that it failed."""
         if isinstance(error, PeerUnknown):
             words = f"It cannot be told in full who has connected: {error}"
-            subject = Subject(peer.door.value, None)
-            self._core.audit.refuse("credential", peer.uid, subject, reason=words)
+            subject = Subject(peer.role.value, None)
+            self._core.audit.append_refusal("credential", peer.uid, subject, reason=words)
         else:
             words = str(error)
         if claimed is None:

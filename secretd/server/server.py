@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Doors, all their sessions, and the orderly stop.
+"""Sockets, all their sessions, and the orderly stop.
 
-A `Listener` accepts on one socket; each connection becomes a `session.Session`. daemon builds the `Server`
-and runs it.
+A `Listener` accepts on one socket; each connection becomes a `session.Session`. daemon builds the
+`Server` and runs it.
 """
 
 import asyncio
@@ -15,16 +15,19 @@ import socket
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Final
 
-from secretd.access.peer import Door, Peer, identify
-from secretd.audit.log import Audit, Subject
+from secretd.access.peer import Peer, SocketRole, identify
+from secretd.audit.log import Audit
+from secretd.audit.records import Subject
 from secretd.descriptors.threads import close_connection
 from secretd.errors import AccessDenied, LimitReached, PeerUnknown, UsageError
+from secretd.limits import Tuning
 from secretd.linux.inotify import DirectoryWatch
 from secretd.linux.sockopt import keep_urgent_inline, permit_descriptors
 from secretd.monitor.core import Core, wire_event
 from secretd.monitor.session import Session
 from secretd.net.listener import Listener, listen
-from secretd.net.receive_space import ReceiveSpace
+from secretd.net.receive_space import Account, ReceiveSpace
+from secretd.net.transport import Transport
 from secretd.qapi.command import Command
 from secretd.qom.tree import ObjectTree
 from secretd.server.credentials import Credentials, Store
@@ -35,16 +38,12 @@ log = logging.getLogger("secretd")
 ACCEPTS_PER_TURN: Final = 32
 """Connections accepted before others get their turn."""
 
-RETRY_ACCEPT_SECONDS: Final = 0.5
-"""Seconds until the next try when the process has no descriptor left for a connection."""
-
-STOP_SECONDS: Final = 12.0
-"""Seconds that requests which were sent before a stop have to be answered: more than a source or a delivery
-may take."""
-
 
 class Server:
-    """All doors and sessions of a process. ``store``: what the service manager keeps, if there is one."""
+    """All sockets and sessions of a process.
+
+    ``store``: what the service manager keeps, if there is one.
+    """
 
     def __init__(
         self,
@@ -53,13 +52,15 @@ class Server:
         package: str,
         audit: Audit | None = None,
         store: Store | None = None,
+        *,
+        tuning: Tuning = Tuning(),  # noqa: B008 - it cannot be changed
     ) -> None:
-        self.core = Core(tree, commands, package, audit or Audit(), self.quit)
+        self.core = Core(tree, commands, package, audit or Audit(), self.quit, self.start, tuning)
+        self.core.has_one_session = lambda: len(self.sessions) == 1
         self.space = ReceiveSpace(tree.scratch)
         self.sessions: set[Session] = set()
         self._store = store
         self.credentials = Credentials(self.core, self.start, self._check_idle, store)
-        self.stopping = False  # requests that were not begun are not answered any more
         self._stopped = asyncio.Event()
         self._idle = asyncio.Event()
         self._listeners: list[Listener] = []
@@ -76,13 +77,15 @@ class Server:
             self._files.add(os.path.dirname(os.path.abspath(listener.path)))
 
     def make_again(self) -> None:
-        """Make the files of sockets again that were removed: nobody can reach the daemon without."""
+        """Make the files of sockets again that were removed: nobody can reach the daemon
+        without.
+        """
         for number, listener in enumerate(self._listeners):
             if listener.is_reachable or self._stopped.is_set():
                 continue
             try:
                 fresh = listen(
-                    listener.path, listener.door, listener.mode, listener.gid, listener.authz
+                    listener.path, listener.role, listener.mode, listener.gid, listener.authz
                 )
             except (UsageError, OSError) as error:
                 log.error("the file of a socket is gone and cannot be made again: %s", error)
@@ -116,7 +119,7 @@ class Server:
                 return
             sock.setblocking(False)
             keep_urgent_inline(sock)
-            if listener.door is Door.CREDENTIALS:
+            if listener.role is SocketRole.CREDENTIALS:
                 self.credentials.accept(sock)
             else:
                 self._greet(sock, listener)
@@ -125,13 +128,13 @@ class Server:
         """Accept again a little later."""
         loop = asyncio.get_running_loop()
         loop.remove_reader(listener.sock.fileno())
-        loop.call_later(RETRY_ACCEPT_SECONDS, self._watch, listener)
+        loop.call_later(self.core.tuning.retry_accept_seconds, self._watch, listener)
 
     def _greet(self, sock: socket.socket, listener: Listener) -> None:
-        core, door = self.core, listener.door
-        peer = Peer(-1, -1, -1, door)
+        core, role = self.core, listener.role
+        peer = Peer(-1, -1, -1, role)
         try:
-            peer = identify(sock, door, listener.authz)
+            peer = identify(sock, role, listener.authz)
             if not core.access.admits(peer):
                 raise AccessDenied(
                     f"uid {peer.uid} may not use the control socket; connect to the client socket"
@@ -146,10 +149,23 @@ class Server:
                 peer = peer._replace(uid=error.uid)
             self._turn_away(sock, peer, error)
             return
-        session = Session(self, sock, peer)
-        if not session.transport.is_closed:
+        self._open_session(sock, peer)
+
+    def _open_session(self, sock: socket.socket, peer: Peer) -> None:
+        core = self.core
+        account = None
+        if peer.role is not SocketRole.CONTROL:
+            account = Account(core.limits.unfinished, peer.uid)
+
+        def close(sock: socket.socket) -> None:
+            close_connection(sock, peer, core.threads, core.tree.scratch)
+
+        uid = None if peer.trusted else peer.uid
+        transport = Transport(sock, self.space, close, core.tuning, account, uid=uid)
+        session = Session(core, transport, peer, self._forget)
+        if not transport.is_closed:
             self.sessions.add(session)
-            if door is Door.CONTROL:
+            if peer.role is SocketRole.CONTROL:
                 session.monitor.note_connection()
 
     def _turn_away(self, sock: socket.socket, peer: Peer, error: Exception) -> None:
@@ -163,39 +179,44 @@ class Server:
             sock.send(wire.failure("GenericError", words, None))
         with contextlib.suppress(OSError):
             sock.shutdown(socket.SHUT_RDWR)
-        subject = Subject(peer.door.value, peer.info if peer.pid >= 0 else None)
-        self.core.audit.refuse("connect", peer.uid, subject, reason=words)
+        subject = Subject(peer.role.value, peer.info if peer.pid >= 0 else None)
+        self.core.audit.append_refusal("connect", peer.uid, subject, reason=words)
         close_connection(sock, peer, self.core.threads, self.core.tree.scratch)
 
     def start(self, coroutine: Coroutine[object, object, None]) -> asyncio.Task[None]:
         """Run what a session waits for; it ends with the server at the latest."""
         return self._tasks.create_task(coroutine)
 
-    def forget(self, session: Session) -> None:
+    def _forget(self, session: Session) -> None:
         """A session has ended."""
         self.sessions.discard(session)
         self._check_idle()
 
     def quit(self, data: str) -> None:
-        """Send what happened so far, then SHUTDOWN, to all on the control door; end `run`."""
+        """Send what happened so far, then SHUTDOWN, to all on the control socket; end `run`."""
         self.core.broadcaster.flush()
         event = wire_event("SHUTDOWN", data)
         for session in list(self.sessions):
-            if session.listening and session.peer.door is Door.CONTROL:
+            if session.receives_shutdown:
                 session.send_events(event, 1)
         if self._store is not None:
             self._store.give_up()  # before the reply, after which they must not come back
-        self.stopping = True
+        self.core.stopping = True
         self._stopped.set()
 
     def stop(self) -> None:
-        """End `run` when everything is answered that clients have sent; the second time, at once."""
+        """End `run` when everything is answered that clients have sent; the second time, at
+        once.
+        """
         if self._stopped.is_set():
             self._idle.set()
         self._stopped.set()
 
     async def run(self, ready: Callable[[], None]) -> None:
-        """Serve until `stop` or `quit`; then close everything. ``ready`` is called once all is open."""
+        """Serve until `stop` or `quit`; then close everything.
+
+        ``ready`` is called once all is open.
+        """
         deadlines = self.core.tree.deadlines
         async with self._tasks:
             deadlines.start(self.core.expire)
@@ -222,10 +243,10 @@ class Server:
     async def _finish(self) -> None:
         """Wait until everything is answered; what waits for somebody else has its time limit."""
         for session in list(self.sessions):
-            session.transport.finish(read=not self.stopping)
+            session.transport.finish(read=not self.core.stopping)
         self._check_idle()
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(STOP_SECONDS):
+            async with asyncio.timeout(self.core.tuning.stop_seconds):
                 await self._idle.wait()
 
     def _check_idle(self) -> None:

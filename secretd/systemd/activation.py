@@ -21,9 +21,9 @@ class Passed(NamedTuple):
 def passed() -> list[Passed]:
     """Return what the service manager passed; the caller owns the descriptors.
 
-    They are closed on exec from now on, and the variables are gone from the environment, so that no child
-    takes them for its own (sd_listen_fds_with_names()). Names, not numbers, say what is what: the order
-    is another one at each start.
+    They are closed on exec from now on, and the variables are gone from the environment, so that no
+    child takes them for its own (sd_listen_fds_with_names()). Names, not numbers, say what is what:
+    the order is another one at each start.
     """
     pid, count = os.environ.pop("LISTEN_PID", ""), os.environ.pop("LISTEN_FDS", "")
     names = os.environ.pop("LISTEN_FDNAMES", "").split(":")

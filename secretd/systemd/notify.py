@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Messages to the service manager (sd_notify(3)), and its descriptor store.
 
-systemd.service(5), FileDescriptorStoreMax=, describes the store. This module decides nothing and knows no
-secret; daemon.fd_store, daemon.status and server.credentials call it. No library: the protocol is a few
-lines, and documented as the interface.
+systemd.service(5), FileDescriptorStoreMax=, describes the store. This module decides nothing and
+knows no secret; daemon.fd_store, daemon.status and server.credentials call it. No library: the
+protocol is a few lines, and documented as the interface.
 """
 
 import array
@@ -15,7 +15,9 @@ from collections.abc import Sequence
 from typing import Final, Self
 
 BARRIER_SECONDS: Final = 5.0
-"""Seconds that the service manager may take to work through what it was told; usually it is a millisecond."""
+"""Seconds that the service manager may take to work through what it was told; usually it is a
+millisecond.
+"""
 
 
 class Manager:
@@ -31,7 +33,9 @@ class Manager:
 
     @classmethod
     def from_environment(cls) -> Self | None:
-        """Return the one that started this process and wants to hear from it, None if there is none."""
+        """Return the one that started this process and wants to hear from it, None if there is
+        none.
+        """
         address = os.environ.pop("NOTIFY_SOCKET", "")
         usec, pid = os.environ.pop("WATCHDOG_USEC", ""), os.environ.pop("WATCHDOG_PID", "")
         if address[:1] not in ("/", "@"):
@@ -76,7 +80,10 @@ class Manager:
     # --- the descriptor store
 
     def keep(self, name: str, fds: Sequence[int], *, wait: bool = True) -> bool:
-        """Have descriptors kept for the next process, as ``name``. Whether they are only `probe` tells."""
+        """Have descriptors kept for the next process, as ``name``.
+
+        Whether they are only `probe` tells.
+        """
         return self.notify("FDSTORE=1", f"FDNAME={name}", fds=fds, wait=wait)
 
     def drop(self, name: str, *, wait: bool = True) -> None:
@@ -86,9 +93,10 @@ class Manager:
     def probe(self, *, wait: bool = True) -> int:
         """Have an end of a pipe kept, too; return the other end, which the caller owns.
 
-        systemd says nothing when its store is full, or when there is none: it closes what it was given. So
-        the pipe ends if there was no room for it, soon after systemd has worked through its messages (it
-        closes in the background), and what was to be kept before has its place if the pipe stays.
+        systemd says nothing when its store is full, or when there is none: it closes what it was
+        given. So the pipe ends if there was no room for it, soon after systemd has worked through
+        its messages (it closes in the background), and what was to be kept before has its place if
+        the pipe stays.
         """
         source, sink = os.pipe2(os.O_CLOEXEC)
         self.keep("probe", [sink], wait=wait)
@@ -96,8 +104,8 @@ class Manager:
         return source
 
     def barrier(self) -> bool:
-        """Wait until the service manager has worked through all messages (sd_notify_barrier(3)); False if
-        that takes longer than BARRIER_SECONDS.
+        """Wait until the service manager has worked through all messages (sd_notify_barrier(3));
+        False if that takes longer than BARRIER_SECONDS.
         """
         source, sink = os.pipe2(os.O_CLOEXEC)
         try:

@@ -52,11 +52,11 @@ class Connection(Generic[T]):
         self._declined = 0  # up to here the fast path has said no
         self.oob = False
         """Whether the client has enabled out-of-band execution."""
-        self.kept_from = self._streamer.kept_from
+        self.first_needed = self._streamer.first_needed
 
-    def moved(self, distance: int) -> None:
+    def shifted(self, distance: int) -> None:
         """The bytes not yet consumed now lie ``distance`` lower in the view."""
-        self._streamer.moved(distance)
+        self._streamer.shifted(distance)
         self._declined = 0
 
     def next(

@@ -135,8 +135,8 @@ def line(data: object) -> bytes:
 def write_quoted(quote: memoryview, into: memoryview) -> int:
     """Write the sender's bytes as the inside of a JSON string; return the bytes written.
 
-    As QEMU prints a C string: up to the first NUL, what is not UTF-8 as U+FFFD. ``into`` must hold six
-    bytes for each of ``quote``. Only single characters ever become Python objects.
+    As QEMU prints a C string: up to the first NUL, what is not UTF-8 as U+FFFD. ``into`` must hold
+    six bytes for each of ``quote``. Only single characters ever become Python objects.
     """
     at = 0
     for match in _SEQUENCE.finditer(quote):

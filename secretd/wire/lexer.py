@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """QEMU's JSON dialect over views of locked memory: cutting messages out of a stream.
 
-With wire.parser this is the reference for what is well-formed: a `Streamer` cuts bytes into tokens and
-messages as QEMU's json-lexer.c and json-streamer.c do, and has the parser read them. It does no I/O and
-knows nothing of QMP; wire.qmp calls it.
+With wire.parser this is the reference for what is well-formed: a `Streamer` cuts bytes into tokens
+and messages as QEMU's json-lexer.c and json-streamer.c do, and has the parser read them. It does no
+I/O and knows nothing of QMP; wire.qmp calls it.
 
 Differences from QEMU's limits stand in docs/protocol.md.
 """
@@ -35,8 +35,9 @@ MAX_MESSAGE_BYTES = 2 << 20
 (MAX_TOKEN_SIZE); ours lie in locked memory, and a secret that large comes by descriptor."""
 
 MAX_TOKENS = 16 << 10
-"""Tokens of one message. QEMU: 2 Mi (MAX_TOKEN_COUNT); each costs 8 bytes while the message waits for its
-end, and up to 200 once it is parsed."""
+"""Tokens of one message. QEMU: 2 Mi (MAX_TOKEN_COUNT); each costs 8 bytes while the message waits
+for its end, and up to 200 once it is parsed.
+"""
 
 MAX_NESTING = 1024
 """Open brackets and braces of one message; QEMU's MAX_NESTING."""
@@ -188,13 +189,15 @@ class Streamer:
             fault = error.fault
         return fault
 
-    def kept_from(self, position: int) -> int:
-        """Return the offset of the first byte still needed, where `next` has come to ``position``."""
+    def first_needed(self, position: int) -> int:
+        """Return the offset of the first byte still needed, where `next` has come to
+        ``position``.
+        """
         if self._tokens:
             return self._base + (self._tokens[0] >> _START_SHIFT & _OFFSET_MASK)
         return position if self._state in (_START, _RECOVERY) else self._token
 
-    def moved(self, distance: int) -> None:
+    def shifted(self, distance: int) -> None:
         """The bytes still needed now lie ``distance`` lower than before."""
         self._token -= distance
         self._base -= distance
@@ -210,7 +213,7 @@ class Streamer:
         # Where the limit is crossed must not depend on the pieces in which the bytes arrive.
         bound = end
         if self._tokens or state not in (_START, _RECOVERY):
-            bound = min(end, self.kept_from(position) + self._max_bytes)
+            bound = min(end, self.first_needed(position) + self._max_bytes)
         while position < bound:
             run = _RUNS.get(state)
             if run is not None:

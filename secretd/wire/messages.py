@@ -10,8 +10,9 @@ from secretd.wire import encoder
 from secretd.wire.parser import JSON, Fault
 
 DESC_BYTES = 48_000
-"""Bytes of the words of an error, escapes included. With an id of the longest, the reply stays under
-64 KiB."""
+"""Bytes of the words of an error, escapes included. With an id of the longest, the reply stays
+under 64 KiB.
+"""
 
 LONGEST_ESCAPE = 12
 """Bytes that a character may become in JSON."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """A message's tokens to values over views of locked memory: QEMU's json-parser.c.
 
-Values are dicts, lists, keywords, and `Text` and `Number`, which are offsets: only keys become str here.
-It does not cut messages out of a stream; wire.qjson does, and calls it.
+Values are dicts, lists, keywords, and `Text` and `Number`, which are offsets: only keys become str
+here. It does not cut messages out of a stream; wire.qjson does, and calls it.
 """
 
 import re
@@ -124,8 +124,8 @@ JSON: TypeAlias = "bool | Number | Text | list[JSON] | dict[str, JSON] | None"
 
 
 class Fault(NamedTuple):
-    """What is wrong with a message: ``JSON parse error, …``. ``quote`` is the sender's own text, still
-    in locked memory; the reply is built around it there.
+    """What is wrong with a message: ``JSON parse error, …``. ``quote`` is the sender's own text,
+    still in locked memory; the reply is built around it there.
     """
 
     before: str

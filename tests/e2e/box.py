@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A real systemd as PID 1, to be thrown away: systemd-nspawn boots an overlay of this machine in a second.
+"""A real systemd as PID 1, to be thrown away: systemd-nspawn boots an overlay of this machine in a
+second.
 
-In it everything is as on this machine (the same Python, the same packages), but /run is empty, there is no
-network but loopback, cgroups are version 2 only, and what is written vanishes. secretd is installed in it as
-scripts/install does it, under /usr; this checkout is there too, as /secretd. Root only.
+In it everything is as on this machine (the same Python, the same packages), but /run is empty,
+there is no network but loopback, cgroups are version 2 only, and what is written vanishes. secretd
+is installed in it as scripts/install does it, under /usr; this checkout is there too, as /secretd.
+Root only.
 
-With a root file system of another Debian (scripts/trixie) it is that one's systemd, Python and packages.
+With a root file system of another Debian (scripts/trixie) it is that one's systemd, Python and
+packages.
 """
 
 import contextlib
@@ -104,8 +107,8 @@ def wheels(factory: pytest.TempPathFactory, version: str) -> Path:
 
 
 class Box:
-    """A booted system; ``installed`` is copied over its root file system ``root``, and ``wheels`` lie in
-    /wheels. Close it, whatever happens.
+    """A booted system; ``installed`` is copied over its root file system ``root``, and ``wheels``
+    lie in /wheels. Close it, whatever happens.
     """
 
     def __init__(
@@ -189,9 +192,9 @@ class Box:
                     return [int(line) for line in file]
         return []
 
-    def qmp(self, door: str = "control") -> Client:
+    def qmp(self, role: str = "control") -> Client:
         """A client of the box's secretd from outside; `hang_up` closes it at the latest."""
-        client = Client(self.path(f"/run/secretd/{door}.sock"))
+        client = Client(self.path(f"/run/secretd/{role}.sock"))
         self._clients.append(client)
         return client
 

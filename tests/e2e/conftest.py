@@ -62,7 +62,7 @@ class Process:
         return self.popen.pid
 
     def connect(self) -> Client:
-        """A client on the control door."""
+        """A client on the control socket."""
         client = Client(self.control)
         self._clients.append(client)
         return client

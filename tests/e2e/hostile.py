@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A client of another uid that passes descriptors which block whoever touches them. Run as a program.
+"""A client of another uid that passes descriptors which block whoever touches them.
 
-hostile.py SOCKET KIND ACT UID prints a line when it has done what it can, and holds on until its stdin
-ends. KIND: mutex (a pipe whose mutex is held by a splice from a terminal), linger, mptcp, vsock (a connected
-socket of TCP, MPTCP or vsock with SO_LINGER and unsent data), locked (a TCP socket whose lock is held by
-a thread that waits for a page of a FUSE file), fuse (a file of a file system that never answers), opath
-(an O_PATH descriptor of a file that this uid cannot read). ACT: write (secret-read to it), read (object-add
-from it, on a control socket), drop (pass it and let it go), oob (pass it with an urgent byte), crowd (let
-four go, then pass 253 on each of many connections), knock (connect again and again, pass it at once and hang
-up).
+Run as a program.
+
+hostile.py SOCKET KIND ACT UID prints a line when it has done what it can, and holds on until its
+stdin ends. KIND: mutex (a pipe whose mutex is held by a splice from a terminal), linger, mptcp,
+vsock (a connected socket of TCP, MPTCP or vsock with SO_LINGER and unsent data), locked (a TCP
+socket whose lock is held by a thread that waits for a page of a FUSE file), fuse (a file of a file
+system that never answers), opath (an O_PATH descriptor of a file that this uid cannot read). ACT:
+write (secret-read to it), read (object-add from it, on a control socket), drop (pass it and let it
+go), oob (pass it with an urgent byte), crowd (let four go, then pass 253 on each of many
+connections), knock (connect again and again, pass it at once and hang up).
 """
 
 import contextlib
@@ -94,7 +96,9 @@ def let_go() -> bytes:
 
 
 def locked(file: int) -> int:
-    """A TCP socket that a thread sends a page of a FUSE file on: it holds the lock until that is read."""
+    """A TCP socket that a thread sends a page of a FUSE file on: it holds the lock until that is
+    read.
+    """
     libc = ctypes.CDLL(None)
     libc.mmap.restype = ctypes.c_void_p
     page = libc.mmap(None, 4096, 1, 2, file, 0)
@@ -118,8 +122,8 @@ def fuse(prepared: str) -> int:
 
 
 def serve_fuse(mountpoint: str, *, direct: bool = True) -> int:
-    """Mount a file system (as root), open its file, answer nothing from then on; return the file. Without
-    ``direct`` I/O it can be mapped.
+    """Mount a file system (as root), open its file, answer nothing from then on; return the file.
+    Without ``direct`` I/O it can be mapped.
     """
     device = os.open("/dev/fuse", os.O_RDWR)
     libc = ctypes.CDLL(None, use_errno=True)

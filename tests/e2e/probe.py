@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a process can do inside secretd's unit: tries each thing and prints, as JSON, what came of it.
+"""What a process can do inside secretd's unit: tries each thing and prints, as JSON, what came of
+it.
 
 Run by test_systemd.py in place of secretd, in an otherwise equal unit.
 """

@@ -3,8 +3,9 @@
 
 A secret here is "q~" and two hexadecimal digits, over and over: every 8 bytes of it hold a whole
 marker, so that a part of a secret is found as well as the whole. It is looked for as UTF-8, UTF-16,
-UTF-32, and as base64 at its three alignments (where any 18 characters are enough). A marker alone is no
-find: it has 5 bytes, and Python keeps the hash of each string, tens of thousands of random numbers.
+UTF-32, and as base64 at its three alignments (where any 18 characters are enough). A marker alone
+is no find: it has 5 bytes, and Python keeps the hash of each string, tens of thousands of random
+numbers.
 """
 
 import re

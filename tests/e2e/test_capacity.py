@@ -18,7 +18,9 @@ NO_SECRETMEM = f"sys.path.insert(0, {HERE!r}); from seccomp import refuse; refus
 
 
 def limited(level: str) -> list[str]:
-    """Secretd under RLIMIT_MEMLOCK without CAP_IPC_LOCK; for mlock, on a kernel without memfd_secret."""
+    """Secretd under RLIMIT_MEMLOCK without CAP_IPC_LOCK; for mlock, on a kernel without
+    memfd_secret.
+    """
     code = f"import resource; resource.setrlimit(resource.RLIMIT_MEMLOCK, ({LIMIT}, {LIMIT})); "
     if level == "mlock":
         code += NO_SECRETMEM

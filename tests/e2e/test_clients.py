@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Clients as they come: qemu.qmp's QMPClient, qmp-shell from a pipe and in a terminal, socat by hand."""
+"""Clients as they come: qemu.qmp's QMPClient, qmp-shell from a pipe and in a terminal, socat by
+hand.
+"""
 
 import asyncio
 import os

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""README, tutorial and how-to pages: their commands are typed as they stand there, on a machine with systemd.
+"""README, tutorial and how-to pages: their commands are typed as they stand there, on a machine
+with systemd.
 
-A block ``sh`` is executed; a block ``text`` behind it shows what it prints: each of its lines must be part
-of a line of that. Blocks ``python`` are checked by mypy.
+A block ``sh`` is executed; a block ``text`` behind it shows what it prints: each of its lines must
+be part of a line of that. Blocks ``python`` are checked by mypy.
 """
 
 import os
@@ -74,8 +75,8 @@ def box(booted: Box) -> Iterator[Box]:
 @pytest.mark.parametrize("terminal", [False, True], ids=["pipe", "terminal"])
 @pytest.mark.parametrize("page", PAGES, ids=str)
 def test_what_a_page_says_works_as_it_stands_there(box: Box, page: Path, terminal: bool) -> None:
-    """All blocks, one after the other, in one directory; each prints what the page shows, in a pipe and in a
-    terminal, where tables are drawn and progress is shown.
+    """All blocks, one after the other, in one directory; each prints what the page shows, in a pipe
+    and in a terminal, where tables are drawn and progress is shown.
     """
     found = blocks(ROOT / "docs" / page)
     assert found
@@ -103,8 +104,8 @@ def test_what_a_page_says_works_as_it_stands_there(box: Box, page: Path, termina
 
 
 def test_what_the_readme_says_works_in_one_terminal(box: Box) -> None:
-    """Its blocks follow each other, and find the programs where scripts/run puts them; those that ask for
-    more find the end of what is typed.
+    """Its blocks follow each other, and find the programs where scripts/run puts them; those that
+    ask for more find the end of what is typed.
     """
     box.run("mkdir", "-p", "/srv/readme/.venv")
     box.run("ln", "-s", "/usr/lib/secretd/bin", "/srv/readme/.venv/bin")

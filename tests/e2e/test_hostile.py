@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Descriptors that block whoever touches them, from another uid: everybody else is served as ever.
 
-Nothing is timed: while the hostile client holds on, others have hundreds of commands answered, one after the
-other. A daemon that waits for what never comes is a test that does not end.
+Nothing is timed: while the hostile client holds on, others have hundreds of commands answered, one
+after the other. A daemon that waits for what never comes is a test that does not end.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ SECRET = b"letmein-" * 4
 
 @pytest.fixture
 def guarded(start: Callable[..., Process], tmp_path: Path) -> Process:
-    """A daemon with a client door, and a control door for the hostile uid too."""
+    """A daemon with a client socket, and a control socket for the hostile uid too."""
     need_root()
     os.chmod(tmp_path, 0o755)
     for parent in tmp_path.parents:
@@ -53,13 +53,13 @@ def guarded(start: Callable[..., Process], tmp_path: Path) -> Process:
 
 @contextlib.contextmanager
 def hostile(
-    daemon: Process, kind: str, act: str, *more: str, door: str = "client", uid: int | None = None
+    daemon: Process, kind: str, act: str, *more: str, role: str = "client", uid: int | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A hostile client that has done its worst and holds on."""
-    door = "admins.sock" if act == "read" or door == "admins" else "client.sock"
+    role = "admins.sock" if act == "read" or role == "admins" else "client.sock"
     uid = UID if uid is None else uid
     process = subprocess.Popen(
-        [sys.executable, "-S", str(HOSTILE), str(daemon.directory / door), kind, act, str(uid), *more],
+        [sys.executable, "-S", str(HOSTILE), str(daemon.directory / role), kind, act, str(uid), *more],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE,
     )  # fmt: skip
     assert process.stdout is not None
@@ -128,12 +128,14 @@ def need_socket(kind: str) -> None:
 @pytest.mark.parametrize("act", ["oob", "crowd", "drop", "write"])
 @pytest.mark.parametrize("kind", ["linger", "mptcp", "vsock"])
 def test_a_lingering_socket_stops_no_other_client(
-    guarded: Process, kind: str, act: str, door: str
+    guarded: Process, kind: str, act: str, role: str
 ) -> None:
-    """With an urgent byte, by the hundred, dropped, or written to; on both sockets that others reach."""
+    """With an urgent byte, by the hundred, dropped, or written to; on both sockets that others
+    reach.
+    """
     need_socket(kind)
     before = guarded.fds()
-    with hostile(guarded, kind, act, door=door):
+    with hostile(guarded, kind, act, role=role):
         served(guarded)
         assert guarded.fds() - before < 1500  # what one uid may hold, and its connections
     served(guarded)
@@ -141,10 +143,12 @@ def test_a_lingering_socket_stops_no_other_client(
 
 @pytest.mark.parametrize("uid", [UID, OTHER])
 def test_knocking_leaves_nothing_in_the_descriptor_table(guarded: Process, uid: int) -> None:
-    """A uid that is admitted, and one that is refused, with descriptors that block when they are closed."""
+    """A uid that is admitted, and one that is refused, with descriptors that block when they are
+    closed.
+    """
     need(permits_no_rights(), "this kernel has no SO_PASSRIGHTS (6.16)")
     before = guarded.fds()
-    with hostile(guarded, "linger", "knock", door="admins", uid=uid):
+    with hostile(guarded, "linger", "knock", role="admins", uid=uid):
         served(guarded)
         assert guarded.fds() - before < 100
     served(guarded)
@@ -262,7 +266,9 @@ def test_an_opath_descriptor_is_not_read_with_the_daemons_rights(
 def test_a_delivery_that_is_stuck_never_shows_another_secret(
     guarded: Process, withdrawn: bool
 ) -> None:
-    """What a thread was writing when it got stuck is wiped, and its buffer serves nothing else meanwhile."""
+    """What a thread was writing when it got stuck is wiped, and its buffer serves nothing else
+    meanwhile.
+    """
     qmp = guarded.connect()
     with hostile(guarded, "mutex", "write") as process:
         if withdrawn:

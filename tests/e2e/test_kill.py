@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """secretd is killed a hundred times at random moments, while clients add, read and delete.
 
-Under a real systemd, which keeps the arena and the journal. Where a kill can fall within what secretd does to
-its own memory, tests/test_restore.py looks at every moment; here everything is real, the client too.
+Under a real systemd, which keeps the arena and the journal. Where a kill can fall within what
+secretd does to its own memory, tests/test_restore.py looks at every moment; here everything is
+real, the client too.
 """
 
 import asyncio
@@ -142,7 +143,9 @@ async def kill(box: Box, times: int, rng: random.Random) -> None:
 
 @pytest.mark.timeout(400)
 def test_nothing_that_was_acknowledged_is_lost(killed: tuple[Box, int]) -> None:
-    """Every acknowledged add is there, whole; no acknowledged delete comes back; clients reconnect."""
+    """Every acknowledged add is there, whole; no acknowledged delete comes back; clients
+    reconnect.
+    """
     box, times = killed
     seed = int.from_bytes(os.urandom(4), "little")
     print(f"\nseed {seed}")

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Root's /proc/PID/mem finds nothing: 1,000 secrets over every path, scanned right after each operation.
+"""Root's /proc/PID/mem finds nothing: 1,000 secrets over every path, scanned right after each
+operation.
 
-Twice: with memfd_secret, which a scan cannot see at all, and on a kernel without it, where the arena is
-ordinary memory and must hold exactly one copy of each secret, and none after deletion.
+Twice: with memfd_secret, which a scan cannot see at all, and on a kernel without it, where the
+arena is ordinary memory and must hold exactly one copy of each secret, and none after deletion.
 """
 
 import base64
@@ -471,7 +472,9 @@ def test_deliveries_to_other_users(scene: Scene, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("level", ["secretmem", "mlock"])
 def test_after_a_restart_there_is_one_copy_of_each_secret(level: str, tmp_path: Path) -> None:
-    """Killed with secrets on their way in and out; of what was deleted, or half there, there is none."""
+    """Killed with secrets on their way in and out; of what was deleted, or half there, there is
+    none.
+    """
     need_root()
     need_level(level)
     python = str(Path(SECRETD).parent / "python")
@@ -484,7 +487,7 @@ def test_after_a_restart_there_is_one_copy_of_each_secret(level: str, tmp_path: 
     number = 20_000
     with Manager(tmp_path) as manager:
         for _ in range(4):
-            started = manager.start("--audit=none", doors={"control": control}, prefix=runner)
+            started = manager.start("--audit=none", sockets={"control": control}, prefix=runner)
             client = Client(control.getsockname())
             assert {s["id"] for s in client.secrets()} == set(held)
             for _ in range(100):
@@ -504,7 +507,7 @@ def test_after_a_restart_there_is_one_copy_of_each_secret(level: str, tmp_path: 
                 client.send(message(f"unanswered{each}", secret(each + 2)))
             client.close()
             started.end(signal.SIGKILL, -9)
-            started = manager.start("--audit=none", doors={"control": control}, prefix=runner)
+            started = manager.start("--audit=none", sockets={"control": control}, prefix=runner)
             client = Client(control.getsockname())
             for object_id in {s["id"] for s in client.secrets()} - set(held):
                 client.ok("object-del", {"id": object_id})
@@ -519,7 +522,9 @@ def test_after_a_restart_there_is_one_copy_of_each_secret(level: str, tmp_path: 
 
 
 def interpreters() -> list[str]:
-    """Every CPython here that secretd runs on: two builds of one version bind functions differently."""
+    """Every CPython here that secretd runs on: two builds of one version bind functions
+    differently.
+    """
     places = [*os.get_exec_path(), *map(str, sorted(Path.home().glob(".pyenv/versions/*/bin")))]
     code = "import os, sys; print(sys.version_info >= (3, 11), os.path.realpath(sys.executable))"
     found: dict[str, str] = {}

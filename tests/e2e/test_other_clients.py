@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""QMP clients as they come, unmodified: each negotiates, lists the commands, adds, gets an error, deletes and
-receives an event.
+"""QMP clients as they come, unmodified: each negotiates, lists the commands, adds, gets an error,
+deletes and receives an event.
 """
 
 import asyncio

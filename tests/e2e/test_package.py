@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What is released: the wheel in an empty environment on every Python here, sdist, SBOM, Debian package."""
+"""What is released: the wheel in an empty environment on every Python here, sdist, SBOM, Debian
+package.
+"""
 
 import hashlib
 import json
@@ -68,7 +70,9 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_works_with_what_it_says_it_needs(
     dist: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, python: str
 ) -> None:
-    """In an empty environment, without this checkout: daemon, tool, client, and the types of its users."""
+    """In an empty environment, without this checkout: daemon, tool, client, and the types of its
+    users.
+    """
     version = Path(python).name.removeprefix("python")
     (wheel,) = dist.glob("*.whl")
     environment = tmp_path / "env"
@@ -188,7 +192,9 @@ def contents(package: Path) -> tuple[str, ...]:
 
 @pytest.mark.timeout(400)  # two builds, one upgrade: 90 s where nothing else runs
 def test_the_debian_package_is_installed_upgraded_and_purged(deb: Path) -> None:
-    """Its units are enabled and its user is made; an upgrade keeps the secrets, a purge leaves nothing."""
+    """Its units are enabled and its user is made; an upgrade keeps the secrets, a purge leaves
+    nothing.
+    """
     box = Box(f"secretd-deb-{os.getpid()}")
     try:
         # Images for containers forbid packages to start anything.

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Real QEMU: disks whose passphrase only secretd holds, and sealed secrets pushed into a running QEMU."""
+"""Real QEMU: disks whose passphrase only secretd holds, and sealed secrets pushed into a running
+QEMU.
+"""
 
 import os
 import subprocess

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""secretd as a service of a real systemd, as scripts/install puts it there: 252, and 257 with Python 3.13."""
+"""secretd as a service of a real systemd, as scripts/install puts it there: 252, and 257 with
+Python 3.13.
+"""
 
 import contextlib
 import json
@@ -260,11 +262,11 @@ def test_sockets_are_known_by_name_all_or_some_of_them(box: Box) -> None:
                 for ln in box.journal("secretd", f"_PID={box.show('secretd', 'MainPID')}")
                 if " socket " in ln
             ]
-            doors = {line.split()[0]: line.split()[-1] for line in said}
+            sockets = {line.split()[0]: line.split()[-1] for line in said}
             names = {"control", "client", "credentials"}
             if masked is not None:
                 names.remove(masked.removeprefix("secretd-").removesuffix(".socket"))
-            assert doors == {name: f"/run/secretd/{name}.sock" for name in names}
+            assert sockets == {name: f"/run/secretd/{name}.sock" for name in names}
         finally:
             if masked is not None:
                 box.run("systemctl", "unmask", "--runtime", masked)
@@ -452,7 +454,7 @@ def test_units_made_of_templates_are_themselves(box: Box) -> None:
 
 
 def test_each_process_of_a_unit_fetches_it_and_reads_do_not_count(box: Box) -> None:
-    """It is asked for again with every ExecStartPre=; max-reads is for the client door."""
+    """It is asked for again with every ExecStartPre=; max-reads is for the client socket."""
     add(box, "k", "letmein")
     box.run("secretctl", "grant", "k", "--to", "unit:pre.service", "--max-reads", "1")
     box.write(

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""docs/systemd.md: its commands are typed as they stand there, on a machine that has nothing of secretd."""
+"""docs/systemd.md: its commands are typed as they stand there, on a machine that has nothing of
+secretd.
+"""
 
 import os
 import re

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Grants to systemd units, with a real systemd: each gets its own secrets, whatever users call theirs."""
+"""Grants to systemd units, with a real systemd: each gets its own secrets, whatever users call
+theirs.
+"""
 
 import json
 import os

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What a user's code may do with secretd.client, checked by mypy in strict mode; it is not run.
 
-`assert_type` fails where a type is not what stands there, and an unused `type: ignore` where something is
-allowed that should not be.
+`assert_type` fails where a type is not what stands there, and an unused `type: ignore` where
+something is allowed that should not be.
 """
 
 from typing import Literal, assert_type

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""QEMU's orders. That they are QEMU's is shown by the transcripts, which were recorded; here is how."""
+"""QEMU's orders.
+
+That they are QEMU's is shown by the transcripts, which were recorded; here is how.
+"""
 
 from hypothesis import given
 from hypothesis import strategies as st

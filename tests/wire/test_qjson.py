@@ -28,10 +28,10 @@ def outcomes(data: bytes, cuts: list[int] | None = None) -> list[str]:
             if outcome is NEED_DATA:
                 break
             found.append(describe(outcome))
-        kept = streamer.kept_from(position)
+        kept = streamer.first_needed(position)
         view[: fill - kept] = bytes(view[kept:fill])
         view[fill - kept :] = bytes(len(view) - fill + kept)
-        streamer.moved(kept)
+        streamer.shifted(kept)
         fill, position, dropped = fill - kept, position - kept, dropped + kept
     return found
 

@@ -85,7 +85,7 @@ def test_moving_the_bytes_lets_the_fast_path_try_again() -> None:
     view = memoryview(bytearray(b"{1}{2}"))
     position, _ = connection.next(view, 0, 6)
     assert position == 2 or position == 3
-    connection.moved(0)
+    connection.shifted(0)
     connection.next(view, 3, 6)
     assert lines == [b"{1}{2}", b"{2}"]
 

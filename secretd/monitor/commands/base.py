@@ -51,13 +51,13 @@ def query_version(monitor: Monitor) -> JSONText[VersionInfo]:
 
 @command(client=True)
 def query_commands(monitor: Monitor) -> list[CommandInfo]:
-    """Return the commands of this door."""
+    """Return the commands of this socket."""
     return [{"name": name} for name in monitor.table.by_name]
 
 
 @command(client=True)
 def query_qmp_schema(monitor: Monitor) -> JSONText[list[SchemaInfo]]:
-    """Return what this door's commands take and return, and the events."""
+    """Return what this socket's commands take and return, and the events."""
     return monitor.table.schema
 
 
@@ -82,5 +82,8 @@ def query_status(_monitor: Monitor) -> StatusInfo:
 
 @command()
 def quit(monitor: Monitor) -> None:  # noqa: A001 - QEMU's name
-    """Stop the daemon in order. Its secrets end, even where a service manager keeps them otherwise."""
+    """Stop the daemon in order.
+
+    Its secrets end, even where a service manager keeps them otherwise.
+    """
     monitor.core.quit('{"guest": false, "reason": "host-qmp-quit"}')

@@ -8,8 +8,9 @@ from secretd.monitor.monitor import Monitor
 from secretd.net.loop import turn
 
 SECRETS_PER_REPLY: Final = 400
-"""Secrets that query-secrets lists in one reply, with SECRETS_BYTES for their ids. Some 100 bytes each
-beside the id, so that the line stays under MAX_REPLY_BYTES."""
+"""Secrets that query-secrets lists in one reply, with SECRETS_BYTES for their ids. Some 100 bytes
+each beside the id, so that the line stays under MAX_REPLY_BYTES.
+"""
 
 SECRETS_BYTES: Final = 16 << 10
 """Bytes of the ids in one reply of query-secrets."""
@@ -46,8 +47,8 @@ class Page:
         self._room = SECRETS_BYTES
 
     def fill(self, found: Iterator[str | None]) -> bool:
-        """List what was found until the page is full or nothing is left; False where others should have their
-        turn.
+        """List what was found until the page is full or nothing is left; False where others should
+        have their turn.
         """
         tree, memory = self.monitor.tree, self.monitor.core.memory
         listed = self.listed

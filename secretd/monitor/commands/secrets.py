@@ -33,7 +33,9 @@ class Delivered(TypedDict):
 
 
 class Sealed(TypedDict):
-    """What secret-seal returns, both in base64; ``size``: bytes that were written to a descriptor instead."""
+    """What secret-seal returns, both in base64; ``size``: bytes that were written to a descriptor
+    instead.
+    """
 
     data: NotRequired[str]
     iv: str
@@ -87,7 +89,10 @@ def secret_events(
     enable: bool,
     events: list[EventName] | UnsetType = UNSET,
 ) -> None:
-    """Turn events about secrets on for this connection, or off. ``events``: only those of these names."""
+    """Turn events about secrets on for this connection, or off.
+
+    ``events``: only those of these names.
+    """
     assert monitor.on_events is not None
     if not enable:
         monitor.on_events(())
@@ -103,8 +108,9 @@ def secret_seal(
     fdname: str | UnsetType = UNSET,
 ) -> Sealed | Coroutine[Any, Any, Sealed]:
     """Return a secret encrypted under another, as QEMU's object-add takes it with keyid, iv and
-    format=base64. Both in base64; the IV is fresh each time. With ``fdname`` the data goes to the descriptor
-    that getfd called so, and its size in bytes is returned: a reply has no room for more than some 48,000.
+    format=base64. Both in base64; the IV is fresh each time. With ``fdname`` the data goes to the
+    descriptor that getfd called so, and its size in bytes is returned: a reply has no room for more
+    than some 48,000.
     """
     fd = None if fdname is UNSET else monitor.named.take(fdname)
     try:
@@ -143,9 +149,9 @@ def secret_generate(monitor: Monitor, id: str, size: int) -> None:  # noqa: A002
 def query_secrets(
     monitor: Monitor, after: str | UnsetType = UNSET
 ) -> list[SecretInfo] | Coroutine[Any, Any, list[SecretInfo]]:
-    """List the secrets by id: type, size in bytes, how well their memory is protected. On the client
-    door only those that the caller may read. A reply holds SECRETS_PER_REPLY at most; ``after`` goes on
-    behind that id, until the list is empty.
+    """List the secrets by id: type, size in bytes, how well their memory is protected. On the
+    client socket only those that the caller may read. A reply holds SECRETS_PER_REPLY at most;
+    ``after`` goes on behind that id, until the list is empty.
     """
     found = monitor.core.access.readable_after(monitor.peer, "" if after is UNSET else after)
     page = Page(monitor)
@@ -154,22 +160,24 @@ def query_secrets(
 
 @command()
 def secret_expire(monitor: Monitor, id: str, after: int | UnsetType = UNSET) -> None:  # noqa: A002
-    """Wipe a secret ``after`` so many seconds from now, whatever was said before; without it never."""
+    """Wipe a secret ``after`` so many seconds from now, whatever was said before; without it
+    never.
+    """
     monitor.tree.plaintext(id)
     if after is UNSET:
         monitor.tree.keep(id)
-        monitor.core.audit.note("lifetime", monitor.subject, id=id)
+        monitor.core.audit.append("lifetime", monitor.subject, id=id)
         return
     check_seconds("after", after)
     if id in monitor.tree.pinned:
         raise CommandError(f"object '{id}' is in use, can not be deleted")
     monitor.tree.expire_after(id, after)
-    monitor.core.audit.note("lifetime", monitor.subject, id=id, count=after)
+    monitor.core.audit.append("lifetime", monitor.subject, id=id, count=after)
 
 
 @command()
 def secret_explain(monitor: Monitor, id: str, peer: list[str]) -> Explanation:  # noqa: A002
-    """Say whether a client with the identities ``peer`` may read a secret on the client door, and
+    """Say whether a client with the identities ``peer`` may read a secret on the client socket, and
     what each secret-grant that names the secret says.
     """
     considered = monitor.core.access.explain(frozenset(peer), id)

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Audit records: their members, and their text.
+
+The text is what stands between a record's number and its last member; log numbers and links it. A
+record never holds a value or a key of a secret: callers pass object ids only, so no value can reach
+it.
+"""
+
+from collections.abc import Mapping
+from enum import IntEnum
+from typing import Final
+
+import msgspec
+from msgspec import UNSET, Raw, Struct, UnsetType
+
+from secretd.audit import chain
+
+AUDIT_ID_CHARACTERS: Final = 128
+"""Characters of an id in a record; the rest is cut."""
+
+
+class AuditRecord(Struct, omit_defaults=True, rename="kebab"):
+    """A line behind ``seq``, its number, and ``time``, in UTC.
+
+    ``size``: bytes; ``peer``: JSON of the peer; ``rule``: what decided.
+    """
+
+    event: str
+    decision: str | UnsetType = UNSET
+    rule: str | UnsetType = UNSET
+    id: str | UnsetType = UNSET
+    credential: str | UnsetType = UNSET
+    type: str | UnsetType = UNSET
+    size: int | UnsetType = UNSET
+    door: str | UnsetType = UNSET
+    peer: Raw | UnsetType = UNSET
+    reason: str | UnsetType = UNSET
+    count: int | UnsetType = UNSET
+    of: int | UnsetType = UNSET
+    version: str | UnsetType = UNSET
+    objects: int | UnsetType = UNSET
+    prev: str | UnsetType = UNSET  # only of the first record of a file or a run
+    dropped: int | UnsetType = UNSET  # records that were lost before this one
+
+
+class Importance(IntEnum):
+    """How a record is marked in the journal."""
+
+    ORDINARY = 0
+    REFUSAL = 1
+    FIRST = 2  # of a file or a run
+
+
+class Subject:
+    """The peer that did something, and on which socket.
+
+    ``text``: the same as members of a record.
+    """
+
+    __slots__ = ("peer", "role", "text")
+
+    def __init__(self, role: str, peer: Mapping[str, object] | None) -> None:
+        self.role = role
+        self.peer = UNSET if peer is None else Raw(msgspec.json.encode(peer))
+        members = {"door": role} if peer is None else {"door": role, "peer": peer}
+        self.text = json_text(members)[1:-1]
+
+
+def text_of(event: str, members: dict[str, object]) -> tuple[str, Importance]:
+    """Return a record's text and importance; ``members`` are those of AuditRecord."""
+    object_id = members.get("id")
+    if isinstance(object_id, str) and len(object_id) > AUDIT_ID_CHARACTERS:
+        members["id"] = object_id[:AUDIT_ID_CHARACTERS]
+    record = AuditRecord(event, **members)  # type: ignore[arg-type]  # its members
+    first = Importance.FIRST if event in chain.FIRST_EVENTS else Importance.ORDINARY
+    return json_text(record)[1:-1], Importance.REFUSAL if record.decision == "deny" else first
+
+
+def json_text(value: object) -> str:
+    """Return the JSON text of a value."""
+    return msgspec.json.encode(value).decode()

@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Descriptors in control messages: SCM_RIGHTS (unix(7), cmsg(3)). transport receives them."""
+
+import socket
+import struct
+from typing import Final
+
+SCM_MAX_FD: Final = 253
+"""Descriptors the kernel lets one message carry (SCM_MAX_FD, include/net/scm.h)."""
+
+_SOL_SOCKET: Final = socket.SOL_SOCKET
+_SCM_RIGHTS: Final = socket.SCM_RIGHTS
+_INT_BYTES: Final = struct.calcsize("i")
+
+ANCILLARY_BYTES: Final = socket.CMSG_SPACE(_INT_BYTES * SCM_MAX_FD)
+"""Room for all descriptors of a message, so that the kernel never discards (closes) one itself."""
+
+
+def received(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
+    """Return the descriptors in what recvmsg(2) gave as ancillary data; the caller owns them."""
+    numbers: list[int] = []
+    for level, kind, data in ancillary:
+        if level == _SOL_SOCKET and kind == _SCM_RIGHTS:
+            numbers += struct.unpack_from(f"{len(data) // _INT_BYTES}i", data)
+    return numbers
