@@ -33,14 +33,15 @@ from secretd.memory.arena import (
     SCRATCH_RESERVE,
     SCRATCH_WINDOW,
     Arena,
-    choose_level,
 )
+from secretd.memory.level import choose_level
 from secretd.monitor.commands import COMMANDS
 from secretd.net.listener import listen
 from secretd.net.loop import Loop
+from secretd.qom.identifiers import with_hint
 from secretd.qom.object_type import ObjectOptions
 from secretd.qom.registry import TYPES
-from secretd.qom.tree import ObjectTree, with_hint
+from secretd.qom.tree import ObjectTree
 from secretd.server.server import Server
 
 # As the daemon does: 1024 descriptors, the usual soft limit, are few where messages bring 253.

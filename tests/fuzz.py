@@ -23,7 +23,8 @@ from pathlib import Path
 
 from secretd.errors import UsageError
 from secretd.journal.journal import Journal
-from secretd.memory.arena import Arena, choose_level
+from secretd.memory.arena import Arena
+from secretd.memory.level import choose_level
 from secretd.qom.registry import TYPES
 from secretd.qom.tree import ObjectTree
 from tests.conftest import add_object

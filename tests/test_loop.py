@@ -216,7 +216,7 @@ def test_what_a_watcher_changes_holds_for_what_came_with_it(
     assert [key.data for key, _ in selector.select(0)] == ["before"]
     a.send(b"x")
     b.send(b"x")
-    selector.watch(a.fileno(), lambda: selector.modify(b.fileno(), EVENT_WRITE, "after") and None)
+    selector.watch(a.fileno(), lambda: selector.modify(b.fileno(), EVENT_WRITE, "after"))
     assert [key.data for key, _ in selector.select(0)] == ["after"]
     loop.close()
 

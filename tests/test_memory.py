@@ -15,6 +15,7 @@ from secretd.errors import LockedMemoryExhausted as Exhausted
 from secretd.linux import locked_pages
 from secretd.memory import arena, wipe
 from secretd.memory.arena import Arena, LockedBuffer
+from secretd.memory.level import choose_level
 from tests.conftest import ARENA_LEVEL, need_level
 
 
@@ -189,7 +190,7 @@ def test_without_any_lock_the_level_is_none_or_a_refusal() -> None:
     done = in_subprocess(
         LIMIT.format(0)
         + """
-from secretd.memory.arena import choose_level
+from secretd.memory.level import choose_level
 from secretd.errors import MemoryLockError
 print(choose_level(require=False))
 try:
@@ -207,14 +208,14 @@ except MemoryLockError as error:
 
 def test_the_best_level_is_chosen() -> None:
     """memfd_secret where the kernel has it."""
-    assert arena.choose_level(require=True) in ("secretmem", "mlock")
+    assert choose_level(require=True) in ("secretmem", "mlock")
 
 
 def test_a_kernel_without_memfd_secret_falls_back_to_mlock() -> None:
     """Forced for real, by a seccomp filter."""
     done = in_subprocess(
         NO_SECRETMEM
-        + "from secretd.memory.arena import choose_level; print(choose_level(require=True))"
+        + "from secretd.memory.level import choose_level; print(choose_level(require=True))"
     )
     assert done.stderr == ""
     assert done.stdout == "mlock\n"

@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from secretd.errors import StateError
-from secretd.journal import loader
 from secretd.journal.layout import (
     CHECKED,
     FILE,
@@ -20,7 +19,8 @@ from secretd.journal.layout import (
     UNCHECKED,
     WRITTEN,
 )
-from secretd.journal.loader import LoadResult
+from secretd.journal.load_result import LoadResult
+from secretd.journal.loader import read
 
 
 def record(
@@ -39,7 +39,7 @@ def outcome(data: bytes) -> object:
     """All that was found, or that it was refused."""
     loaded = LoadResult({})
     try:
-        loaded.read(bytes(FILE.size) + data)
+        read(loaded, bytes(FILE.size) + data)
     except StateError:
         return "refused"
     survey = loaded.survey
@@ -52,7 +52,7 @@ def outcome(data: bytes) -> object:
 def one_by_one(data: bytes) -> object:
     """The same without runs."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loader, "_RUN", 0)
+        patch.setattr("secretd.journal.bulk_loader._RUN", 0)
         return outcome(data)
 
 
@@ -93,7 +93,7 @@ def test_a_record_in_the_place_of_another_counts_instead_of_it() -> None:
     """The process ended between writing the one and burying the other, though many are alike."""
     many = [record(b"alike%04d" % number, 64 * number) for number in range(600)]
     loaded = LoadResult({})
-    loaded.read(bytes(FILE.size) + b"".join(many) + record(b"alike0007", 64 * 7))
+    read(loaded, bytes(FILE.size) + b"".join(many) + record(b"alike0007", 64 * 7))
     assert loaded.offsets["alike0007"] == FILE.size + 600 * len(many[0])
     assert loaded.superseded == [FILE.size + 7 * len(many[0])]
     assert len(loaded.offsets) == len(loaded.buffers[32]) == loaded.survey.count == 600
@@ -105,4 +105,4 @@ def test_a_record_in_the_place_of_another_counts_instead_of_it() -> None:
 def test_an_id_that_is_none_is_refused(count: int, wrong: bytes) -> None:
     """Though the checksum is right."""
     with pytest.raises(StateError, match="a record's id is damaged"):
-        LoadResult({}).read(bytes(FILE.size) + wrong * count)
+        read(LoadResult({}), bytes(FILE.size) + wrong * count)

@@ -9,7 +9,8 @@ import zlib
 import pytest
 
 from secretd.errors import StateError
-from secretd.journal.journal import Journal, Record
+from secretd.journal.files import ObjectRecord
+from secretd.journal.journal import Journal
 from secretd.memory.arena import SECRET_WINDOW, Arena
 
 
@@ -31,7 +32,9 @@ def test_objects_are_kept_with_properties_and_plaintext(arena: Arena) -> None:
     assert "c" not in journal
     record = journal.get("a")
     assert record is not None
-    assert record == Record("a", 1, 7, record.slot, {"format": "base64", "file": "/x\u20ac"}, 7)
+    assert record == ObjectRecord(
+        "a", 1, 7, record.slot, {"format": "base64", "file": "/x\u20ac"}, 7
+    )
     assert bytes(journal.plaintext("a")) == b"letmein"
     assert bytes(journal.plaintext("b")) == b""
     assert journal.summary("rule") == (9, 0)

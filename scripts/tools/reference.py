@@ -40,7 +40,8 @@ LIMITS = {
     "What each uid may have": ["limits", "descriptors.threads"],
     "Secrets and objects": [
         "qom.secret",
-        "qom.tree",
+        "qom.identifiers",
+        "qom.sorted_ids",
         "qom.paths",
         "descriptors.source",
         "qom.deadlines",

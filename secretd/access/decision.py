@@ -11,11 +11,11 @@ pattern matches the id and whose authz object allows the peer. A refusal looks o
 peer is granted: never at whether the secret exists, nor at what is granted to others.
 """
 
-import asyncio
 import itertools
 from collections.abc import Iterable, Iterator
 from typing import Final, NamedTuple
 
+from secretd.access.credential import CredentialMapping
 from secretd.access.grant_index import Granted, GrantIndex, Rule
 from secretd.access.peer import Peer, SocketRole
 from secretd.audit.log import Audit
@@ -23,9 +23,10 @@ from secretd.audit.records import Subject
 from secretd.errors import AccessDenied, CommandError
 from secretd.qom.authz import Verdict
 from secretd.qom.grant import READS, used_up
-from secretd.qom.patterns import is_pattern, literal_prefix, matcher
-from secretd.qom.tree import ID_BYTES, ObjectTree
-from secretd.systemd.credential_address import CREDENTIAL_BYTES, CredentialAddress
+from secretd.qom.identifiers import ID_BYTES
+from secretd.qom.patterns import literal_prefix, matcher
+from secretd.qom.tree import ObjectTree
+from secretd.systemd.credential_address import CredentialAddress
 
 
 class Grant:
@@ -100,6 +101,7 @@ class Access:
         self._tree = tree
         self._audit = audit
         self._index = GrantIndex(tree)
+        self._credentials = CredentialMapping(tree, self._index)
         tree.subscribe(decision=self._index.changed)
 
     # --- decisions
@@ -143,7 +145,7 @@ class Access:
         """
         name = claimed.credential if claimed else ""
         try:
-            object_id, rule = await self._mapped(peer, claimed)
+            object_id, rule = await self._credentials.find(peer, claimed)
         except AccessDenied as error:
             self._audit.append_refusal(
                 "credential", peer.uid, subject, credential=name, reason=error.desc
@@ -153,70 +155,6 @@ class Access:
         by = f"grant {rule.id}"
         self._audit.append_release("credential", subject, by, object_id, len(plaintext), name)
         return Grant(_KEY, peer, subject, object_id, rule, plaintext)
-
-    async def _mapped(self, peer: Peer, claimed: CredentialAddress | None) -> tuple[str, Rule]:
-        """Return the id of the secret that a unit asks for, and the grant that permits it."""
-        if claimed is None:
-            raise AccessDenied("the address it came from is not one of LoadCredential=")
-        unit, name = claimed
-        # A user's own manager has that user's uid, and so has root's.
-        if peer.unit not in (f"unit:{unit}", f"user-unit:{peer.uid}/{unit}"):
-            raise AccessDenied(f"it says that it is {unit}, and is in {peer.unit or 'no unit'}")
-        if peer.uid != 0 and not (peer.trusted and peer.unit.startswith("user-unit:")):
-            raise AccessDenied(f"uid {peer.uid} is not that of the service manager")
-        found: dict[str, Rule] = {}
-        missing = ""
-        for rule in self._living(peer.identities):
-            if matcher(rule.secret)(name):
-                missing = missing or name
-                if self._tree.is_secret(name):
-                    found[name] = rule
-            if rule.credential == name:
-                missing = rule.secret
-                for object_id in self._secrets(rule):
-                    if object_id is None:
-                        await asyncio.sleep(0)  # others have their turn
-                    else:
-                        found[object_id] = rule
-                    if len(found) > 1:
-                        break
-        if len(found) > 1:
-            names = ", ".join(f"'{object_id}'" for object_id in sorted(found))
-            raise AccessDenied(f"it could be more than one secret: {names}")
-        if not found and missing:
-            raise AccessDenied(f"there is no secret '{missing}'")
-        if not found:
-            raise AccessDenied(f"no grant lets {peer.unit} have it")
-        ((object_id, rule),) = found.items()
-        if object_id in self._tree.pinned:
-            raise AccessDenied(f"secret '{object_id}' is the audit's key")
-        if self._index.rules.get(rule.id) is not rule or not self._tree.is_secret(object_id):
-            raise AccessDenied(f"no grant lets {peer.unit} have it")  # any more
-        size = self._tree.secret(object_id)[1]
-        if len(name.encode()) + size > CREDENTIAL_BYTES:
-            raise AccessDenied(
-                f"secret '{object_id}' has {size} bytes, which with the credential's name is more than "
-                f"the {CREDENTIAL_BYTES} that systemd takes"
-            )
-        return object_id, rule
-
-    def _secrets(self, rule: Rule) -> Iterator[str | None]:
-        """Return the secrets that a grant is for; None wherever others should have their turn."""
-        if not is_pattern(rule.secret):
-            return iter([rule.secret] if self._tree.is_secret(rule.secret) else [])
-        fits = matcher(rule.secret)
-        found = self._tree.secrets_after("", [literal_prefix(rule.secret)])
-        return (object_id for object_id in found if object_id is None or fits(object_id))
-
-    def _living(self, identities: frozenset[str]) -> list[Rule]:
-        """Return the grants that have not expired, whether they have reads left or not."""
-        granted = self._index.granted_to(identities)
-        return [
-            rule
-            for rule in granted.all.values()
-            if (rule.id not in granted.uncacheable or self._allows(rule.authz, identities))
-            and not self._tree.deadlines.expired(rule.id)
-        ]
 
     def take_back(self, grant: Grant, reason: str) -> None:
         """Undo a read of which no byte was taken: record it as withheld, and give the count back.
@@ -278,7 +216,7 @@ class Access:
         """
         granted = self._index.granted_to(peer.identities)
         rules = granted.uncacheable.values()
-        return granted, [rule for rule in rules if self._allows(rule.authz, peer.identities)]
+        return granted, [rule for rule in rules if self._index.allows(rule.authz, peer.identities)]
 
     def _is_usable(self, rule: Rule) -> bool:
         return not self._tree.deadlines.expired(rule.id) and not (
@@ -294,7 +232,7 @@ class Access:
             rule is not None
             and matcher(rule.secret)(grant.object_id)
             and not self._tree.deadlines.expired(rule.id)
-            and self._allows(rule.authz, grant.peer.identities)
+            and self._index.allows(rule.authz, grant.peer.identities)
         )
 
     def admits(self, peer: Peer) -> bool:
@@ -304,7 +242,7 @@ class Access:
         return (
             peer.role is not SocketRole.CONTROL
             or peer.trusted
-            or (peer.authz is not None and self._allows(peer.authz, peer.identities))
+            or (peer.authz is not None and self._index.allows(peer.authz, peer.identities))
         )
 
     def _permitting(self, identities: frozenset[str], object_id: str) -> Rule | None:
@@ -315,7 +253,7 @@ class Access:
             asked = [
                 rule
                 for rule in granted.uncacheable.values()
-                if self._allows(rule.authz, identities)
+                if self._index.allows(rule.authz, identities)
                 and len(object_id) <= ID_BYTES
                 and matcher(rule.secret)(object_id)
             ]
@@ -339,10 +277,6 @@ class Access:
         before = record.properties.get(READS, 0)
         assert isinstance(before, int)
         self._tree.replace_properties(grant_id, record.properties | {READS: before + reads})
-
-    def _allows(self, authz: str, identities: frozenset[str]) -> bool:
-        judge = self._index.judge(authz)
-        return judge is not None and judge.judge(identities).allowed
 
     # --- why
 

@@ -16,9 +16,10 @@ from typing import Final, NamedTuple
 
 from secretd.qom.authz import AuthZ, FileRules, Reach, Rules
 from secretd.qom.grant import SecretGrant
+from secretd.qom.identifiers import ID_BYTES
 from secretd.qom.patterns import is_pattern, literal_prefix, matcher
 from secretd.qom.sorted_ids import IDS_PER_LOOK, SortedIds
-from secretd.qom.tree import ID_BYTES, ObjectTree
+from secretd.qom.tree import ObjectTree
 
 IDENTITIES_KEPT: Final = 1 << 18
 """Identities of all peers together for which it is kept what they are granted."""
@@ -312,3 +313,8 @@ class GrantIndex:
                 return None
             judge = self._judges[authz] = kind.rules(record.properties)
         return judge
+
+    def allows(self, authz: str, identities: frozenset[str]) -> bool:
+        """True if the authz object of that id exists and allows a peer with these identities."""
+        judge = self.judge(authz)
+        return judge is not None and judge.judge(identities).allowed

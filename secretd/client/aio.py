@@ -36,8 +36,8 @@ from secretd.memory.arena import (
     SCRATCH_WINDOW,
     Arena,
     LockedBuffer,
-    choose_level,
 )
+from secretd.memory.level import choose_level
 
 _CHUNK_BYTES: Final = 64 << 10
 

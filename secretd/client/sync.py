@@ -31,8 +31,8 @@ from secretd.memory.arena import (
     SCRATCH_WINDOW,
     Arena,
     LockedBuffer,
-    choose_level,
 )
+from secretd.memory.level import choose_level
 
 T = TypeVar("T")
 

@@ -36,7 +36,8 @@ from secretd.ctl.verb import (
     verb,
 )
 from secretd.errors import UsageError
-from secretd.memory.arena import SCRATCH_WINDOW, Arena, choose_level
+from secretd.memory.arena import SCRATCH_WINDOW, Arena
+from secretd.memory.level import choose_level
 from secretd.systemd.credential_address import CREDENTIAL_ADDRESS_BYTES
 
 _SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}

@@ -25,7 +25,7 @@ from secretd.client.types import figures
 from secretd.ctl.verb import Options, unsure_denials, verb
 from secretd.errors import MemoryLockError
 from secretd.linux import user_namespace
-from secretd.memory.arena import choose_level
+from secretd.memory.level import choose_level
 
 State = Literal["ok", "warning", "failed"]
 

@@ -55,7 +55,7 @@ class Store:
         """
         self.holds = True
         # A file that may not be kept must not become the one that counts.
-        self._journal.fixed = True
+        self._journal.compaction_allowed = False
         told = self.manager.keep(ARENA, [self._journal.arena.fileno()], wait=wait)
         told = self.manager.keep(JOURNAL, self._journal.filenos(), wait=wait) and told
         self._source = self.manager.probe(wait=wait)
@@ -76,7 +76,8 @@ class Store:
         def stays() -> None:
             self.close()
             self.kept = self._was_kept = True
-            self._journal.fixed = self._said = False
+            self._journal.compaction_allowed = True
+            self._said = False
             changed()
 
         self._sure = loop.call_later(PROBE_SECONDS, stays)
@@ -98,7 +99,8 @@ class Store:
         if not self._was_kept:
             # Nothing, rather than a part that the next process could not use.
             self._forget()
-            self.holds = self._journal.fixed = False
+            self.holds = False
+            self._journal.compaction_allowed = True
         if self._said:
             return
         self._said = True

@@ -15,7 +15,8 @@ from secretd.access.peer import SocketRole
 from secretd.daemon.sockets import is_listening
 from secretd.errors import LockedMemoryExhausted, MemoryLockError, StateError, UsageError
 from secretd.journal.journal import Journal
-from secretd.memory.arena import Arena, choose_level
+from secretd.memory.arena import Arena
+from secretd.memory.level import choose_level
 from secretd.server.credentials import STORED
 from secretd.systemd.activation import Passed, passed
 

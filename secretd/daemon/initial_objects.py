@@ -14,9 +14,11 @@ from secretd.errors import CommandError, LockedMemoryExhausted, UsageError
 from secretd.monitor.commands import COMMANDS
 from secretd.qapi import keyval
 from secretd.qapi.command import check
+from secretd.qom.identifiers import with_hint
 from secretd.qom.object_type import ObjectOptions
+from secretd.qom.renewal import renew
 from secretd.qom.secret import SecretOptions
-from secretd.qom.tree import ObjectTree, with_hint
+from secretd.qom.tree import ObjectTree
 from secretd.wire.parser import Text
 
 log = logging.getLogger("secretd")
@@ -67,7 +69,7 @@ class InitialObjects:
         if options.id in self._named:
             self._tree.check_new(options.id)
         try:
-            if self._tree.renew(options, self._loading, changes):
+            if renew(self._tree, options, self._loading, changes):
                 self.made.append(options.id)
         except LockedMemoryExhausted as error:
             if options.id not in self._tree.journal:

@@ -15,23 +15,26 @@ whose magic comes last. Of two files that have it the one of the later generatio
 says how they are laid out.
 """
 
-import json
-import mmap
 import os
 import struct
 from collections.abc import Callable, Iterator, Sequence
-from typing import Final, NamedTuple, Self
+from typing import Final, Self
 from zlib import crc32
 
-import msgspec
-
-from secretd.errors import StateError
+from secretd.journal.files import (
+    JournalFiles,
+    ObjectRecord,
+    begin,
+    decode_properties,
+    encode_properties,
+    new_file,
+    open_files,
+)
 from secretd.journal.layout import (
     CHECKED,
     END,
     END_OFFSET,
     FILE,
-    FORMAT,
     GONE,
     LENGTH,
     LEVELS,
@@ -44,10 +47,11 @@ from secretd.journal.layout import (
     WINDOWS_OFFSET,
     WRITTEN,
     Header,
-    latest,
 )
-from secretd.journal.loader import LoadResult, LoadSummary
+from secretd.journal.load_result import LoadResult, LoadSummary
+from secretd.journal.loader import load
 from secretd.memory.arena import Arena, LockedBuffer
+from secretd.memory.takeover import plan
 
 _PACKS: Final = 64
 """Sizes of records that are known at a time; in most cases it is one or two."""
@@ -57,37 +61,15 @@ _COMPACT_BYTES: Final = 256 << 10
 """Bytes of dead records below which compaction is not worth its while."""
 
 
-class Record(NamedTuple):
-    """An object as the journal holds it.
-
-    ``type`` is its type's number; sizes are bytes; ``uid`` added it.
-    """
-
-    id: str
-    type: int
-    size: int
-    slot: int
-    properties: dict[str, object]
-    uid: int
-
-
-class _JournalFiles(NamedTuple):
-    """Both files, the second -1 if there is none, and the first one's mapping."""
-
-    fd: int
-    spare: int
-    mapping: mmap.mmap
-
-
 class Journal:
     """The objects' records, and through them their plaintext in ``arena``.
 
     ``ids``: of all objects, at any time. ``survey``: what there was at first.
     """
 
-    def __init__(self, arena: Arena, kept: "_JournalFiles | None" = None) -> None:
+    def __init__(self, arena: Arena, kept: "JournalFiles | None" = None) -> None:
         self.arena = arena
-        self.fixed = False  # True: stay with this file
+        self.compaction_allowed = True
         self._offsets: dict[str, int] = {}
         self.ids = self._offsets.keys()
         self.survey = LoadSummary()
@@ -98,9 +80,9 @@ class Journal:
         ] = {}  # by the bytes of a record behind its numbers
         if kept is None:
             self._spare = -1
-            self._fd = _memfd()
+            self._fd = new_file()
             try:
-                self._map = self._begin(self._fd, _INITIAL_BYTES, 1, 0)
+                self._map = begin(self._fd, _INITIAL_BYTES, 1, 0, arena)
             except BaseException:
                 os.close(self._fd)
                 raise
@@ -116,27 +98,15 @@ class Journal:
 
         Raises StateError or LockedMemoryExhausted; then all is as it was for who else keeps it.
         """
-        try:
-            header, fd = latest(journal_fds)
-            if header.inode != os.fstat(arena_fd).st_ino:
-                raise StateError("the journal belongs to another arena")
-            mapping = mmap.mmap(fd, os.fstat(fd).st_size)
-        except BaseException:
-            for each in (arena_fd, *journal_fds):
-                os.close(each)
-            raise
-        others = [other for other in journal_fds if other != fd]
-        spare = others.pop() if others else -1
-        for other in others:
-            os.close(other)
+        header, files = open_files(arena_fd, journal_fds)
         arena = Arena(LEVELS[header.level], window=header.window, fd=arena_fd)
-        journal = cls(arena, _JournalFiles(fd, spare, mapping))
+        journal = cls(arena, files)
         # Compaction would go on in a file that nobody else keeps.
-        journal.fixed = spare < 0
+        journal.compaction_allowed = files.spare >= 0
         try:
-            arena.adopt(header.windows, journal._load(header.end))
-            if spare >= 0:
-                os.ftruncate(spare, 0)
+            arena.adopt(plan(arena.window, header.windows, journal._load(header.end)))
+            if files.spare >= 0:
+                os.ftruncate(files.spare, 0)
         except BaseException:
             journal.leave()
             raise
@@ -166,7 +136,7 @@ class Journal:
         needs.
         """
         if not self.paired:
-            self._spare = _memfd()
+            self._spare = new_file()
         return self._fd, self._spare
 
     def add(
@@ -241,7 +211,7 @@ class Journal:
             self.arena.free(slot, size)
         return kind, uid, size + length
 
-    def get(self, object_id: str) -> Record | None:
+    def get(self, object_id: str) -> ObjectRecord | None:
         """Return an object's record, or None."""
         offset = self._offsets.get(object_id)
         return None if offset is None else self._read(offset)
@@ -305,7 +275,7 @@ class Journal:
         uid: int,
     ) -> int:
         encoded_id = object_id.encode()
-        content = encoded_id + _encode(properties) if properties else encoded_id
+        content = encoded_id + encode_properties(properties) if properties else encoded_id
         rest = (RECORD.size + len(content) + 7 & ~7) - RECORD.size
         pack = self._packs.get(rest)
         if pack is None:
@@ -329,34 +299,16 @@ class Journal:
         self._map[offset + STATE_OFFSET] = GONE
         self._dead += LENGTH.unpack_from(self._map, offset)[0]
 
-    def _read(self, offset: int) -> Record:
+    def _read(self, offset: int) -> ObjectRecord:
         length, _, _, kind, id_length, size, slot, uid = RECORD.unpack_from(self._map, offset)
         start = offset + RECORD.size
         object_id = self._map[start : start + id_length].decode()
         text = self._map[start + id_length : offset + length].rstrip(b"\0")
-        return Record(object_id, kind, size, slot, _decode(text) if text else {}, uid)
+        return ObjectRecord(
+            object_id, kind, size, slot, decode_properties(text) if text else {}, uid
+        )
 
     # --- files
-
-    def _begin(self, fd: int, size: int, generation: int, windows: int) -> mmap.mmap:
-        """Make a file that lacks only its magic, and map it."""
-        os.ftruncate(fd, 0)
-        os.ftruncate(fd, size)
-        mapping = mmap.mmap(fd, size)
-        arena = self.arena
-        mapping[: FILE.size] = FILE.pack(
-            b"",
-            FORMAT,
-            FILE.size,
-            generation,
-            os.fstat(arena.fileno()).st_ino,
-            arena.window,
-            LEVELS.index(arena.level),
-            windows,
-            0,
-            FILE.size,
-        )
-        return mapping
 
     def _note_windows(self, count: int) -> None:
         """So many windows of the arena will have been used: the next process wipes what is unused
@@ -369,16 +321,12 @@ class Journal:
 
         Offsets noted before are void then.
         """
-        if self._dead <= max(_COMPACT_BYTES, self._end // 2) or self.fixed:
+        if self._dead <= max(_COMPACT_BYTES, self._end // 2) or not self.compaction_allowed:
             return
         fd = self.filenos()[1]
         header = Header(*FILE.unpack_from(self._map))
-        fresh = self._begin(
-            fd,
-            max(_INITIAL_BYTES, 2 * (self._end - self._dead)),
-            header.generation + 1,
-            header.windows,
-        )
+        size = max(_INITIAL_BYTES, 2 * (self._end - self._dead))
+        fresh = begin(fd, size, header.generation + 1, header.windows, self.arena)
         offsets = {}
         end = FILE.size
         for object_id, offset in self._offsets.items():
@@ -395,39 +343,8 @@ class Journal:
         os.ftruncate(self._spare, 0)
 
     def _load(self, end: int) -> dict[int, list[int]]:
-        """Find the records up to ``end``, and one that was finished behind it; return the offsets
-        of all plaintexts by size. Raises StateError.
-        """
-        data = self._map[:]
+        """Find all records; return the offsets of all plaintexts by size. Raises StateError."""
         found = LoadResult(self._offsets)
-        found.read(data)
-        if found.end < end:
-            raise StateError("the records end too early")
-        for old in found.superseded:
-            self._map[old + STATE_OFFSET] = GONE
-        self.survey = found.survey
-        self._dead = found.dead
-        self._end = found.end
-        END.pack_into(self._map, END_OFFSET, found.end)
-        if data.count(b"\0", found.end) != len(data) - found.end:
-            self._map[found.end :] = bytes(len(data) - found.end)
+        load(found, self._map, end)
+        self.survey, self._dead, self._end = found.survey, found.dead, found.end
         return found.buffers
-
-
-def _memfd() -> int:
-    return os.memfd_create("secretd-journal", os.MFD_CLOEXEC)
-
-
-def _encode(properties: dict[str, object]) -> bytes:
-    try:
-        return msgspec.json.encode(properties)
-    except UnicodeEncodeError:  # a file name that is not UTF-8, from a command line
-        return json.dumps(properties).encode()
-
-
-def _decode(text: bytes) -> dict[str, object]:
-    try:
-        return msgspec.json.decode(text, type=dict[str, object])
-    except msgspec.DecodeError:
-        properties: dict[str, object] = json.loads(text)
-        return properties

@@ -14,22 +14,17 @@ Rules
 
 import os
 import threading
-from bisect import bisect_left
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Self
 
-from secretd.errors import LockedMemoryExhausted, MemoryLockError, StateError
 from secretd.linux.locked_pages import (
     Level,
-    limit_text,
     map_pages,
     open_file,
     unmap_pages,
 )
+from secretd.memory.takeover import Plan, slot_size
 from secretd.memory.wipe import wipe
-
-SMALLEST_SLOT = 64
-"""Bytes of the smallest size class: a 32-byte key fits, 100,000 of them in 6.2 MiB."""
 
 SECRET_WINDOW = 256 << 10
 """Bytes mapped at once for secrets."""
@@ -159,60 +154,24 @@ class Arena:
         """The file's descriptor, borrowed."""
         return self._fd
 
-    def adopt(self, windows: int, buffers: Mapping[int, list[int]]) -> None:
-        """Take over what an earlier process left: ``buffers`` are the offsets of what is in use in
-        the first ``windows`` windows of the file, by size. All else there is wiped.
+    def adopt(self, plan: Plan) -> None:
+        """Take over what an earlier process left in the file; everything else there is wiped.
 
-        Raises StateError if they cannot be this arena's, LockedMemoryExhausted where they cannot be
-        mapped.
+        Raises LockedMemoryExhausted where it cannot be mapped.
         """
-        window, shift = self._window, self._shift
-        large: dict[int, int] = {}  # by first window: how many
-        by_slot: dict[int, list[int]] = {}
-        for size, offsets in buffers.items():
-            self.held += size * len(offsets)
-            slot = max(SMALLEST_SLOT, 1 << (size - 1).bit_length())
-            if slot < window:
-                by_slot.setdefault(slot, []).extend(offsets)
-                continue
-            for offset in offsets:
-                index = offset >> shift
-                if offset & (window - 1) or index in large:
-                    raise StateError("two secrets lie in one place")
-                large[index] = -(-size // window)
-        slots: dict[
-            int, tuple[int, set[int]]
-        ] = {}  # by window: the slots' size, where they begin in it
-        for slot, offsets in by_slot.items():
-            offsets.sort()
-            last = 0
-            while last < len(offsets):
-                first, index = last, offsets[last] >> shift
-                base = index << shift
-                last = bisect_left(offsets, base + window, first)
-                begins = set(offsets[first:last])
-                if index in slots or len(begins) < last - first:
-                    raise StateError("two secrets lie in one place")
-                if not begins.issubset(range(base, base + window, slot)):
-                    raise StateError("two secrets lie in one place")
-                slots[index] = (slot, begins)
-        self._taken = bytearray(windows)
-        used = [*large.items(), *((index, 1) for index in slots)]
-        for index, count in used:
-            if index + count > windows or any(self._taken[index : index + count]):
-                raise StateError("two secrets lie in one place")
-            self._taken[index : index + count] = b"\1" * count
+        self.held = plan.held
+        self._taken = plan.taken
         # First, one at a time, so that it takes no more locked memory than there was.
-        for index in range(windows):
-            if not self._taken[index]:
+        for index, taken in enumerate(plan.taken):
+            if not taken:
                 view = self._map(index, 1)
                 wipe(view)
                 self._unmap(index, view)
-        for index, count in used:
+        for index, count in plan.windows():
             self._views[index] = self._map(index, count)
         # Behind the end of each secret, up to that of its slot, nothing but zeros was ever written.
-        for index, (slot, begins) in slots.items():
-            slab = self._slabs[index] = _Slab(index << shift, slot, self._views[index])
+        for index, (slot, begins) in plan.slots.items():
+            slab = self._slabs[index] = _Slab(index << self._shift, slot, self._views[index])
             slab.adopt(begins)
             if slab.room:
                 self._open.setdefault(slot, []).append(slab)
@@ -229,7 +188,7 @@ class Arena:
 
     def allocate(self, size: int) -> LockedBuffer:
         """Return a zeroed buffer of ``size`` bytes, or raise LockedMemoryExhausted."""
-        slot = SMALLEST_SLOT if size <= SMALLEST_SLOT else 1 << (size - 1).bit_length()
+        slot = slot_size(size)
         with self._lock:
             slabs = self._open.get(slot)
             if slabs:
@@ -373,23 +332,3 @@ class Arena:
 
     def _unmap(self, index: int, view: memoryview) -> None:
         unmap_pages(self._addresses.pop(index), len(view))
-
-
-def choose_level(*, require: bool) -> Level:
-    """Find out once how well this process can protect memory.
-
-    ``require``: raise MemoryLockError instead of returning ``none``.
-    """
-    levels: tuple[Level, ...] = ("secretmem", "mlock")
-    for level in levels:
-        try:
-            arena = Arena(level, window=SCRATCH_WINDOW, reserve=SCRATCH_RESERVE)
-        except (OSError, LockedMemoryExhausted):
-            continue
-        arena.close()
-        return level
-    if require:
-        raise MemoryLockError(
-            f"memory cannot be locked and --memory-lock=require was given: {limit_text()}"
-        )
-    return "none"

@@ -16,7 +16,7 @@ from secretd.monitor.monitor import Monitor
 from secretd.qapi import keyval
 from secretd.qapi.command import check
 from secretd.qapi.keyval import KeyvalError
-from secretd.qom.tree import with_hint
+from secretd.qom.identifiers import with_hint
 
 QUOTED_BYTES: Final = 4
 """Bytes of a line's own text that an error about it quotes: it may be of a secret.

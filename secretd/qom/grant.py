@@ -13,7 +13,7 @@ from typing import Any, Final
 from msgspec import UNSET, UnsetType
 
 from secretd.errors import CommandError
-from secretd.journal.journal import Record
+from secretd.journal.files import ObjectRecord
 from secretd.qom.deadlines import DEADLINE, LIFETIME_SECONDS, now
 from secretd.qom.loading import Loading
 from secretd.qom.object_type import Content, ObjectOptions, ObjectType, TypeInfo
@@ -121,7 +121,7 @@ def _deadline(given: Mapping[str, object]) -> dict[str, object]:
     return {DEADLINE: now() + seconds * 1_000_000_000} if isinstance(seconds, int) else {}
 
 
-def used_up(record: Record) -> bool:
+def used_up(record: ObjectRecord) -> bool:
     """True if the grant has allowed all the reads that it may."""
     limit, reads = record.properties.get("max-reads"), record.properties.get(READS, 0)
     return isinstance(limit, int) and isinstance(reads, int) and reads >= limit

@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Struct
 
 from secretd.errors import CommandError, DeviceNotFound
-from secretd.journal.journal import Record
+from secretd.journal.files import ObjectRecord
 from secretd.memory.arena import LockedBuffer
 from secretd.qapi.visitor import JSON_VISITOR, members
 from secretd.qom.loading import Loading
@@ -94,7 +94,7 @@ class ObjectType:
         given = msgspec.to_builtins(options)
         return {name: given[name] for name, _ in self.info.properties if name in given}
 
-    def get(self, record: Record, name: str) -> object:
+    def get(self, record: ObjectRecord, name: str) -> object:
         """Return a property's value."""
         properties = record.properties
         return properties[name] if name in properties else self.defaults[name]

@@ -14,7 +14,7 @@ from msgspec import UNSET, Raw, UnsetType
 
 from secretd.crypto import base64, cipher
 from secretd.errors import CommandError, LimitReached
-from secretd.journal.journal import Record
+from secretd.journal.files import ObjectRecord
 from secretd.memory.arena import Arena, LockedBuffer
 from secretd.qapi.visitor import JSON_VISITOR, Int32
 from secretd.qom.loading import Loading, printable, use_content
@@ -110,7 +110,7 @@ class Secret(ObjectType):
             given["file"] = options.file
         return given
 
-    def get(self, record: Record, name: str) -> object:
+    def get(self, record: ObjectRecord, name: str) -> object:
         """What the client gave; ``data`` is write-only, unlike in QEMU."""
         if name == "data":
             raise CommandError("Property 'secret.data' is not readable")

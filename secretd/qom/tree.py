@@ -6,17 +6,17 @@ of its objects, by a `object_type.ObjectType`. The tree decides nothing about ac
 call it.
 """
 
-import re
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator
 from types import CoroutineType
-from typing import Any, Final
+from typing import Any
 
 from secretd.errors import AccessDenied, CommandError, LimitReached
 from secretd.journal.journal import Journal
-from secretd.journal.loader import LoadSummary
+from secretd.journal.load_result import LoadSummary
 from secretd.limits import Limits
 from secretd.memory.arena import Arena, LockedBuffer
 from secretd.qom.deadlines import DEADLINE, Deadlines, now
+from secretd.qom.identifiers import check_identifier
 from secretd.qom.loading import Loading, SourceReader
 from secretd.qom.object_type import (
     SECRET_COMMON_NAME,
@@ -26,17 +26,6 @@ from secretd.qom.object_type import (
     Types,
 )
 from secretd.qom.sorted_ids import SortedIds
-
-ID_BYTES: Final = 4096
-"""Bytes of an object's id. QEMU has no limit."""
-
-_BAD_ID: Final = "Parameter 'id' expects an identifier"
-_ID_HINT: Final = "Identifiers consist of letters, digits, '-', '.', '_', starting with a letter."
-
-_IDENTIFIER: Final = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
-
-ACQUIRED: Final = frozenset({DEADLINE, "reads"})
-"""What the journal keeps of an object that was not given, but acquired since."""
 
 
 class ObjectTree:
@@ -121,45 +110,23 @@ class ObjectTree:
             # The id is taken from now on, not only when the coroutine first runs.
             self._being_loaded.add(object_id)
             return self._add_later(options, kind, content, loading.sources.uid)
-        return self._store(object_id, kind, kind.stored(options), content, loading.sources.uid)  # type: ignore[arg-type]
+        return self.store_content(
+            object_id,
+            kind,
+            kind.stored(options),
+            content,  # type: ignore[arg-type]  # one that is awaitable is a coroutine
+            loading.sources.uid,
+        )
 
     async def _add_later(
         self, options: ObjectOptions, kind: ObjectType, content: Awaitable[Content], uid: int
     ) -> int:
         try:
-            return self._store(options.id, kind, kind.stored(options), await content, uid)
+            return self.store_content(options.id, kind, kind.stored(options), await content, uid)
         finally:
             self._being_loaded.discard(options.id)
 
-    def renew(self, options: ObjectOptions, loading: Loading, changes: dict[str, object]) -> bool:
-        """Add an object at start, where an earlier process may have left it.
-
-        Returns True if it was added.
-
-        An object that is the same stays, with its deadline and counts; another one is replaced in
-        one step. A failure leaves it as it is. ``changes``: properties to store instead of those
-        given. The sources must answer at once.
-        """
-        known = options.id in self._ids
-        if not known:
-            self.check_new(options.id)
-        kind = self._types_by_options[type(options)]
-        content = kind.create(options, loading)
-        properties = kind.stored(options) | changes
-        if isinstance(content, dict):
-            properties |= content
-        plaintext = content if isinstance(content, LockedBuffer) else None
-        if not known:
-            self._store(options.id, kind, properties, plaintext, loading.sources.uid)
-        elif self._is_same(options.id, kind, properties, plaintext):
-            if plaintext is not None:
-                plaintext.free()
-            return False
-        else:
-            self._replace(options.id, kind, properties, plaintext, loading.sources.uid)
-        return True
-
-    def _replace(
+    def replace(
         self,
         object_id: str,
         kind: ObjectType,
@@ -207,28 +174,9 @@ class ObjectTree:
             self.delete(object_id)
         return due
 
-    def _is_same(
-        self,
-        object_id: str,
-        kind: ObjectType,
-        properties: dict[str, object],
-        plaintext: LockedBuffer | None,
-    ) -> bool:
-        record = self.journal.get(object_id)
-        assert record is not None
-        names = (properties.keys() | record.properties.keys()) - ACQUIRED
-        return (
-            record.type == kind.number
-            and all(properties.get(n) == record.properties.get(n) for n in names)
-            and (plaintext is None or plaintext.view == self.journal.plaintext(object_id))
-        )
-
     def check_new(self, object_id: str) -> None:
         """Raise CommandError unless an object of that id can be added."""
-        if not _IDENTIFIER.fullmatch(object_id):
-            raise CommandError(_BAD_ID)
-        if len(object_id) > ID_BYTES:
-            raise CommandError(f"Parameter 'id' is longer than the limit of {ID_BYTES} bytes")
+        check_identifier(object_id)
         if object_id in self._ids or object_id in self._being_loaded or object_id == "type":
             raise CommandError(
                 f"attempt to add duplicate property '{object_id}' to object (type 'container')"
@@ -241,9 +189,9 @@ class ObjectTree:
         Returns its size in bytes.
         """
         kind = self._types_by_options[type(options)]
-        return self._store(options.id, kind, kind.stored(options), plaintext, uid)
+        return self.store_content(options.id, kind, kind.stored(options), plaintext, uid)
 
-    def _store(
+    def store_content(
         self,
         object_id: str,
         kind: ObjectType,
@@ -251,6 +199,10 @@ class ObjectTree:
         content: Content,
         uid: int,
     ) -> int:
+        """Add an object whose content was loaded; return its plaintext's size in bytes.
+
+        Takes over the plaintext, also if it raises CommandError.
+        """
         plaintext, size = None, 0
         if isinstance(content, LockedBuffer):
             plaintext, size = content, content.size
@@ -396,8 +348,3 @@ class ObjectTree:
 def _length(properties: dict[str, object]) -> int:
     """About how many bytes they take in the journal."""
     return sum(len(str(value)) for value in properties.values())
-
-
-def with_hint(words: str) -> str:
-    """Return an error as people get it, beside whom programs get none (error_append_hint())."""
-    return f"{words}\n{_ID_HINT}" if words == _BAD_ID else words

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Which secret a unit's LoadCredential= asks for, and by which grant.
+
+Any process can claim a unit's address, so the peer must be a service manager that is in that very
+unit, by what the kernel says. The secret is the one whose id is the credential's name, or the one
+that a grant's ``credential`` maps the name to; where that could be more than one, none is given.
+decision is the only caller.
+"""
+
+import asyncio
+from collections.abc import Iterator
+
+from secretd.access.grant_index import GrantIndex, Rule
+from secretd.access.peer import Peer
+from secretd.errors import AccessDenied
+from secretd.qom.patterns import is_pattern, literal_prefix, matcher
+from secretd.qom.tree import ObjectTree
+from secretd.systemd.credential_address import CREDENTIAL_BYTES, CredentialAddress
+
+
+class CredentialMapping:
+    """From units and credentials' names to secrets."""
+
+    def __init__(self, tree: ObjectTree, index: GrantIndex) -> None:
+        self._tree = tree
+        self._index = index
+
+    async def find(self, peer: Peer, claimed: CredentialAddress | None) -> tuple[str, Rule]:
+        """Return the id of the secret that a unit asks for, and the grant that permits it."""
+        if claimed is None:
+            raise AccessDenied("the address it came from is not one of LoadCredential=")
+        unit, name = claimed
+        # A user's own manager has that user's uid, and so has root's.
+        if peer.unit not in (f"unit:{unit}", f"user-unit:{peer.uid}/{unit}"):
+            raise AccessDenied(f"it says that it is {unit}, and is in {peer.unit or 'no unit'}")
+        if peer.uid != 0 and not (peer.trusted and peer.unit.startswith("user-unit:")):
+            raise AccessDenied(f"uid {peer.uid} is not that of the service manager")
+        found: dict[str, Rule] = {}
+        missing = ""
+        for rule in self._living(peer.identities):
+            if matcher(rule.secret)(name):
+                missing = missing or name
+                if self._tree.is_secret(name):
+                    found[name] = rule
+            if rule.credential == name:
+                missing = rule.secret
+                for object_id in self._secrets(rule):
+                    if object_id is None:
+                        await asyncio.sleep(0)  # others have their turn
+                    else:
+                        found[object_id] = rule
+                    if len(found) > 1:
+                        break
+        if len(found) > 1:
+            names = ", ".join(f"'{object_id}'" for object_id in sorted(found))
+            raise AccessDenied(f"it could be more than one secret: {names}")
+        if not found and missing:
+            raise AccessDenied(f"there is no secret '{missing}'")
+        if not found:
+            raise AccessDenied(f"no grant lets {peer.unit} have it")
+        ((object_id, rule),) = found.items()
+        if object_id in self._tree.pinned:
+            raise AccessDenied(f"secret '{object_id}' is the audit's key")
+        if self._index.rules.get(rule.id) is not rule or not self._tree.is_secret(object_id):
+            raise AccessDenied(f"no grant lets {peer.unit} have it")  # any more
+        size = self._tree.secret(object_id)[1]
+        if len(name.encode()) + size > CREDENTIAL_BYTES:
+            raise AccessDenied(
+                f"secret '{object_id}' has {size} bytes, which with the credential's name is more than "
+                f"the {CREDENTIAL_BYTES} that systemd takes"
+            )
+        return object_id, rule
+
+    def _secrets(self, rule: Rule) -> Iterator[str | None]:
+        """Return the secrets that a grant is for; None wherever others should have their turn."""
+        if not is_pattern(rule.secret):
+            return iter([rule.secret] if self._tree.is_secret(rule.secret) else [])
+        fits = matcher(rule.secret)
+        found = self._tree.secrets_after("", [literal_prefix(rule.secret)])
+        return (object_id for object_id in found if object_id is None or fits(object_id))
+
+    def _living(self, identities: frozenset[str]) -> list[Rule]:
+        """Return the grants that have not expired, whether they have reads left or not."""
+        granted = self._index.granted_to(identities)
+        return [
+            rule
+            for rule in granted.all.values()
+            if (rule.id not in granted.uncacheable or self._index.allows(rule.authz, identities))
+            and not self._tree.deadlines.expired(rule.id)
+        ]

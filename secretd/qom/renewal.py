@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Adding objects at start, where an earlier process may have left them.
+
+What the command line says is made at every start. An object that is already there and the same
+stays, with its deadline and counts; a file is read again each time. daemon.initial_objects calls
+it.
+"""
+
+from typing import Final
+
+from secretd.memory.arena import LockedBuffer
+from secretd.qom.deadlines import DEADLINE
+from secretd.qom.grant import READS
+from secretd.qom.loading import Loading
+from secretd.qom.object_type import ObjectOptions, ObjectType
+from secretd.qom.tree import ObjectTree
+
+ACQUIRED: Final = frozenset({DEADLINE, READS})
+"""What the journal keeps of an object that was not given, but acquired since."""
+
+
+def renew(
+    tree: ObjectTree, options: ObjectOptions, loading: Loading, changes: dict[str, object]
+) -> bool:
+    """Add an object, or replace a different one in one step; True unless the same object is there.
+
+    A failure leaves an existing object as it is. ``changes``: properties to store instead of those
+    given. The sources must answer at once. Raises CommandError.
+    """
+    known = options.id in tree.journal
+    if not known:
+        tree.check_new(options.id)
+    kind = tree.types.of[type(options)]
+    content = kind.create(options, loading)
+    properties = kind.stored(options) | changes
+    if isinstance(content, dict):
+        properties |= content
+    plaintext = content if isinstance(content, LockedBuffer) else None
+    if not known:
+        tree.store_content(options.id, kind, properties, plaintext, loading.sources.uid)
+    elif _is_same(tree, options.id, kind, properties, plaintext):
+        if plaintext is not None:
+            plaintext.free()
+        return False
+    else:
+        tree.replace(options.id, kind, properties, plaintext, loading.sources.uid)
+    return True
+
+
+def _is_same(
+    tree: ObjectTree,
+    object_id: str,
+    kind: ObjectType,
+    properties: dict[str, object],
+    plaintext: LockedBuffer | None,
+) -> bool:
+    record = tree.journal.get(object_id)
+    assert record is not None
+    names = (properties.keys() | record.properties.keys()) - ACQUIRED
+    return (
+        record.type == kind.number
+        and all(properties.get(n) == record.properties.get(n) for n in names)
+        and (plaintext is None or plaintext.view == tree.journal.plaintext(object_id))
+    )
