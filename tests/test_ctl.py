@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from secretd.ctl import secrets, verb
+from secretd.ctl import verb
+from secretd.ctl.main import main
 from tests.conftest import ARENA_LEVEL, Client, Daemon
 
 BIN = os.path.dirname(sys.executable)
@@ -36,7 +37,7 @@ class Ctl:
         monkeypatch = self._monkeypatch
         monkeypatch.setattr(sys, "argv", ["secretctl", "--socket", socket or self._socket, *words])
         self._capfd.readouterr()
-        assert secrets.main() == status
+        assert main() == status
         captured = self._capfd.readouterr()
         return captured.out, captured.err
 
@@ -329,7 +330,7 @@ def test_a_daemon_that_goes_away_is_said(
     monkeypatch.setattr(
         "secretd.client.SyncClient.list", lambda self: self.execute("qom-list-types")
     )
-    monkeypatch.setattr("secretd.ctl.verb.RETRY_SECONDS", 0)
+    monkeypatch.setattr("secretd.ctl.connection.RETRY_SECONDS", 0)
     _, err = run("list", status=1)
     assert err.startswith("secretctl: the connection was lost")
 

@@ -14,7 +14,7 @@ import pytest
 
 from secretd.audit import chain
 from secretd.audit.log import Audit
-from secretd.ctl import access, verb
+from secretd.ctl import identities, output, verb
 from secretd.errors import UsageError
 from tests.conftest import Client, Daemon, need_root
 from tests.test_ctl import Ctl, run
@@ -157,7 +157,7 @@ def test_a_lifetime_is_set_and_listed(run: Ctl, qmp: Client) -> None:
     qmp.ok("secret-expire", {"id": "s", "after": 5000})
     listed = json.loads(run("list", "--json")[0])
     assert listed[0]["expires-in"] == 5000
-    assert verb.duration(0) == "0s"
+    assert output.duration(0) == "0s"
     assert run("expire", "t", "--never") == ("t will not expire\n", "")
     assert "expires-in" not in json.loads(run("list", "--json")[0])[1]
     for wrong in ([], ["--never", "--after", "8h"]):
@@ -192,7 +192,7 @@ def test_a_lifetime_is_set_and_listed(run: Ctl, qmp: Client) -> None:
 )
 def test_names_become_what_the_daemon_calls_them(who: str, wanted: list[str]) -> None:
     """Users and groups numbers, units whole names."""
-    assert access.identities(who) == wanted
+    assert identities.identities(who) == wanted
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_names_become_what_the_daemon_calls_them(who: str, wanted: list[str]) ->
 def test_who_is_not_known_is_said(who: str, words: str) -> None:
     """Nothing is guessed."""
     with pytest.raises(UsageError) as caught:
-        access.identities(who)
+        identities.identities(who)
     assert words in str(caught.value)
 
 

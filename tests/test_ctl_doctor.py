@@ -13,18 +13,19 @@ from typing import Any
 
 import pytest
 
-from secretd.ctl import doctor
-from secretd.ctl.verb import Options
+from secretd.ctl import daemon_checks, doctor, machine_checks
+from secretd.ctl.findings import Finding
+from secretd.ctl.output import Common
 from secretd.errors import MemoryLockError
 from tests.conftest import Client, Daemon
 from tests.test_ctl import Ctl, run
 
 __all__ = ["run"]
 
-NONE = Options(socket=None)
+NONE = Common(socket=None, timeout=None, json=False)
 
 
-def found(check: Callable[[Options], Any], options: Options = NONE) -> list[doctor.Finding]:
+def found(check: Callable[[Common], Any], options: Common = NONE) -> list[Finding]:
     """What a check finds."""
     return list(check(options))
 
@@ -34,7 +35,7 @@ def test_where_all_is_well_it_says_so(
 ) -> None:
     """For people, a line each; for programs as JSON; the exit status is 0."""
     version = qmp.ok("query-version")["package"].removeprefix("secretd ")
-    monkeypatch.setattr(doctor, "__version__", version)
+    monkeypatch.setattr(daemon_checks, "__version__", version)
     out, err = run("doctor")
     assert err == ""
     assert "✓ daemon" in out
@@ -53,8 +54,8 @@ def test_a_terminal_that_has_no_such_marks_gets_words(
     """Nothing is lost."""
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
     findings = [
-        doctor.Finding("memory", "failed", "none", "do this"),
-        doctor.Finding("python", "ok", "3"),
+        Finding("memory", "failed", "none", "do this"),
+        Finding("python", "ok", "3"),
     ]
     lines: list[str] = []
     monkeypatch.setattr(doctor.click, "echo", lines.append)
@@ -91,8 +92,8 @@ def test_each_level_of_memory_is_told(
             raise MemoryLockError("no")
         return level
 
-    monkeypatch.setattr(doctor, "choose_level", choose)
-    first = found(doctor._memory)[0]
+    monkeypatch.setattr(machine_checks, "choose_level", choose)
+    first = found(machine_checks._memory)[0]
     assert first.state == state
     assert mend in first.mend
 
@@ -112,22 +113,22 @@ def test_how_much_may_be_locked_is_told(
     """There is none for root."""
     monkeypatch.setattr(resource, "getrlimit", lambda _what: (limit, limit))
     monkeypatch.setattr(os, "geteuid", lambda: uid)
-    assert found(doctor._memory)[1].state == state
-    assert found(doctor._files)[0].state == ("warning" if 0 <= limit < 4096 else "ok")
+    assert found(machine_checks._memory)[1].state == state
+    assert found(machine_checks._files)[0].state == ("warning" if 0 <= limit < 4096 else "ok")
 
 
 def test_few_descriptors_are_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a way to get more."""
     monkeypatch.setattr(resource, "getrlimit", lambda _what: (1024, 1024))
-    (finding,) = found(doctor._files)
+    (finding,) = found(machine_checks._files)
     assert finding.state == "warning"
     assert "LimitNOFILE" in finding.mend
 
 
 def test_a_kernel_without_pidfds_of_peers_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     """It says which has them."""
-    monkeypatch.setattr(doctor, "_SO_PEERPIDFD", 9999)
-    (finding,) = found(doctor._kernel)
+    monkeypatch.setattr(machine_checks, "_SO_PEERPIDFD", 9999)
+    (finding,) = found(machine_checks._kernel)
     assert finding.state == "warning"
     assert "6.5" in finding.mend
 
@@ -135,8 +136,10 @@ def test_a_kernel_without_pidfds_of_peers_is_a_warning(monkeypatch: pytest.Monke
 def test_the_socket_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Missing, no socket, in somebody else's directory, where one may not look."""
 
-    def at(path: Path) -> doctor.Finding:
-        (finding,) = found(doctor._sockets, Options(socket=str(path)))
+    def at(path: Path) -> Finding:
+        (finding,) = found(
+            machine_checks._sockets, Common(socket=str(path), timeout=None, json=False)
+        )
         return finding
 
     assert at(tmp_path / "no").found.endswith("does not exist")
@@ -144,7 +147,7 @@ def test_the_socket_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind(str(tmp_path / "s"))
         assert at(tmp_path / "s").state == "ok"
-        monkeypatch.setattr(doctor.paths, "is_trusted", lambda _path: False)
+        monkeypatch.setattr(machine_checks.paths, "is_trusted", lambda _path: False)
         assert at(tmp_path / "s").state == "warning"
 
     def forbidden(_path: str) -> None:
@@ -165,16 +168,18 @@ def test_units_are_looked_at_where_systemd_runs(monkeypatch: pytest.MonkeyPatch)
         subprocess, "run", lambda *_a, **_k: subprocess.CompletedProcess([], 0, answers.pop(0), "")
     )
     answers += ["LoadState=not-found\nActiveState=inactive\n"]
-    assert [f.found for f in found(doctor._units)] == ["secretd-control.socket is not installed"]
+    assert [f.found for f in found(machine_checks._units)] == [
+        "secretd-control.socket is not installed"
+    ]
     answers += ["LoadState=loaded\nActiveState=active\nUnitFileState=enabled\n"] * 2
     answers += ["LoadState=loaded\nActiveState=inactive\nUnitFileState=disabled\n"]
     answers += ["ActiveState=active\nSubState=running\n"]
-    findings = found(doctor._units)
+    findings = found(machine_checks._units)
     assert [f.state for f in findings] == ["ok", "ok", "warning"]
     assert findings[2].mend == "systemctl enable --now secretd-credentials.socket"
     answers += ["LoadState=loaded\nActiveState=active\nUnitFileState=enabled\n"] * 3
     answers += ["ActiveState=activating\nSubState=auto-restart\nNRestarts=7\n", "no such file\n"]
-    (failing,) = found(doctor._units)[3:]
+    (failing,) = found(machine_checks._units)[3:]
     assert failing.state == "failed"
     assert failing.found == "auto-restart, after 7 restarts: no such file"
 
@@ -182,9 +187,9 @@ def test_units_are_looked_at_where_systemd_runs(monkeypatch: pytest.MonkeyPatch)
         raise subprocess.TimeoutExpired("systemctl", 1)
 
     monkeypatch.setattr(subprocess, "run", message_timed_out)
-    assert [f.state for f in found(doctor._units)] == ["warning"]
+    assert [f.state for f in found(machine_checks._units)] == ["warning"]
     monkeypatch.setattr(os.path, "isdir", lambda _path: False)
-    assert found(doctor._units) == []
+    assert found(machine_checks._units) == []
 
 
 def test_a_daemon_that_does_not_answer_is_a_failure(run: Ctl, tmp_path: Path) -> None:
@@ -208,7 +213,7 @@ def test_what_the_daemon_tells_is_judged(
     qmp.add("a", data="letmein")
     daemon.server.core.limits.note_hit("objects-per-uid")
     daemon.server.core.audit.dropped = 3
-    monkeypatch.setattr(doctor, "__version__", "99")
+    monkeypatch.setattr(daemon_checks, "__version__", "99")
     # The level of the daemon that these tests run in this process.
     monkeypatch.setattr(daemon.tree.journal.arena, "level", "none")
     out, _ = run("doctor", status=1)

@@ -12,11 +12,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 
 from secretd.client import ConnectError
-from secretd.ctl import verb
-from secretd.ctl.verb import cli, complete_ids
+from secretd.ctl.completion import complete_ids
+from secretd.ctl.main import SECTIONS, cli
 from tests.conftest import Client, Daemon, need_program
 from tests.test_ctl import SECRETCTL, Ctl, run
 
@@ -26,7 +27,7 @@ __all__ = ["run"]
 def test_each_verb_is_listed_once_and_has_help_that_fits(run: Ctl) -> None:
     """In the help of all, each with a whole sentence; its own help has more."""
     out, _ = run("--help")
-    listed = [name for names in verb.SECTIONS.values() for name in names]
+    listed = [name for names in SECTIONS.values() for name in names]
     assert sorted(listed) == sorted(cli.commands)
     assert len(set(listed)) == len(listed)
     for name in listed:
@@ -136,7 +137,7 @@ def test_the_script_for_each_shell_is_one_that_it_takes(
 def test_it_starts_without_what_it_does_not_need() -> None:
     """Drawing is for terminals, cryptography and the daemon's modules for nobody here."""
     code = (
-        "import sys; from secretd.ctl import secrets\n"
+        "import sys; from secretd.ctl import main\n"
         "heavy = {'rich', 'cryptography', 'secretd.monitor.monitor', 'secretd.audit.log'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
@@ -161,13 +162,7 @@ def test_an_abort_is_status_130(run: Ctl, monkeypatch: pytest.MonkeyPatch) -> No
     """As Ctrl-C is."""
 
     def abort(*_args: object, **_named: object) -> None:
-        raise verb.click.Abort
+        raise click.Abort
 
     monkeypatch.setattr(cli, "main", abort)
     run("list", status=130)
-
-
-def test_what_options_do_not_have_is_an_error() -> None:
-    """And not None."""
-    with pytest.raises(AttributeError):
-        _ = verb.Options(a=1).b

@@ -16,7 +16,9 @@ import pytest
 
 from secretd import paths
 from secretd.client import channel
-from secretd.ctl import doctor, prompt, verb
+from secretd.ctl import daemon_checks, prompt, verb
+from secretd.ctl.main import main
+from secretd.errors import UsageError
 from tests.conftest import Client, Daemon, need_locked_memory
 from tests.test_ctl import SECRETCTL, Ctl, run
 from tests.test_sync_client import server
@@ -258,7 +260,7 @@ def test_silence_is_broken_by_words(
 ) -> None:
     """Each verb says what it waits for, gives up when it is told to, and doctor by itself."""
     monkeypatch.setattr(channel, "PATIENCE_SECONDS", 0.02)
-    monkeypatch.setattr(doctor, "ANSWER_SECONDS", 0.1)
+    monkeypatch.setattr(daemon_checks, "ANSWER_SECONDS", 0.1)
     path = str(tmp_path / "s")
     with socket.socket(socket.AF_UNIX) as silent:
         silent.bind(path)
@@ -282,14 +284,14 @@ def test_the_client_socket_does_not_answer_unnamed(
     monkeypatch.setattr(verb, "_check_socket", lambda _path: None)
     monkeypatch.setattr("sys.argv", ["secretctl", "list"])
     run._capfd.readouterr()
-    assert verb.main() == 0
+    assert main() == 0
     _, err = run._capfd.readouterr()
     assert (
         err
         == f"secretctl: no control socket at {control}; asking the client socket {daemon.client}\n"
     )
     monkeypatch.setattr("sys.argv", ["secretctl", "doctor"])
-    assert verb.main() == 0
+    assert main() == 0
     out, _ = run._capfd.readouterr()
     assert f"{daemon.client}, which is not the control socket {control}" in out
 
@@ -340,7 +342,7 @@ def test_a_terminal_that_cannot_be_asked_is_said(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(os, "open", opening)
     monkeypatch.setattr(termios, "tcgetattr", no_terminal)
     with (
-        pytest.raises(verb.UsageError, match="give --stdin or --file"),
+        pytest.raises(UsageError, match="give --stdin or --file"),
         prompt.ask_twice(None, ""),  # type: ignore[arg-type]
     ):
         pass

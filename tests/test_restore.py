@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import pytest
 
 from secretd.errors import LockedMemoryExhausted, StateError
-from secretd.journal import journal, layout, loader
+from secretd.journal import bulk_loader, files, journal, layout, load_result, loader
 from secretd.journal.journal import Journal
 from secretd.linux import locked_pages
 from secretd.linux.locked_pages import Level
-from secretd.memory import arena
+from secretd.memory import arena, takeover, wipe
 from secretd.memory.arena import Arena
 from tests.conftest import need_level
 from tests.test_state import put
@@ -94,7 +94,18 @@ def discard(journal: Journal) -> None:
 
 
 WATCHED: frozenset[str] = frozenset(
-    (arena.__file__, locked_pages.__file__, loader.__file__, journal.__file__)
+    str(module.__file__)
+    for module in (
+        arena,
+        takeover,
+        wipe,
+        locked_pages,
+        journal,
+        files,
+        loader,
+        bulk_loader,
+        load_result,
+    )
 )
 
 

@@ -18,8 +18,8 @@ import click
 from msgspec import UNSET, Raw, UnsetType
 
 from secretd.audit.records import AuditRecord
-from secretd.ctl.secrets import main as _verbs_are_there  # noqa: F401
-from secretd.ctl.verb import EXIT_STATUS, SECTIONS, cli
+from secretd.ctl.main import SECTIONS, cli
+from secretd.ctl.output import EXIT_STATUS
 from secretd.daemon.options import parser as daemon_parser
 from secretd.monitor.commands import COMMANDS
 from secretd.monitor.events import EVENTS

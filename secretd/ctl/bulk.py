@@ -18,18 +18,10 @@ import click
 
 from secretd import client as api
 from secretd.client import Encoding, Event, SyncClient
-from secretd.ctl.verb import (
-    Options,
-    argument,
-    client_of,
-    complete_ids,
-    done,
-    fail,
-    flag,
-    option,
-    progress,
-    verb,
-)
+from secretd.ctl.completion import complete_ids
+from secretd.ctl.connection import client_of
+from secretd.ctl.output import Common, done, fail, progress
+from secretd.ctl.verb import argument, flag, option, verb
 from secretd.errors import UsageError
 from secretd.memory.arena import LockedBuffer
 
@@ -51,43 +43,43 @@ _BLANK: Final = re.compile(rb"[ \t\r]*")
         "secretctl --socket old.sock export --keyid master | secretctl import",
     ),
 )
-def import_(options: Options) -> int:
+def import_(common: Common, file: str, skip_existing: bool) -> int:
     """Add many secrets from lines of JSON.
 
     They come from FILE or standard input. A line has the members of object-add: id, data, and
     format, keyid and iv as needed; and expires-in, in seconds. What 'export' writes is such. The
     first line that is refused ends it, and is named; those before it are added.
     """
-    fd = 0 if options.file == "-" else os.open(options.file, os.O_RDONLY | os.O_CLOEXEC)
+    fd = 0 if file == "-" else os.open(file, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        return _import(options, fd)
+        return _import(common, file, fd, skip_existing=skip_existing)
     finally:
         if fd:
             os.close(fd)
 
 
-def _import(options: Options, fd: int) -> int:
+def _import(common: Common, file: str, fd: int, *, skip_existing: bool) -> int:
     added = skipped = 0
     with (
-        client_of(options) as client,
+        client_of(common) as client,
         client.buffer(2 * LINE_BYTES) as buffer,
         progress("importing", None) as step,
     ):
         for number, line in enumerate(_lines(fd, buffer), 1):
-            where = f"{options.file}:{number}"
+            where = f"{file}:{number}"
             try:
                 if line:
                     _add(client, line, where)
                     added += 1
             except api.ExecuteError as error:
-                if not (options.skip_existing and "duplicate property" in str(error)):
+                if not (skip_existing and "duplicate property" in str(error)):
                     return fail(f"{where}: {error} ({added} added before it)")
                 skipped += 1
             step()
     if not added and not skipped:
-        return fail(f"{options.file}: it has no line with a secret, so nothing was added")
-    if options.json:
-        done(options, added=added, skipped=skipped)
+        return fail(f"{file}: it has no line with a secret, so nothing was added")
+    if common.json:
+        done(common, added=added, skipped=skipped)
     else:
         print(f"{added} added" + (f", {skipped} there already" if skipped else ""))
     return 0
@@ -181,7 +173,7 @@ def _add(client: SyncClient, line: memoryview, where: str) -> None:
     ),
     examples=("secretctl export --keyid master > sealed.jsonl",),
 )
-def export(options: Options) -> int:
+def export(common: Common, ids: tuple[str, ...], keyid: str) -> int:
     """Print many secrets, sealed, as lines of JSON.
 
     All of them without IDS, but the one they are sealed under. They can be read with 'import', here
@@ -190,13 +182,13 @@ def export(options: Options) -> int:
     1.
     """
     exported = failed = 0
-    with client_of(options) as client:
+    with client_of(common) as client:
         every = {s.id: s for s in client.list()}
-        ids = options.ids or [i for i in every if i != options.keyid]
-        with progress("exporting", len(ids)) as step:
-            for object_id in ids:
+        wanted = ids or [i for i in every if i != keyid]
+        with progress("exporting", len(wanted)) as step:
+            for object_id in wanted:
                 try:
-                    sealed = client.seal(object_id, options.keyid)
+                    sealed = client.seal(object_id, keyid)
                 except api.ExecuteError as error:
                     failed += 1
                     fail(f"{object_id}: {error}")
@@ -204,7 +196,7 @@ def export(options: Options) -> int:
                     continue
                 line = {
                     "qom-type": "secret", "id": object_id, "data": sealed.data, "format": "base64",
-                    "keyid": options.keyid, "iv": sealed.iv,
+                    "keyid": keyid, "iv": sealed.iv,
                 }  # fmt: skip
                 left = every[object_id].expires_in if object_id in every else None
                 print(json.dumps(line if left is None else line | {"expires-in": left}), flush=True)
@@ -216,26 +208,26 @@ def export(options: Options) -> int:
 
 
 @verb("watch", flag("--once", help="end after the first event"))
-def watch(options: Options) -> None:
+def watch(common: Common, once: bool) -> None:
     """Print what happens to secrets as it happens.
 
     On the control socket by whom, too; on the client socket what concerns secrets that the caller
     may read. A restart of secretd is waited for.
     """
-    with client_of(options) as client:
-        if sys.stderr.isatty() and not options.json:
+    with client_of(common) as client:
+        if sys.stderr.isatty() and not common.json:
             print(f"watching {client.path}; Ctrl-C ends it", file=sys.stderr)
         events = client.events()
         while True:
             event = next(events, None)
             if event is None:
                 return
-            print(_told(event, as_json=options.json), flush=True)
-            if options.once:
+            print(_described(event, as_json=common.json), flush=True)
+            if once:
                 return
 
 
-def _told(event: Event, *, as_json: bool) -> str:
+def _described(event: Event, *, as_json: bool) -> str:
     if as_json:
         return json.dumps({"time": event.time, "event": event.name, **event.data})
     clock = time.strftime("%H:%M:%S", time.localtime(event.time))

@@ -1,53 +1,28 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The command `secretctl`: secretd from a shell.
+"""The verbs about secrets: add, read, list, del, generate and expire.
 
-Opens files and passes their descriptors, so that plaintext goes past this process where it can.
-What it must hold for a moment (a prompt, a pipe it looks into) lies in locked memory.
-
-The command line, errors and what is printed are in ctl_frame, with what the exit statuses mean;
-other verbs in ctl_access, ctl_bulk and ctl_doctor.
+They open files and pass the descriptors on, so that plaintext bypasses this process where it can.
+What the process must hold for a moment (a prompt, a pipe whose end it examines) lies in locked
+memory.
 """
 
 import errno
-import fcntl
 import json
 import os
-import resource
-import shutil
-import signal
 import stat
-import sys
 
 import click
 
-from secretd.client import Encoding, Format, SecretInfo, SyncClient, default_socket
-from secretd.client.channel import Channel, Lost, Refused
-from secretd.ctl import access, bulk, doctor
+from secretd.client import Encoding, Format, SecretInfo, SyncClient
+from secretd.ctl.completion import complete_ids
+from secretd.ctl.connection import client_of
+from secretd.ctl.output import Common, at_and_in, count, done, duration, table, warn
 from secretd.ctl.prompt import ask_twice
-from secretd.ctl.verb import (
-    NOT_EXECUTABLE,
-    NOT_FOUND,
-    Options,
-    argument,
-    client_of,
-    complete_ids,
-    count,
-    done,
-    duration,
-    fail,
-    flag,
-    main,
-    option,
-    say_waiting,
-    table,
-    verb,
-    warn,
-)
+from secretd.ctl.times import TIME, seconds
+from secretd.ctl.verb import argument, flag, option, verb
 from secretd.errors import UsageError
 
 _STDIN_BYTES = 2 << 20
-_PIPE_BYTES = 64 << 10
-"""What a pipe holds at first (pipe(7))."""
 
 _ENCODINGS = click.Choice(("raw", "base64"))
 
@@ -56,12 +31,12 @@ _ENCODINGS = click.Choice(("raw", "base64"))
 
 @verb(
     "add",
-    argument("id"),
+    argument("object_id", metavar="ID"),
     option("--file", metavar="PATH", help="read it from a file or <(command)"),
     option("--fd", metavar="N", type=int, help="read it from an inherited descriptor"),
     flag("--stdin", help="read it from standard input"),
     flag("--prompt", help="ask for it on the terminal"),
-    option("--format", type=_ENCODINGS, default="raw", help="how it is encoded"),
+    option("--format", "form", type=_ENCODINGS, default="raw", help="how it is encoded"),
     option(
         "--keyid",
         metavar="K",
@@ -75,51 +50,62 @@ _ENCODINGS = click.Choice(("raw", "base64"))
         "secretctl add ceph --file /etc/ceph/client.key --format base64",
     ),
 )
-def add(options: Options) -> None:
+def add(
+    common: Common,
+    *,
+    object_id: str,
+    file: str | None,
+    fd: int | None,
+    stdin: bool,
+    prompt: bool,
+    form: Format,
+    keyid: str | None,
+    iv: str | None,
+) -> None:
     """Add a secret.
 
     It is asked for on the terminal if no source is given. Its content comes from a file, a
     descriptor, standard input or a prompt, raw or in base64, in clear or encrypted under another
     secret. It never stands in an argument, where everybody could read it.
     """
-    given = (options.file is not None, options.fd is not None, options.stdin, options.prompt)
-    if sum(given) > 1:
+    if sum((file is not None, fd is not None, stdin, prompt)) > 1:
         raise click.UsageError("--file, --fd, --stdin and --prompt exclude each other")
-    if options.iv is not None and options.keyid is None:
+    if iv is not None and keyid is None:
         raise UsageError("--iv goes with --keyid, the secret that it is encrypted under")
-    with client_of(options) as client:
-        encoding = Encoding(options.format, options.keyid, options.iv)
-        if options.file is not None:
-            fd = os.open(options.file, os.O_RDONLY | os.O_CLOEXEC)
+    with client_of(common) as client:
+        encoding = Encoding(form, keyid, iv)
+        if file is not None:
+            opened = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
             try:
-                _add_fd(client, options, fd, encoding)
+                _add_fd(client, object_id, opened, encoding, file)
             finally:
-                os.close(fd)
-        elif options.prompt or (options.fd is None and not options.stdin and os.isatty(0)):
-            with ask_twice(client, f"Secret {options.id}: ") as typed:
-                client.add_bytes(options.id, typed.view, encoding)
+                os.close(opened)
+        elif prompt or (fd is None and not stdin and os.isatty(0)):
+            with ask_twice(client, f"Secret {object_id}: ") as typed:
+                client.add_bytes(object_id, typed.view, encoding)
         else:
-            _add_fd(client, options, 0 if options.fd is None else options.fd, encoding)
-        added = client.info(options.id)
+            number = 0 if fd is None else fd
+            _add_fd(client, object_id, number, encoding, f"descriptor {number}")
+        added = client.info(object_id)
     size = None if added is None else added.size
-    if options.json:
-        done(options, id=options.id, size=size)
+    if common.json:
+        done(common, id=object_id, size=size)
     else:
-        print(f"added {options.id}" + ("" if size is None else f", {count(size, 'byte')}"))
+        print(f"added {object_id}" + ("" if size is None else f", {count(size, 'byte')}"))
 
 
-def _add_fd(client: SyncClient, options: Options, fd: int, encoding: Encoding) -> None:
+def _add_fd(client: SyncClient, object_id: str, fd: int, encoding: Encoding, where: str) -> None:
     try:
         status = os.fstat(fd)
     except OSError as error:
         raise UsageError(f"descriptor {fd}: {error.strerror}") from None
     if stat.S_ISREG(status.st_mode):
         last = os.pread(fd, 1, max(0, status.st_size - 1))
-        _check_end(last[0] if last else None, options.format)
-        client.add(options.id, fd, encoding)
+        _check_end(last[0] if last else None, encoding.format)
+        client.add(object_id, fd, encoding)
         return
     if stat.S_ISDIR(status.st_mode):
-        raise UsageError(f"{options.file or f'descriptor {fd}'}: {os.strerror(errno.EISDIR)}")
+        raise UsageError(f"{where}: {os.strerror(errno.EISDIR)}")
     # A pipe can be read only once: look at its end here, in locked memory.
     with client.buffer(_STDIN_BYTES + 1) as buffer:
         fill = 0
@@ -129,8 +115,8 @@ def _add_fd(client: SyncClient, options: Options, fd: int, encoding: Encoding) -
                 raise UsageError(
                     f"more than {_STDIN_BYTES:,} bytes were given, and a secret may have 1,048,576"
                 )
-        _check_end(buffer.view[fill - 1] if fill else None, options.format)
-        client.add_bytes(options.id, buffer.view[:fill], encoding)
+        _check_end(buffer.view[fill - 1] if fill else None, encoding.format)
+        client.add_bytes(object_id, buffer.view[:fill], encoding)
 
 
 def _read(fd: int, view: memoryview) -> int:
@@ -154,44 +140,41 @@ def _check_end(last: int | None, format: Format) -> None:  # noqa: A002
 
 @verb(
     "read",
-    argument("id", shell_complete=complete_ids),
-    option("--format", type=_ENCODINGS, default="raw", help="how to write it"),
+    argument("object_id", metavar="ID", shell_complete=complete_ids),
+    option("--format", "form", type=_ENCODINGS, default="raw", help="how to write it"),
     flag("--force", help="even if that is a terminal"),
     examples=("secretctl read disk0 | cryptsetup open --key-file=- /dev/vdb data",),
 )
-def read(options: Options) -> None:
+def read(common: Common, object_id: str, form: Format, force: bool) -> None:
     """Write a secret to standard output.
 
     With --json it is a line of JSON that holds it in base64.
     """
-    if os.isatty(1) and not options.force:
+    if os.isatty(1) and not force:
         raise UsageError(
             "stdout is a terminal; send the secret to a pipe or a file, or use --force"
         )
-    with client_of(options) as client:
-        form: Format = "base64" if options.json else options.format
-        with client.read(options.id, format=form) as secret:
-            if options.json:
-                os.write(
-                    1, f'{{"id": {json.dumps(options.id)}, "format": "base64", "data": "'.encode()
-                )
-            rest = secret.view
-            while rest:
-                rest = rest[os.write(1, rest) :]
-            if options.json:
-                os.write(1, b'"}\n')
+    encoding: Format = "base64" if common.json else form
+    with client_of(common) as client, client.read(object_id, format=encoding) as secret:
+        if common.json:
+            os.write(1, f'{{"id": {json.dumps(object_id)}, "format": "base64", "data": "'.encode())
+        rest = secret.view
+        while rest:
+            rest = rest[os.write(1, rest) :]
+        if common.json:
+            os.write(1, b'"}\n')
 
 
 @verb("list", examples=("secretctl list --json | jq -r '.[].id'",))
-def list_secrets(options: Options) -> None:
+def list_secrets(common: Common) -> None:
     """List the secrets.
 
     Their ids, types, sizes, how well their memory is protected, and the time they have left; on the
     client socket those that the caller may read.
     """
-    with client_of(options) as client:
+    with client_of(common) as client:
         secrets = client.list()
-    if options.json:
+    if common.json:
         print(json.dumps([_info(s) for s in secrets]))
     else:
         limited = any(s.expires_in is not None for s in secrets)
@@ -209,217 +192,47 @@ def _info(secret: SecretInfo) -> dict[str, object]:
     }
 
 
-@verb("status")
-def status(options: Options) -> None:
-    """Tell who answers and how secrets are protected."""
-    with client_of(options) as client:
-        secrets = client.list()
-        facts = {
-            "daemon": client.version(),
-            "socket": client.path,
-            "secrets": len(secrets),
-            "bytes": sum(s.size for s in secrets),
-            "memory": ", ".join(sorted({s.memory for s in secrets})) or "-",
-        }
-    if options.json:
-        print(json.dumps(facts))
-    else:
-        print("\n".join(f"{name:<8} {value}" for name, value in facts.items()))
-
-
-@verb("del", argument("id", shell_complete=complete_ids))
-def delete(options: Options) -> None:
+@verb("del", argument("object_id", metavar="ID", shell_complete=complete_ids))
+def delete(common: Common, object_id: str) -> None:
     """Remove a secret or another object; a secret is wiped."""
-    with client_of(options) as client:
-        client.delete(options.id)
-    done(options, id=options.id)
-
-
-_KEYID = {"metavar": "K", "required": True, "shell_complete": complete_ids}
-
-
-@verb(
-    "seal",
-    argument("id", shell_complete=complete_ids),
-    option("--keyid", help="the secret to encrypt it under", **_KEYID),
-)
-def seal(options: Options) -> None:
-    """Print a secret sealed under another, as QEMU takes it.
-
-    A JSON object with data and iv, both in base64, for an object-add with keyid and format=base64.
-    """
-    with client_of(options) as client:
-        sealed = client.seal(options.id, options.keyid)
-    print(json.dumps(sealed._asdict()))
+    with client_of(common) as client:
+        client.delete(object_id)
+    done(common, id=object_id)
 
 
 @verb(
     "generate",
-    argument("id"),
-    option("--bytes", type=int, default=32, show_default=True, metavar="N", help="its size"),
+    argument("object_id", metavar="ID"),
+    option(
+        "--bytes", "size", type=int, default=32, show_default=True, metavar="N", help="its size"
+    ),
 )
-def generate(options: Options) -> None:
+def generate(common: Common, object_id: str, size: int) -> None:
     """Add a secret of random bytes nobody has seen.
 
     For keys: a LUKS passphrase must be UTF-8 text, which random bytes are not.
     """
-    with client_of(options) as client:
-        client.generate(options.id, options.bytes)
-    done(options, id=options.id, size=options.bytes)
+    with client_of(common) as client:
+        client.generate(object_id, size)
+    done(common, id=object_id, size=size)
 
 
 @verb(
-    "push",
-    argument("id", shell_complete=complete_ids),
-    option("--keyid", help="the master key that both hold", **_KEYID),
-    option(
-        "--qmp",
-        metavar="SOCKET",
-        required=True,
-        help="QEMU's QMP socket",
-        type=click.Path(readable=False),
-    ),
-    option("--as", "as_name", metavar="NAME", help="its id in QEMU (default: ID)"),
-    option("--qemu-keyid", metavar="NAME", help="the key's id in QEMU (default: K)"),
-    examples=("secretctl push disk0 --keyid master0 --qmp qemu.sock",),
-)
-def push(options: Options) -> int:
-    """Seal a secret and add it to a running QEMU.
-
-    Nobody between sees it in clear.
-    """
-    with client_of(options) as client:
-        sealed = client.seal(options.id, options.keyid)
-    arguments = {
-        "qom-type": "secret",
-        "id": options.as_name or options.id,
-        "keyid": options.qemu_keyid or options.keyid,
-        "data": sealed.data,
-        "iv": sealed.iv,
-        "format": "base64",
-    }
-    options.connecting = options.qmp
-    try:
-        qemu = Channel(options.qmp, options.timeout, say_waiting)
-    except Refused as error:
-        raise UsageError(f"{options.qmp}: {error}") from None
-    except TimeoutError as error:
-        raise UsageError(str(error)) from None
-    except OSError as error:
-        return fail(f"cannot connect to {options.qmp}: {error.strerror}; is QEMU running?")
-    try:
-        reply = qemu.exchange("object-add", arguments)
-    except (Lost, TimeoutError) as error:
-        raise UsageError(f"QEMU did not answer: {error}; it may have the secret") from None
-    finally:
-        qemu.close()
-    if "error" in reply:
-        raise UsageError(f"QEMU says: {reply['error'].get('desc')}")
-    done(options, id=options.as_name or options.id)
-    return 0
-
-
-# --- run, shell
-
-
-@verb(
-    "run",
-    option(
-        "--secret",
-        multiple=True,
-        metavar="ID[=NAME]",
-        required=True,
-        help="for {NAME}, or {ID}",
-        shell_complete=complete_ids,
-    ),
-    option(
-        "--via",
-        type=click.Choice(("memfd", "pipe")),
-        default="memfd",
-        help="a pipe can be read only once",
-    ),
-    argument("command", nargs=-1, required=True, type=click.UNPROCESSED),
-    examples=(
-        "secretctl run --secret disk0 -- qemu-img info --object secret,id=s,file={disk0} ...",
-    ),
-    context_settings={"ignore_unknown_options": False, "allow_interspersed_args": False},
-)
-def run(options: Options) -> int:
-    """Run a command that gets secrets as descriptors.
-
-    {NAME} in its words becomes a /dev/fd/N that reads as the secret. The command takes the place of
-    secretctl, and its exit status is the command's.
-    """
-    fds: dict[str, int] = {}
-    with client_of(options) as client:
-        for wanted in options.secret:
-            object_id, _, name = wanted.partition("=")
-            via = _via_memfd if options.via == "memfd" else _via_pipe
-            name = name or object_id
-            if all(f"{{{name}}}" not in word for word in options.command):
-                raise UsageError(f"{{{name}}} does not stand in the command")
-            fds[name] = via(client, object_id)
-    command = []
-    for word in options.command:
-        for name, fd in fds.items():
-            word = word.replace(f"{{{name}}}", f"/dev/fd/{fd}")  # noqa: PLW2901
-        command.append(word)
-    for fd in fds.values():
-        os.set_inheritable(fd, True)
-    # The command starts as from a shell: Python ignores these signals, we forbade core files.
-    for number in (signal.SIGPIPE, signal.SIGXFSZ):
-        signal.signal(number, signal.SIG_DFL)
-    resource.setrlimit(resource.RLIMIT_CORE, options.core_limit)
-    try:
-        os.execvp(command[0], command)
-    except OSError as error:
-        fail(f"{command[0]}: {error.strerror}")
-        return NOT_FOUND if error.errno == errno.ENOENT else NOT_EXECUTABLE
-
-
-def _via_memfd(client: SyncClient, object_id: str) -> int:
-    """Others than the command's own user may not open it; the command may not change it."""
-    fd = os.memfd_create("secret", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    os.fchmod(fd, 0o600)
-    client.read_into(object_id, fd)
-    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK)
-    return fd
-
-
-def _via_pipe(client: SyncClient, object_id: str) -> int:
-    """The whole secret waits in the pipe, so that the command can simply replace this process."""
-    source, sink = os.pipe2(os.O_CLOEXEC)
-    try:
-        found = client.info(object_id)
-        if found is not None and found.size > _PIPE_BYTES:
-            fcntl.fcntl(sink, fcntl.F_SETPIPE_SZ, found.size)
-        client.read_into(object_id, sink)
-    finally:
-        os.close(sink)
-    return source
-
-
-@verb(
-    "shell",
-    argument("arguments", nargs=-1, type=click.UNPROCESSED),
-    context_settings={"ignore_unknown_options": True},
-)
-def shell(options: Options) -> int:
-    """Become qmp-shell on secretd's socket.
-
-    ARGUMENTS are its options, such as -H. It keeps what is typed in ~/.qmp-shell_history: type no
-    secrets there.
-    """
-    # Of an environment, of what scripts/install has made, or of the system.
-    places = (sys.executable, os.path.join(os.path.dirname(__file__), "..", "bin", "here"))
-    beside = [os.path.join(os.path.dirname(place), "qmp-shell") for place in places]
-    program = next((p for p in beside if os.access(p, os.X_OK)), shutil.which("qmp-shell"))
-    if program is None:
-        return fail("qmp-shell was not found; it comes with the Python package qemu.qmp")
-    return os.execv(program, [program, *options.arguments, options.socket or default_socket()])
-
-
-__all__ = ["access", "bulk", "doctor", "main"]
-
-if __name__ == "__main__":
-    sys.exit(main())
+    "expire", argument("object_id", metavar="ID", shell_complete=complete_ids),
+    option("--after", metavar="TIME", help=TIME),
+    flag("--never", help="take it back: the secret stays until it is deleted"),
+    examples=("secretctl expire disk0 --after 8h", "secretctl expire disk0 --never"),
+)  # fmt: skip
+def expire(common: Common, object_id: str, after: str | None, never: bool) -> None:
+    """Have a secret wiped after some time from now."""
+    if (after is None) == (not never):
+        raise click.UsageError("give either --after TIME or --never")
+    limit = None if after is None else seconds(after)
+    with client_of(common) as client:
+        client.expire(object_id, limit)
+    if common.json:
+        done(common, id=object_id, after=limit)
+    elif limit is None:
+        print(f"{object_id} will not expire")
+    else:
+        print(f"{object_id} will be wiped {at_and_in(limit)}")

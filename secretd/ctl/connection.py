@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The client that all verbs use, and what they say where secretd does not answer."""
+
+import os
+import sys
+from typing import Final
+
+from secretd import client as api
+from secretd import paths
+from secretd.client import SyncClient, default_socket
+from secretd.client.channel import Refused
+from secretd.ctl.output import REFUSED, Common, fail, note
+from secretd.errors import UsageError
+
+RETRY_SECONDS: Final = 5.0
+"""Seconds for which a connection that was lost is made anew: a restart takes less."""
+
+
+def cannot_connect(error: "api.ConnectError", common: Common) -> int:
+    """Say why there is no connection, and what to do; return the exit status."""
+    cause = error.exc
+    path = common.socket or default_socket()
+    if isinstance(cause, Refused):
+        return fail(f"{path}: {cause}")
+    reason = os.strerror(cause.errno) if isinstance(cause, OSError) and cause.errno else cause
+    absent = isinstance(cause, (FileNotFoundError, ConnectionRefusedError))
+    fail(f"cannot connect to {path}: {reason}{'; is it running?' if absent else ''}")
+    if absent:
+        print(
+            "secretctl: start it with 'secretd', or name its socket with --socket; "
+            "'secretctl doctor' looks for the reason",
+            file=sys.stderr,
+        )
+    elif isinstance(cause, PermissionError):
+        print(
+            "secretctl: only root and secretd's own user may; 'secretctl doctor' says more",
+            file=sys.stderr,
+        )
+    return REFUSED
+
+
+class _Client(SyncClient):
+    """The client of all verbs: it says which socket answers where that may be a surprise."""
+
+    def connect(self) -> None:
+        """See SyncClient."""
+        super().connect()
+        if not self.package.startswith("secretd"):
+            raise UsageError(
+                f"{self.path}: this is the monitor of a QEMU, not a socket of secretd; "
+                "name that with --socket"
+            )
+
+
+def client_of(common: Common) -> SyncClient:
+    """Return the client of all verbs."""
+    if common.socket is None and not os.environ.get("SECRETD_SOCKET"):
+        path = default_socket()
+        if path != paths.control_path():
+            note(f"no control socket at {paths.control_path()}; asking the client socket {path}")
+    return _Client(
+        common.socket,
+        retry_seconds=RETRY_SECONDS if common.timeout is None else common.timeout,
+        timeout=common.timeout,
+        on_wait=say_waiting,
+    )
+
+
+def say_waiting(what: str) -> None:
+    """Tell a person what takes so long."""
+    note(f"waiting for {what} ... (--timeout S gives up)")
+
+
+def unsure_denials(client: SyncClient, authz: str) -> list[str]:
+    """Return the matches of an authz-list's deny rules that a process can get around: it can drop a
+    group in a user namespace, and leave a unit. Only its uid stays.
+    """
+    try:
+        rules = client.execute("qom-get", {"path": f"/objects/{authz}", "property": "rules"})
+    except api.ExecuteError:
+        return []
+    assert isinstance(rules, list)
+    return [
+        r["match"] for r in rules if r["policy"] == "deny" and not r["match"].startswith("uid:")
+    ]

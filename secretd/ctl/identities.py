@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Identities on the command line: user:www-data is uid:33.
+
+Names of users and groups become numbers here and not in the daemon, since looking them up may take
+its time.
+"""
+
+import grp
+import os
+import pwd
+import re
+from typing import Final
+
+from secretd.errors import UsageError
+
+IDENTITY: Final = "unit:NAME, user:NAME, group:NAME, uid:N, gid:N or user-unit:USER/NAME"
+
+_UNIT_SUFFIX: Final = re.compile(
+    r"\.(?:service|scope|socket|mount|automount|swap|timer|path|target|device|slice)$|[*?]$"
+)
+
+
+def identities(identity: str) -> list[str]:
+    """Return what secretd calls an identity: ``user:www-data`` is ``uid:33``. Raises UsageError."""
+    kind, colon, name = identity.partition(":")
+    if not (colon and name):
+        raise UsageError(
+            f"'{identity}': say who it is, such as unit:nginx.service, user:alice or gid:33"
+        )
+    if kind in ("uid", "gid"):
+        if not name.isdecimal():
+            raise UsageError(f"'{identity}': {kind} goes with a number, user and group with a name")
+        return [f"{kind}:{int(name)}"]
+    if kind == "user":
+        return [f"uid:{_uid(name)}"]
+    if kind == "group":
+        try:
+            return [f"gid:{grp.getgrnam(name).gr_gid}"]
+        except KeyError:
+            raise UsageError(f"'{identity}': there is no group '{name}'") from None
+    if kind == "unit":
+        return [f"unit:{_unit(name)}"]
+    if kind == "user-unit" and "/" in name:
+        user, _, unit = name.partition("/")
+        return [f"user-unit:{user if user.isdecimal() else _uid(user)}/{_unit(unit)}"]
+    raise UsageError(
+        f"'{identity}': expected unit:NAME, user:NAME, group:NAME, uid:N, gid:N or user-unit:USER/NAME"
+    )
+
+
+def groups_of(identity: str) -> list[str]:
+    """Return the groups that a process of a user usually has."""
+    kind, _, name = identity.partition(":")
+    if kind != "user":
+        return []
+    return [f"gid:{gid}" for gid in os.getgrouplist(name, pwd.getpwnam(name).pw_gid)]
+
+
+def _uid(name: str) -> int:
+    try:
+        return pwd.getpwnam(name).pw_uid
+    except KeyError:
+        raise UsageError(f"there is no user '{name}'") from None
+
+
+def _unit(name: str) -> str:
+    """As systemctl: what has no suffix is a service."""
+    return name if _UNIT_SUFFIX.search(name) else f"{name}.service"

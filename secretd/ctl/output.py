@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What secretctl prints: errors with the next step, JSON, tables and progress; and its exit
+statuses.
+
+rich is imported where a terminal is drawn on, and nowhere else: `secretctl read` in a script must
+start soon.
+"""
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from secretd.ctl.hints import next_step
+
+DONE: Final = 0
+REFUSED: Final = 1
+USAGE: Final = 2
+NOT_EXECUTABLE: Final = 126
+NOT_FOUND: Final = 127
+INTERRUPTED: Final = 130
+
+EXIT_STATUS: Final = {
+    DONE: "done",
+    REFUSED: "secretd or the system refused, and stderr says why; for explain: no; for audit verify and "
+    "doctor: something is wrong",
+    USAGE: "wrong usage",
+    NOT_EXECUTABLE: "run: the command cannot be executed",
+    NOT_FOUND: "run: there is no such command",
+    INTERRUPTED: "interrupted by Ctrl-C",
+}
+"""What each exit status means. `run` ends as the command does that it ran."""
+
+
+@dataclass(frozen=True)
+class Common:
+    """What every verb gets: the options that all have, and the core limit of before secretctl's
+    own.
+    """
+
+    socket: str | None
+    timeout: float | None
+    json: bool
+    core_limit: tuple[int, int] = (0, 0)
+
+
+def fail(message: str) -> int:
+    """Say what went wrong, and what to do if that is known; return the exit status."""
+    print(f"secretctl: {_shown(message)}", file=sys.stderr)
+    step = next_step(message)
+    if step is not None:
+        print(f"secretctl: {step}", file=sys.stderr)
+    return REFUSED
+
+
+def _shown(text: str) -> str:
+    """Return a text as it can be printed: what is not UTF-8 as U+FFFD."""
+    return text.encode(errors="surrogateescape").decode(errors="replace")
+
+
+def note(message: str) -> None:
+    """Tell a person something besides the result."""
+    print(f"secretctl: {message}", file=sys.stderr)
+
+
+def warn(message: str) -> None:
+    """Say what may not be meant."""
+    print(f"secretctl: warning: {message}", file=sys.stderr)
+
+
+def done(common: Common, **facts: object) -> None:
+    """Print in JSON what was done, if that was asked for."""
+    if common.json:
+        print(json.dumps(facts))
+
+
+def count(number: int, noun: str) -> str:
+    """Return such as "5,000 bytes"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def duration(seconds: int | None) -> str:
+    """Return two of days, hours, minutes and seconds, such as "2d 3h"; "-" for no limit."""
+    if seconds is None:
+        return "-"
+    parts = []
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "m"), (1, "s")):
+        number, seconds = divmod(seconds, size)
+        if number:
+            parts.append(f"{number}{unit}")
+    return " ".join(parts[:2]) or "0s"
+
+
+def at_and_in(seconds: int) -> str:
+    """Return when so many seconds are over, such as "at 21:03, in 8h"."""
+    then = time.localtime(time.time() + seconds)
+    form = "%H:%M" if seconds < 12 * 3600 else "%Y-%m-%d %H:%M"
+    return f"at {time.strftime(form, then)}, in {duration(seconds)}"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, right: Iterable[int] = ()) -> None:
+    """Print a table: drawn with rich on a terminal, plain columns in a pipe. ``right``: columns of
+    numbers.
+    """
+    numbers = set(right)
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        drawn = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+        for index, title in enumerate(head):
+            first = {"no_wrap": True, "style": "cyan"} if index == 0 else {}
+            drawn.add_column(title, justify="right" if index in numbers else "left", **first)  # type: ignore[arg-type]
+        for row in rows:
+            drawn.add_row(*map(Text, row))
+        Console().print(drawn)
+        return
+    every = [tuple(head), *map(tuple, rows)]
+    widths = [max(map(len, column)) for column in zip(*every, strict=True)]
+    for row in every:
+        cells = (
+            cell.rjust(width) if index in numbers else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        print("  ".join(cells).rstrip())
+
+
+@contextlib.contextmanager
+def progress(words: str, total: int | None) -> Iterator[Callable[[], None]]:
+    """Show how far something long has come, on a terminal's stderr; yields what tells of each
+    step.
+    """
+    if not sys.stderr.isatty():
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    # rich would take standard output for the terminal's, and what goes to a file with it.
+    with Progress(
+        *columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False
+    ) as bar:
+        task = bar.add_task(words, total=total)
+        yield lambda: bar.advance(task)
