@@ -301,7 +301,7 @@ def test_events_go_on_over_a_lost_connection(daemon: Daemon, qmp: Qmp) -> None:
             pass
         drop_subscribers(daemon)
     subscribed()
-    client._open = False
+    client._connection.is_open = False
     drop_subscribers(daemon)
     thread.join(10)
     assert not thread.is_alive()

@@ -29,8 +29,9 @@ from qemu.qmp import ExecInterruptedError, StateError
 
 from secretd.client import types
 from secretd.client.connection import Connection
+from secretd.client.content import give_memory
 from secretd.client.socket_path import default_socket
-from secretd.client.sync import RETRY_SECONDS, give_memory
+from secretd.client.sync_connection import RETRY_SECONDS
 from secretd.client.types import PLAIN, Encoding, Event, Format, Sealed, SecretInfo
 from secretd.memory.arena import (
     SCRATCH_WINDOW,

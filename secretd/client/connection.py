@@ -14,7 +14,7 @@ from qemu.qmp.qmp_client import GreetingError
 
 from secretd.client import types
 from secretd.client.channel import Channel, Lost, Refused
-from secretd.client.sync import SAFE, SAME_FAILURES
+from secretd.client.sync_connection import SAFE, SAME_FAILURES
 
 R = TypeVar("R")
 

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""One connection of the blocking client: made again where that is safe, with qemu.qmp's errors.
+
+A connection that was lost is made again for ``retry_seconds``. A command that had not been sent is sent then;
+one that had been is sent again if it changes nothing, and raises ExecInterruptedError otherwise.
+"""
+
+import re
+import time
+from collections.abc import Callable
+from typing import Final, NoReturn, TypeVar
+
+from secretd.client.channel import Channel, Lost, Message, OnWait, Refused
+
+T = TypeVar("T")
+
+RETRY_SECONDS: Final = 30.0
+"""Seconds for which a connection that was lost is made anew before that is an error."""
+
+SAME_FAILURES: Final = 4
+"""How often a command may end a fresh connection before that is an error."""
+
+SAFE: Final = re.compile("query-.*|qom-(list|get).*|secret-(seal|explain|expire|events)")
+"""Commands that may be carried out twice."""
+
+_RETRY_EACH: Final = 0.05
+
+
+class SyncConnection:
+    """The connection of a `SyncClient`; see there for what the arguments mean.
+
+    ``channel``: None while there is none. ``is_open``: between `open` and `close`.
+    """
+
+    def __init__(
+        self, path: str, retry_seconds: float, timeout: float | None, on_wait: OnWait | None
+    ) -> None:
+        self._path = path
+        self._retry_seconds = retry_seconds
+        self._timeout = timeout
+        self._on_wait = on_wait
+        self.channel: Channel | None = None
+        self.is_open = False
+        self._names = 0
+
+    @property
+    def package(self) -> str:
+        """What the server calls itself; "" while not connected."""
+        return self.channel.package if self.channel is not None else ""
+
+    def open(self) -> None:
+        """Connect and negotiate. Raises ConnectError; nothing is tried again."""
+        self.is_open = True
+        try:
+            self._connect()
+        except _UnreachableError as error:
+            _connect_error(error)
+
+    def close(self) -> None:
+        """Disconnect."""
+        self.is_open = False
+        self.disconnect()
+
+    def _connect(self) -> Channel:
+        self.disconnect()
+        try:
+            self.channel = Channel(self._path, self._timeout, self._on_wait)
+        except Refused as error:
+            raise _UnreachableError("Refused by the server", error) from None
+        except (OSError, Lost) as error:
+            raise _UnreachableError("Failed to establish connection", error) from None
+        return self.channel
+
+    def disconnect(self) -> None:
+        """Disconnect; the next command connects again."""
+        channel, self.channel = self.channel, None
+        if channel is not None:
+            channel.close()
+
+    def again(self, once: Callable[[Channel], T], *, twice: bool = True) -> T:
+        """Return what ``once`` returns, after connecting again if need be. ``twice``: it may be
+        carried out twice.
+        """
+        deadline: float | None = None
+        failures = 0
+        while True:
+            if not self.is_open:
+                _state_error()
+            lost: Lost | _UnreachableError
+            try:
+                channel = self.channel or self._connect()
+                return once(channel)
+            except Lost as error:
+                self.disconnect()
+                lost = error
+                if error.sent:
+                    failures += 1
+                    if not twice or failures >= SAME_FAILURES:
+                        _interrupted(error)
+            except _UnreachableError as error:
+                lost = error
+                if isinstance(error.cause, Refused | TimeoutError):
+                    _connect_error(error)
+            except TimeoutError as error:
+                self.disconnect()  # the reply would be taken for the next command's
+                _connect_error(_UnreachableError("No answer", error))
+            now = time.monotonic()
+            if deadline is None:
+                deadline = now + self._retry_seconds
+            if now >= deadline:
+                if isinstance(lost, _UnreachableError):
+                    _connect_error(lost)
+                _interrupted(lost)
+            if isinstance(lost, _UnreachableError) or failures:
+                time.sleep(_RETRY_EACH * (1 + failures))
+
+    def pass_descriptor(self, channel: Channel, fd: int) -> str:
+        """Pass a descriptor; return the name that it has in this connection."""
+        self._names += 1
+        name = f"secretd-client-{self._names}"
+        returned(channel.exchange("getfd", {"fdname": name}, [fd]))
+        return name
+
+
+def returned(reply: Message) -> object:
+    """Return what a command returned, or raise ExecuteError."""
+    if "return" in reply:
+        return reply["return"]
+    from qemu.qmp import ExecuteError
+    from qemu.qmp import Message as QMPMessage
+    from qemu.qmp.models import ErrorResponse
+
+    raise ExecuteError(ErrorResponse(reply), QMPMessage(), QMPMessage(reply))
+
+
+class _UnreachableError(Exception):
+    """No connection could be made; becomes a ConnectError."""
+
+    def __init__(self, words: str, cause: Exception) -> None:
+        super().__init__(words)
+        self.cause = cause
+
+
+def _connect_error(error: _UnreachableError) -> NoReturn:
+    from qemu.qmp import ConnectError
+
+    raise ConnectError(str(error), error.cause) from None
+
+
+def _interrupted(error: Lost) -> NoReturn:
+    from qemu.qmp import ExecInterruptedError
+
+    raise ExecInterruptedError(str(error)) from None
+
+
+def _state_error() -> NoReturn:
+    from qemu.qmp import Runstate, StateError
+
+    raise StateError("The client is not connected", Runstate.IDLE, Runstate.RUNNING)
