@@ -1027,7 +1027,7 @@ def test_a_connection_without_room_has_one_timer(
 
     def starve() -> int:
         for _ in range(50):
-            starved._starve()
+            starved._tail.wait_for_room()
         return sum(handle._when - daemon.loop.time() > 1000 for handle in daemon.loop._scheduled)
 
     assert daemon.call(starve) == 1

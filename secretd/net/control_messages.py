@@ -5,12 +5,18 @@ import socket
 import struct
 from typing import Final
 
+from secretd.linux.sockopt import peek
+from secretd.memory.wipe import wipe
+
 SCM_MAX_FD: Final = 253
 """Descriptors the kernel lets one message carry (SCM_MAX_FD, include/net/scm.h)."""
 
 _SOL_SOCKET: Final = socket.SOL_SOCKET
 _SCM_RIGHTS: Final = socket.SCM_RIGHTS
 _INT_BYTES: Final = struct.calcsize("i")
+
+# As a plain number: an IntFlag would be converted for each call.
+RECEIVE_FLAGS: Final = int(socket.MSG_CMSG_CLOEXEC)
 
 ANCILLARY_BYTES: Final = socket.CMSG_SPACE(_INT_BYTES * SCM_MAX_FD)
 """Room for all descriptors of a message, so that the kernel never discards (closes) one itself."""
@@ -23,3 +29,17 @@ def received(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
         if level == _SOL_SOCKET and kind == _SCM_RIGHTS:
             numbers += struct.unpack_from(f"{len(data) // _INT_BYTES}i", data)
     return numbers
+
+
+def peek_and_wipe(sock: socket.socket, free: memoryview) -> tuple[int | None, bool]:
+    """Return how many bytes a recvmsg(2) into ``free`` would receive, and whether descriptors would
+    come too.
+
+    None: there is nothing to receive. Raises OSError.
+    """
+    try:
+        count, descriptors = peek(sock, free)
+    except (BlockingIOError, InterruptedError):
+        return None, False
+    wipe(free[:count])
+    return count, descriptors

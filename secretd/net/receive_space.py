@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Final, NamedTuple
 
 from secretd.errors import LimitReached, LockedMemoryExhausted
-from secretd.limits import Quota
+from secretd.limits import Quota, Tuning
 from secretd.memory.arena import Arena, LockedBuffer
 from secretd.wire.lexer import MAX_MESSAGE_BYTES
 
@@ -104,9 +104,8 @@ class ReceiveSpace:
             account.quota.release(account.uid, buffer.size)
         buffer.free()
         if self.starved:
-            loop = asyncio.get_running_loop()
             while self.starved:
-                loop.call_soon(self.starved.pop().on_room)
+                self.starved.pop().offer_room()
 
     def done(self, tail: "Tail") -> None:
         """Let others go beyond LARGE_TAILS_BYTES, if this one did."""
@@ -121,18 +120,27 @@ class ReceiveSpace:
 class Tail:
     """The unfinished message of one connection, in a buffer of its own.
 
-    ``fill``: bytes in the buffer; ``position``: how far of them was read. ``on_room`` is called
-    when there may be room again for a message that has filled its buffer.
+    ``fill``: bytes in the buffer; ``position``: how far of them was read. ``on_room`` is called when
+    there may be room again for a message that has filled its buffer; ``on_timeout`` when its time is over.
     """
 
-    __slots__ = ("_space", "account", "buffer", "fill", "on_room", "position")
-
     def __init__(
-        self, space: ReceiveSpace, account: Account | None, on_room: Callable[[], None]
+        self,
+        space: ReceiveSpace,
+        account: Account | None,
+        tuning: Tuning,
+        on_room: Callable[[], None],
+        on_timeout: Callable[[], None],
     ) -> None:
         self._space = space
+        self._loop = asyncio.get_running_loop()
         self.account = account
-        self.on_room = on_room
+        self._tuning = tuning
+        self._on_room = on_room
+        self._on_timeout = on_timeout
+        self._clock: asyncio.TimerHandle | None = None
+        self._retry: asyncio.TimerHandle | None = None
+        self._unhandled = False
         self.buffer: LockedBuffer | None = None
         self.fill = 0
         self.position = 0
@@ -173,12 +181,51 @@ class Tail:
         return True
 
     def wait_for_room(self) -> None:
-        """Have ``on_room`` called once."""
+        """Have ``on_room`` called once: when another connection gives room back, or after a while."""
         self._space.starved.add(self)
+        if self._retry is None:
+            self._retry = self._loop.call_later(self._tuning.retry_room_seconds, self._room)
 
-    def stop_waiting(self) -> None:
-        """Undo `wait_for_room`."""
+    def offer_room(self) -> None:
+        """There may be room again."""
+        self._loop.call_soon(self._room)
+
+    def _room(self) -> None:
         self._space.starved.discard(self)
+        if self._retry is not None:
+            self._retry.cancel()
+            self._retry = None
+        self._on_room()
+
+    def start_clock(self) -> None:
+        """Begin to measure the time of the message, if there is one and it does not run already."""
+        if self.buffer is not None and self._clock is None:
+            self._clock = self._loop.call_later(self._tuning.unfinished_seconds, self._time_over)
+
+    def stop_clock(self) -> None:
+        """Stop measuring: the message is finished, or another one."""
+        if self._clock is not None:
+            self._clock.cancel()
+            self._clock = None
+
+    def _time_over(self) -> None:
+        self._clock = None
+        self._on_timeout()
+
+    def count_as_unhandled(self, *, waiting: bool) -> None:
+        """Count whether it waits for its uid's turn, to be handled or to be filled."""
+        if self.account is not None and waiting != self._unhandled:
+            self._unhandled = waiting
+            self._space.unhandled[self.account.uid] += 1 if waiting else -1
+
+    def close(self) -> None:
+        """Release everything; nothing is called any more."""
+        self.count_as_unhandled(waiting=False)
+        self._space.starved.discard(self)
+        self.stop_clock()
+        if self._retry is not None:
+            self._retry.cancel()
+        self.drop()
 
     def drop(self) -> None:
         """Wipe the buffer and give it back."""

@@ -1,39 +1,35 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """asyncio over AF_UNIX streams: bytes and descriptors in, bytes out, with back-pressure both ways.
 
-A `Transport` receives straight into locked memory, keeps an unfinished message in a buffer of its
-own (`Tail`), and wipes what has been consumed. It cuts no messages: its `Receiver`
-(monitor.session) says how far it got. asyncio's own transports copy into the heap and carry no
-descriptors, hence this one.
+A `Transport` receives straight into locked memory, keeps an unfinished message in a `Tail`, and wipes
+what has been consumed. Its `Receiver` (monitor.session) cuts the messages. asyncio's own transports copy
+into the heap and carry no descriptors, hence this one.
 
 Theory of operation. A connection is in one of three states:
 
-    state    reads                    answers         next
-    OPEN     whatever comes           everything      ENDING: the client has shut down its side, or
-                                                      `finish` was called
-    ENDING   at most ``_left`` bytes  what was read   CLOSED: all of it is answered and sent
-    CLOSED   nothing                  nothing         -
+    state    known by       reads           answers         next
+    OPEN     _left == -1    what comes      everything      ENDING: the client has shut down its
+                                                            side, or `finish` was called
+    ENDING   _left >= 0     _left bytes     what was read   CLOSED: all is answered and sent
+    CLOSED   is_closed      nothing         nothing         -
 
-`close` enters CLOSED from every state. In OPEN and ENDING the connection is read while no `Pause`
-is in force; each pause has one owner, which resumes it. Requests that had arrived before a pause
-lie in the tail, and are handled when the last pause ends, before anything new is read. An untrusted
-connection is read and handled only in its uid's turns (net.turns).
-
-A request on the usual path costs epoll_wait, recvmsg and send, and no allocation but the reply.
+`close` enters CLOSED from every state. The connection is read while no `Pause` is in force; each pause
+has one owner, which resumes it. Requests that had arrived before a pause lie in the tail, and are handled
+when the last pause ends, before anything new is read. An untrusted connection is read and handled only
+in its uid's turns. A request usually costs epoll_wait, recvmsg and send, and no allocation but the reply.
 """
 
 import asyncio
 import contextlib
 import socket
 from collections.abc import Callable
-from enum import Enum
-from typing import Final
+from functools import partial
 
 from secretd.errors import LimitReached, LockedMemoryExhausted
 from secretd.limits import Tuning
-from secretd.linux.sockopt import peek, unread_bytes
+from secretd.linux.sockopt import unread_bytes
 from secretd.memory.wipe import wipe
-from secretd.net.control_messages import ANCILLARY_BYTES, received
+from secretd.net.control_messages import ANCILLARY_BYTES, RECEIVE_FLAGS, peek_and_wipe, received
 from secretd.net.loop import others_ready, readers, turns
 from secretd.net.pause import BACKLOG, CLOCK_STOPPED, STARVED, TURN, Pause
 from secretd.net.receive_space import (
@@ -47,24 +43,14 @@ from secretd.net.receive_space import (
 from secretd.net.receiver import CONSUMED, Receiver
 from secretd.net.sender import Sender
 
-# As a plain number: an IntFlag would be converted for each call.
-_RECEIVE: Final = int(socket.MSG_CMSG_CLOEXEC)
-
-
-class State(Enum):
-    """See the table above."""
-
-    OPEN = "open"
-    ENDING = "ending"
-    CLOSED = "closed"
-
 
 class Transport:
     """One connection.
 
     ``closer`` closes the socket, which may block for some peers. ``account``: the quota of its
     unfinished message. ``uid``: of an untrusted peer; the receiver is asked whether there is room
-    for descriptors before each recvmsg(2) from it.
+    for descriptors before each recvmsg(2) from it. ``others_ready()`` is True if there is something
+    else to do than to handle what this connection has sent.
     """
 
     def __init__(
@@ -79,27 +65,19 @@ class Transport:
     ) -> None:
         loop = self._loop = asyncio.get_running_loop()
         self._watch, self._unwatch = readers(loop)
-        self._others_ready = others_ready(loop)
-        self._sock = sock
-        self._fd = sock.fileno()
+        self._sock, self._fd = sock, sock.fileno()
+        self.others_ready = partial(others_ready(loop), self._fd)
         self._receive = sock.recvmsg_into
-        self._space = space
-        self._closer = closer
-        self._tuning = tuning
-        self.account = account
+        self._space, self._closer, self.account = space, closer, account
         self._in_turn = None if uid is None else turns(loop, uid)
         self._on_readable = self._readable if self._in_turn is None else self._wait_for_turn
-        self._tail = Tail(space, account, self._on_room)
+        self._tail = Tail(space, account, tuning, self._on_room, self._timed_out)
         self._sender = Sender(sock, self.close, self._sender_changed)
         self.send = self._sender.send
-        self._state = State.OPEN
-        self.is_closed = False  # the state is CLOSED
+        self.is_closed = False
         self._left = -1  # bytes that are still read, in ENDING; -1 for no limit
         self._paused = 0  # Pause
         self._watching = False  # the loop reports when the socket is readable
-        self._counted_as_unhandled = False
-        self._timer: asyncio.TimerHandle | None = None
-        self._retry: asyncio.TimerHandle | None = None
 
     def start(self, receiver: Receiver) -> None:
         """Begin to read, for this receiver."""
@@ -137,7 +115,7 @@ class Transport:
     def yield_turn(self) -> None:
         """Stop until all others have had their turn."""
         self.pause(Pause.TURN)
-        self._count_as_unhandled(waiting=True)
+        self._tail.count_as_unhandled(waiting=True)
         self.later(self._next_turn)
 
     def later(self, work: Callable[[], None]) -> None:
@@ -147,18 +125,9 @@ class Transport:
         else:
             self._in_turn(work)
 
-    def others_ready(self) -> bool:
-        """True if there is something else to do than to handle what this connection has sent."""
-        return self._others_ready(self._fd)
-
     def _next_turn(self) -> None:
-        self._count_as_unhandled(waiting=False)
+        self._tail.count_as_unhandled(waiting=False)
         self.resume(Pause.TURN)
-
-    def _count_as_unhandled(self, *, waiting: bool) -> None:
-        if self.account is not None and waiting != self._counted_as_unhandled:
-            self._counted_as_unhandled = waiting
-            self._space.unhandled[self.account.uid] += 1 if waiting else -1
 
     # --- in
 
@@ -176,12 +145,12 @@ class Transport:
         # Until then epoll must not report it again and again: others would be reported later for it.
         self._unwatch(self._fd)
         if self._tail.buffer is not None:
-            self._count_as_unhandled(waiting=True)
+            self._tail.count_as_unhandled(waiting=True)
         self.later(self._readable_in_turn)
 
     def _readable_in_turn(self) -> None:
         if not self._paused & TURN:
-            self._count_as_unhandled(waiting=False)
+            self._tail.count_as_unhandled(waiting=False)
         if not self._watching:  # any more
             return
         self._watch(self._fd, self._on_readable)
@@ -218,7 +187,7 @@ class Transport:
             free = allowed
         # 3. Receive.
         try:
-            count, ancillary, _, _ = self._receive((free,), ANCILLARY_BYTES, _RECEIVE)
+            count, ancillary, _, _ = self._receive((free,), ANCILLARY_BYTES, RECEIVE_FLAGS)
         except (BlockingIOError, InterruptedError):
             return
         except OSError:
@@ -239,23 +208,20 @@ class Transport:
             self._close_if_done()
 
     def _without_descriptors(self, free: memoryview) -> memoryview | None:
-        """Return how much may be received without descriptors; None if nothing.
+        """Return the room for bytes that come without descriptors, None if none do.
 
         The connection is closed if descriptors come next.
         """
         try:
-            count, descriptors = peek(self._sock, free)
-        except (BlockingIOError, InterruptedError):
-            return None
+            count, descriptors = peek_and_wipe(self._sock, free)
         except OSError:
             self.close()
             return None
-        wipe(free[:count])
         if descriptors:
             self._receiver.too_many_descriptors()
             self.close()
             return None
-        return free[: max(count, 1)]
+        return None if count is None else free[: max(count, 1)]
 
     def _advance(self, view: memoryview, end: int) -> None:
         # 1. Let the receiver handle it. As nearly always, it needs nothing of the shared buffer any more.
@@ -279,14 +245,17 @@ class Transport:
             position = end
         first = self._receiver.first_needed(position)
         rest = end - first
-        if first and self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        if first:
+            tail.stop_clock()
         if rest == 0:
             wipe(view[:end])
             tail.drop()
         elif tail.buffer is None:
-            if not self._move_to_tail(view[first:end]):
+            try:
+                tail.hold(view[first:end])
+            except (LockedMemoryExhausted, LimitReached) as error:
+                self._receiver.no_memory(error)
+                self.close()
                 wipe(view[:end])
                 return
             wipe(view[:end])
@@ -302,50 +271,26 @@ class Transport:
             self._start_timer()
             self._make_room()
 
-    def _move_to_tail(self, rest: memoryview) -> bool:
-        try:
-            self._tail.hold(rest)
-        except (LockedMemoryExhausted, LimitReached) as error:
-            self._receiver.no_memory(error)
-            self.close()
-            return False
-        return True
-
     def _make_room(self) -> None:
         """Where an unfinished message that was read fills its buffer, get a larger one or wait."""
         if not self._paused and self._tail.is_full and not self._tail.grow():
-            self._starve()
+            self._tail.wait_for_room()
             self.pause(Pause.STARVED)
-
-    def _starve(self) -> None:
-        self._tail.wait_for_room()
-        if self._retry is None:
-            self._retry = self._loop.call_later(self._tuning.retry_room_seconds, self._retry_room)
-
-    def _retry_room(self) -> None:
-        self._retry = None
-        self._on_room()
 
     def _on_room(self) -> None:
         """There may be room again for an unfinished message that had to wait."""
         if self.is_closed or not self._paused & STARVED:
             return
-        self._tail.stop_waiting()
         if self._tail.grow():
             self.resume(Pause.STARVED)
         else:
-            self._starve()
+            self._tail.wait_for_room()
 
     def _start_timer(self) -> None:
-        if (
-            self._tail.buffer is not None
-            and self._timer is None
-            and not self._paused & CLOCK_STOPPED
-        ):
-            self._timer = self._loop.call_later(self._tuning.unfinished_seconds, self._timed_out)
+        if not self._paused & CLOCK_STOPPED:
+            self._tail.start_clock()
 
     def _timed_out(self) -> None:
-        self._timer = None
         if not self._paused & CLOCK_STOPPED:
             self._receiver.message_timed_out()
             self.close()
@@ -360,7 +305,7 @@ class Transport:
     def _sender_changed(self) -> None:
         if self.backlogged:
             self.pause(Pause.BACKLOG)
-        elif self._paused & BACKLOG or (self._state is State.ENDING and not self._sender.waiting):
+        elif self._paused & BACKLOG or (self._left >= 0 and not self._sender.waiting):
             # Not from here: the caller of `send` may be in the middle of handling requests.
             self._loop.call_soon(self.resume, Pause.BACKLOG)
 
@@ -377,13 +322,12 @@ class Transport:
         self._close_if_done()
 
     def _end(self, left: int) -> None:
-        self._state = State.ENDING
         self._left = left
         self._update_watching()
 
     def _close_if_done(self) -> None:
         # What was sent before the end is answered (as in QEMU); half a message is dropped.
-        if self._left or self._paused or self._state is State.CLOSED:
+        if self._left or self._paused or self.is_closed:
             return
         if not (self._sender.waiting or self._receiver.busy):
             self.close()
@@ -392,17 +336,11 @@ class Transport:
         """End the connection now; wipe and drop what was not sent or not read."""
         if self.is_closed:
             return
-        self._state = State.CLOSED
         self.is_closed = True
         self._watching = False
-        self._count_as_unhandled(waiting=False)
-        self._tail.stop_waiting()
-        for timer in (self._timer, self._retry):
-            if timer is not None:
-                timer.cancel()
         self._unwatch(self._fd)
         self._sender.close()
-        self._tail.drop()
+        self._tail.close()
         # The client sees the end now, even if close(2) has to wait for its turn; and sends no more.
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
