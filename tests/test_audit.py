@@ -84,14 +84,14 @@ def test_what_is_told_was_recorded_however_much_is_asked_at_once(
     qmp = audited.connect()
     (session,) = audited.server.sessions
     told: list[int] = []
-    send = session.transport._sender._send
+    send = session.transport.sender._send
 
     def sent(data: bytes, flags: int) -> int:
         told.append(data.count(b"return"))
         assert (tmp_path / "audit").read_text().count('"event":"add"') == sum(told)
         return send(data, flags)
 
-    monkeypatch.setattr(session.transport._sender, "_send", sent)
+    monkeypatch.setattr(session.transport.sender, "_send", sent)
     words = '{"execute":"object-add","arguments":{"qom-type":"secret","id":"s%d","data":"x"}}'
     qmp.send("".join(words % number for number in range(50)).encode())
     assert [qmp.reply() for _ in range(50)] == [{"return": {}}] * 50
@@ -106,13 +106,13 @@ def test_a_reply_that_was_waited_for_does_not_leave_before_its_record_either(
     qmp = audited.connect()
     (session,) = audited.server.sessions
     told: list[str] = []
-    send = session.transport._sender._send
+    send = session.transport.sender._send
 
     def sent(data: bytes, flags: int) -> int:
         told.append((tmp_path / "audit").read_text())
         return send(data, flags)
 
-    monkeypatch.setattr(session.transport._sender, "_send", sent)
+    monkeypatch.setattr(session.transport.sender, "_send", sent)
     (tmp_path / "content").write_text("x")
     qmp.ok("object-add", {"qom-type": "secret", "id": "a", "file": str(tmp_path / "content")})
     assert told[-1].count('"event":"add"') == 1

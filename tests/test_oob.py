@@ -238,7 +238,7 @@ def test_who_does_not_read_what_it_asks_out_of_band_is_not_read_either(
     (session,) = [s for s in daemon.server.sessions if s.monitor.oob]
     while not daemon.call(lambda: session.transport.backlogged):
         pass
-    assert daemon.call(lambda: session.transport._sender.backlog) < 512 << 10
+    assert daemon.call(lambda: session.transport.sender.backlog) < 512 << 10
     assert all(len(oob.reply()["return"]) == 300 for _ in range(100))
     stuck.release()
     while oob.reply().get("id") != "stuck":

@@ -135,8 +135,8 @@ def test_a_client_that_does_not_read_stalls_only_itself(daemon: Daemon, qmp: Cli
     while not daemon.call(stalls):
         pass
     assert qmp.cmd("query-name") == {"return": {}}
-    (session,) = [s for s in daemon.server.sessions if s.transport._sender.backlog]
-    assert session.transport._sender.backlog < BACKLOG_BYTES + Tuning.batch_bytes + 4096
+    (session,) = [s for s in daemon.server.sessions if s.transport.sender.backlog]
+    assert session.transport.sender.backlog < BACKLOG_BYTES + Tuning.batch_bytes + 4096
     silent.sock.setblocking(True)
     silent.sock.settimeout(20)
     for number in range(sent):
@@ -307,7 +307,7 @@ def test_one_that_pipelines_lets_another_that_waits_go_first(
             before()
 
         monkeypatch.setattr(session, "_handle", handle)
-        monkeypatch.setattr(session.transport, "yield_turn", yield_turn)
+        monkeypatch.setattr(session._turn, "_yield", yield_turn)
     many = b'{"execute":"query-name"}' * 2000
     qmp.send(many)
     assert [qmp.reply() for _ in range(2000)] == [{"return": {}}] * 2000
@@ -402,7 +402,7 @@ def test_quoted_errors_to_a_client_that_does_not_read_are_kept_and_sent(daemon: 
                 sent += client.sock.send((message * 20)[sent % len(message) :])
             except BlockingIOError:
                 if daemon.call(
-                    lambda: [s for s in daemon.server.sessions if s.transport._sender.waiting]
+                    lambda: [s for s in daemon.server.sessions if s.transport.sender.waiting]
                 ):
                     break
         if leaves:

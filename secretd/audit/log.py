@@ -18,8 +18,9 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from secretd.audit import chain, fast_records
-from secretd.audit.records import Importance, Subject, text_of
+from secretd.audit import chain
+from secretd.audit.fast_records import object_event, release
+from secretd.audit.records import FIRST, ORDINARY, Subject, text_of
 from secretd.audit.refusals import Refusals
 from secretd.audit.sinks import Sink, open_sink
 from secretd.errors import CommandError, UsageError
@@ -135,7 +136,7 @@ class Audit:
         """
         if self._sink is None:
             return
-        self._number(fast_records.object_event(event, subject, object_id, kind, size))
+        self._number(object_event(event, subject, object_id, kind, size))
         if not self.in_turn:
             self._schedule()
 
@@ -145,13 +146,13 @@ class Audit:
         if self._pending and not self._flush() and not self._scheduled:
             self._retry()
 
-    def _number(self, text: str, importance: int = Importance.ORDINARY) -> None:
+    def _number(self, text: str, importance: int = ORDINARY) -> None:
         """Number a record and link it to the one before, unless there is no room for it."""
         pending = self._pending
         if self._sink is None or len(pending) >= self._backlog:
             self.dropped += self._sink is not None
             return
-        if importance == Importance.FIRST:
+        if importance == FIRST:
             text += f',"prev":"{self.head}"'
         if self.dropped > self._dropped_before:
             text += f',"dropped":{self.dropped - self._dropped_before}'
@@ -177,7 +178,7 @@ class Audit:
         """
         if self._sink is None:
             return
-        text = fast_records.release(event, subject, rule, object_id, size, credential)
+        text = release(event, subject, rule, object_id, size, credential)
         if not self._require:
             self._number(text)
             if not self.in_turn:

@@ -7,7 +7,6 @@ it.
 """
 
 from collections.abc import Mapping
-from enum import IntEnum
 from typing import Final
 
 import msgspec
@@ -43,12 +42,12 @@ class AuditRecord(Struct, omit_defaults=True, rename="kebab"):
     dropped: int | UnsetType = UNSET  # records that were lost before this one
 
 
-class Importance(IntEnum):
-    """How a record is marked in the journal."""
-
-    ORDINARY = 0
-    REFUSAL = 1
-    FIRST = 2  # of a file or a run
+ORDINARY: Final = 0
+REFUSAL: Final = 1
+FIRST: Final = 2
+"""How a record is marked in the journal: the last is the first of a file or a run. Plain numbers,
+since each record is compared with them.
+"""
 
 
 class Subject:
@@ -66,14 +65,14 @@ class Subject:
         self.text = json_text(members)[1:-1]
 
 
-def text_of(event: str, members: dict[str, object]) -> tuple[str, Importance]:
+def text_of(event: str, members: dict[str, object]) -> tuple[str, int]:
     """Return a record's text and importance; ``members`` are those of AuditRecord."""
     object_id = members.get("id")
     if isinstance(object_id, str) and len(object_id) > AUDIT_ID_CHARACTERS:
         members["id"] = object_id[:AUDIT_ID_CHARACTERS]
     record = AuditRecord(event, **members)  # type: ignore[arg-type]  # its members
-    first = Importance.FIRST if event in chain.FIRST_EVENTS else Importance.ORDINARY
-    return json_text(record)[1:-1], Importance.REFUSAL if record.decision == "deny" else first
+    first = FIRST if event in chain.FIRST_EVENTS else ORDINARY
+    return json_text(record)[1:-1], REFUSAL if record.decision == "deny" else first
 
 
 def json_text(value: object) -> str:

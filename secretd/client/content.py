@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The content of secrets on its way through the client: memory to give, and what comes through pipes."""
+"""The content of secrets on its way through the client: memory to give, and what comes through
+pipes.
+"""
 
 import contextlib
 import fcntl

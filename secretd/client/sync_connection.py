@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """One connection of the blocking client: made again where that is safe, with qemu.qmp's errors.
 
-A connection that was lost is made again for ``retry_seconds``. A command that had not been sent is sent then;
-one that had been is sent again if it changes nothing, and raises ExecInterruptedError otherwise.
+A connection that was lost is made again for ``retry_seconds``. A command that had not been sent is
+sent then; one that had been is sent again if it changes nothing, and raises ExecInterruptedError
+otherwise.
 """
 
 import re

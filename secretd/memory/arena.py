@@ -23,7 +23,7 @@ from secretd.linux.locked_pages import (
     open_file,
     unmap_pages,
 )
-from secretd.memory.takeover import Plan, slot_size
+from secretd.memory.takeover import SMALLEST_SLOT, Plan
 from secretd.memory.wipe import wipe
 
 SECRET_WINDOW = 256 << 10
@@ -188,7 +188,8 @@ class Arena:
 
     def allocate(self, size: int) -> LockedBuffer:
         """Return a zeroed buffer of ``size`` bytes, or raise LockedMemoryExhausted."""
-        slot = slot_size(size)
+        # As slot_size(), without a call for each secret.
+        slot = SMALLEST_SLOT if size <= SMALLEST_SLOT else 1 << (size - 1).bit_length()
         with self._lock:
             slabs = self._open.get(slot)
             if slabs:

@@ -67,7 +67,10 @@ class Session:
         self.outbox = Outbox(transport, core.audit, core.tuning.batch_bytes)
         self._replies = self.outbox.replies
         self._audit, self._send = core.audit, transport.send
-        self._turn = Turn(core.has_one_session, transport.others_ready, core.tuning)
+        self._sender = transport.sender
+        self._turn = Turn(
+            core.has_one_session, transport.others_ready, transport.yield_turn, core.tuning
+        )
         table = self.monitor.table
         self.max_bytes = table.max_bytes
         self._codec = Connection(table.decode, table.max_bytes, table.max_tokens)
@@ -121,7 +124,8 @@ class Session:
         """Carry out the requests in the view, in order; see Receiver and the module's text."""
         core, audit, outbox, replies = self._core, self._audit, self.outbox, self._replies
         audit.in_turn = outbox.held = True
-        self._turn.began = 0.0
+        turn = self._turn
+        turn.began = 0.0
         try:
             while self._pending is None and not self._queue and not core.stopping:
                 position, request = self._next(view, position, end)
@@ -132,8 +136,11 @@ class Session:
                 if position == end and isinstance(reply, bytes) and isinstance(request, Struct):
                     replies.append(reply)
                     return CONSUMED
-                self._answer(reply)
-                if self.transport.is_closed or self.transport.backlogged or self._yield_if_due():
+                if isinstance(reply, bytes):
+                    outbox.add(reply)
+                else:
+                    self._answer(reply)
+                if self.transport.is_closed or self._sender.backlogged or turn.yield_if_due():
                     return position
             if self._pending is not None or self._queue:
                 position = self._consume_meanwhile(view, position, end)
@@ -146,12 +153,6 @@ class Session:
                 self._send(replies.pop())
             elif replies:
                 outbox.flush()
-
-    def _yield_if_due(self) -> bool:
-        if self._turn.is_over():
-            self.transport.yield_turn()
-            return True
-        return False
 
     def _consume_meanwhile(self, view: memoryview, position: int, end: int) -> int:
         """While a command is pending: run out-of-band requests at once and queue the others
@@ -174,7 +175,7 @@ class Session:
                 if self._pending_oob is not None:
                     transport.pause(Pause.ASIDE)
                     break
-                if self._yield_if_due():
+                if self._turn.yield_if_due():
                     break
             elif not self._enqueue(request, view[start:position]):
                 position = start

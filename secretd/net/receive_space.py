@@ -120,8 +120,9 @@ class ReceiveSpace:
 class Tail:
     """The unfinished message of one connection, in a buffer of its own.
 
-    ``fill``: bytes in the buffer; ``position``: how far of them was read. ``on_room`` is called when
-    there may be room again for a message that has filled its buffer; ``on_timeout`` when its time is over.
+    ``fill``: bytes in the buffer; ``position``: how far of them was read. ``on_room`` is called
+    when there may be room again for a message that has filled its buffer; ``on_timeout`` when its
+    time is over.
     """
 
     def __init__(
@@ -181,7 +182,9 @@ class Tail:
         return True
 
     def wait_for_room(self) -> None:
-        """Have ``on_room`` called once: when another connection gives room back, or after a while."""
+        """Have ``on_room`` called once: when another connection gives room back, or after a
+        while.
+        """
         self._space.starved.add(self)
         if self._retry is None:
             self._retry = self._loop.call_later(self._tuning.retry_room_seconds, self._room)

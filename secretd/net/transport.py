@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """asyncio over AF_UNIX streams: bytes and descriptors in, bytes out, with back-pressure both ways.
 
-A `Transport` receives straight into locked memory, keeps an unfinished message in a `Tail`, and wipes
-what has been consumed. Its `Receiver` (monitor.session) cuts the messages. asyncio's own transports copy
-into the heap and carry no descriptors, hence this one.
+A `Transport` receives straight into locked memory, keeps an unfinished message in a `Tail`, and
+wipes what has been consumed. Its `Receiver` (monitor.session) cuts the messages. asyncio's own
+transports copy into the heap and carry no descriptors, hence this one.
 
 Theory of operation. A connection is in one of three states:
 
@@ -13,10 +13,11 @@ Theory of operation. A connection is in one of three states:
     ENDING   _left >= 0     _left bytes     what was read   CLOSED: all is answered and sent
     CLOSED   is_closed      nothing         nothing         -
 
-`close` enters CLOSED from every state. The connection is read while no `Pause` is in force; each pause
-has one owner, which resumes it. Requests that had arrived before a pause lie in the tail, and are handled
-when the last pause ends, before anything new is read. An untrusted connection is read and handled only
-in its uid's turns. A request usually costs epoll_wait, recvmsg and send, and no allocation but the reply.
+`close` enters CLOSED from every state. The connection is read while no `Pause` is in force; each
+pause has one owner, which resumes it. Requests that had arrived before a pause lie in the tail, and
+are handled when the last pause ends, before anything new is read. An untrusted connection is read
+and handled only in its uid's turns. A request usually costs epoll_wait, recvmsg and send, and no
+allocation but the reply.
 """
 
 import asyncio
@@ -72,8 +73,8 @@ class Transport:
         self._in_turn = None if uid is None else turns(loop, uid)
         self._on_readable = self._readable if self._in_turn is None else self._wait_for_turn
         self._tail = Tail(space, account, tuning, self._on_room, self._timed_out)
-        self._sender = Sender(sock, self.close, self._sender_changed)
-        self.send = self._sender.send
+        self.sender = Sender(sock, self.close, self._sender_changed)
+        self.send = self.sender.send
         self.is_closed = False
         self._left = -1  # bytes that are still read, in ENDING; -1 for no limit
         self._paused = 0  # Pause
@@ -300,12 +301,12 @@ class Transport:
     @property
     def backlogged(self) -> bool:
         """True while the client has too many replies to read, or one that holds locked memory."""
-        return self._sender.backlogged
+        return self.sender.backlogged
 
     def _sender_changed(self) -> None:
         if self.backlogged:
             self.pause(Pause.BACKLOG)
-        elif self._paused & BACKLOG or (self._left >= 0 and not self._sender.waiting):
+        elif self._paused & BACKLOG or (self._left >= 0 and not self.sender.waiting):
             # Not from here: the caller of `send` may be in the middle of handling requests.
             self._loop.call_soon(self.resume, Pause.BACKLOG)
 
@@ -329,7 +330,7 @@ class Transport:
         # What was sent before the end is answered (as in QEMU); half a message is dropped.
         if self._left or self._paused or self.is_closed:
             return
-        if not (self._sender.waiting or self._receiver.busy):
+        if not (self.sender.waiting or self._receiver.busy):
             self.close()
 
     def close(self) -> None:
@@ -339,7 +340,7 @@ class Transport:
         self.is_closed = True
         self._watching = False
         self._unwatch(self._fd)
-        self._sender.close()
+        self.sender.close()
         self._tail.close()
         # The client sees the end now, even if close(2) has to wait for its turn; and sends no more.
         with contextlib.suppress(OSError):

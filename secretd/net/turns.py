@@ -58,27 +58,46 @@ class Turn:
     """How long one connection may handle its requests until it yields.
 
     ``alone`` returns True while there is no other connection; ``others_ready`` looks whether one
-    has sent something. A connection with a single request never asks.
+    has sent something; ``yield_turn`` lets them go first. ``began``: when it was first asked
+    whether the turn is over; 0.0 at the start of a turn. A connection with a single request never
+    asks.
     """
 
-    __slots__ = ("_alone", "_looked", "_others_ready", "_tuning", "began")
+    __slots__ = (
+        "_alone",
+        "_longest",
+        "_longest_shared",
+        "_look",
+        "_looked",
+        "_others_ready",
+        "_yield",
+        "began",
+    )  # fmt: skip
 
     def __init__(
-        self, alone: Callable[[], bool], others_ready: Callable[[], bool], tuning: Tuning
+        self,
+        alone: Callable[[], bool],
+        others_ready: Callable[[], bool],
+        yield_turn: Callable[[], None],
+        tuning: Tuning,
     ) -> None:
         self._alone = alone
         self._others_ready = others_ready
-        self._tuning = tuning
+        self._yield = yield_turn
+        self._look = tuning.look_seconds
+        self._longest, self._longest_shared = tuning.turn_seconds, tuning.shared_turn_seconds
         self.began = self._looked = 0.0
 
-    def is_over(self) -> bool:
-        """True if the turn has lasted long enough, or others are ready."""
+    def yield_if_due(self) -> bool:
+        """Yield if the turn has lasted long enough or others are ready; True if so."""
         now = monotonic()
         if not self.began:
             self.began = self._looked = now
-        elif now - self._looked > self._tuning.look_seconds:
+        elif now - self._looked > self._look:
             self._looked = now
             alone = self._alone()
-            longest = self._tuning.turn_seconds if alone else self._tuning.shared_turn_seconds
-            return now - self.began > longest or (not alone and self._others_ready())
+            longest = self._longest if alone else self._longest_shared
+            if now - self.began > longest or (not alone and self._others_ready()):
+                self._yield()
+                return True
         return False

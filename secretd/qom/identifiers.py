@@ -12,12 +12,12 @@ ID_BYTES: Final = 4096
 _BAD_ID: Final = "Parameter 'id' expects an identifier"
 _ID_HINT: Final = "Identifiers consist of letters, digits, '-', '.', '_', starting with a letter."
 
-_IDENTIFIER: Final = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
+IDENTIFIER: Final = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 
 
 def check_identifier(object_id: str) -> None:
     """Raise CommandError unless a text can be an object's id."""
-    if not _IDENTIFIER.fullmatch(object_id):
+    if not IDENTIFIER.fullmatch(object_id):
         raise CommandError(_BAD_ID)
     if len(object_id) > ID_BYTES:
         raise CommandError(f"Parameter 'id' is longer than the limit of {ID_BYTES} bytes")

@@ -8,7 +8,7 @@ call it.
 
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator
 from types import CoroutineType
-from typing import Any
+from typing import Any, Final
 
 from secretd.errors import AccessDenied, CommandError, LimitReached
 from secretd.journal.journal import Journal
@@ -16,7 +16,7 @@ from secretd.journal.load_result import LoadSummary
 from secretd.limits import Limits
 from secretd.memory.arena import Arena, LockedBuffer
 from secretd.qom.deadlines import DEADLINE, Deadlines, now
-from secretd.qom.identifiers import check_identifier
+from secretd.qom.identifiers import ID_BYTES, IDENTIFIER, check_identifier
 from secretd.qom.loading import Loading, SourceReader
 from secretd.qom.object_type import (
     SECRET_COMMON_NAME,
@@ -26,6 +26,8 @@ from secretd.qom.object_type import (
     Types,
 )
 from secretd.qom.sorted_ids import SortedIds
+
+_is_identifier: Final = IDENTIFIER.fullmatch
 
 
 class ObjectTree:
@@ -65,11 +67,9 @@ class ObjectTree:
         changed or removed; ``removal`` with the id of an object before its plaintext is wiped, and
         must end everything that still reads it; ``count`` after an object was added or removed.
         """
-        for callbacks, callback in (
-            (self._on_decision, decision), (self._on_removal, removal), (self._on_count, count),
-        ):  # fmt: skip
-            if callback is not None:
-                callbacks.append(callback)  # type: ignore[arg-type]  # each into its own list
+        self._on_decision += [] if decision is None else [decision]
+        self._on_removal += [] if removal is None else [removal]
+        self._on_count += [] if count is None else [count]
 
     def loading(self, sources: SourceReader) -> Loading:
         """Return what objects of one origin are loaded with: its sources, and the tree's memory and
@@ -176,7 +176,8 @@ class ObjectTree:
 
     def check_new(self, object_id: str) -> None:
         """Raise CommandError unless an object of that id can be added."""
-        check_identifier(object_id)
+        if not _is_identifier(object_id) or len(object_id) > ID_BYTES:
+            check_identifier(object_id)
         if object_id in self._ids or object_id in self._being_loaded or object_id == "type":
             raise CommandError(
                 f"attempt to add duplicate property '{object_id}' to object (type 'container')"
