@@ -26,13 +26,12 @@ from secretd.errors import CommandError, UsageError
 from secretd.journal.journal import Journal
 from secretd.memory.arena import Arena
 from secretd.net.listener import Listener
-from secretd.net.loop import Loop
 from secretd.qom.paths import Paths
 from secretd.qom.registry import TYPES
 from secretd.qom.tree import ObjectTree
 from secretd.systemd.activation import Passed
 from secretd.wire import encoder
-from tests.conftest import ARENA_LEVEL, Client, add_object
+from tests.conftest import ARENA_LEVEL, add_object
 
 
 @pytest.fixture
@@ -300,20 +299,6 @@ def test_a_control_door_for_others_has_a_mode_for_others() -> None:
     assert (spec.authz, spec.mode) == ("admins", 0o660)
     with pytest.raises(UsageError, match="--client /x,authz=a: Parameter 'authz' is unexpected"):
         sockets.socket_spec(SocketRole.CLIENT, "/x,authz=a")
-
-
-def test_another_event_loop_may_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If it is installed; else the option says how to."""
-    process = started(tmp_path, "--loop=uvloop", "--audit=none")
-    client = Client(str(tmp_path / "c"))
-    client.add("a", data="letmein")
-    assert client.read("a") == b"letmein"
-    client.close()
-    assert "stopped" in ended(process)
-    assert daemon_process._loop_factory("asyncio") is Loop
-    monkeypatch.setitem(sys.modules, "uvloop", None)
-    with pytest.raises(UsageError, match="--loop=uvloop: it is not installed; pip install"):
-        daemon_process._loop_factory("uvloop")
 
 
 def test_an_object_that_cannot_be_replaced_stays(

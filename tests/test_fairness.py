@@ -89,7 +89,6 @@ def test_a_coroutine_waits_for_its_turn() -> None:
 
     with asyncio.Runner(loop_factory=Loop) as runner:
         runner.run(main())
-    asyncio.run(main())
 
 
 def test_many_connections_of_one_uid_do_not_delay_root(

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from secretd.net.loop import Loop, others_ready, readers
+from secretd.net.loop import Loop, running_loop
 
 
 def run(main: Coroutine[Any, Any, None]) -> None:
@@ -36,7 +36,7 @@ def test_who_watches_is_called_for_each_thing_to_read(
     a, b = pair
 
     async def main() -> None:
-        watch, unwatch = readers(asyncio.get_running_loop())
+        watch, unwatch = running_loop().watch, running_loop().unwatch
         came: asyncio.Queue[bytes] = asyncio.Queue()
         watch(a.fileno(), lambda: came.put_nowait(a.recv(10)))
         b.send(b"one")
@@ -63,7 +63,7 @@ def test_one_descriptor_can_be_watched_and_written_to(
 
     async def main() -> None:
         loop = asyncio.get_running_loop()
-        watch, unwatch = readers(loop)
+        watch, unwatch = loop.watch, loop.unwatch
         came: asyncio.Queue[bytes] = asyncio.Queue()
         writable: asyncio.Queue[str] = asyncio.Queue()
         watch(a.fileno(), lambda: came.put_nowait(a.recv(10)))
@@ -95,7 +95,7 @@ def test_who_watches_can_end_it_for_another(
     a, b = pair
 
     async def main() -> None:
-        watch, unwatch = readers(asyncio.get_running_loop())
+        watch, unwatch = running_loop().watch, running_loop().unwatch
         called = []
 
         def first(mine: int, other: int) -> None:
@@ -123,7 +123,7 @@ def test_an_error_in_who_watches_is_told_and_the_loop_goes_on(
         loop = asyncio.get_running_loop()
         told: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         loop.set_exception_handler(lambda _loop, context: told.put_nowait(context))
-        watch, unwatch = readers(loop)
+        watch, unwatch = loop.watch, loop.unwatch
 
         def fail() -> None:
             unwatch(a.fileno())
@@ -182,7 +182,7 @@ def test_what_a_watcher_asks_of_asyncio_is_done_while_more_comes(
     a, b = pair
     done: list[str] = []
     loop = Loop()
-    watch, unwatch = readers(loop)
+    watch, unwatch = loop.watch, loop.unwatch
 
     def came() -> None:
         a.recv(1)
@@ -219,14 +219,3 @@ def test_what_a_watcher_changes_holds_for_what_came_with_it(
     selector.watch(a.fileno(), lambda: selector.modify(b.fileno(), EVENT_WRITE, "after"))
     assert [key.data for key, _ in selector.select(0)] == ["after"]
     loop.close()
-
-
-def test_on_any_other_loop_it_is_that_ones_readers() -> None:
-    """uvloop, for one."""
-
-    async def main() -> None:
-        loop = asyncio.get_running_loop()
-        assert readers(loop) == (loop.add_reader, loop.remove_reader)
-        assert others_ready(loop)(0)
-
-    asyncio.run(main())

@@ -94,11 +94,5 @@ def parser() -> QuietParser:
         metavar="ID",
         help="the secret under which audit records are chained, so that nobody else can make some up",
     )
-    add(
-        "--loop",
-        choices=("asyncio", "uvloop"),
-        default="asyncio",
-        help="uvloop: answers faster, starts later; it must be installed (default: asyncio)",
-    )
     add("--version", action="version", version=f"secretd {__version__}")
     return made

@@ -16,7 +16,7 @@ import resource
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from secretd import __version__, paths
@@ -129,7 +129,7 @@ class _Process:
         audit = _audit(tree, options)
         self._handler.is_held = audit.is_in_line_on_stderr
         try:
-            with asyncio.Runner(loop_factory=_loop_factory(options.loop)) as runner:
+            with asyncio.Runner(loop_factory=Loop) as runner:
                 runner.run(self._serve(tree, audit, specs, initial.made, expired))
         finally:
             audit.stop()
@@ -231,18 +231,6 @@ def _unexpected(_loop: asyncio.AbstractEventLoop, context: Mapping[str, Any]) ->
         log_internal(error)
     else:
         log.error("internal error: something went wrong in the event loop")
-
-
-def _loop_factory(name: str) -> Callable[[], asyncio.AbstractEventLoop]:
-    if name == "asyncio":
-        return Loop
-    try:
-        import uvloop
-    except ImportError:
-        raise UsageError(
-            "--loop=uvloop: it is not installed; pip install 'secretd[uvloop]'"
-        ) from None
-    return uvloop.new_event_loop
 
 
 def _objects(count: int) -> str:

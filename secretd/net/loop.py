@@ -20,7 +20,6 @@ import select
 import selectors
 from collections.abc import Callable, Mapping
 from contextvars import Context
-from functools import partial
 from selectors import EVENT_READ, EVENT_WRITE, SelectorKey
 from time import monotonic
 from typing import Any, Final, TypeVarTuple, Unpack
@@ -208,27 +207,16 @@ class Loop(asyncio.SelectorEventLoop):
         self.call_exception_handler({"message": "Exception in a watcher", "exception": error})
 
 
-def readers(
-    loop: asyncio.AbstractEventLoop,
-) -> tuple[Callable[[int, Callable[[], object]], object], Callable[[int], object]]:
-    """Return how to have a function called when a descriptor can be read, and how to end that."""
-    if isinstance(loop, Loop):
-        return loop.watch, loop.unwatch
-    return loop.add_reader, loop.remove_reader
-
-
-def turns(loop: asyncio.AbstractEventLoop, uid: int) -> Callable[[Callable[[], None]], object]:
-    """Return how to have work for a uid done when its turn comes: on other loops, when the loop's
-    is.
-    """
-    return partial(loop.turns.add, uid) if isinstance(loop, Loop) else loop.call_soon
+def running_loop() -> Loop:
+    """Return the running loop, which must be a `Loop`."""
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, Loop), loop
+    return loop
 
 
 async def turn(uid: int | None) -> None:
-    """Let others have their turn: come back when it is that uid's, or the loop's where there is
-    none.
-    """
-    loop = asyncio.get_running_loop()
+    """Let others have their turn: return when it is that uid's, or the loop's where there is none."""
+    loop = running_loop()
     come = loop.create_future()
 
     def wake() -> None:
@@ -238,12 +226,5 @@ async def turn(uid: int | None) -> None:
     if uid is None:
         loop.call_soon(wake)
     else:
-        turns(loop, uid)(wake)
+        loop.turns.add(uid, wake)
     await come
-
-
-def others_ready(loop: asyncio.AbstractEventLoop) -> Callable[[int], bool]:
-    """Return how to find out whether the loop has something else to do than to serve one
-    descriptor; on loops that do not tell, it always has.
-    """
-    return loop.others_ready if isinstance(loop, Loop) else lambda _fd: True

@@ -20,7 +20,6 @@ and handled only in its uid's turns. A request usually costs epoll_wait, recvmsg
 allocation but the reply.
 """
 
-import asyncio
 import contextlib
 import socket
 from collections.abc import Callable
@@ -31,7 +30,7 @@ from secretd.limits import Tuning
 from secretd.linux.sockopt import unread_bytes
 from secretd.memory.wipe import wipe
 from secretd.net.control_messages import ANCILLARY_BYTES, RECEIVE_FLAGS, peek_and_wipe, received
-from secretd.net.loop import others_ready, readers, turns
+from secretd.net.loop import running_loop
 from secretd.net.pause import BACKLOG, CLOCK_STOPPED, STARVED, TURN, Pause
 from secretd.net.receive_space import (
     ROOMY_BYTES,
@@ -64,13 +63,13 @@ class Transport:
         *,
         uid: int | None = None,
     ) -> None:
-        loop = self._loop = asyncio.get_running_loop()
-        self._watch, self._unwatch = readers(loop)
+        loop = self._loop = running_loop()
+        self._watch, self._unwatch = loop.watch, loop.unwatch
         self._sock, self._fd = sock, sock.fileno()
-        self.others_ready = partial(others_ready(loop), self._fd)
+        self.others_ready = partial(loop.others_ready, self._fd)
         self._receive = sock.recvmsg_into
         self._space, self._closer, self.account = space, closer, account
-        self._in_turn = None if uid is None else turns(loop, uid)
+        self._in_turn = None if uid is None else partial(loop.turns.add, uid)
         self._on_readable = self._readable if self._in_turn is None else self._wait_for_turn
         self._tail = Tail(space, account, tuning, self._on_room, self._timed_out)
         self.sender = Sender(sock, self.close, self._sender_changed)
