@@ -414,6 +414,14 @@ class Daemon:
         assert not os.path.exists(self.control)
 
 
+def pytest_asyncio_loop_factories(
+    config: pytest.Config,
+    item: pytest.Item,
+) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """Asynchronous tests run on the daemon's own event loop."""
+    return {"secretd": Loop}
+
+
 @pytest.fixture
 def tuning(request: pytest.FixtureRequest) -> Tuning:
     """The times and sizes that the test's marker `tuning` asks for."""

@@ -654,7 +654,8 @@ def test_best_effort_starts_without_what_cannot_be_had(
     said = started.end()
     assert "No such file or directory; started without it (--object-policy=best-effort)" in said
     assert (
-        "--object number 2 (not shown, since it may hold a secret): No secret with id '…'" in said
+        "--object secret,id=x,keyid=nope,iv=AAAAAAAAAAAAAAAAAAAAAA==,data=…: No secret with id 'nope'"
+        in said
     )
     said = refused(
         manager.start(

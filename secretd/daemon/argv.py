@@ -8,6 +8,7 @@ It makes no objects and knows no other option; daemon calls it first of all.
 import os
 import sys
 
+from secretd.daemon import redaction
 from secretd.errors import UsageError
 from secretd.qapi import keyval
 from secretd.wire import encoder
@@ -18,19 +19,6 @@ ARGV_FDS = "SECRETD_ARGV_FDS"
 
 _LONG = 8
 """Bytes of a value that does not occur in an environment variable by chance."""
-
-MEMBERS = frozenset(
-    {"qom-type", "id", "format", "keyid", "iv", "file", "serial"}
-    | {"identity", "policy", "rules", "filename", "refresh"}
-)
-"""Members of an object that hold no secret, and may be shown."""
-
-DOUBLED = "a comma in a value is written twice"
-
-
-def unnamed(number: int) -> str:
-    """Name an option whose text may hold a secret; ``number`` counts from 1."""
-    return f"--object number {number} (not shown, since it may hold a secret)"
 
 
 def words() -> list[str]:
@@ -48,7 +36,6 @@ def hide_data() -> None:
     given_words = words()
     fds: list[int] = []
     values: list[bytes] = []
-    number = 0
     for index, word in enumerate(given_words):
         option, equals, text = word.partition("=")
         if option != "--object":
@@ -57,8 +44,7 @@ def hide_data() -> None:
             if index + 1 == len(given_words):
                 continue
             text = given_words[index + 1]
-        number += 1
-        hidden = _without_data(text, number)
+        hidden = _without_data(text)
         if hidden is not None:
             values += (os.fsencode(text), hidden[2])
             fd, text, _ = hidden
@@ -97,30 +83,33 @@ def _clean_environment(values: list[bytes]) -> None:
             del os.environb[name]
 
 
-def _without_data(text: str, number: int) -> tuple[int, str, bytes] | None:
+def _without_data(text: str) -> tuple[int, str, bytes] | None:
     """Return a memfd with the value of ``data``, the text that names it instead, and the value."""
     try:
         given = keyval.arguments(keyval.buffer(text)).members
     except UsageError:
-        return None  # said again, with the option's name, when the objects are made
+        return None  # reported again, with the option's text, when the objects are made
     data = given.pop("data", None)
     if not isinstance(data, Text):
         return None
     if "file" in given:
-        raise UsageError(f"{unnamed(number)}: 'file' and 'data' are mutually exclusive")
-    if not given.keys() <= MEMBERS:
-        # A comma that was not doubled: what follows it may be the rest of the secret.
-        raise UsageError(f"{unnamed(number)}: Parameter '…' is unexpected; {DOUBLED}")
+        shown = redaction.shown(text, [])
+        raise UsageError(f"--object {shown}: 'file' and 'data' are mutually exclusive")
     value = bytes(data.decode_in_place()[1:-1])
     fd = os.memfd_create("secretd-argv", 0)
     with open(fd, "wb", closefd=False) as memfd:
         memfd.write(value)
-    file = {"file": f"/dev/fd/{fd}"}
+    # In the same place, so that errors show the members in the order in which they were typed.
+    file = f"/dev/fd/{fd}"
     if text.startswith("{"):
-        return fd, encoder.value(given | file), value
-    members = keyval.parse(text, "qom-type")
-    del members["data"]
-    return fd, keyval.compose(members | file), value
+        return fd, redaction.with_file(text, file) or encoder.value(given | {"file": file}), value
+    file = f"file={file}"
+    listed = [file if part.key == "data" else part.text for part in redaction.parts(text)]
+    return (
+        fd,
+        ",".join(part for i, part in enumerate(listed) if part != file or file not in listed[:i]),
+        value,
+    )
 
 
 def hidden_fds() -> list[int]:

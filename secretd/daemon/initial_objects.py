@@ -8,7 +8,7 @@ import logging
 import os
 import re
 
-from secretd.daemon import argv
+from secretd.daemon import redaction
 from secretd.descriptors.source import CommandLineSources
 from secretd.errors import CommandError, LockedMemoryExhausted, UsageError
 from secretd.monitor.commands import COMMANDS
@@ -19,7 +19,6 @@ from secretd.qom.object_type import ObjectOptions
 from secretd.qom.renewal import renew
 from secretd.qom.secret import SecretOptions
 from secretd.qom.tree import ObjectTree
-from secretd.wire.parser import Text
 
 log = logging.getLogger("secretd")
 
@@ -37,7 +36,6 @@ class InitialObjects:
         self._loading = tree.loading(CommandLineSources(tree.scratch))
         self._hidden = [f"/dev/fd/{fd}" for fd in hidden]
         self._required = required
-        self._number = 0
         self._named: set[str] = set()
         self.made: list[str] = []
 
@@ -46,7 +44,6 @@ class InitialObjects:
 
         Returns False if help was asked for, and printed.
         """
-        self._number += 1
         try:
             options = parse(self._tree, text)
             if options is None:
@@ -79,24 +76,20 @@ class InitialObjects:
         self._named.add(options.id)
 
     def _words(self, text: str, words: str) -> str:
-        """Name the option, showing its text only if nothing in it may be a secret."""
-        if self._may_be_shown(text):
-            return f"--object {text}: {words}"
-        # Its words may quote a part of it.
-        words = f"{argv.unnamed(self._number)}: {_unquoted(words)}"
-        return f"{words}; {argv.DOUBLED}" if "…" in words else words
+        """Return an error with the option's text, without the values that may carry a secret."""
+        if text.startswith("{") and not _is_json(text):
+            # What its words quote may be a part of the secret.
+            words = re.sub("'[^']*'", "'…'", words)
+        shown = f"--object {redaction.shown(text, self._hidden)}: {words}"
+        return f"{shown}; {redaction.COMMA_HINT}" if redaction.is_unfinished_value(text) else shown
 
-    def _may_be_shown(self, text: str) -> bool:
-        """True if nothing in the text of an object, as it stands now or as it was typed, is a
-        secret.
-        """
-        try:
-            given = keyval.arguments(keyval.buffer(text)).members
-        except UsageError:
-            return False
-        file = given.get("file")
-        typed = not isinstance(file, Text) or file.to_str() not in self._hidden
-        return typed and given.keys() <= argv.MEMBERS
+
+def _is_json(text: str) -> bool:
+    try:
+        keyval.arguments(keyval.buffer(text))
+    except UsageError:
+        return False
+    return True
 
 
 def parse(tree: ObjectTree, text: str) -> ObjectOptions | None:
@@ -129,8 +122,3 @@ def _credential_hint(options: ObjectOptions) -> str:
         f"\nsystemd has set up no credential '{name}' for this unit: see LoadCredentialEncrypted= there "
         f"and /etc/credstore.encrypted/{name}; --object-policy=best-effort starts without this object"
     )
-
-
-def _unquoted(words: str) -> str:
-    known = {*argv.MEMBERS, "data", "="}
-    return re.sub("'([^']*)'", lambda m: m[0] if m[1] in known else "'…'", words)

@@ -89,26 +89,21 @@ def test_the_memfd_of_a_value_is_closed_and_the_environment_clean(
         (["--object", "nope,id=s"],
          "--object nope,id=s: Parameter 'qom-type' does not accept value 'nope'"),
         (["--object", "secret,id=s,data=x,file=y"],
-         "--object number 1 (not shown, since it may hold a secret): 'file' and 'data' are mutually "
-         "exclusive"),
+         "--object secret,id=s,data=…,file=y: 'file' and 'data' are mutually exclusive"),
         (["--object", "secret,id=s,data=hunter,2"],
-         "--object number 1 (not shown, since it may hold a secret): Invalid parameter '…'; "
-         "a comma in a value is written twice"),
+         "--object secret,id=s,data=…,…: Invalid parameter '2'; a comma in a value is written twice"),
         (["--object", "secret,id=s,data=hunter,two"],
-         "--object number 1 (not shown, since it may hold a secret): Expected '=' after parameter '…'; "
+         "--object secret,id=s,data=…,…: Expected '=' after parameter 'two'; "
          "a comma in a value is written twice"),
         (["--object", '{"qom-type":"secret","id":"s","data":12345678}'],
-         "--object number 1 (not shown, since it may hold a secret): Invalid parameter type for 'data', "
+         "--object {\"qom-type\":\"secret\",\"id\":\"s\",\"data\":…}: Invalid parameter type for 'data', "
          "expected: string"),
         (["--object", "secret,id=s,data=hun,ter=two2"],
-         "--object number 1 (not shown, since it may hold a secret): Parameter '…' is unexpected; "
-         "a comma in a value is written twice"),
+         "--object secret,id=s,data=…,ter=…: Parameter 'ter' is unexpected"),
         (["--object", "secret,id=s,data=x,keyid=zz"],
-         "--object number 1 (not shown, since it may hold a secret): No secret with id '…'; "
-         "a comma in a value is written twice"),
+         "--object secret,id=s,data=…,keyid=zz: No secret with id 'zz'"),
         (["--object", "secret,id=s,dat=hunter2"],
-         "--object number 1 (not shown, since it may hold a secret): Parameter '…' is unexpected; "
-         "a comma in a value is written twice"),
+         "--object secret,id=s,dat=…: Parameter 'dat' is unexpected"),
         (["--control", "/nope/s"], "/nope/s: No such file or directory"),
         (["--control", ",mode=0600"], "--control ,mode=0600: the path of the socket is missing"),
         (["--control", "x,mode=abc"],
