@@ -29,8 +29,9 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tests.conftest import Client, connect_as  # noqa: E402
-from tests.manager import Manager, listening  # noqa: E402
+from tests.support.qmp import Client  # noqa: E402
+from tests.support.service_manager import Manager, listening  # noqa: E402
+from tests.support.users import connect_as  # noqa: E402
 
 CPU = "1" if (os.cpu_count() or 1) > 1 else "0"
 BIN = Path(sys.executable).parent

@@ -23,7 +23,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Client, need, need_program, need_root
+from tests.support.needs import need, need_program, need_root
+from tests.support.qmp import Client
 
 ROOT = Path(__file__).parent.parent.parent
 BOOT_SECONDS = 60

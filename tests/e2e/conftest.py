@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import Client
 from tests.e2e.box import installed
+from tests.support.qmp import Client
 
 __all__ = ["installed"]
 

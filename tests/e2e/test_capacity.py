@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import need, need_level
 from tests.e2e.conftest import SECRETD, WITHOUT_IPC_LOCK, Process
+from tests.support.needs import need, need_level
 
 LIMIT = 8 << 20
 ADD = b'{"execute":"object-add","arguments":{"qom-type":"secret","id":"s%06d","data":"%032d"}}\n'

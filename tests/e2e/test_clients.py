@@ -12,8 +12,8 @@ from pathlib import Path
 
 from qemu.qmp import QMPClient
 
-from tests.conftest import need_program
 from tests.e2e.conftest import BIN, Process
+from tests.support.needs import need_program
 
 QMP_SHELL = str(BIN / "qmp-shell")
 

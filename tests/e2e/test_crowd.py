@@ -5,8 +5,8 @@ import contextlib
 import random
 import socket
 
-from tests.conftest import need_root
 from tests.e2e.conftest import Process
+from tests.support.needs import need_root
 
 SCRIPT = (
     b'{"execute":"qmp_capabilities"}\n{"execute":"getfd","arguments":{"fdname":"a"}}\n'

@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.conftest import need_program
 from tests.e2e.box import ROOT, Box, installed
+from tests.support.needs import need_program
 
 __all__ = ["installed"]
 

@@ -12,16 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from tests import fuzz
-from tests.conftest import Daemon
-from tests.real_qemu import ROOT, Qemu, need_qemu
+from tests.fuzz import against_qemu
+from tests.support.daemon import Daemon
+from tests.support.real_qemu import ROOT, Qemu, need_qemu
 
 
 def test_no_difference_is_unexplained() -> None:
     """Other messages each time; what differed, and the seed, are printed."""
     need_qemu("qemu10")
     done = subprocess.run(
-        [sys.executable, "-m", "tests.fuzz", "--cases", "6000", "--options", "100"],
+        [sys.executable, "-m", "tests.fuzz.against_qemu", "--cases", "6000", "--options", "100"],
         cwd=ROOT, capture_output=True, text=True, check=False, timeout=110,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -34,11 +34,11 @@ def test_a_reference_that_dies_is_started_again_and_is_no_difference(
     """As QEMU 10.0.2 dies of one write with more than eight parse errors, with oob."""
     need_qemu("qemu10")
     daemon = Daemon(tmp_path)
-    play = fuzz.Side.play
+    play = against_qemu.Side.play
     killed: list[int] = []
     with contextlib.closing(Qemu("qemu10")) as qemu:
 
-        def killing(self: fuzz.Side, *given: object, **named: object) -> object:
+        def killing(self: against_qemu.Side, *given: object, **named: object) -> object:
             if self._path == qemu.path and not killed:
                 killed.append(qemu._pid)
                 os.kill(qemu._pid, signal.SIGKILL)
@@ -46,10 +46,10 @@ def test_a_reference_that_dies_is_started_again_and_is_no_difference(
                     pass
             return play(self, *given, **named)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(fuzz.Side, "play", killing)
-        ours = fuzz.Side(daemon.control)
+        monkeypatch.setattr(against_qemu.Side, "play", killing)
+        ours = against_qemu.Side(daemon.control)
         try:
-            assert fuzz.fuzz(600, 7, qemu, ours) == 0
+            assert against_qemu.fuzz(600, 7, qemu, ours) == 0
         finally:
             ours.close()
             daemon.stop()

@@ -18,9 +18,11 @@ from pathlib import Path
 import pytest
 
 from secretd.linux.sockopt import SO_PASSRIGHTS
-from tests.conftest import Client, connect_as, need, need_root
 from tests.e2e import hostile as hostile_module
 from tests.e2e.conftest import Process
+from tests.support.needs import need, need_root
+from tests.support.qmp import Client
+from tests.support.users import connect_as
 
 HOSTILE = Path(__file__).parent / "hostile.py"
 UID, OTHER = 65534, 1001

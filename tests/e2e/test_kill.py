@@ -2,7 +2,7 @@
 """secretd is killed a hundred times at random moments, while clients add, read and delete.
 
 Under a real systemd, which keeps the arena and the journal. Where a kill can fall within what
-secretd does to its own memory, tests/test_restore.py looks at every moment; here everything is
+secretd does to its own memory, tests/journal/test_restore.py looks at every moment; here everything is
 real, the client too.
 """
 

@@ -17,12 +17,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Client, connect_as, need_level, need_program, need_root
 from tests.e2e.box import ROOT, wheels
 from tests.e2e.conftest import SECRETCTL, SECRETD, Process
 from tests.e2e.scan import SECRET_BYTES, parts, scan, secret
-from tests.manager import Manager, listening
-from tests.transcript import add_key, keyctl
+from tests.support.needs import need_level, need_program, need_root
+from tests.support.qmp import Client
+from tests.support.service_manager import Manager, listening
+from tests.support.transcript import add_key, keyctl
+from tests.support.users import connect_as
 
 KEY = secret(999_999).encode()
 AUDIT_KEY = secret(999_998).encode()

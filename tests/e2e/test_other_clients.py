@@ -14,8 +14,8 @@ import pytest
 from qemu.qmp import ExecuteError, QMPClient
 
 from secretd.monitor.commands import COMMANDS
-from tests.conftest import need, need_program
 from tests.e2e.conftest import BIN, Process
+from tests.support.needs import need, need_program
 
 CLIENTS = Path(__file__).parent / "clients"
 GO_SOURCES = "/usr/share/gocode"

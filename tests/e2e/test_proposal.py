@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import need_program, need_root
 from tests.e2e.conftest import SECRETD, Process
+from tests.support.needs import need_program, need_root
 
 PREPARE = r"""
 set -eu

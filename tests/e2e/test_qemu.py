@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Client, need_program
 from tests.e2e.conftest import SECRETCTL, Process
+from tests.support.needs import need_program
+from tests.support.qmp import Client
 
 PATTERN = "0x5a"
 

@@ -18,8 +18,8 @@ import pytest
 
 from secretd import __version__
 from secretd.audit import chain
-from tests.conftest import need
 from tests.e2e.box import TRIXIE, Box, wheels
+from tests.support.needs import need
 
 SOCKETS = ("secretd-control.socket", "secretd-client.socket", "secretd-credentials.socket")
 CREDENTIALS = "/run/secretd/credentials.sock"

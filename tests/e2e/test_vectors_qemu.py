@@ -5,8 +5,8 @@ import contextlib
 
 import pytest
 
-from tests.real_qemu import Qemu, need_qemu
-from tests.transcript import FILES, Mismatch, load
+from tests.support.real_qemu import Qemu, need_qemu
+from tests.support.transcript import FILES, Mismatch, load
 
 
 @pytest.mark.parametrize("version", ["qemu7", "qemu10"])
