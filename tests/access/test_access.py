@@ -827,6 +827,7 @@ def test_explain_says_whether_and_why(daemon: Daemon, loaded: Client) -> None:
     assert "has not been found" in client.fail("secret-explain", {"id": "x", "peer": []})
 
 
+@pytest.mark.slow
 def test_peers_and_changes_that_are_forgotten_are_worked_out_anew(
     daemon: Daemon, loaded: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:

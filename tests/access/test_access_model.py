@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,6 +28,8 @@ from secretd.qom.registry import TYPES, AnyOptions
 from secretd.qom.tree import ObjectTree
 from secretd.wire.parser import Text
 from tests.support.needs import ARENA_LEVEL
+
+pytestmark = pytest.mark.slow  # it starts processes, or tries many cases
 
 SECRETS = ["a", "ab", "web.key", "web.cert", "x"]
 IDENTITIES = ["uid:0", "uid:33", "gid:33", "gid:44", "unit:web.service", "user-unit:33/web.service"]

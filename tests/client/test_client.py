@@ -168,6 +168,7 @@ def test_what_was_read_is_wiped_with_the_client(daemon: Daemon) -> None:
     asyncio.run(main())
 
 
+@pytest.mark.slow
 def test_the_client_connects_again(tmp_path: Path) -> None:
     """Several at once too; whatever it was about to do, if nothing was sent."""
     daemon = Daemon(tmp_path)
@@ -219,6 +220,7 @@ def test_what_may_have_been_done_is_done_again_only_where_that_is_safe(daemon: D
     with_client(daemon, use)
 
 
+@pytest.mark.slow
 def test_it_is_tried_as_often_as_it_takes(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each time it is cut off."""
     times = iter(range(3))
@@ -251,6 +253,7 @@ def test_a_socket_that_is_broken_already_is_made_anew(daemon: Daemon) -> None:
     with_client(daemon, use)
 
 
+@pytest.mark.slow
 def test_a_socket_that_nobody_answers_on_is_not_waited_for_without_end(tmp_path: Path) -> None:
     """As systemd's, while secretd cannot start: neither until the time is over, nor once it is
     closed.
@@ -281,6 +284,7 @@ def test_a_socket_that_nobody_answers_on_is_not_waited_for_without_end(tmp_path:
     daemon.stop()
 
 
+@pytest.mark.slow
 def test_it_is_not_tried_for_ever(tmp_path: Path) -> None:
     """Nor at all, if that is said; nor once the client is closed."""
     daemon = Daemon(tmp_path)
@@ -357,6 +361,7 @@ def subscribed(daemon: Daemon) -> None:
         pass
 
 
+@pytest.mark.slow
 def test_the_client_without_asyncio_does_the_same(daemon: Daemon, tmp_path: Path) -> None:
     """Each method, one after the other."""
     (tmp_path / "f").write_text("letmein")

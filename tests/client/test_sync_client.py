@@ -48,6 +48,7 @@ def test_it_needs_neither_asyncio_nor_qemu_qmp(daemon: Daemon) -> None:
     assert done.stdout == "[]\n"
 
 
+@pytest.mark.slow
 def test_a_refusal_is_said_in_the_daemons_words(daemon: Daemon) -> None:
     """By both clients: the one line that comes instead of a greeting."""
     need_root()
@@ -106,6 +107,7 @@ def test_what_was_sent_is_repeated_only_where_that_is_safe(daemon: Daemon) -> No
             client.delete("a")
 
 
+@pytest.mark.slow
 def test_a_command_that_ends_each_connection_is_given_up(tmp_path: Path) -> None:
     """After four."""
     path = str(tmp_path / "s")
@@ -115,6 +117,7 @@ def test_a_command_that_ends_each_connection_is_given_up(tmp_path: Path) -> None
         assert sum(b"query-name" in data for data in received) == 4
 
 
+@pytest.mark.slow
 def test_silence_is_said_and_can_be_limited(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,6 +185,7 @@ def test_every_method_of_the_asyncio_client_is_there() -> None:
             assert ours.parameters == inspect.signature(method).parameters, name
 
 
+@pytest.mark.slow
 def test_secrets_of_the_largest_size_are_sealed(daemon: Daemon, qmp: Qmp) -> None:
     """Through a descriptor, by both clients; the reply has no room for them."""
     need_locked_memory(16 << 20)

@@ -6,6 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.slow  # it starts processes, or tries many cases
+
 ROOT = Path(__file__).parent.parent.parent
 
 

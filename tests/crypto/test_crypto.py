@@ -25,6 +25,7 @@ def buffer(arena: Arena, content: bytes) -> LockedBuffer:
     return made
 
 
+@pytest.mark.slow
 @given(st.binary(max_size=200), st.integers(1, 80))
 def test_base64_is_decoded_with_newlines_anywhere(content: bytes, columns: int) -> None:
     """As openssl and base64(1) write it."""
@@ -127,6 +128,7 @@ def test_a_key_has_32_bytes() -> None:
         cipher.check_key(memoryview(KEY[1:]))
 
 
+@pytest.mark.slow
 @given(st.binary(max_size=100))
 def test_what_is_sealed_is_decrypted_again(content: bytes) -> None:
     """Of every length, and under a new IV each time."""

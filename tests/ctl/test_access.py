@@ -134,6 +134,7 @@ def test_somebody_is_explained_with_their_groups(run: Ctl, qmp: Client) -> None:
     assert ": no\n" in run("explain", "s", "--as", "uid:0", status=1)[0]
 
 
+@pytest.mark.slow
 def test_a_lifetime_is_set_and_listed(run: Ctl, qmp: Client) -> None:
     """With its unit."""
     qmp.add("s", data="letmein")
@@ -304,6 +305,7 @@ def test_a_key_comes_from_the_daemon_or_a_file(tmp_path: Path, audited: tuple[Da
     assert "no record is under the key" in out
 
 
+@pytest.mark.slow
 def test_the_help_names_all_verbs() -> None:
     """As a person would ask."""
     secretctl = os.path.join(os.path.dirname(sys.executable), "secretctl")

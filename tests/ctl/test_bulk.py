@@ -16,6 +16,8 @@ from tests.support.needs import need_locked_memory
 from tests.support.qmp import Client
 from tests.support.secretctl import SECRETCTL, Ctl, in_terminal
 
+pytestmark = pytest.mark.slow  # it starts processes, or tries many cases
+
 LIMITED: dict[str, Any] = {"expires-in": 5000, "qom-type": "secret"}
 
 

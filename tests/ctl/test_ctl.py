@@ -17,6 +17,8 @@ from tests.support.needs import ARENA_LEVEL
 from tests.support.qmp import Client
 from tests.support.secretctl import SECRETCTL, Ctl, in_terminal
 
+pytestmark = pytest.mark.slow  # it starts processes, or tries many cases
+
 
 def test_a_secret_is_added_from_a_file_and_read_to_a_pipe(run: Ctl, tmp_path: Path) -> None:
     """A newline at the end is kept, with a warning; base64 has none of that."""

@@ -23,6 +23,8 @@ from tests.support.needs import need_program
 from tests.support.qmp import Client
 from tests.support.secretctl import SECRETCTL, Ctl
 
+pytestmark = pytest.mark.slow  # it starts processes, or tries many cases
+
 
 def test_each_verb_is_listed_once_and_has_help_that_fits(run: Ctl) -> None:
     """In the help of all, each with a whole sentence; its own help has more."""

@@ -25,6 +25,8 @@ from tests.support.qmp import Client
 from tests.support.scripted import server
 from tests.support.secretctl import SECRETCTL, Ctl
 
+pytestmark = pytest.mark.slow  # it starts processes, or tries many cases
+
 
 def with_terminals(
     words: list[str], tmp_path: Path, *, stdin: str, stdout: str, stderr: str

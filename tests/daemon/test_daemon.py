@@ -34,6 +34,8 @@ from secretd.wire import encoder
 from tests.support.daemon import add_object
 from tests.support.needs import ARENA_LEVEL
 
+pytestmark = pytest.mark.slow  # it starts processes, or tries many cases
+
 
 @pytest.fixture
 def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

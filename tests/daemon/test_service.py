@@ -23,6 +23,8 @@ from tests.support.service_manager import (
     listening,
 )
 
+pytestmark = pytest.mark.slow  # it starts processes, or tries many cases
+
 WITHOUT_IPC_LOCK = ("setpriv", "--bounding-set=-ipc_lock", "--inh-caps=-ipc_lock")
 KEPT = ("arena", "journal", "journal")
 

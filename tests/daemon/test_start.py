@@ -28,6 +28,8 @@ from tests.support.qmp import Client
 from tests.support.secretctl import SECRETCTL
 from tests.support.users import connect_as
 
+pytestmark = pytest.mark.slow  # it starts processes, or tries many cases
+
 SECRETD = str(Path(sys.executable).parent / "secretd")
 
 

@@ -233,6 +233,7 @@ REFUSED = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.tuning(delivery_seconds=0.2)
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_take_a_secret_is_refused_in_words(

@@ -7,6 +7,8 @@ import pytest
 
 from tests.fuzz import parsers
 
+pytestmark = pytest.mark.slow  # it starts processes, or tries many cases
+
 FILES = sorted(path for name in parsers.TARGETS for path in (parsers.CORPORA / name).iterdir())
 
 

@@ -77,6 +77,7 @@ ONE = st.builds(
 ODD = st.lists(ONE | st.just(record(b"alike0050", uid=7)), max_size=12)
 
 
+@pytest.mark.slow
 @given(st.lists(ALIKE | ODD, max_size=5), st.binary(max_size=40), st.integers(0, 2000))
 def test_runs_are_read_as_one_by_one(parts: list[list[bytes]], tail: bytes, damaged: int) -> None:
     """Whatever stands there: ids twice, what is gone, other kinds, rubbish, a byte that is

@@ -139,6 +139,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Journal:
     return Journal(Arena("none", window=WINDOW))
 
 
+@pytest.mark.slow
 def test_at_every_moment_each_object_is_whole_or_absent(small: Journal) -> None:
     """Adding, changing and removing, over growth of both, and compaction."""
     journal = small

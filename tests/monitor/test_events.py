@@ -69,6 +69,7 @@ def test_neither_the_client_door_nor_who_has_not_negotiated_gets_them(
     assert silent.events == []
 
 
+@pytest.mark.slow
 def test_who_does_not_read_loses_events_and_is_told_how_many(daemon: Daemon, qmp: Client) -> None:
     """The daemon keeps few; others are not held up."""
     lazy = daemon.connect().watch()
@@ -157,6 +158,7 @@ def test_reads_and_refusals_are_told_on_the_control_door(daemon: Daemon, granted
     assert client.events == []
 
 
+@pytest.mark.slow
 def test_the_client_door_is_told_of_what_it_may_read_and_of_nothing_else(
     daemon: Daemon, granted: Client
 ) -> None:
@@ -187,6 +189,7 @@ def test_the_client_door_is_told_of_what_it_may_read_and_of_nothing_else(
         assert each.events == []
 
 
+@pytest.mark.slow
 @pytest.mark.tuning(throttled_seconds=0.3, events_seconds=1000.0)
 def test_reads_of_one_secret_are_told_once_a_second(
     daemon: Daemon, granted: Client, monkeypatch: pytest.MonkeyPatch
@@ -280,6 +283,7 @@ def test_the_time_of_an_event_tells_nothing_of_others(daemon: Daemon, granted: C
         assert abs(when - round(when)) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.tuning(throttled_seconds=0.2)
 def test_what_was_held_back_is_not_told_after_a_revocation(
     daemon: Daemon, granted: Client, monkeypatch: pytest.MonkeyPatch
@@ -314,6 +318,7 @@ def test_a_connection_that_ends_takes_its_throttle_along(
         pass
 
 
+@pytest.mark.slow
 @pytest.mark.tuning(tick_events=2)
 def test_many_events_are_spread_over_ticks_and_none_is_lost(
     daemon: Daemon, granted: Client, monkeypatch: pytest.MonkeyPatch
@@ -393,6 +398,7 @@ def test_events_can_be_chosen_by_name(daemon: Daemon, qmp: Client) -> None:
     assert none.events == []
 
 
+@pytest.mark.slow
 def test_a_flood_of_refusals_leaves_room_for_the_events_of_others(
     daemon: Daemon, granted: Client
 ) -> None:

@@ -4,6 +4,8 @@
 import os
 from pathlib import Path
 
+import pytest
+
 from tests.support.daemon import Daemon
 from tests.support.qmp import Client
 
@@ -31,6 +33,7 @@ def test_help_lists_what_there_is(qmp: Client) -> None:
     assert hmp(qmp, "help q") == "quit|q  -- quit secretd\r\n"
 
 
+@pytest.mark.slow
 def test_secrets_are_shown_without_their_content(qmp: Client) -> None:
     """One line for each, any number of them."""
     assert hmp(qmp, "info secrets") == ""

@@ -181,6 +181,7 @@ def _no_room(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
+@pytest.mark.slow
 def test_a_flood_of_out_of_band_commands_lets_others_go_on(
     oob: Client, stuck: Stuck, daemon: Daemon
 ) -> None:
@@ -228,6 +229,7 @@ def test_whatever_comes_meanwhile_is_answered_as_if_nothing_were_stuck(
         assert answer(oob) == wanted
 
 
+@pytest.mark.slow
 @pytest.mark.tuning(look_seconds=1000.0)
 def test_who_does_not_read_what_it_asks_out_of_band_is_not_read_either(
     daemon: Daemon, qmp: Client, oob: Client, stuck: Stuck, monkeypatch: pytest.MonkeyPatch

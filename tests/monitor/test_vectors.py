@@ -122,6 +122,7 @@ def played(vector: Vector, peer: Codec | SocketPeer) -> str:
     return ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_the_codec_answers_as_qemu_does(path: Path) -> None:
     """Without a socket, byte for byte but for the differences that the page names."""
@@ -131,6 +132,7 @@ def test_the_codec_answers_as_qemu_does(path: Path) -> None:
     assert not wrong, "\n".join(["", *wrong])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_the_daemon_answers_as_qemu_does(tmp_path: Path, path: Path) -> None:
     """Over its socket."""

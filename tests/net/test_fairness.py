@@ -98,6 +98,7 @@ def test_a_coroutine_waits_for_its_turn() -> None:
         runner.run(main())
 
 
+@pytest.mark.slow
 def test_many_connections_of_one_uid_do_not_delay_root(
     daemon: Daemon, qmp: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:

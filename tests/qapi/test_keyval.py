@@ -77,6 +77,7 @@ def test_bad_json_is_named_in_qemus_words(text: str, words: str) -> None:
     assert str(caught.value) == words
 
 
+@pytest.mark.slow
 @given(
     st.dictionaries(st.sampled_from(["qom-type", "id", "file"]), st.text(max_size=9), min_size=1)
 )

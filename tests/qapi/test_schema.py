@@ -186,6 +186,7 @@ EDITS = st.lists(
 )
 
 
+@pytest.mark.slow
 @given(MESSAGES, st.sampled_from([(",", ":"), (", ", ": ")]), EDITS)
 @example({"execute": "quit"}, (",", ":"), [(1, 0, b'"execute":"quit",')])
 @settings(max_examples=400)

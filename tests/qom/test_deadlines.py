@@ -21,6 +21,7 @@ def end_soon(daemon: Daemon, object_id: str, nanoseconds: int = 1_000_000) -> No
     daemon.call(lambda: daemon.tree.deadlines.set(object_id, now() + nanoseconds))
 
 
+@pytest.mark.slow
 def test_a_secret_with_a_lifetime_is_wiped_at_its_end(daemon: Daemon, qmp: Client) -> None:
     """An event says so; the time that is left is listed until then."""
     other = daemon.connect().watch()
@@ -102,6 +103,7 @@ def test_a_delivery_ends_with_the_secrets_time(daemon: Daemon, qmp: Client) -> N
     assert drained(source) < 1 << 20
 
 
+@pytest.mark.slow
 def test_a_grant_with_a_lifetime_ends(
     daemon: Daemon, qmp: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:

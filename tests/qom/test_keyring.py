@@ -37,6 +37,7 @@ def test_the_secret_outlives_its_key(qmp: Client, key: int) -> None:
     )
 
 
+@pytest.mark.slow
 def test_an_expired_key_is_an_error(qmp: Client, key: int) -> None:
     """In the kernel's words."""
     keyctl("timeout", str(key), "1")
@@ -93,6 +94,7 @@ def test_an_empty_key_and_one_without_permission_are_errors(qmp: Client, key: in
     )
 
 
+@pytest.mark.slow
 def test_a_key_may_be_base64_of_any_length(qmp: Client) -> None:
     """QEMU looks one byte too far and refuses some, by what happens to stand there."""
     need_program("keyctl")

@@ -9,6 +9,7 @@ from secretd.qom import sorted_ids
 from secretd.qom.sorted_ids import SortedIds
 
 
+@pytest.mark.slow
 @given(
     st.sets(st.text("abc", max_size=3)),
     st.lists(st.text("abc", max_size=3)),

@@ -52,6 +52,7 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
 
 
+@pytest.mark.slow
 def test_the_secret_is_the_one_of_that_name(daemon: Daemon, qmp: Client, app: str) -> None:
     """Or the one that a grant maps the name to; of any size; fetched again and again."""
     for name, content in (("a", b"letmein"), ("empty", b""), ("large", b"x" * 1_000_000)):
@@ -70,6 +71,7 @@ def test_the_secret_is_the_one_of_that_name(daemon: Daemon, qmp: Client, app: st
     assert fetch(daemon, app, address("app.service", "only")) == b""
 
 
+@pytest.mark.slow
 def test_a_users_unit_is_that_of_the_user(daemon: Daemon, qmp: Client) -> None:
     """Root's own manager is one, too: its unit is not the system's of that name."""
     need_root()
@@ -139,6 +141,7 @@ def test_what_is_refused_gets_too_much(
     assert denied["peer"]["unit"] == "unit:app.service"
 
 
+@pytest.mark.slow
 def test_what_is_given_is_audited_and_told(tmp_path: Path, app: str) -> None:
     """With the rule, the secret and the name it was asked by; the control socket hears of both."""
     daemon = Daemon(tmp_path, make_audit=lambda: Audit(str(tmp_path / "audit")))
@@ -164,6 +167,7 @@ def test_what_is_given_is_audited_and_told(tmp_path: Path, app: str) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_other_addresses_and_other_uids_are_refused(
     daemon: Daemon, qmp: Client, app: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -218,6 +222,7 @@ def test_on_old_kernels_root_is_told_by_its_number(
             identify(sock, SocketRole.CREDENTIALS)
 
 
+@pytest.mark.slow
 def test_a_secret_that_systemd_would_not_take_is_refused(
     daemon: Daemon, qmp: Client, app: str, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -228,6 +228,7 @@ def test_messages_that_wait_behind_another_are_counted(daemon: Daemon, qmp: Clie
             pass
 
 
+@pytest.mark.slow
 def test_half_messages_of_one_uid_leave_receive_space(daemon: Daemon, qmp: Client) -> None:
     """However many connections it has: hundreds of half messages, and another uid's are still
     taken.

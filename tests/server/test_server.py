@@ -144,6 +144,7 @@ def test_a_client_that_does_not_read_stalls_only_itself(daemon: Daemon, qmp: Cli
         assert silent.reply()["id"] == number
 
 
+@pytest.mark.slow
 @pytest.mark.tuning(unfinished_seconds=0.1)
 def test_unfinished_messages_are_limited_in_time(
     daemon: Daemon, qmp: Client, monkeypatch: pytest.MonkeyPatch
@@ -249,6 +250,7 @@ def test_when_receive_space_is_used_up_large_messages_wait_for_it(starving: Daem
     assert large.reply()["id"] == "large"
 
 
+@pytest.mark.slow
 @pytest.mark.tuning(turn_seconds=-1.0, shared_turn_seconds=-1.0, look_seconds=-1.0)
 def test_requests_that_wait_for_their_turn_need_no_more_room(starving: Daemon) -> None:
     """What is whole and only waits is no unfinished message, however much of it there is."""
@@ -285,6 +287,7 @@ def test_large_messages_of_many_clients_at_once_all_arrive(daemon: Daemon, qmp: 
     assert daemon.server.space._beyond is None
 
 
+@pytest.mark.slow
 @pytest.mark.tuning(shared_turn_seconds=1000.0)
 def test_one_that_pipelines_lets_another_that_waits_go_first(
     daemon: Daemon, qmp: Client, monkeypatch: pytest.MonkeyPatch
@@ -326,6 +329,7 @@ def test_one_that_pipelines_lets_another_that_waits_go_first(
     assert 1 <= len(gave_way) < 10  # what wakes the loop counts, too
 
 
+@pytest.mark.slow
 @pytest.mark.tuning(turn_seconds=0.0005)
 def test_many_that_pipeline_at_once_are_all_answered(
     daemon: Daemon, monkeypatch: pytest.MonkeyPatch
@@ -353,6 +357,7 @@ def test_room_that_comes_from_elsewhere_is_found(starving: Daemon) -> None:
     assert large.reply()["id"] == "large"
 
 
+@pytest.mark.slow
 @pytest.mark.tuning(unfinished_seconds=1.0)
 def test_a_starved_connection_is_closed_when_its_time_is_up(starving: Daemon) -> None:
     """It does not hold its space for ever, and one that still finds no room waits on."""
@@ -391,6 +396,7 @@ def test_an_error_that_quotes_the_sender_is_cut(qmp: Client) -> None:
     assert qmp.reply() == {"return": {}}
 
 
+@pytest.mark.slow
 def test_quoted_errors_to_a_client_that_does_not_read_are_kept_and_sent(daemon: Daemon) -> None:
     """They wait in locked memory, which is freed when they are sent or the client leaves."""
     for leaves in (False, True):
@@ -448,6 +454,7 @@ def test_descriptors_without_bytes_to_spare_do_not_leak(daemon: Daemon, qmp: Cli
     assert len(os.listdir("/proc/self/fd")) == count
 
 
+@pytest.mark.slow
 def test_clients_that_misbehave_together_disturb_nobody(daemon: Daemon, qmp: Client) -> None:
     """Silent, half-way, flooding, never reading, passing many descriptors, closing at any byte."""
     rng = random.Random(7)

@@ -4,6 +4,7 @@
 That they are QEMU's is shown by the transcripts, which were recorded; here is how.
 """
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -30,12 +31,14 @@ def test_members_come_by_bucket_and_in_a_bucket_the_latest_first() -> None:
         raise AssertionError("600 names in 512 buckets, and no two in one")
 
 
+@pytest.mark.slow
 @given(NAMES)
 def test_a_hash_table_lists_what_is_in_it(names: list[str]) -> None:
     """Each once, whatever size it grows to."""
     assert sorted(GHashTable(names)) == sorted(names)
 
 
+@pytest.mark.slow
 @given(NAMES, st.data())
 def test_what_is_removed_is_not_listed_and_the_others_are(
     names: list[str], data: st.DataObject

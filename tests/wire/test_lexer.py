@@ -157,6 +157,7 @@ def test_nesting_too_deep_is_one_error_and_one_for_each_closer() -> None:
     assert found == ["JSON nesting depth limit exceeded"] + [ERROR + "expecting value"] * 1025
 
 
+@pytest.mark.slow
 def test_a_message_of_too_many_tokens_is_refused() -> None:
     """The limit counts tokens, not bytes."""
     fits = b"[" + b"1," * ((lexer.MAX_TOKENS - 3) // 2) + b"1]"
@@ -190,6 +191,7 @@ def test_text_and_numbers_have_no_telling_repr() -> None:
     assert repr(Number(view, 0, 9, integer=True)) == "<Number>"
 
 
+@pytest.mark.slow
 @given(st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cn"])), st.booleans())
 def test_text_decodes_in_place_and_to_str_alike(text: str, single: bool) -> None:
     """Both ways of decoding undo what JSON escaping did."""
@@ -226,6 +228,7 @@ MESSY = st.lists(
 ).map(b"".join)
 
 
+@pytest.mark.slow
 @given(MESSY, st.lists(st.integers(0, 90)))
 def test_any_bytes_in_any_pieces_give_the_same_outcomes_and_end_recovered(
     data: bytes, cuts: list[int]
