@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How Sphinx builds these pages; scripts/docs calls it.
+"""How Sphinx builds these pages; scripts/dev/docs calls it.
 
 Tables that the code decides are made from it.
 """
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent / "scripts/tools"), str(HERE.parent)]
+sys.path[:0] = [str(HERE.parent / "scripts/dev"), str(HERE.parent)]
 
 import reference  # noqa: E402
 

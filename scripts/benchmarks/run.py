@@ -185,7 +185,7 @@ class Machine:
         for number in range(monitors):
             words += ["-qmp", f"unix:{path}{number or ''},server=on,wait=off"]
         if (ROOT / ".qemu10/done").exists() and os.getuid() == 0:
-            return Server("QEMU 10.0", [str(ROOT / "scripts/qemu10"), "run", *words], path)
+            return Server("QEMU 10.0", [str(ROOT / "scripts/dev/qemu10"), "run", *words], path)
         if shutil.which(words[0]):
             return Server("QEMU 7.2", words, path)
         return None

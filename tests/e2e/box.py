@@ -7,7 +7,7 @@ there is no network but loopback, cgroups are version 2 only, and what is writte
 is installed in it as scripts/install does it, under /usr; this checkout is there too, as /secretd.
 Root only.
 
-With a root file system of another Debian (scripts/trixie) it is that one's systemd, Python and
+With a root file system of another Debian (scripts/dev/trixie) it is that one's systemd, Python and
 packages.
 """
 
@@ -31,7 +31,7 @@ BOOT_SECONDS = 60
 SECRETD = ("secretd",)
 SECRETCTL = ("secretctl",)
 TRIXIE = ROOT / ".trixie"
-"""Where scripts/trixie puts Debian 13's root file system."""
+"""Where scripts/dev/trixie puts Debian 13's root file system."""
 
 # Units of this machine that have no business in the box.
 MASKED = ("systemd-modules-load.service", "apt-daily.timer", "apt-daily-upgrade.timer",

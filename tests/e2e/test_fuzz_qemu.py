@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A short run of the fuzzer that compares secretd with QEMU 10; scripts/fuzz-qemu makes long
+"""A short run of the fuzzer that compares secretd with QEMU 10; scripts/dev/fuzz-qemu makes long
 ones.
 """
 

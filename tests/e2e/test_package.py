@@ -42,7 +42,7 @@ def pythons() -> list[str]:
 
 @pytest.fixture(scope="module")
 def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What scripts/package has built twice, of a copy of this checkout."""
+    """What scripts/dev/package has built twice, of a copy of this checkout."""
     with once(tmp_path_factory, "dist") as directory:
         if not directory.exists():
             copy = Path(f"{directory}.copy")
@@ -56,7 +56,7 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 shutil.copy(ROOT / name, copy / name)
             (copy / ".venv").symlink_to(ROOT / ".venv")
             done = subprocess.run(
-                [copy / "scripts/package", "--check"],
+                [copy / "scripts/dev/package", "--check"],
                 env=os.environ | {"SOURCE_DATE_EPOCH": "1790000000"},
                 capture_output=True, text=True, check=False,
             )  # fmt: skip
@@ -167,7 +167,7 @@ def deb(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for _ in range(2):
         directory = tmp_path_factory.mktemp("deb")
         done = subprocess.run(
-            [ROOT / "scripts/package-deb", str(directory)],
+            [ROOT / "scripts/dev/package-deb", str(directory)],
             env=os.environ | {"SOURCE_DATE_EPOCH": "1790000000"},
             capture_output=True, text=True, check=False,
         )  # fmt: skip

@@ -32,7 +32,7 @@ def trixie(factory: pytest.TempPathFactory, name: str) -> Box:
     """A box of Debian 13, with secretd installed in it by scripts/install itself."""
     need(
         (TRIXIE / ".done").exists() or "SECRETD_NO_TRIXIE" in os.environ,
-        "scripts/trixie has not made Debian 13's root file system",
+        "scripts/dev/trixie has not made Debian 13's root file system",
     )
     if not (TRIXIE / ".done").exists():
         pytest.skip("Debian 13's root file system cannot be had here (SECRETD_NO_TRIXIE)")

@@ -2,7 +2,7 @@
 """What others can hand to secretd, made at random: messages, --object texts, a journal, addresses.
 
 hypothesis makes the input, mostly by mutating what lies in tests/corpora, and makes it small where
-something is wrong. scripts/fuzz runs it for as long as one likes; tests/fuzz/test_fuzzing.py runs the
+something is wrong. scripts/dev/fuzz runs it for as long as one likes; tests/fuzz/test_fuzzing.py runs the
 corpora and some hundred more at each check. What was found once is added to the corpora.
 """
 
@@ -211,17 +211,19 @@ def fuzz(name: str, examples: int, number: int | None = None) -> None:
 
 def main() -> int:
     """Fuzz for some time; return 1 if something was found."""
-    parser = argparse.ArgumentParser(prog="scripts/fuzz", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="scripts/dev/fuzz", description=__doc__, allow_abbrev=False
+    )
     parser.add_argument("--seconds", type=float, default=60, help="for each target (default: 60)")
     parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"of {', '.join(TARGETS)}")
     options_ = parser.parse_args()
     for name in options_.targets or TARGETS:
-        print(f"scripts/fuzz: {name}: {TARGETS[name].__doc__} ...", file=sys.stderr)
+        print(f"scripts/dev/fuzz: {name}: {TARGETS[name].__doc__} ...", file=sys.stderr)
         ends, tried = time.monotonic() + options_.seconds, 0
         while time.monotonic() < ends:
             fuzz(name, 500)
             tried += 500
-        print(f"scripts/fuzz: {name}: {tried} inputs, nothing found", file=sys.stderr)
+        print(f"scripts/dev/fuzz: {name}: {tried} inputs, nothing found", file=sys.stderr)
     return 0
 
 

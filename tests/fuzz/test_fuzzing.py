@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The corpora of scripts/fuzz, and some hundred inputs made of them."""
+"""The corpora of scripts/dev/fuzz, and some hundred inputs made of them."""
 
 from pathlib import Path
 

@@ -151,7 +151,7 @@ def test_a_journal_that_cannot_be_mapped_leaves_no_descriptor(
     ],
 )
 def test_a_damaged_header_is_refused(offset: int, value: bytes) -> None:
-    """Window, level, windows, end: none of these can be. Found by scripts/fuzz."""
+    """Window, level, windows, end: none of these can be. Found by scripts/dev/fuzz."""
     journal = Journal(Arena("none"))
     data = bytearray(os.pread(journal.filenos()[0], 4096, 0))
     arena = os.dup(journal.arena.fileno())
@@ -165,7 +165,7 @@ def test_a_damaged_header_is_refused(offset: int, value: bytes) -> None:
 
 
 def test_a_journal_that_ends_in_its_header_is_none() -> None:
-    """Found by scripts/fuzz, too."""
+    """Found by scripts/dev/fuzz, too."""
     arena = os.memfd_create("arena")
     file = os.memfd_create("journal")
     os.pwrite(file, b"secretd\0\1\0\0\0", 0)

@@ -23,7 +23,7 @@ from tests.support.transcript import (
 )
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-QEMU10 = ROOT / "scripts" / "qemu10"
+QEMU10 = ROOT / "scripts" / "dev" / "qemu10"
 UNPACKED = ROOT / ".qemu10" / "done"
 
 
@@ -32,8 +32,8 @@ def need_qemu(version: str) -> None:
     need_program("qemu-system-x86_64", "keyctl")
     if version == "qemu10":
         if os.environ.get("SECRETD_NO_QEMU10"):
-            pytest.skip("scripts/qemu10 could not fetch QEMU 10 from bookworm-backports")
-        need(UNPACKED.exists(), "no QEMU 10: run scripts/qemu10")
+            pytest.skip("scripts/dev/qemu10 could not fetch QEMU 10 from bookworm-backports")
+        need(UNPACKED.exists(), "no QEMU 10: run scripts/dev/qemu10")
         need(os.getuid() == 0, "QEMU 10 beside 7.2 needs root to mount")
 
 

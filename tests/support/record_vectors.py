@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Record what real QEMU answers in the transcripts of tests/vectors: 10 is the reference, 7.2 where
-it differs. Needs both and keyutils; scripts/record-vectors calls it. Arguments: names of files,
+it differs. Needs both and keyutils; scripts/dev/record-vectors calls it. Arguments: names of files,
 else all.
 """
 

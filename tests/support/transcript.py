@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 r"""Transcripts: exchanges with a QMP server as data, in tests/vectors/*.qmp.
 
-What QEMU says in them was recorded by scripts/record-vectors, never typed. A file is a list of
+What QEMU says in them was recorded by scripts/dev/record-vectors, never typed. A file is a list of
 vectors, each with a connection of its own and no objects at its start:
 
     = the name of the vector

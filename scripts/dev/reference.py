@@ -21,6 +21,7 @@ from secretd.audit.records import AuditRecord
 from secretd.ctl.main import SECTIONS, cli
 from secretd.ctl.output import EXIT_STATUS
 from secretd.daemon.options import parser as daemon_parser
+from secretd.limits import Tuning
 from secretd.monitor.commands import COMMANDS
 from secretd.monitor.events import EVENTS
 from secretd.qapi.command import Command
@@ -34,7 +35,7 @@ LIMITS = {
         "monitor.monitor",
         "monitor.core",
         "monitor.session",
-        "net.transport",
+        "net.sender",
         "net.receive_space",
     ],
     "What each uid may have": ["limits", "descriptors.threads"],
@@ -45,12 +46,12 @@ LIMITS = {
         "qom.paths",
         "descriptors.source",
         "qom.deadlines",
-        "monitor.commands.secrets",
         "monitor.commands.listing",
+        "monitor.commands.secrets",
     ],
-    "Descriptors and hand-over": ["descriptors.fd", "descriptors.delivery"],
+    "Descriptors and hand-over": ["descriptors.passed", "descriptors.threaded_delivery"],
     "Events": ["monitor.broadcast"],
-    "Access and the audit": ["access.decision", "audit.log", "access.peer"],
+    "Access and the audit": ["access.decision", "audit.records", "access.peer"],
 }
 """Which modules have limits, under which heading."""
 
@@ -209,6 +210,18 @@ def constants(module: Any) -> Iterator[tuple[str, Any, str]]:
             yield target.id, value, words
 
 
+def tuning() -> Iterator[tuple[str, Any, str]]:
+    """Return name, value and documentation of the fields of limits.Tuning."""
+    (tree,) = ast.parse(inspect.getsource(Tuning)).body
+    assert isinstance(tree, ast.ClassDef)
+    for before, behind in zip(tree.body, tree.body[1:], strict=False):
+        if isinstance(before, ast.AnnAssign) and isinstance(before.target, ast.Name):
+            assert isinstance(behind, ast.Expr)
+            assert isinstance(behind.value, ast.Constant)
+            name = before.target.id
+            yield name.upper(), getattr(Tuning, name), behind.value.value
+
+
 def limits() -> Iterator[str]:
     """Return a table for each group of limits."""
     for title, modules in LIMITS.items():
@@ -221,6 +234,14 @@ def limits() -> Iterator[str]:
                 shown = f"{value:,}" if isinstance(value, int) else f"{value:g}"
                 yield f"| `{constant}` | {shown} | {cell(words)} |"
         yield ""
+    yield "## Times and sizes"
+    yield ""
+    yield "| limit | value | |"
+    yield "|---|---|---|"
+    for constant, value, words in tuning():
+        shown = f"{value:,}" if isinstance(value, int) else f"{value:g}"
+        yield f"| `{constant}` | {shown} | {cell(words)} |"
+    yield ""
 
 
 _AUDIT = {
@@ -251,7 +272,7 @@ def audit() -> Iterator[str]:
     names = {"seq", "time", "hash", *(n.replace("_", "-") for n in AuditRecord.__struct_fields__)}
     if names != _AUDIT.keys():
         raise ValueError(
-            f"scripts/tools/reference.py does not say what these are: {names ^ _AUDIT.keys()}"
+            f"scripts/dev/reference.py does not say what these are: {names ^ _AUDIT.keys()}"
         )
     yield "| member | |"
     yield "|---|---|"

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Print an SBOM of secretd and what it needs to run, as CycloneDX, from the lock file
-(scripts/package).
+(scripts/dev/package).
 """
 
 import os
@@ -17,7 +17,7 @@ from cyclonedx.model.license import LicenseExpression
 from cyclonedx.output.json import JsonV1Dot6
 from packageurl import PackageURL
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def component(name: str, version: str, hashes: list[str]) -> Component:
