@@ -15,7 +15,7 @@ from typing import Final
 
 from secretd.daemon.inherited import ARENA, JOURNAL
 from secretd.journal.journal import Journal
-from secretd.systemd.notify import Manager, has_ended
+from secretd.systemd.notify import KeptDescriptors, NotifySocket, has_ended
 
 log = logging.getLogger("secretd")
 
@@ -25,16 +25,16 @@ background.
 """
 
 
-class Store:
+class DescriptorStore(KeptDescriptors):
     """What the service manager keeps for the next process.
 
     ``kept``: all that is needed, as far as is known. ``holds``: it may have a part of it, so
     nothing is wiped when this process ends.
     """
 
-    def __init__(self, manager: Manager, journal: Journal, *, restored: bool) -> None:
-        self.manager = manager
-        self.kept = self.holds = restored
+    def __init__(self, manager: NotifySocket, journal: Journal, *, restored: bool) -> None:
+        super().__init__(manager, kept=restored)
+        self.holds = restored
         self._journal = journal
         self._was_kept = restored
         self._source = -1  # of the probe that is out

@@ -24,7 +24,7 @@ from secretd.access.peer import SocketRole, check_own_uid
 from secretd.audit.log import Audit
 from secretd.audit.sinks import Sink
 from secretd.daemon import argv, inherited
-from secretd.daemon.fd_store import Store
+from secretd.daemon.fd_store import DescriptorStore
 from secretd.daemon.inherited import InheritedDescriptors
 from secretd.daemon.initial_objects import InitialObjects
 from secretd.daemon.log import LogHandler
@@ -43,7 +43,7 @@ from secretd.net.loop import Loop
 from secretd.qom.registry import TYPES
 from secretd.qom.tree import ObjectTree
 from secretd.server.server import Server
-from secretd.systemd.notify import Manager
+from secretd.systemd.notify import NotifySocket
 
 log = logging.getLogger("secretd")
 
@@ -71,7 +71,7 @@ def main() -> int:
 
 def run(options: argparse.Namespace, handler: LogHandler) -> int:
     """Start, serve, stop."""
-    manager = Manager.from_environment()
+    manager = NotifySocket.from_environment()
     found = inherited.inherited()
     forbid_dumps()
     _raise_descriptor_limit()
@@ -93,7 +93,7 @@ class _Process:
     def __init__(
         self,
         journal: Journal,
-        manager: Manager | None,
+        manager: NotifySocket | None,
         found: InheritedDescriptors,
         handler: LogHandler,
         *,
@@ -108,7 +108,7 @@ class _Process:
         self._keep = (
             restored  # the secrets stay with the service manager at the end, whatever happens
         )
-        self._store: Store | None = None
+        self._store: DescriptorStore | None = None
         self._served = False
         self._scratch: Arena | None = None
 
@@ -124,7 +124,7 @@ class _Process:
             return
         argv.close(hidden)
         if self._manager is not None:
-            self._store = Store(self._manager, journal, restored=self._restored)
+            self._store = DescriptorStore(self._manager, journal, restored=self._restored)
             self._keep = True
         audit = _audit(tree, options)
         self._handler.is_held = audit.is_in_line_on_stderr

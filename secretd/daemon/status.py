@@ -4,7 +4,7 @@
 import asyncio
 from typing import Final
 
-from secretd.daemon.fd_store import Store
+from secretd.daemon.fd_store import DescriptorStore
 from secretd.qom.tree import ObjectTree
 
 STATUS_SECONDS: Final = 1.0
@@ -16,7 +16,7 @@ class StatusReporter:
     status.
     """
 
-    def __init__(self, store: Store, tree: ObjectTree) -> None:
+    def __init__(self, store: DescriptorStore, tree: ObjectTree) -> None:
         self._store = store
         self._manager = store.manager
         self._tree = tree

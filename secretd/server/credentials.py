@@ -17,7 +17,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Coroutine
-from typing import Final, Protocol
+from typing import Final
 
 from secretd.access.peer import Peer, SocketRole, identify
 from secretd.audit.records import Subject
@@ -33,7 +33,7 @@ from secretd.systemd.credential_address import (
     CredentialAddress,
     credential_address,
 )
-from secretd.systemd.notify import Manager
+from secretd.systemd.notify import KeptDescriptors
 
 log = logging.getLogger("secretd")
 
@@ -42,16 +42,6 @@ STORED: Final = "credential-"
 
 _REFUSAL: Final = bytes(64 << 10)
 _REFUSAL_TIMES: Final = CREDENTIAL_BYTES // len(_REFUSAL) + 1
-
-
-class Store(Protocol):
-    """What the service manager keeps, if it does."""
-
-    kept: bool
-    manager: Manager
-
-    def give_up(self) -> None:
-        """Have it kept no longer, for good."""
 
 
 Start = Callable[[Coroutine[object, object, None]], "asyncio.Task[None]"]
@@ -63,7 +53,7 @@ class Credentials:
     """
 
     def __init__(
-        self, core: Core, start: Start, ended: Callable[[], None], store: Store | None
+        self, core: Core, start: Start, ended: Callable[[], None], store: KeptDescriptors | None
     ) -> None:
         self._core = core
         self._start = start

@@ -30,7 +30,8 @@ from secretd.net.receive_space import Account, ReceiveSpace
 from secretd.net.transport import Transport
 from secretd.qapi.command import Command
 from secretd.qom.tree import ObjectTree
-from secretd.server.credentials import Credentials, Store
+from secretd.server.credentials import Credentials
+from secretd.systemd.notify import KeptDescriptors
 from secretd.wire import messages as wire
 
 log = logging.getLogger("secretd")
@@ -51,7 +52,7 @@ class Server:
         commands: Iterable[Command],
         package: str,
         audit: Audit | None = None,
-        store: Store | None = None,
+        store: KeptDescriptors | None = None,
         *,
         tuning: Tuning = Tuning(),  # noqa: B008 - it cannot be changed
     ) -> None:

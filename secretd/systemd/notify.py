@@ -20,7 +20,7 @@ millisecond.
 """
 
 
-class Manager:
+class NotifySocket:
     """The service manager at the other end of $NOTIFY_SOCKET.
 
     ``watchdog``: seconds within which it wants to hear from us, None for no limit.
@@ -122,6 +122,22 @@ class Manager:
     def close(self) -> None:
         """Forget it."""
         self._sock.close()
+
+
+class KeptDescriptors:
+    """The service manager's descriptor store, as far as the server uses it. daemon.fd_store
+    completes it.
+
+    ``kept``: what is needed of an earlier process's descriptors is stored, as far as is known.
+    """
+
+    def __init__(self, manager: NotifySocket, *, kept: bool) -> None:
+        self.manager = manager
+        self.kept = kept
+
+    def give_up(self) -> None:
+        """Have nothing stored any more, for good."""
+        self.kept = False
 
 
 def has_ended(source: int) -> bool:

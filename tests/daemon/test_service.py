@@ -350,7 +350,7 @@ def test_a_status_that_could_not_be_told_is_told_later(
     from secretd.memory.arena import Arena
     from secretd.qom.registry import TYPES
     from secretd.qom.tree import ObjectTree
-    from secretd.systemd.notify import Manager as Ours
+    from secretd.systemd.notify import NotifySocket as Ours
 
     async def main() -> None:
         import asyncio

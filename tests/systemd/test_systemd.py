@@ -11,9 +11,9 @@ import pytest
 from secretd.systemd import activation, notify, stderr_journal
 from secretd.systemd.activation import Passed
 from secretd.systemd.credential_address import CredentialAddress, credential_address
-from secretd.systemd.notify import Manager
+from secretd.systemd.notify import NotifySocket
 from secretd.systemd.stderr_journal import JournalFormatter
-from tests.support.service_manager import Manager as Other
+from tests.support.service_manager import NotifySocket as Other
 
 
 @pytest.fixture
@@ -61,9 +61,9 @@ def test_descriptors_for_another_process_are_not_ours(
 
 def test_the_service_manager_is_the_one_that_started_us(environment: pytest.MonkeyPatch) -> None:
     """If it wants to hear from us, and as often as it says."""
-    assert Manager.from_environment() is None
+    assert NotifySocket.from_environment() is None
     environment.setenv("NOTIFY_SOCKET", "vsock:2:1")
-    assert Manager.from_environment() is None
+    assert NotifySocket.from_environment() is None
     for usec, pid, seconds in (
         ("3000000", "", 3.0),
         ("3000000", str(os.getpid()), 3.0),
@@ -74,7 +74,7 @@ def test_the_service_manager_is_the_one_that_started_us(environment: pytest.Monk
         environment.setenv("NOTIFY_SOCKET", "/nowhere")
         environment.setenv("WATCHDOG_USEC", usec)
         environment.setenv("WATCHDOG_PID", pid)
-        manager = Manager.from_environment()
+        manager = NotifySocket.from_environment()
         assert manager is not None
         assert manager.watchdog == seconds
         assert "NOTIFY_SOCKET" not in os.environ
@@ -85,7 +85,7 @@ def test_the_service_manager_is_the_one_that_started_us(environment: pytest.Monk
 def test_what_is_told_is_told_as_systemd_wants_it(tmp_path: Path) -> None:
     """At an address in the file system or an abstract one."""
     with Other(tmp_path) as other:
-        manager = Manager(other.path)
+        manager = NotifySocket(other.path)
         manager.ready("3 secrets")
         manager.reloading()
         manager.alive()
@@ -103,13 +103,13 @@ def test_what_is_told_is_told_as_systemd_wants_it(tmp_path: Path) -> None:
     name = f"secretd-test-{os.getpid()}"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.bind(f"\0{name}")
-        manager = Manager(f"@{name}")
+        manager = NotifySocket(f"@{name}")
         manager.alive()
         assert sock.recv(100) == b"WATCHDOG=1"
         manager.close()
 
 
-def kept(manager: Manager) -> bool:
+def kept(manager: NotifySocket) -> bool:
     """Whether there was room for a probe."""
     source = manager.probe()
     done = manager.barrier() and not notify.has_ended(source)
@@ -122,7 +122,7 @@ def test_what_is_kept_is_known(tmp_path: Path) -> None:
     """Though nobody says that there is no room."""
     one, two, three = (os.memfd_create("x") for _ in range(3))
     with Other(tmp_path, room=3) as other:
-        manager = Manager(other.path)
+        manager = NotifySocket(other.path)
         manager.keep("a", [one, two])
         assert kept(manager)
         other.wait_for_store("a", "a")
@@ -143,10 +143,10 @@ def test_a_service_manager_that_does_nothing_is_not_waited_for_without_end(
     """Then nothing counts as kept; nor with one that is not there."""
     monkeypatch.setattr(notify, "BARRIER_SECONDS", 0.01)
     with Other(tmp_path, deaf=True) as other:
-        manager = Manager(other.path)
+        manager = NotifySocket(other.path)
         assert not kept(manager)
         manager.close()
-    manager = Manager(str(tmp_path / "nobody"))
+    manager = NotifySocket(str(tmp_path / "nobody"))
     assert not manager.barrier()
     assert not kept(manager)
     manager.close()
