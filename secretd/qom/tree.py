@@ -2,8 +2,7 @@
 """The object tree: `/objects`, by id (QEMU's qom/object_interfaces.c).
 
 Objects are records of the journal, not Python objects. What a type can do is defined once for all
-of its objects, by a `object_type.ObjectType`. The tree decides nothing about access. The commands
-call it.
+of its objects, by an `ObjectType`. The tree decides nothing about access. The commands call it.
 """
 
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator
@@ -313,7 +312,7 @@ class ObjectTree:
         return (each for each in found if each is None or self.is_secret(each))
 
     def ids_after(self, object_id: str, prefixes: Collection[str]) -> Iterator[str | None]:
-        """Return the ids behind ``object_id``; see SortedIds.with_prefixes."""
+        """See SortedIds.with_prefixes."""
         return self._sorted.with_prefixes(object_id, prefixes)
 
     def plaintext(self, object_id: str, loading: str | None = None) -> memoryview:
@@ -334,7 +333,7 @@ class ObjectTree:
     def key(self, keyid: str, uid: int, loading: str | None = None) -> memoryview:
         """Return the plaintext of a secret that ``uid`` uses as a key. Raises CommandError.
 
-        Untrusted uids may not use the audit's key: what it encrypts and decrypts would disclose it.
+        Untrusted uids may not use the audit's key: its use would disclose it.
         """
         if keyid in self.pinned and uid not in self.limits.trusted:
             raise AccessDenied(f"Reading secret '{keyid}' is not permitted")

@@ -13,7 +13,7 @@ from secretd.systemd.activation import Passed
 from secretd.systemd.credential_address import CredentialAddress, credential_address
 from secretd.systemd.notify import NotifySocket
 from secretd.systemd.stderr_journal import JournalFormatter
-from tests.support.service_manager import NotifySocket as Other
+from tests.support.service_manager import Manager as Other
 
 
 @pytest.fixture
