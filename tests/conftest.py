@@ -8,7 +8,7 @@ import gc
 import os
 import resource
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from secretd.net.loop import Loop
 from tests.support.cgroups import cgroup
 from tests.support.credentials import SLICE
 from tests.support.daemon import Daemon
+from tests.support.in_loop import Served, served
 from tests.support.needs import ARENA_LEVEL, need_root
 from tests.support.qmp import Client
 
@@ -98,6 +99,13 @@ def tuning(request: pytest.FixtureRequest) -> Tuning:
     """The times and sizes that the test's marker `tuning` asks for."""
     marker = request.node.get_closest_marker("tuning")
     return Tuning(**marker.kwargs) if marker else Tuning()
+
+
+@pytest.fixture
+async def in_loop(tmp_path: Path, tuning: Tuning) -> AsyncIterator[Served]:
+    """A running server in the test's own loop."""
+    async with served(tmp_path, tuning) as running:
+        yield running
 
 
 @pytest.fixture

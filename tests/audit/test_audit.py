@@ -221,20 +221,16 @@ def test_what_is_no_identifier_is_not_recorded_and_a_long_one_is_cut(tmp_path: P
     assert [r.get("id") for r in records(tmp_path / "a")] == ["?", "?", "?", "a" * 128]
 
 
-def test_refusals_of_one_uid_are_one_record_and_a_count(tmp_path: Path) -> None:
+async def test_refusals_of_one_uid_are_one_record_and_a_count(tmp_path: Path) -> None:
     """So that nobody can fill the disk for the others."""
     audit = Audit(str(tmp_path / "a"), tuning=Tuning(refusals_seconds=0.01, refusals_uids=2))
-
-    async def act() -> None:
-        for _ in range(1000):
-            for uid in (1000, 1001, 1002, 1003):
-                audit.append_refusal("read", uid, PEER, id="s")
-        while audit._refusals._counts:  # noqa: ASYNC110 - timers tell no event
-            await asyncio.sleep(0)
-        audit.append_refusal("read", 1000, PEER, id="s")
-        audit.append_refusal("read", 1000, PEER, id="s")
-
-    asyncio.run(act())
+    for _ in range(1000):
+        for uid in (1000, 1001, 1002, 1003):
+            audit.append_refusal("read", uid, PEER, id="s")
+    while audit._refusals._counts:  # noqa: ASYNC110 - timers tell no event
+        await asyncio.sleep(0)
+    audit.append_refusal("read", 1000, PEER, id="s")
+    audit.append_refusal("read", 1000, PEER, id="s")
     audit.stop()
     audit._refusals._end(1000)  # a timer that comes late
     written = records(tmp_path / "a")

@@ -26,6 +26,7 @@ from secretd.client import (
 )
 from secretd.client import aio as module
 from tests.support.daemon import Daemon
+from tests.support.in_loop import Served
 from tests.support.needs import ARENA_LEVEL
 from tests.support.qmp import Client as Qmp
 from tests.support.restarts import cut, restarted
@@ -39,10 +40,9 @@ def with_client(daemon: Daemon, use: Callable[[Client], Awaitable[None]]) -> Non
     asyncio.run(main())
 
 
-def test_secrets_go_in_and_come_out(daemon: Daemon) -> None:
+async def test_secrets_go_in_and_come_out(in_loop: Served) -> None:
     """Every method once, with small and large secrets."""
-
-    async def use(client: Client) -> None:
+    async with Client(in_loop.control) as client:
         assert await client.version() == "secretd test"
         fd = os.memfd_create("x")
         os.write(fd, base64.b64encode(b"letmein"))
@@ -75,40 +75,27 @@ def test_secrets_go_in_and_come_out(daemon: Daemon) -> None:
         with pytest.raises(ExecuteError, match="object 'a' not found"):
             await client.delete("a")
 
-    with_client(daemon, use)
 
-
-def test_a_failed_add_leaves_no_descriptor_in_the_daemon(daemon: Daemon) -> None:
+async def test_a_failed_add_leaves_no_descriptor_in_the_daemon(in_loop: Served) -> None:
     """Nor a task or a pipe here."""
-
-    async def use(client: Client) -> None:
+    async with Client(in_loop.control) as client:
         with pytest.raises(ExecuteError, match="expects an identifier"):
             await client.add_bytes("1", memoryview(bytes(1 << 20)))
         assert await client.execute("query-fdsets") == []
 
-    with_client(daemon, use)
 
-
-def test_connecting_to_nothing_is_a_connect_error(tmp_path: Path) -> None:
+async def test_connecting_to_nothing_is_a_connect_error(tmp_path: Path) -> None:
     """qemu.qmp's exception, with the cause in it."""
-
-    async def main() -> None:
-        with pytest.raises(ConnectError):
-            await Client(str(tmp_path / "none")).connect()
-
-    asyncio.run(main())
+    with pytest.raises(ConnectError):
+        await Client(str(tmp_path / "none")).connect()
 
 
-def test_a_wait_that_is_settled_twice_is_settled_once() -> None:
+async def test_a_wait_that_is_settled_twice_is_settled_once() -> None:
     """The loop may call back again before the waiter runs."""
-
-    async def main() -> None:
-        future = asyncio.get_running_loop().create_future()
-        module._settle(future)
-        module._settle(future)
-        assert future.done()
-
-    asyncio.run(main())
+    future = asyncio.get_running_loop().create_future()
+    module._settle(future)
+    module._settle(future)
+    assert future.done()
 
 
 def test_the_default_socket_is_the_best_one_there_is(
@@ -155,17 +142,13 @@ def test_a_directory_is_trusted_if_root_or_this_user_owns_it(
     assert not paths.is_trusted(str(tmp_path))
 
 
-def test_what_was_read_is_wiped_with_the_client(daemon: Daemon) -> None:
+async def test_what_was_read_is_wiped_with_the_client(in_loop: Served) -> None:
     """A buffer that outlives its client reads as zeros, and can still be freed."""
-
-    async def main() -> None:
-        async with Client(daemon.control) as client:
-            await client.add_bytes("s", memoryview(b"letmein"))
-            secret = await client.read("s")
-        assert bytes(secret.view) == bytes(7)
-        secret.free()
-
-    asyncio.run(main())
+    async with Client(in_loop.control) as client:
+        await client.add_bytes("s", memoryview(b"letmein"))
+        secret = await client.read("s")
+    assert bytes(secret.view) == bytes(7)
+    secret.free()
 
 
 @pytest.mark.slow
@@ -195,12 +178,13 @@ def test_the_client_connects_again(tmp_path: Path) -> None:
         daemon.stop()
 
 
-def test_what_may_have_been_done_is_done_again_only_where_that_is_safe(daemon: Daemon) -> None:
+async def test_what_may_have_been_done_is_done_again_only_where_that_is_safe(
+    daemon: Daemon,
+) -> None:
     """An add is not; nor is a delete, since somebody may have added another of that id
     meanwhile.
     """
-
-    async def use(client: Client) -> None:
+    async with Client(daemon.control) as client:
         cut(daemon)
         with pytest.raises(ExecInterruptedError):
             await client.add_bytes("a", memoryview(b"letmein"))
@@ -217,11 +201,11 @@ def test_what_may_have_been_done_is_done_again_only_where_that_is_safe(daemon: D
             await client.delete("a")
         await client.expire("b", 100)
 
-    with_client(daemon, use)
-
 
 @pytest.mark.slow
-def test_it_is_tried_as_often_as_it_takes(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_it_is_tried_as_often_as_it_takes(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each time it is cut off."""
     times = iter(range(3))
     listed = daemon.tree.types.listed
@@ -233,71 +217,36 @@ def test_it_is_tried_as_often_as_it_takes(daemon: Daemon, monkeypatch: pytest.Mo
         return listed(*given, **named)  # type: ignore[arg-type]
 
     monkeypatch.setattr(daemon.tree.types, "listed", cutting)
-
-    async def use(client: Client) -> None:
+    async with Client(daemon.control) as client:
         assert await client.execute("qom-list-types")
         assert next(times, None) is None
 
-    with_client(daemon, use)
 
-
-def test_a_socket_that_is_broken_already_is_made_anew(daemon: Daemon) -> None:
+async def test_a_socket_that_is_broken_already_is_made_anew(in_loop: Served) -> None:
     """Though the client has not been told yet that it is."""
-
-    async def use(client: Client) -> None:
+    async with Client(in_loop.control) as client:
         await client.generate("a", 32)
         client._connection.qmp._writer.transport.get_extra_info("socket")._sock.shutdown(2)
         with await client.read("a") as secret:
             assert len(secret) == 32
 
-    with_client(daemon, use)
-
 
 @pytest.mark.slow
-def test_a_socket_that_nobody_answers_on_is_not_waited_for_without_end(tmp_path: Path) -> None:
+async def test_a_socket_that_nobody_answers_on_is_not_waited_for_without_end(
+    tmp_path: Path,
+) -> None:
     """As systemd's, while secretd cannot start: neither until the time is over, nor once it is
     closed.
     """
     daemon = Daemon(tmp_path)
-
-    async def use() -> None:
-        short = Client(daemon.control, retry_seconds=0.2)
-        closed = Client(daemon.control)
-        for client in (short, closed):
-            await client.connect()
-        await asyncio.to_thread(daemon.stop)
-        with socket.socket(socket.AF_UNIX) as silent:
-            silent.bind(daemon.control)
-            silent.listen()
-            with pytest.raises(ConnectError):
-                await short.list()
-            waiting = asyncio.ensure_future(closed.list())
-            while not closed._connection._connecting.locked():  # noqa: ASYNC110 - nothing tells of it
-                await asyncio.sleep(0)
-            await closed.close()
-            with pytest.raises(ConnectError):
-                await waiting
-            await short.close()
-
-    asyncio.run(use())
-    os.unlink(daemon.control)
-    daemon.stop()
-
-
-@pytest.mark.slow
-def test_it_is_not_tried_for_ever(tmp_path: Path) -> None:
-    """Nor at all, if that is said; nor once the client is closed."""
-    daemon = Daemon(tmp_path)
-
-    async def use() -> None:
-        never = Client(daemon.control, retry_seconds=0)
-        short = Client(daemon.control, retry_seconds=0.12)
-        closed = Client(daemon.control)
-        for client in (never, short, closed):
-            await client.connect()
-        await asyncio.to_thread(daemon.stop)
-        with pytest.raises((StateError, ExecInterruptedError)):
-            await never.list()
+    short = Client(daemon.control, retry_seconds=0.2)
+    closed = Client(daemon.control)
+    for client in (short, closed):
+        await client.connect()
+    await asyncio.to_thread(daemon.stop)
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(daemon.control)
+        silent.listen()
         with pytest.raises(ConnectError):
             await short.list()
         waiting = asyncio.ensure_future(closed.list())
@@ -306,12 +255,35 @@ def test_it_is_not_tried_for_ever(tmp_path: Path) -> None:
         await closed.close()
         with pytest.raises(ConnectError):
             await waiting
-        with pytest.raises(StateError):
-            await closed.list()
-        for client in (never, short):
-            await client.close()
+        await short.close()
+    os.unlink(daemon.control)
+    daemon.stop()
 
-    asyncio.run(use())
+
+@pytest.mark.slow
+async def test_it_is_not_tried_for_ever(tmp_path: Path) -> None:
+    """Nor at all, if that is said; nor once the client is closed."""
+    daemon = Daemon(tmp_path)
+    never = Client(daemon.control, retry_seconds=0)
+    short = Client(daemon.control, retry_seconds=0.12)
+    closed = Client(daemon.control)
+    for client in (never, short, closed):
+        await client.connect()
+    await asyncio.to_thread(daemon.stop)
+    with pytest.raises((StateError, ExecInterruptedError)):
+        await never.list()
+    with pytest.raises(ConnectError):
+        await short.list()
+    waiting = asyncio.ensure_future(closed.list())
+    while not closed._connection._connecting.locked():  # noqa: ASYNC110 - nothing tells of it
+        await asyncio.sleep(0)
+    await closed.close()
+    with pytest.raises(ConnectError):
+        await waiting
+    with pytest.raises(StateError):
+        await closed.list()
+    for client in (never, short):
+        await client.close()
     daemon.stop()
 
 

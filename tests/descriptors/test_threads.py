@@ -28,70 +28,58 @@ async def idle(offload: BlockingCalls) -> None:
         await asyncio.sleep(0)
 
 
-def test_blocking_calls_run_in_a_bounded_number_of_threads() -> None:
+async def test_blocking_calls_run_in_a_bounded_number_of_threads() -> None:
     """A uid that has used up its share waits for itself; another uid does not."""
-
-    async def main() -> None:
-        offload = BlockingCalls()
-        go_on = threading.Event()
-        running = occupy(offload, go_on)
-        await asyncio.sleep(0)
-        waiting = asyncio.ensure_future(offload.run(OTHER, lambda _: None, lambda: "later"))
-        assert await offload.run(1001, lambda _: None, lambda: "done") == "done"
-        go_on.set()
-        assert await asyncio.gather(*running) == [True] * module.THREADS_PER_UID
-        assert await waiting == "later"
-        with pytest.raises(ZeroDivisionError):
-            await offload.run(OTHER, lambda _: None, lambda: 1 // 0)
-        await idle(offload)
-        assert offload._queues == {}
-
-    asyncio.run(main())
+    offload = BlockingCalls()
+    go_on = threading.Event()
+    running = occupy(offload, go_on)
+    await asyncio.sleep(0)
+    waiting = asyncio.ensure_future(offload.run(OTHER, lambda _: None, lambda: "later"))
+    assert await offload.run(1001, lambda _: None, lambda: "done") == "done"
+    go_on.set()
+    assert await asyncio.gather(*running) == [True] * module.THREADS_PER_UID
+    assert await waiting == "later"
+    with pytest.raises(ZeroDivisionError):
+        await offload.run(OTHER, lambda _: None, lambda: 1 // 0)
+    await idle(offload)
+    assert offload._queues == {}
 
 
-def test_the_result_of_a_call_that_nobody_waits_for_is_discarded() -> None:
+async def test_the_result_of_a_call_that_nobody_waits_for_is_discarded() -> None:
     """Whatever it holds is released, once the call has ended; errors are dropped."""
+    offload = BlockingCalls()
+    go_on = threading.Event()
+    discarded: list[str] = []
 
-    async def main() -> None:
-        offload = BlockingCalls()
-        go_on = threading.Event()
-        discarded: list[str] = []
+    def work() -> str:
+        go_on.wait()
+        return "result"
 
-        def work() -> str:
-            go_on.wait()
-            return "result"
+    def fail() -> str:
+        go_on.wait()
+        raise ValueError
 
-        def fail() -> str:
-            go_on.wait()
-            raise ValueError
-
-        tasks = [
-            asyncio.ensure_future(offload.run(1, discarded.append, function))
-            for function in (work, fail)
-        ]
-        await asyncio.sleep(0)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        go_on.set()
-        await idle(offload)
-        await asyncio.sleep(0)
-        assert discarded == ["result"]
-
-    asyncio.run(main())
+    tasks = [
+        asyncio.ensure_future(offload.run(1, discarded.append, function))
+        for function in (work, fail)
+    ]
+    await asyncio.sleep(0)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    go_on.set()
+    await idle(offload)
+    await asyncio.sleep(0)
+    assert discarded == ["result"]
 
 
-def test_a_thread_that_outlives_the_loop_ends_quietly() -> None:
+async def test_a_thread_that_outlives_the_loop_ends_quietly() -> None:
     """A stuck descriptor keeps neither the loop nor the process from ending."""
     go_on = threading.Event()
     offload = BlockingCalls()
-
-    async def main() -> None:
-        task = asyncio.ensure_future(offload.run(1, lambda _: None, go_on.wait))
-        await asyncio.sleep(0)
-        task.cancel()
-
-    asyncio.run(main())
+    task = asyncio.ensure_future(offload.run(1, lambda _: None, go_on.wait))
+    await asyncio.sleep(0)
+    task.cancel()
     go_on.set()
     for thread in threading.enumerate():
         if thread.name == "offload-1":
@@ -99,122 +87,102 @@ def test_a_thread_that_outlives_the_loop_ends_quietly() -> None:
             assert not thread.is_alive()
 
 
-def test_closing_for_a_stranger_happens_in_a_thread() -> None:
+async def test_closing_for_a_stranger_happens_in_a_thread() -> None:
     """The loop does not wait for close(2)."""
-
-    async def main() -> None:
-        offload = BlockingCalls()
-        source, sink = os.pipe()
-        offload.close(OTHER, sink)
-        await idle(offload)
-        assert not offload.stuck(OTHER)
-        assert os.read(source, 1) == b""
-        os.close(source)
-
-    asyncio.run(main())
+    offload = BlockingCalls()
+    source, sink = os.pipe()
+    offload.close(OTHER, sink)
+    await idle(offload)
+    assert not offload.stuck(OTHER)
+    assert os.read(source, 1) == b""
+    os.close(source)
 
 
-def test_a_result_that_comes_with_the_cancellation_is_discarded() -> None:
+async def test_a_result_that_comes_with_the_cancellation_is_discarded() -> None:
     """Both may happen in one turn of the loop."""
+    offload = BlockingCalls()
+    discarded: list[str] = []
+    go_on = threading.Event()
 
-    async def main() -> None:
-        offload = BlockingCalls()
-        discarded: list[str] = []
-        go_on = threading.Event()
+    def work() -> str:
+        go_on.wait()
+        return "result"
 
-        def work() -> str:
-            go_on.wait()
-            return "result"
-
-        task = asyncio.ensure_future(offload.run(1, discarded.append, work))
-        await asyncio.sleep(0)
-        go_on.set()
-        while not offload.idle():  # without giving the loop its turn
-            pass
-        asyncio.get_running_loop().call_soon(task.cancel)
-        await asyncio.gather(task, return_exceptions=True)
-        assert discarded == ["result"]
-
-    asyncio.run(main())
+    task = asyncio.ensure_future(offload.run(1, discarded.append, work))
+    await asyncio.sleep(0)
+    go_on.set()
+    while not offload.idle():  # without giving the loop its turn
+        pass
+    asyncio.get_running_loop().call_soon(task.cancel)
+    await asyncio.gather(task, return_exceptions=True)
+    assert discarded == ["result"]
 
 
-def test_a_uid_whose_threads_are_stuck_is_known() -> None:
+async def test_a_uid_whose_threads_are_stuck_is_known() -> None:
     """Its descriptors are kept until a thread is free, and counted."""
-
-    async def main() -> None:
-        offload = BlockingCalls()
-        go_on = threading.Event()
-        running = occupy(offload, go_on)
-        await asyncio.sleep(0)
-        source, sink = os.pipe()
-        for number in range(100):
-            assert offload.closing(OTHER) == number
-            offload.close(OTHER, os.dup(sink))
-        assert not offload.stuck(OTHER)
-        offload._stuck_seconds = 0.0
-        assert offload.stuck(OTHER)
-        assert not offload.stuck(OTHER + 1)
-        assert offload.closing(OTHER + 1) == 0
-        assert offload.closing_of_others == 100
-        os.close(sink)
-        go_on.set()
-        await asyncio.gather(*running)
-        await idle(offload)
-        assert not offload.stuck(OTHER)
-        assert offload.closing(OTHER) == offload.closing_of_others == 0
-        assert os.read(source, 1) == b""
-        os.close(source)
-
-    asyncio.run(main())
+    offload = BlockingCalls()
+    go_on = threading.Event()
+    running = occupy(offload, go_on)
+    await asyncio.sleep(0)
+    source, sink = os.pipe()
+    for number in range(100):
+        assert offload.closing(OTHER) == number
+        offload.close(OTHER, os.dup(sink))
+    assert not offload.stuck(OTHER)
+    offload._stuck_seconds = 0.0
+    assert offload.stuck(OTHER)
+    assert not offload.stuck(OTHER + 1)
+    assert offload.closing(OTHER + 1) == 0
+    assert offload.closing_of_others == 100
+    os.close(sink)
+    go_on.set()
+    await asyncio.gather(*running)
+    await idle(offload)
+    assert not offload.stuck(OTHER)
+    assert offload.closing(OTHER) == offload.closing_of_others == 0
+    assert os.read(source, 1) == b""
+    os.close(source)
 
 
-def test_without_a_new_thread_the_call_waits_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_without_a_new_thread_the_call_waits_for_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Where the system has no thread to give, nothing is lost."""
+    offload = BlockingCalls()
+    source, sink = os.pipe()
+    with monkeypatch.context() as patch:
 
-    async def main() -> None:
-        offload = BlockingCalls()
-        source, sink = os.pipe()
-        with monkeypatch.context() as patch:
+        def none(_thread: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
 
-            def none(_thread: threading.Thread) -> None:
-                raise RuntimeError("can't start new thread")
-
-            patch.setattr(threading.Thread, "start", none)
-            offload.close(OTHER, sink)
-        assert offload.idle()
-        assert await offload.run(OTHER, lambda _: None, lambda: "done") == "done"
-        await idle(offload)
-        assert not offload.stuck(OTHER)
-        assert os.read(source, 1) == b""
-        os.close(source)
-
-    asyncio.run(main())
+        patch.setattr(threading.Thread, "start", none)
+        offload.close(OTHER, sink)
+    assert offload.idle()
+    assert await offload.run(OTHER, lambda _: None, lambda: "done") == "done"
+    await idle(offload)
+    assert not offload.stuck(OTHER)
+    assert os.read(source, 1) == b""
+    os.close(source)
 
 
-def test_a_call_whose_turn_comes_too_late_is_not_made() -> None:
+async def test_a_call_whose_turn_comes_too_late_is_not_made() -> None:
     """What it would have used is released instead."""
-
-    async def main() -> None:
-        offload = BlockingCalls()
-        go_on = threading.Event()
-        made: list[str] = []
-        running = occupy(offload, go_on)
-        late = [
-            asyncio.ensure_future(
-                offload.run(OTHER, lambda _: None, lambda: made.append("call"), unused)
-            )
-            for unused in (lambda: made.append("unused"), None)
-        ]
-        late.append(
-            asyncio.ensure_future(offload.run(OTHER, lambda _: None, lambda: made.append("x")))
+    offload = BlockingCalls()
+    go_on = threading.Event()
+    made: list[str] = []
+    running = occupy(offload, go_on)
+    late = [
+        asyncio.ensure_future(
+            offload.run(OTHER, lambda _: None, lambda: made.append("call"), unused)
         )
-        await asyncio.sleep(0)
-        for task in late:
-            task.cancel()
-        await asyncio.gather(*late, return_exceptions=True)
-        go_on.set()
-        await asyncio.gather(*running)
-        await idle(offload)
-        assert made == ["unused"]
-
-    asyncio.run(main())
+        for unused in (lambda: made.append("unused"), None)
+    ]
+    late.append(asyncio.ensure_future(offload.run(OTHER, lambda _: None, lambda: made.append("x"))))
+    await asyncio.sleep(0)
+    for task in late:
+        task.cancel()
+    await asyncio.gather(*late, return_exceptions=True)
+    go_on.set()
+    await asyncio.gather(*running)
+    await idle(offload)
+    assert made == ["unused"]

@@ -133,45 +133,41 @@ def test_a_grant_with_a_lifetime_ends(
     assert [e["event"] for e in client.events] == []
 
 
-def test_deadlines_are_kept_in_order_and_many_at_once_leave_others_their_turn(
+async def test_deadlines_are_kept_in_order_and_many_at_once_leave_others_their_turn(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """An earlier one moves the timer; what was forgotten or changed does not end."""
     monkeypatch.setattr(module, "ENDED_PER_TURN", 10)
     ended: list[str] = []
+    deadlines = Deadlines()
+    deadlines.set("before", now() + SECOND // 1000)
 
-    async def main() -> None:
-        deadlines = Deadlines()
-        deadlines.set("before", now() + SECOND // 1000)
+    def end(object_id: str) -> None:
+        ended.append(object_id)
+        deadlines.forget(object_id)
 
-        def end(object_id: str) -> None:
-            ended.append(object_id)
-            deadlines.forget(object_id)
-
-        deadlines.start(end)
-        deadlines.set("late", now() + 1000 * SECOND)
-        deadlines.set("gone", now() + SECOND // 1000)
-        deadlines.forget("gone")
-        deadlines.set("moved", now() + SECOND // 1000)
-        deadlines.set("moved", now() + 1000 * SECOND)
-        deadlines.set("past", now() - 5)
-        for number in range(35):
-            deadlines.set(f"n{number}", now() + SECOND // 1000)
-        while len(ended) < 37:  # noqa: ASYNC110 - the timer tells no event
-            await asyncio.sleep(0)
-        assert deadlines.remaining("late") == 1000
-        assert deadlines.remaining("gone") is None
-        assert not deadlines.expired("late")
-        deadlines.set("last", now() + SECOND // 1000)
-        while len(ended) < 38:  # noqa: ASYNC110 - the timer tells no event
-            await asyncio.sleep(0)
-        deadlines.set("x", now())
-        deadlines._due()
-        deadlines.stop()
-        deadlines._due()
-        deadlines.stop()
-
-    asyncio.run(main())
+    deadlines.start(end)
+    deadlines.set("late", now() + 1000 * SECOND)
+    deadlines.set("gone", now() + SECOND // 1000)
+    deadlines.forget("gone")
+    deadlines.set("moved", now() + SECOND // 1000)
+    deadlines.set("moved", now() + 1000 * SECOND)
+    deadlines.set("past", now() - 5)
+    for number in range(35):
+        deadlines.set(f"n{number}", now() + SECOND // 1000)
+    while len(ended) < 37:  # noqa: ASYNC110 - the timer tells no event
+        await asyncio.sleep(0)
+    assert deadlines.remaining("late") == 1000
+    assert deadlines.remaining("gone") is None
+    assert not deadlines.expired("late")
+    deadlines.set("last", now() + SECOND // 1000)
+    while len(ended) < 38:  # noqa: ASYNC110 - the timer tells no event
+        await asyncio.sleep(0)
+    deadlines.set("x", now())
+    deadlines._due()
+    deadlines.stop()
+    deadlines._due()
+    deadlines.stop()
     assert ended[:2] in (["past", "before"], ["before", "past"])
     assert ended[2:37] == sorted((f"n{n}" for n in range(35)), key=lambda n: int(n[1:]))
     assert ended[37:] == ["last", "x"]
@@ -186,12 +182,8 @@ def test_deadlines_that_are_void_are_not_kept() -> None:
     assert deadlines.remaining("s") == 999
 
 
-def test_without_a_timer_nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_without_a_timer_nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Secrets that never end would be worse."""
-
-    async def main() -> None:
-        monkeypatch.setattr(module.time, "CLOCK_BOOTTIME", 9999)
-        with pytest.raises(OSError, match="timerfd_create"):
-            Deadlines().start(lambda _id: None)
-
-    asyncio.run(main())
+    monkeypatch.setattr(module.time, "CLOCK_BOOTTIME", 9999)
+    with pytest.raises(OSError, match="timerfd_create"):
+        Deadlines().start(lambda _id: None)
