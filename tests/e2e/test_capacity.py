@@ -13,7 +13,7 @@ from tests.support.needs import need, need_level
 
 LIMIT = 8 << 20
 ADD = b'{"execute":"object-add","arguments":{"qom-type":"secret","id":"s%06d","data":"%032d"}}\n'
-HERE = str(Path(__file__).parent.parent)
+HERE = str(Path(__file__).parent.parent / "support")
 NO_SECRETMEM = f"sys.path.insert(0, {HERE!r}); from seccomp import refuse; refuse(447); "
 
 

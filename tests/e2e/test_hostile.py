@@ -126,7 +126,7 @@ def need_socket(kind: str) -> None:
             pytest.skip(f"this kernel has no {kind} loopback: {error.strerror}")
 
 
-@pytest.mark.parametrize("door", ["client", "admins"])
+@pytest.mark.parametrize("role", ["client", "admins"])
 @pytest.mark.parametrize("act", ["oob", "crowd", "drop", "write"])
 @pytest.mark.parametrize("kind", ["linger", "mptcp", "vsock"])
 def test_a_lingering_socket_stops_no_other_client(

@@ -31,7 +31,7 @@ AUDIT_KEY = secret(999_998).encode()
 IV = bytes(range(16))
 IV64 = base64.b64encode(IV).decode()
 EACH = 78
-HERE = str(Path(__file__).parent.parent)
+HERE = str(Path(__file__).parent.parent / "support")
 
 
 def encrypt(content: bytes) -> bytes:
