@@ -44,7 +44,7 @@ def shell(common: Common, arguments: tuple[str, ...]) -> int:
     secrets there.
     """
     # Of an environment, of what scripts/install has made, or of the system.
-    places = (sys.executable, os.path.join(os.path.dirname(__file__), "..", "bin", "here"))
+    places = (sys.executable, os.path.join(os.path.dirname(__file__), "..", "..", "bin", "here"))
     beside = [os.path.join(os.path.dirname(place), "qmp-shell") for place in places]
     program = next((p for p in beside if os.access(p, os.X_OK)), shutil.which("qmp-shell"))
     if program is None:

@@ -358,7 +358,7 @@ def test_a_status_that_could_not_be_told_is_told_later(
         journal = Journal(Arena(ARENA_LEVEL))
         tree = ObjectTree(journal, journal.arena, TYPES)
         ours = Ours(manager.path)
-        reports = status.StatusReporter(fd_store.Store(ours, journal, restored=False), tree)
+        reports = status.StatusReporter(fd_store.DescriptorStore(ours, journal, restored=False), tree)
         reports.start()
         reports._tell()
         assert reports._due is None
