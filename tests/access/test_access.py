@@ -400,7 +400,7 @@ def test_the_unit_is_told_to_administrators(daemon: Daemon, loaded: Client) -> N
     assert "unit:web.service" in [info.get("unit") for info in peers]
 
 
-def test_an_authz_object_opens_the_control_door_to_others(daemon: Daemon, loaded: Client) -> None:
+def test_an_authz_object_opens_the_control_socket_to_others(daemon: Daemon, loaded: Client) -> None:
     """With all rights, as long as it allows them."""
     refused = daemon.connect(role="admins", uid=1000, negotiate=False)
     words = "uid 1000 may not use the control socket; connect to the client socket"
@@ -675,7 +675,7 @@ def client_commands() -> Iterator[str]:
     return (command.name for command in COMMANDS.by_name.values() if command.client)
 
 
-def test_the_client_doors_commands_are_known() -> None:
+def test_the_client_sockets_commands_are_known() -> None:
     """A new one belongs into the tests below."""
     assert set(client_commands()) == {
         "qmp_capabilities", "query-version", "query-commands", "query-qmp-schema", "add-fd", "remove-fd",

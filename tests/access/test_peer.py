@@ -166,7 +166,7 @@ def test_a_peer_that_has_ended_is_refused_in_words(daemon: Daemon, tmp_path: Pat
     client.close()
 
 
-def test_without_pidfds_the_client_door_is_closed(tmp_path: Path) -> None:
+def test_without_pidfds_the_client_socket_is_closed(tmp_path: Path) -> None:
     """As on Linux before 6.5; the control socket needs no more than the uid."""
     with accepted(tmp_path) as sock, pytest.MonkeyPatch.context() as patch:
         patch.setattr(peercred, "SO_PEERPIDFD", 999)

@@ -45,7 +45,7 @@ def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return made
 
 
-def test_without_options_both_doors_open_in_the_default_directory(
+def test_without_options_both_sockets_open_in_the_default_directory(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Which is made, open to others where the client socket is to be reached, else private."""
@@ -120,7 +120,7 @@ def test_what_to_type_next_works_as_it_is_printed(
     journal.close()
 
 
-def test_only_a_client_door_is_fine(tmp_path: Path) -> None:
+def test_only_a_client_socket_is_fine(tmp_path: Path) -> None:
     """There is nothing to type next, then; a second socket that fails closes the first."""
     secretd = os.path.join(os.path.dirname(sys.executable), "secretd")
     process = subprocess.Popen(
@@ -294,7 +294,7 @@ def test_the_audits_options_are_checked(tmp_path: Path, arena: Arena) -> None:
     journal.close()
 
 
-def test_a_control_door_for_others_has_a_mode_for_others() -> None:
+def test_a_control_socket_for_others_has_a_mode_for_others() -> None:
     """Who may use it is decided at accept; a mode that is given counts."""
     spec = sockets.socket_spec(SocketRole.CONTROL, "/x,authz=admins")
     assert (spec.authz, spec.mode) == ("admins", 0o666)

@@ -358,7 +358,9 @@ def test_a_status_that_could_not_be_told_is_told_later(
         journal = Journal(Arena(ARENA_LEVEL))
         tree = ObjectTree(journal, journal.arena, TYPES)
         ours = Ours(manager.path)
-        reports = status.StatusReporter(fd_store.DescriptorStore(ours, journal, restored=False), tree)
+        reports = status.StatusReporter(
+            fd_store.DescriptorStore(ours, journal, restored=False), tree
+        )
         reports.start()
         reports._tell()
         assert reports._due is None
@@ -382,7 +384,7 @@ def test_a_status_that_could_not_be_told_is_told_later(
     manager.wait("READY=1")
 
 
-def test_doors_of_the_command_line_are_opened_beside_those_passed(
+def test_sockets_of_the_command_line_are_opened_beside_those_passed(
     manager: Manager, role: Callable[[str], socket.socket], tmp_path: Path
 ) -> None:
     """What an option says of a passed socket's path is about that socket."""
@@ -411,7 +413,7 @@ def refused(started: Started) -> str:
     return started.end(0, 1)
 
 
-def test_a_socket_is_the_door_that_it_is_called(
+def test_a_socket_has_the_role_that_its_name_says(
     manager: Manager, role: Callable[[str], socket.socket]
 ) -> None:
     """Another name, another kind of descriptor, or an option that says otherwise ends the start."""
@@ -442,7 +444,7 @@ def test_a_socket_is_the_door_that_it_is_called(
     )
 
 
-def test_an_abstract_socket_is_a_door_too(manager: Manager) -> None:
+def test_an_abstract_socket_is_taken_too(manager: Manager) -> None:
     """Shown with an @."""
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind(f"\0secretd-test-{os.getpid()}")
@@ -592,11 +594,11 @@ def test_objects_of_the_command_line_are_no_duplicates_of_themselves(
         "--object", "authz-list,id=l,policy=allow",
         "--object", "secret-grant,id=g,secret=s,authz=l,max-reads=9,expires-after=900",
     ]  # fmt: skip
-    client_door = role("client")
-    sockets = {"control": control, "client": client_door}
+    client_socket = role("client")
+    sockets = {"control": control, "client": client_socket}
 
     def state() -> tuple[int, int, bytes]:
-        reader = qmp(client_door)
+        reader = qmp(client_socket)
         content = reader.read("s")
         reader.close()
         client = qmp(control)

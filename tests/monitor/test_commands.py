@@ -603,7 +603,9 @@ def test_what_cannot_be_stored_is_freed(
 # --- the client socket
 
 
-def test_the_client_door_refuses_every_read_and_shows_nothing(daemon: Daemon, qmp: Client) -> None:
+def test_the_client_socket_refuses_every_read_and_shows_nothing(
+    daemon: Daemon, qmp: Client
+) -> None:
     """The same words whether the secret exists or not; administration is not there at all."""
     qmp.add("s", data="letmein")
     client = daemon.connect(role="client")

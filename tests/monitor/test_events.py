@@ -55,7 +55,7 @@ def test_every_way_to_add_or_delete_is_told(daemon: Daemon, qmp: Client, tmp_pat
     ]
 
 
-def test_neither_the_client_door_nor_who_has_not_negotiated_gets_them(
+def test_neither_the_client_socket_nor_who_has_not_negotiated_gets_them(
     daemon: Daemon, qmp: Client
 ) -> None:
     """Events come after negotiation, as in QEMU."""
@@ -138,7 +138,7 @@ def refused(client: Client, name: str) -> None:
     os.close(sink)
 
 
-def test_reads_and_refusals_are_told_on_the_control_door(daemon: Daemon, granted: Client) -> None:
+def test_reads_and_refusals_are_told_on_the_control_socket(daemon: Daemon, granted: Client) -> None:
     """With who it was; not to who did it."""
     watching = daemon.connect().watch()
     client = daemon.connect(role="client", uid=1000)
@@ -159,7 +159,7 @@ def test_reads_and_refusals_are_told_on_the_control_door(daemon: Daemon, granted
 
 
 @pytest.mark.slow
-def test_the_client_door_is_told_of_what_it_may_read_and_of_nothing_else(
+def test_the_client_socket_is_told_of_what_it_may_read_and_of_nothing_else(
     daemon: Daemon, granted: Client
 ) -> None:
     """Without who did it."""

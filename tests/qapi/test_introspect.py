@@ -108,7 +108,7 @@ def test_a_typed_dict_may_have_optional_members() -> None:
     assert opaque["type"]["element-type"]["members"][1]["default"] is None
 
 
-def test_each_door_has_the_schema_of_its_own_commands(daemon: Daemon, qmp: Client) -> None:
+def test_each_socket_has_the_schema_of_its_own_commands(daemon: Daemon, qmp: Client) -> None:
     """No line is longer than 64 KiB; what a client may not execute it does not see."""
     qmp.send(b'{"execute": "query-qmp-schema"}')
     line = qmp.line()

@@ -512,7 +512,7 @@ def test_quit_stops_the_daemon_in_order(daemon: Daemon, qmp: Client) -> None:
     assert not os.path.exists(daemon.control)
 
 
-def test_the_control_door_is_for_root_and_the_own_uid(daemon: Daemon) -> None:
+def test_the_control_socket_is_for_root_and_the_own_uid(daemon: Daemon) -> None:
     """Others are told and closed; the client socket lets them in, as they are."""
     client = daemon.connect(negotiate=False, uid=1000)
     assert client.reply()["error"]["desc"] == (
