@@ -107,6 +107,20 @@ class Tuning:
     throttled_ids: int = 256
     """Ids that are throttled at a time on one connection; events of further ones are lost."""
 
+    # The journal (journal.journal)
+    journal_bytes: int = 64 << 10
+    """Bytes of a new journal file."""
+    dead_bytes: int = 256 << 10
+    """Bytes of dead records below which compaction is not worth its while."""
+
+    # Deadlines (qom.deadlines)
+    ended_per_turn: int = 200
+    """Objects that are ended before others get their turn."""
+
+    # The log (daemon.log)
+    log_retry_seconds: float = 1.0
+    """Time until writing to stderr is tried again."""
+
     # The audit (audit.log, audit.refusals)
     audit_backlog: int = 4096
     """Records that may wait until they can be written; further ones are dropped and counted."""

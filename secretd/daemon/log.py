@@ -15,13 +15,11 @@ from typing import Final
 
 from secretd.audit.sinks import Sink, open_sink
 from secretd.errors import UsageError
+from secretd.limits import Tuning
 from secretd.systemd.stderr_journal import JournalFormatter, journal_on_stderr
 
 KEPT_LINES: Final = 64
 """Lines that wait until stderr takes them."""
-
-RETRY_SECONDS: Final = 1.0
-"""Seconds until what found no room is written again."""
 
 LINE_BYTES: Final = 4000
 """Bytes of a line, so that a pipe takes it whole or not at all (PIPE_BUF of pipe(7))."""
@@ -33,8 +31,9 @@ class LogHandler(logging.Handler):
     ``is_held`` returns True while another writer is in the middle of a line there.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, retry_seconds: float = Tuning.log_retry_seconds) -> None:
         super().__init__()
+        self._retry_seconds = retry_seconds
         self.lost = 0
         self.is_held: Callable[[], bool] = lambda: False
         self._unreported = 0
@@ -81,7 +80,7 @@ class LogHandler(logging.Handler):
         if self._timer is None:
             with contextlib.suppress(RuntimeError):  # there is no loop yet, or any more
                 loop = asyncio.get_running_loop()
-                self._timer = loop.call_later(RETRY_SECONDS, self._retry)
+                self._timer = loop.call_later(self._retry_seconds, self._retry)
 
     def _retry(self) -> None:
         self._timer = None

@@ -50,15 +50,12 @@ from secretd.journal.layout import (
 )
 from secretd.journal.load_result import LoadResult, LoadSummary
 from secretd.journal.loader import load
+from secretd.limits import Tuning
 from secretd.memory.arena import Arena, LockedBuffer
 from secretd.memory.takeover import plan
 
 _PACKS: Final = 64
 """Sizes of records that are known at a time; in most cases it is one or two."""
-
-_INITIAL_BYTES: Final = 64 << 10
-_COMPACT_BYTES: Final = 256 << 10
-"""Bytes of dead records below which compaction is not worth its while."""
 
 
 class Journal:
@@ -67,22 +64,27 @@ class Journal:
     ``ids``: of all objects, at any time. ``survey``: what there was at first.
     """
 
-    def __init__(self, arena: Arena, kept: "JournalFiles | None" = None) -> None:
+    def __init__(
+        self,
+        arena: Arena,
+        kept: "JournalFiles | None" = None,
+        tuning: Tuning = Tuning(),  # noqa: B008 - it cannot be changed
+    ) -> None:
         self.arena = arena
+        self._initial_bytes, self._dead_bytes = tuning.journal_bytes, tuning.dead_bytes
         self.compaction_allowed = True
         self._offsets: dict[str, int] = {}
         self.ids = self._offsets.keys()
         self.survey = LoadSummary()
         self._dead = 0
         self._end = FILE.size
-        self._packs: dict[
-            int, Callable[..., bytes]
-        ] = {}  # by the bytes of a record behind its numbers
+        # By the bytes of a record behind its numbers
+        self._packs: dict[int, Callable[..., bytes]] = {}
         if kept is None:
             self._spare = -1
             self._fd = new_file()
             try:
-                self._map = begin(self._fd, _INITIAL_BYTES, 1, 0, arena)
+                self._map = begin(self._fd, self._initial_bytes, 1, 0, arena)
             except BaseException:
                 os.close(self._fd)
                 raise
@@ -93,8 +95,7 @@ class Journal:
 
     @classmethod
     def restore(cls, arena_fd: int, journal_fds: Sequence[int]) -> Self:
-        """Return the journal that an earlier process left, with its arena; takes over the
-        descriptors.
+        """Return the journal of an earlier process, with its arena; takes over the descriptors.
 
         Raises StateError or LockedMemoryExhausted; then all is as it was for who else keeps it.
         """
@@ -152,7 +153,7 @@ class Journal:
         """
         if object_id in self._offsets:
             raise ValueError("the id is taken")
-        if self._dead > _COMPACT_BYTES:
+        if self._dead > self._dead_bytes:
             self._compact_if_due()
         if plaintext is None:
             size, slot = 0, NO_SLOT
@@ -311,9 +312,7 @@ class Journal:
     # --- files
 
     def _note_windows(self, count: int) -> None:
-        """So many windows of the arena will have been used: the next process wipes what is unused
-        of them.
-        """
+        """Note how many windows are used: the next process wipes the unused parts of them."""
         struct.pack_into("<I", self._map, WINDOWS_OFFSET, count)
 
     def _compact_if_due(self) -> None:
@@ -321,11 +320,11 @@ class Journal:
 
         Offsets noted before are void then.
         """
-        if self._dead <= max(_COMPACT_BYTES, self._end // 2) or not self.compaction_allowed:
+        if self._dead <= max(self._dead_bytes, self._end // 2) or not self.compaction_allowed:
             return
         fd = self.filenos()[1]
         header = Header(*FILE.unpack_from(self._map))
-        size = max(_INITIAL_BYTES, 2 * (self._end - self._dead))
+        size = max(self._initial_bytes, 2 * (self._end - self._dead))
         fresh = begin(fd, size, header.generation + 1, header.windows, self.arena)
         offsets = {}
         end = FILE.size

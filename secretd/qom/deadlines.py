@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
+from secretd.limits import Tuning
 from secretd.linux import timerfd
 
 LIFETIME_SECONDS: Final = 100 * 366 * 86400
@@ -22,9 +23,6 @@ DEADLINE: Final = "deadline"
 """The journal's name for an object's deadline, beside its properties: nanoseconds of
 CLOCK_BOOTTIME.
 """
-
-ENDED_PER_TURN: Final = 200
-"""Objects that are ended before others get their turn."""
 
 _NS: Final = 1_000_000_000
 
@@ -37,7 +35,8 @@ def now() -> int:
 class Deadlines:
     """The deadlines of those objects that have one, in nanoseconds of CLOCK_BOOTTIME."""
 
-    def __init__(self) -> None:
+    def __init__(self, ended_per_turn: int = Tuning.ended_per_turn) -> None:
+        self._ended_per_turn = ended_per_turn
         self._deadlines: dict[str, int] = {}
         self._queue: list[tuple[int, str]] = []  # of which some may be void
         self._fd = -1
@@ -94,7 +93,7 @@ class Deadlines:
             os.read(self._fd, 8)
         self._armed = 0
         assert self._end is not None
-        for _ in range(ENDED_PER_TURN):
+        for _ in range(self._ended_per_turn):
             self._drop_void()
             if not self._queue or self._queue[0][0] > now():
                 self._arm_next()

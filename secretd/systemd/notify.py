@@ -24,10 +24,18 @@ class NotifySocket:
     """The service manager at the other end of $NOTIFY_SOCKET.
 
     ``watchdog``: seconds within which it wants to hear from us, None for no limit.
+    ``barrier_seconds``: how long `barrier` waits.
     """
 
-    def __init__(self, address: str, watchdog: float | None = None) -> None:
+    def __init__(
+        self,
+        address: str,
+        watchdog: float | None = None,
+        *,
+        barrier_seconds: float = BARRIER_SECONDS,
+    ) -> None:
         self.watchdog = watchdog
+        self._barrier_seconds = barrier_seconds
         self._address = f"\0{address[1:]}" if address.startswith("@") else address
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
 
@@ -105,7 +113,7 @@ class NotifySocket:
 
     def barrier(self) -> bool:
         """Wait until the service manager has worked through all messages (sd_notify_barrier(3));
-        False if that takes longer than BARRIER_SECONDS.
+        False if that takes longer than ``barrier_seconds``.
         """
         source, sink = os.pipe2(os.O_CLOEXEC)
         try:
@@ -115,7 +123,7 @@ class NotifySocket:
         try:
             poll = select.poll()
             poll.register(source, 0)
-            return sent and bool(poll.poll(BARRIER_SECONDS * 1000))
+            return sent and bool(poll.poll(self._barrier_seconds * 1000))
         finally:
             os.close(source)
 

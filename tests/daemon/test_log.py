@@ -99,13 +99,12 @@ def test_without_a_stderr_nothing_is_written() -> None:
     handler.close()
 
 
-def test_what_found_no_room_is_written_when_there_is_some(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_found_no_room_is_written_when_there_is_some() -> None:
     """Without another line to the log."""
-    monkeypatch.setattr("secretd.daemon.log.RETRY_SECONDS", 0.001)
 
     async def written() -> bytes:
         with stderr_pipe() as pipe:
-            handler = LogHandler()
+            handler = LogHandler(retry_seconds=0.001)
             for number in range(700):
                 handler.emit(record(f"{number} {'x' * 100}"))
             read = os.read(pipe, 1 << 16)

@@ -12,6 +12,7 @@ import pytest
 from secretd.errors import StateError
 from secretd.journal.files import ObjectRecord
 from secretd.journal.journal import Journal
+from secretd.limits import Tuning
 from secretd.memory.arena import SECRET_WINDOW, Arena
 from tests.support.journals import put
 
@@ -75,12 +76,9 @@ def test_the_journal_holds_no_plaintext_and_valid_checksums(arena: Arena) -> Non
     journal.close()
 
 
-def test_the_journal_is_compacted_when_most_of_it_is_dead(
-    arena: Arena, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_journal_is_compacted_when_most_of_it_is_dead(arena: Arena) -> None:
     """It does not grow with the number of changes, and nothing is lost."""
-    monkeypatch.setattr("secretd.journal.journal._COMPACT_BYTES", 1 << 12)
-    journal = Journal(arena)
+    journal = Journal(arena, tuning=Tuning(dead_bytes=1 << 12))
     rng = random.Random(2)
     expected: dict[str, bytes] = {}
     for number in range(6000):
@@ -104,12 +102,9 @@ def test_the_journal_is_compacted_when_most_of_it_is_dead(
     journal.close()
 
 
-def test_changing_properties_over_and_over_keeps_every_object_whole(
-    arena: Arena, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_changing_properties_over_and_over_keeps_every_object_whole(arena: Arena) -> None:
     """Compaction in the middle of a change does not spoil another record."""
-    monkeypatch.setattr("secretd.journal.journal._COMPACT_BYTES", 1 << 10)
-    journal = Journal(arena)
+    journal = Journal(arena, tuning=Tuning(dead_bytes=1 << 10))
     for number in range(50):
         put(journal, f"s{number}", b"%d" % number, iv="x" * number)
     rng = random.Random(4)
@@ -131,13 +126,10 @@ def test_an_id_is_stored_once(arena: Arena) -> None:
     journal.close()
 
 
-def test_a_journal_that_cannot_be_mapped_leaves_no_descriptor(
-    arena: Arena, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_journal_that_cannot_be_mapped_leaves_no_descriptor(arena: Arena) -> None:
     """The failure is passed on; the leak check of the suite sees the rest."""
-    monkeypatch.setattr("secretd.journal.journal._INITIAL_BYTES", -1)
     with pytest.raises((OSError, ValueError)):
-        Journal(arena)
+        Journal(arena, tuning=Tuning(journal_bytes=-1))
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ import pytest
 from secretd.errors import LockedMemoryExhausted, StateError
 from secretd.journal import bulk_loader, files, journal, layout, load_result, loader
 from secretd.journal.journal import Journal
+from secretd.limits import Tuning
 from secretd.linux import locked_pages
 from secretd.linux.locked_pages import Level
 from secretd.memory import arena, takeover, wipe
@@ -132,11 +133,10 @@ def moments(action: Callable[[], object], look: Callable[[], object]) -> Iterato
 
 
 @pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> Journal:
+def small() -> Journal:
     """A journal that grows and is compacted often, over an arena of small windows."""
-    monkeypatch.setattr(journal, "_COMPACT_BYTES", 1 << 8)
-    monkeypatch.setattr(journal, "_INITIAL_BYTES", 1 << 9)
-    return Journal(Arena("none", window=WINDOW))
+    tuning = Tuning(dead_bytes=1 << 8, journal_bytes=1 << 9)
+    return Journal(Arena("none", window=WINDOW), tuning=tuning)
 
 
 @pytest.mark.slow

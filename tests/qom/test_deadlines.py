@@ -133,13 +133,10 @@ def test_a_grant_with_a_lifetime_ends(
     assert [e["event"] for e in client.events] == []
 
 
-async def test_deadlines_are_kept_in_order_and_many_at_once_leave_others_their_turn(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_deadlines_are_kept_in_order_and_many_at_once_leave_others_their_turn() -> None:
     """An earlier one moves the timer; what was forgotten or changed does not end."""
-    monkeypatch.setattr(module, "ENDED_PER_TURN", 10)
     ended: list[str] = []
-    deadlines = Deadlines()
+    deadlines = Deadlines(ended_per_turn=10)
     deadlines.set("before", now() + SECOND // 1000)
 
     def end(object_id: str) -> None:

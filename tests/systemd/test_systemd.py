@@ -138,12 +138,11 @@ def test_what_is_kept_is_known(tmp_path: Path) -> None:
 
 
 def test_a_service_manager_that_does_nothing_is_not_waited_for_without_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
     """Then nothing counts as kept; nor with one that is not there."""
-    monkeypatch.setattr(notify, "BARRIER_SECONDS", 0.01)
     with Other(tmp_path, deaf=True) as other:
-        manager = NotifySocket(other.path)
+        manager = NotifySocket(other.path, barrier_seconds=0.01)
         assert not kept(manager)
         manager.close()
     manager = NotifySocket(str(tmp_path / "nobody"))
