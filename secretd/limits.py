@@ -58,6 +58,8 @@ class Tuning:
     """Time after which it looks whether others are ready, and then yields: about what one request
     takes, so that the others hardly notice.
     """
+    turns_seconds: float = 0.001
+    """Time of work for untrusted peers between two looks at epoll, where more work waits."""
     batch_bytes: int = 32 << 10
     """Bytes of replies that are collected before they are sent together."""
 
@@ -106,6 +108,12 @@ class Tuning:
     """
     throttled_ids: int = 256
     """Ids that are throttled at a time on one connection; events of further ones are lost."""
+
+    # The index of grants (access.grant_index)
+    kept_identities: int = 1 << 18
+    """Identities of all peers together for which the index keeps what they are granted."""
+    kept_changes: int = 4096
+    """Changes of grants to patterns and list files after which the index is built anew."""
 
     # The journal (journal.journal)
     journal_bytes: int = 64 << 10

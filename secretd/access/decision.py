@@ -21,6 +21,7 @@ from secretd.access.peer import Peer, SocketRole
 from secretd.audit.log import Audit
 from secretd.audit.records import Subject
 from secretd.errors import AccessDenied, CommandError
+from secretd.limits import Tuning
 from secretd.qom.authz import Verdict
 from secretd.qom.grant import READS, used_up
 from secretd.qom.identifiers import ID_BYTES
@@ -97,10 +98,15 @@ def _in_order(first: Iterator[str | None], second: Iterator[str | None]) -> Iter
 class Access:
     """The decisions for one object tree."""
 
-    def __init__(self, tree: ObjectTree, audit: Audit) -> None:
+    def __init__(
+        self,
+        tree: ObjectTree,
+        audit: Audit,
+        tuning: Tuning = Tuning(),  # noqa: B008 - it cannot be changed
+    ) -> None:
         self._tree = tree
         self._audit = audit
-        self._index = GrantIndex(tree)
+        self._index = GrantIndex(tree, tuning)
         self._credentials = CredentialMapping(tree, self._index)
         tree.subscribe(decision=self._index.changed)
 

@@ -12,22 +12,15 @@ objects.
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
+from secretd.limits import Tuning
 from secretd.qom.authz import AuthZ, FileRules, Reach, Rules
 from secretd.qom.grant import SecretGrant
 from secretd.qom.identifiers import ID_BYTES
 from secretd.qom.patterns import is_pattern, literal_prefix, matcher
 from secretd.qom.sorted_ids import IDS_PER_LOOK, SortedIds
 from secretd.qom.tree import ObjectTree
-
-IDENTITIES_KEPT: Final = 1 << 18
-"""Identities of all peers together for which it is kept what they are granted."""
-
-CHANGES_KEPT: Final = 4096
-"""Changes of grants to patterns and list files after which everything that is kept is worked out
-anew.
-"""
 
 
 class Rule(NamedTuple):
@@ -146,7 +139,8 @@ class _Keys(dict[str, set[str]]):
 class GrantIndex:
     """The grants of a tree."""
 
-    def __init__(self, tree: ObjectTree) -> None:
+    def __init__(self, tree: ObjectTree, tuning: Tuning) -> None:
+        self._tuning = tuning
         self._tree = tree
         self.rules: dict[str, Rule] = {}
         self._by_authz: dict[str, set[str]] = {}
@@ -235,7 +229,7 @@ class GrantIndex:
             return
         if reach.prefixes:
             self._changes += grants
-            if len(self._changes) > CHANGES_KEPT:
+            if len(self._changes) > self._tuning.kept_changes:
                 self._forget()
             return
         for identity in reach.exact:
@@ -266,7 +260,7 @@ class GrantIndex:
         return granted
 
     def _add(self, identities: frozenset[str]) -> Granted:
-        while self._kept and self._kept + len(identities) > IDENTITIES_KEPT:
+        while self._kept and self._kept + len(identities) > self._tuning.kept_identities:
             self._drop(next(iter(self._granted)))
         granted = self._granted[identities] = Granted(identities, len(self._changes))
         self._kept += len(identities)

@@ -77,7 +77,7 @@ class Core:
         self.stopping = False
         self.has_one_session: Callable[[], bool] = lambda: False
         self.log_dropped: Callable[[], int] = lambda: 0
-        self.access = Access(tree, audit)
+        self.access = Access(tree, audit, tuning)
         self.broadcaster = Broadcaster(self.access, tuning)
         self.threads = BlockingCalls(tuning.stuck_seconds)
         self.deliveries = Deliveries(tree.scratch, self.threads, self.access.take_back, tuning)

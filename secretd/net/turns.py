@@ -8,23 +8,21 @@ runs it.
 
 from collections.abc import Callable
 from time import monotonic
-from typing import Final
 
 from secretd.limits import Tuning
-
-TURNS_SECONDS: Final = 0.001
-"""Seconds of work for peers that are not trusted between two looks at epoll, where there is
-more.
-"""
 
 
 class Turns:
     """Work that waits, in turn by uid, in each uid's own order. The same work waits once.
 
-    ``failed`` is called with what work raises.
+    ``failed`` is called with what work raises. ``seconds``: of work for peers that are not trusted
+    between two looks at epoll, where there is more.
     """
 
-    def __init__(self, failed: Callable[[Exception], None]) -> None:
+    def __init__(
+        self, failed: Callable[[Exception], None], seconds: float = Tuning.turns_seconds
+    ) -> None:
+        self.seconds = seconds
         self._by_uid: dict[int, dict[Callable[[], None], None]] = {}
         self._failed = failed
 
@@ -36,9 +34,9 @@ class Turns:
         self._by_uid.setdefault(uid, {})[work] = None
 
     def run(self) -> None:
-        """Do one piece for each uid in turn, until TURNS_SECONDS have passed."""
+        """Do one piece for each uid in turn, until ``seconds`` have passed."""
         by_uid = self._by_uid
-        end = monotonic() + TURNS_SECONDS
+        end = monotonic() + self.seconds
         while by_uid:
             uid = next(iter(by_uid))
             waiting = by_uid.pop(uid)

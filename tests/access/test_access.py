@@ -828,14 +828,11 @@ def test_explain_says_whether_and_why(daemon: Daemon, loaded: Client) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.tuning(kept_identities=8, kept_changes=3)
 def test_peers_and_changes_that_are_forgotten_are_worked_out_anew(
-    daemon: Daemon, loaded: Client, monkeypatch: pytest.MonkeyPatch
+    daemon: Daemon, loaded: Client
 ) -> None:
     """What is remembered is bounded, and never stale."""
-    from secretd.access import grant_index
-
-    monkeypatch.setattr(grant_index, "IDENTITIES_KEPT", 8)
-    monkeypatch.setattr(grant_index, "CHANGES_KEPT", 3)
     clients = [daemon.connect(role="client", uid=1000 + n) for n in range(4)]
     allow(loaded, "web", "uid:1001", "uid:1003")
     for round_ in range(6):
