@@ -151,7 +151,7 @@ class BlockingCalls:
             self._threads[uid] = count + 1
         # A daemon thread: one that is stuck for ever must not keep the process from ending.
         thread = threading.Thread(
-            target=self._work, args=(uid,), name=f"offload-{uid}", daemon=True
+            target=self._work, args=(uid,), name=f"blocking-{uid}", daemon=True
         )
         try:
             thread.start()

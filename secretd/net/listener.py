@@ -63,7 +63,7 @@ class Listener:
         """Stop listening; remove the socket's file if it is still ours.
 
         Descriptors may lie in connections that were not accepted, and closing those may never
-        return: ``offload`` has a thread for it.
+        return: ``threads`` has one for it.
         """
         if threads is None:
             self.sock.close()

@@ -14,40 +14,40 @@ OTHER = os.getuid() + 1000
 """A uid that is neither root's nor our own, which have more threads."""
 
 
-def occupy(offload: BlockingCalls, go_on: threading.Event) -> "list[asyncio.Future[bool]]":
+def occupy(calls: BlockingCalls, go_on: threading.Event) -> "list[asyncio.Future[bool]]":
     """Keep all threads of another uid waiting."""
     return [
-        asyncio.ensure_future(offload.run(OTHER, lambda _: None, go_on.wait))
+        asyncio.ensure_future(calls.run(OTHER, lambda _: None, go_on.wait))
         for _ in range(module.THREADS_PER_UID)
     ]
 
 
-async def idle(offload: BlockingCalls) -> None:
+async def idle(calls: BlockingCalls) -> None:
     """Wait until all threads have ended."""
-    while not offload.idle():  # noqa: ASYNC110 - threads tell no event
+    while not calls.idle():  # noqa: ASYNC110 - threads tell no event
         await asyncio.sleep(0)
 
 
 async def test_blocking_calls_run_in_a_bounded_number_of_threads() -> None:
     """A uid that has used up its share waits for itself; another uid does not."""
-    offload = BlockingCalls()
+    calls = BlockingCalls()
     go_on = threading.Event()
-    running = occupy(offload, go_on)
+    running = occupy(calls, go_on)
     await asyncio.sleep(0)
-    waiting = asyncio.ensure_future(offload.run(OTHER, lambda _: None, lambda: "later"))
-    assert await offload.run(1001, lambda _: None, lambda: "done") == "done"
+    waiting = asyncio.ensure_future(calls.run(OTHER, lambda _: None, lambda: "later"))
+    assert await calls.run(1001, lambda _: None, lambda: "done") == "done"
     go_on.set()
     assert await asyncio.gather(*running) == [True] * module.THREADS_PER_UID
     assert await waiting == "later"
     with pytest.raises(ZeroDivisionError):
-        await offload.run(OTHER, lambda _: None, lambda: 1 // 0)
-    await idle(offload)
-    assert offload._queues == {}
+        await calls.run(OTHER, lambda _: None, lambda: 1 // 0)
+    await idle(calls)
+    assert calls._queues == {}
 
 
 async def test_the_result_of_a_call_that_nobody_waits_for_is_discarded() -> None:
     """Whatever it holds is released, once the call has ended; errors are dropped."""
-    offload = BlockingCalls()
+    calls = BlockingCalls()
     go_on = threading.Event()
     discarded: list[str] = []
 
@@ -60,15 +60,14 @@ async def test_the_result_of_a_call_that_nobody_waits_for_is_discarded() -> None
         raise ValueError
 
     tasks = [
-        asyncio.ensure_future(offload.run(1, discarded.append, function))
-        for function in (work, fail)
+        asyncio.ensure_future(calls.run(1, discarded.append, function)) for function in (work, fail)
     ]
     await asyncio.sleep(0)
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
     go_on.set()
-    await idle(offload)
+    await idle(calls)
     await asyncio.sleep(0)
     assert discarded == ["result"]
 
@@ -76,31 +75,31 @@ async def test_the_result_of_a_call_that_nobody_waits_for_is_discarded() -> None
 async def test_a_thread_that_outlives_the_loop_ends_quietly() -> None:
     """A stuck descriptor keeps neither the loop nor the process from ending."""
     go_on = threading.Event()
-    offload = BlockingCalls()
-    task = asyncio.ensure_future(offload.run(1, lambda _: None, go_on.wait))
+    calls = BlockingCalls()
+    task = asyncio.ensure_future(calls.run(1, lambda _: None, go_on.wait))
     await asyncio.sleep(0)
     task.cancel()
     go_on.set()
     for thread in threading.enumerate():
-        if thread.name == "offload-1":
+        if thread.name == "blocking-1":
             thread.join(10)
             assert not thread.is_alive()
 
 
 async def test_closing_for_a_stranger_happens_in_a_thread() -> None:
     """The loop does not wait for close(2)."""
-    offload = BlockingCalls()
+    calls = BlockingCalls()
     source, sink = os.pipe()
-    offload.close(OTHER, sink)
-    await idle(offload)
-    assert not offload.stuck(OTHER)
+    calls.close(OTHER, sink)
+    await idle(calls)
+    assert not calls.stuck(OTHER)
     assert os.read(source, 1) == b""
     os.close(source)
 
 
 async def test_a_result_that_comes_with_the_cancellation_is_discarded() -> None:
     """Both may happen in one turn of the loop."""
-    offload = BlockingCalls()
+    calls = BlockingCalls()
     discarded: list[str] = []
     go_on = threading.Event()
 
@@ -108,10 +107,10 @@ async def test_a_result_that_comes_with_the_cancellation_is_discarded() -> None:
         go_on.wait()
         return "result"
 
-    task = asyncio.ensure_future(offload.run(1, discarded.append, work))
+    task = asyncio.ensure_future(calls.run(1, discarded.append, work))
     await asyncio.sleep(0)
     go_on.set()
-    while not offload.idle():  # without giving the loop its turn
+    while not calls.idle():  # without giving the loop its turn
         pass
     asyncio.get_running_loop().call_soon(task.cancel)
     await asyncio.gather(task, return_exceptions=True)
@@ -120,26 +119,26 @@ async def test_a_result_that_comes_with_the_cancellation_is_discarded() -> None:
 
 async def test_a_uid_whose_threads_are_stuck_is_known() -> None:
     """Its descriptors are kept until a thread is free, and counted."""
-    offload = BlockingCalls()
+    calls = BlockingCalls()
     go_on = threading.Event()
-    running = occupy(offload, go_on)
+    running = occupy(calls, go_on)
     await asyncio.sleep(0)
     source, sink = os.pipe()
     for number in range(100):
-        assert offload.closing(OTHER) == number
-        offload.close(OTHER, os.dup(sink))
-    assert not offload.stuck(OTHER)
-    offload._stuck_seconds = 0.0
-    assert offload.stuck(OTHER)
-    assert not offload.stuck(OTHER + 1)
-    assert offload.closing(OTHER + 1) == 0
-    assert offload.closing_of_others == 100
+        assert calls.closing(OTHER) == number
+        calls.close(OTHER, os.dup(sink))
+    assert not calls.stuck(OTHER)
+    calls._stuck_seconds = 0.0
+    assert calls.stuck(OTHER)
+    assert not calls.stuck(OTHER + 1)
+    assert calls.closing(OTHER + 1) == 0
+    assert calls.closing_of_others == 100
     os.close(sink)
     go_on.set()
     await asyncio.gather(*running)
-    await idle(offload)
-    assert not offload.stuck(OTHER)
-    assert offload.closing(OTHER) == offload.closing_of_others == 0
+    await idle(calls)
+    assert not calls.stuck(OTHER)
+    assert calls.closing(OTHER) == calls.closing_of_others == 0
     assert os.read(source, 1) == b""
     os.close(source)
 
@@ -148,7 +147,7 @@ async def test_without_a_new_thread_the_call_waits_for_the_next(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Where the system has no thread to give, nothing is lost."""
-    offload = BlockingCalls()
+    calls = BlockingCalls()
     source, sink = os.pipe()
     with monkeypatch.context() as patch:
 
@@ -156,33 +155,31 @@ async def test_without_a_new_thread_the_call_waits_for_the_next(
             raise RuntimeError("can't start new thread")
 
         patch.setattr(threading.Thread, "start", none)
-        offload.close(OTHER, sink)
-    assert offload.idle()
-    assert await offload.run(OTHER, lambda _: None, lambda: "done") == "done"
-    await idle(offload)
-    assert not offload.stuck(OTHER)
+        calls.close(OTHER, sink)
+    assert calls.idle()
+    assert await calls.run(OTHER, lambda _: None, lambda: "done") == "done"
+    await idle(calls)
+    assert not calls.stuck(OTHER)
     assert os.read(source, 1) == b""
     os.close(source)
 
 
 async def test_a_call_whose_turn_comes_too_late_is_not_made() -> None:
     """What it would have used is released instead."""
-    offload = BlockingCalls()
+    calls = BlockingCalls()
     go_on = threading.Event()
     made: list[str] = []
-    running = occupy(offload, go_on)
+    running = occupy(calls, go_on)
     late = [
-        asyncio.ensure_future(
-            offload.run(OTHER, lambda _: None, lambda: made.append("call"), unused)
-        )
+        asyncio.ensure_future(calls.run(OTHER, lambda _: None, lambda: made.append("call"), unused))
         for unused in (lambda: made.append("unused"), None)
     ]
-    late.append(asyncio.ensure_future(offload.run(OTHER, lambda _: None, lambda: made.append("x"))))
+    late.append(asyncio.ensure_future(calls.run(OTHER, lambda _: None, lambda: made.append("x"))))
     await asyncio.sleep(0)
     for task in late:
         task.cancel()
     await asyncio.gather(*late, return_exceptions=True)
     go_on.set()
     await asyncio.gather(*running)
-    await idle(offload)
+    await idle(calls)
     assert made == ["unused"]
