@@ -828,7 +828,7 @@ def test_explain_says_whether_and_why(daemon: Daemon, loaded: Client) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.tuning(kept_identities=8, kept_changes=3)
+@pytest.mark.tuning(kept_identities=5, kept_changes=3)
 def test_peers_and_changes_that_are_forgotten_are_worked_out_anew(
     daemon: Daemon, loaded: Client
 ) -> None:
