@@ -7,6 +7,7 @@ import contextlib
 import gc
 import os
 import resource
+import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -106,6 +107,14 @@ async def in_loop(tmp_path: Path, tuning: Tuning) -> AsyncIterator[Served]:
     """A running server in the test's own loop."""
     async with served(tmp_path, tuning) as running:
         yield running
+
+
+@pytest.fixture
+def reachable() -> Iterator[Path]:
+    """A directory that every uid reaches. Each start of pytest closes its own to other uids."""
+    with tempfile.TemporaryDirectory() as directory:
+        os.chmod(directory, 0o755)
+        yield Path(directory)
 
 
 @pytest.fixture

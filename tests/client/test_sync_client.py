@@ -49,7 +49,7 @@ def test_it_needs_neither_asyncio_nor_qemu_qmp(daemon: Daemon) -> None:
 
 
 @pytest.mark.slow
-def test_a_refusal_is_said_in_the_daemons_words(daemon: Daemon) -> None:
+def test_a_refusal_is_said_in_the_daemons_words(reachable: Path) -> None:
     """By both clients: the one line that comes instead of a greeting."""
     need_root()
     words = "uid 1234 may not use the control socket; connect to the client socket"
@@ -60,19 +60,18 @@ def test_a_refusal_is_said_in_the_daemons_words(daemon: Daemon) -> None:
         "try: SyncClient(sys.argv[1]).connect()\nexcept ConnectError as error: print(error)\n"
         "try: asyncio.run(Client(sys.argv[1]).connect())\nexcept ConnectError as error: print(error)\n"
     )
-    directory = os.path.dirname(daemon.admins)
-    os.chmod(directory, 0o755)
-    for parent in Path(directory).parents:
-        if parent.is_relative_to("/tmp") and parent != Path("/tmp"):
-            os.chmod(parent, os.stat(parent).st_mode | 0o011)
     # Measuring coverage writes into a directory of root's, and complains on stderr.
     measured = ("COVERAGE_PROCESS_CONFIG", "COVERAGE_PROCESS_START")
     environment = {name: value for name, value in os.environ.items() if name not in measured}
     environment["PYTHONDONTWRITEBYTECODE"] = "1"
-    done = subprocess.run(
-        [sys.executable, "-c", code, daemon.admins],
-        capture_output=True, text=True, check=False, env=environment,
-    )  # fmt: skip
+    daemon = Daemon(reachable)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code, daemon.admins],
+            capture_output=True, text=True, check=False, env=environment,
+        )  # fmt: skip
+    finally:
+        daemon.stop()
     assert done.stderr == ""
     assert done.stdout.splitlines() == [f"Refused by the server: {words}"] * 2
 

@@ -30,13 +30,15 @@ SECRET = b"letmein-" * 4
 
 
 @pytest.fixture
+def tmp_path(reachable: Path) -> Path:
+    """Where `start` makes the sockets: hostile clients have uids of their own."""
+    return reachable
+
+
+@pytest.fixture
 def guarded(start: Callable[..., Process], tmp_path: Path) -> Process:
     """A daemon with a client socket, and a control socket for the hostile uid too."""
     need_root()
-    os.chmod(tmp_path, 0o755)
-    for parent in tmp_path.parents:
-        if parent != Path("/tmp") and parent.is_relative_to("/tmp"):
-            os.chmod(parent, os.stat(parent).st_mode | 0o011)
     admins, client = tmp_path / "admins.sock", tmp_path / "client.sock"
     daemon = start("--client", str(client), "--control", f"{admins},authz=admins", "--audit=none")
     qmp = daemon.connect()
