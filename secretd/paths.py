@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Where the sockets are when nobody says otherwise. daemon makes them, client and ctl look
+"""Where the sockets are by default. daemon makes them, client and ctl look
 there.
 """
 
@@ -29,7 +29,7 @@ def has_runtime_directory() -> bool:
 
 
 def is_trusted(directory: str) -> bool:
-    """True if a directory is root's or this user's, so that nobody else put a socket there."""
+    """True if a directory is root's or this user's, so that no other user put a socket there."""
     try:
         status = os.lstat(directory)
     except OSError:

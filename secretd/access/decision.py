@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Who may read what, and who may connect where. The one place where that is decided.
+"""Which peer may read what and connect where. The one place where that is decided.
 
 `Access.check` decides, writes the audit record and returns the `Grant` that deliver demands, or
 refuses; nothing else makes one, and nothing else gives out plaintext. It goes by the `secret-grant`

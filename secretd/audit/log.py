@@ -68,7 +68,7 @@ class Audit:
         self._fault = ""
         self.records = 0
         self.dropped = 0
-        self._dropped_before = 0  # of those, how many a record has told
+        self._dropped_before = 0  # of those, how many a record has reported
         self.head = chain.GENESIS
         if target == "none":
             if require:
@@ -141,7 +141,7 @@ class Audit:
             self._schedule()
 
     def end_turn(self) -> None:
-        """Write all that was noted, before anybody is told of it."""
+        """Write all that was noted, before any client gets an answer."""
         self.in_turn = False
         if self._pending and not self._flush() and not self._scheduled:
             self._retry()

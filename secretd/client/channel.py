@@ -227,7 +227,7 @@ class Channel:
 
 
 class _Deadline:
-    """The end of a wait, and who is to be told of it before."""
+    """The end of a wait, and the callback that is called before it."""
 
     def __init__(self, timeout: float | None, on_wait: OnWait | None, what: str) -> None:
         self._begin = time.monotonic()

@@ -32,7 +32,7 @@ class Connection:
         self.path = path
         self._retry_seconds = retry_seconds
         self.qmp = QMPClient("secretd")
-        # Of all events it keeps a list that nobody reads.
+        # Of all events it keeps a list without a reader.
         self.qmp.events.event_filter = lambda _event: False
         self._connecting = asyncio.Lock()
         self._number = 0  # how often it was made anew
@@ -114,12 +114,12 @@ class Connection:
                 await self._reconnect(number, deadline)
 
     async def _reconnect(self, number: int, deadline: float) -> None:
-        """Make the connection anew, unless somebody has by then; raises ConnectError."""
+        """Make the connection anew, unless another caller has by then; raises ConnectError."""
         async with self._connecting:
             while number == self._number:
                 await self._disconnect()
                 try:
-                    # A socket of systemd's takes connections that nobody answers yet.
+                    # A socket of systemd's takes connections before a daemon answers.
                     await self._unless_closed(self._connect(), deadline)
                     self._number += 1
                 except ConnectError as error:

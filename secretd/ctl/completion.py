@@ -10,7 +10,7 @@ from secretd.client import SyncClient
 from secretd.client.types import before
 
 COMPLETION_SECONDS: Final = 1.0
-"""Seconds within which secretd must answer what ids there are, while somebody types."""
+"""Seconds within which secretd must answer what ids there are, while the user types."""
 
 
 def complete_ids(

@@ -102,13 +102,13 @@ def main() -> int:
     try:
         status: int | None = cli.main(prog_name="secretctl", standalone_mode=False)
         sys.stdout.flush()
-    except click.Abort:  # Ctrl-C; and click ends by itself where nobody reads what it prints
+    except click.Abort:  # Ctrl-C; and click ends by itself where its output has no reader
         return INTERRUPTED
     except click.UsageError as error:
         return _usage(error)
     except SecretdError as error:
         return fail(str(error))
-    except BrokenPipeError:  # nobody reads any more, as behind 'head'
+    except BrokenPipeError:  # the reader has ended, as behind 'head'
         _drop_output()
         return REFUSED
     except OSError as error:

@@ -49,7 +49,7 @@ def socket_spec(role: SocketRole, text: str) -> SocketSpec:
     mode, gid = _MODES[role], -1
     authz = members.pop("authz", None) if role is SocketRole.CONTROL else None
     if authz is not None:
-        mode = 0o666  # who may use it is decided at accept
+        mode = 0o666  # a peer is judged at accept
     if "mode" in members:
         try:
             mode = int(members.pop("mode"), 8)
@@ -67,7 +67,7 @@ def socket_spec(role: SocketRole, text: str) -> SocketSpec:
 
 
 def default_sockets() -> list[SocketSpec]:
-    """Return those that open when nobody says otherwise, in a directory that is made for them."""
+    """Return those that open by default, in a directory that is made for them."""
     directory = paths.default_directory()
     own = not paths.has_runtime_directory()
     with contextlib.suppress(FileExistsError):

@@ -93,7 +93,7 @@ class ConnectionSources:
         )
 
     async def key(self, serial: int) -> LockedBuffer:
-        """Return a key's payload likewise. The kernel may wait for who makes the key."""
+        """Return a key's payload likewise. The kernel may wait for the key's maker."""
         if not self._trusted:
             raise AccessDenied("Only uid 0 and the daemon's own uid may name a key")
         return await self._run(partial(read_key, serial, self._scratch))
@@ -157,7 +157,7 @@ def read_key(serial: int, scratch: Arena) -> LockedBuffer:
         except BaseException:
             buffer.free()
             raise
-        buffer.free()  # somebody has updated the key meanwhile
+        buffer.free()  # another process has updated the key
 
 
 def _key_size(serial: int, into: memoryview | None) -> int:

@@ -106,7 +106,7 @@ class BlockingCalls:
     ) -> R:
         """Return ``function()``, called in a thread.
 
-        ``discard`` is called in the loop with the result if nobody waits for it any more;
+        ``discard`` is called in the loop with the result if no caller waits for it any more;
         ``unused`` in the thread, instead of the function, if that is so before its turn comes.
         """
         loop = asyncio.get_running_loop()

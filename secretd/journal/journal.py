@@ -97,12 +97,12 @@ class Journal:
     def restore(cls, arena_fd: int, journal_fds: Sequence[int]) -> Self:
         """Return the journal of an earlier process, with its arena; takes over the descriptors.
 
-        Raises StateError or LockedMemoryExhausted; then all is as it was for who else keeps it.
+        Raises StateError or LockedMemoryExhausted; then all is as it was for other keepers.
         """
         header, files = open_files(arena_fd, journal_fds)
         arena = Arena(LEVELS[header.level], window=header.window, fd=arena_fd)
         journal = cls(arena, files)
-        # Compaction would go on in a file that nobody else keeps.
+        # Compaction would go on in a file that no other process keeps.
         journal.compaction_allowed = files.spare >= 0
         try:
             arena.adopt(plan(arena.window, header.windows, journal._load(header.end)))

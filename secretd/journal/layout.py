@@ -10,7 +10,7 @@ Layout (little-endian)
              then records, then zeros
     record   u32 length, u32 crc32 of what follows but the state byte, u8 state, u8 type,
              u16 id length, u32 slot size in bytes, u64 slot offset in the arena's file,
-             u32 uid of who added it, id, properties as a JSON object; padded to 8 bytes
+             u32 uid of the peer that added it, id, properties as a JSON object; padded to 8 bytes
 """
 
 import mmap

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""statx(2) by ctypes, which Python does not have: what a descriptor is, without asking anybody.
+"""statx(2) by ctypes, which Python does not have: what a descriptor is, without asking a file server.
 
 fstat(2) on a file of FUSE or a network asks who serves it, and waits. With AT_STATX_DONT_SYNC the
 kernel answers from what it knows. fds calls it.

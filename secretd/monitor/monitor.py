@@ -114,7 +114,7 @@ class Monitor:
         self.core.audit.append_object_event(event, self.subject, object_id, kind, size)
 
     def note_connection(self) -> None:
-        """Write an audit record of who has connected."""
+        """Write an audit record of the peer."""
         self.core.audit.append("connect", self.subject)
 
     def check(self, object_id: str, action: str) -> Grant:
@@ -181,7 +181,7 @@ class Monitor:
         return None
 
     def _close_received(self, fd: int) -> None:
-        """Close what one who is not trusted has passed."""
+        """Close what an untrusted peer has passed."""
         self._descriptors.release(self.peer.uid)
         self.core.threads.close(self.peer.uid, fd)
 

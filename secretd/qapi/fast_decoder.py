@@ -59,7 +59,7 @@ class FastDecoder:
             request.id = _EMPTY
         secret: Raw | UnsetType = UNSET
         name = self._sensitive.get(type(arguments), "")
-        if name == "":  # the type that nobody can ask for was asked for
+        if name == "":  # no request can name this type
             return None
         if name is not None:
             secret = getattr(arguments, name)

@@ -41,7 +41,7 @@ async def _later(outcome: Awaitable[T], use: Callable[[T], R]) -> R:
 
 
 class SourceReader(Protocol):
-    """Where the content of new objects comes from: what the one who makes them may name.
+    """Where the content of new objects comes from: what their maker may name.
 
     Both return the content between two spare bytes in scratch memory, and raise SourceError.
     ``uid``: whose the objects are.

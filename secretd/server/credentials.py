@@ -134,7 +134,7 @@ class Credentials:
         core.announce("SECRET_READ", grant.object_id, peer, self)
 
     def _say(self, claimed: CredentialAddress | None, peer: Peer, error: Exception) -> None:
-        """Log why a unit does not get a credential: it is told nothing but that it failed."""
+        """Log why a unit does not get a credential: the unit learns only that it failed."""
         if isinstance(error, PeerUnknown):
             words = f"It cannot be told in full who has connected: {error}"
             subject = Subject(peer.role.value, None)

@@ -242,7 +242,7 @@ class Server:
         self.space.close()
 
     async def _finish(self) -> None:
-        """Wait until everything is answered; what waits for somebody else has its time limit."""
+        """Wait until everything is answered; waits for others have time limits."""
         for session in list(self.sessions):
             session.transport.finish(read=not self.core.stopping)
         self._check_idle()

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Final, Self
 
 BARRIER_SECONDS: Final = 5.0
-"""Seconds that the service manager may take to work through what it was told; usually it is a
+"""Seconds that the service manager may take to work through its messages; usually it is a
 millisecond.
 """
 
@@ -52,7 +52,7 @@ class NotifySocket:
         return cls(address, int(usec) / 1_000_000 if ours else None)
 
     def notify(self, *fields: str, fds: Sequence[int] = (), wait: bool = False) -> bool:
-        """Send what changed (sd_notify(3)); False if it could not be told.
+        """Send what changed (sd_notify(3)); False if the message could not be sent.
 
         ``wait``: until there is room for the message. ``fds`` are borrowed.
         """
@@ -149,7 +149,7 @@ class KeptDescriptors:
 
 
 def has_ended(source: int) -> bool:
-    """True if nobody has the other end of a pipe any more."""
+    """True if no process has the other end of a pipe any more."""
     poll = select.poll()
     poll.register(source, 0)
     return bool(poll.poll(0))

@@ -76,7 +76,7 @@ class StatusInfo(TypedDict):
 
 @command(client=True)
 def query_status(_monitor: Monitor) -> StatusInfo:
-    """Return that secretd runs, which is what clients ask to see whether somebody answers."""
+    """Return that secretd runs, which is what clients ask to see whether a server answers."""
     return {"status": "running", "running": True}
 
 
