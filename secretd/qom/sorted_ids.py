@@ -9,9 +9,6 @@ from bisect import bisect_left, bisect_right, insort
 from collections.abc import Collection, Iterable, Iterator
 from typing import Final
 
-BLOCK_IDS: Final = 512
-"""Ids of a block; one with twice as many is cut in two."""
-
 IDS_PER_LOOK: Final = 512
 """Ids that are examined before other connections get their turn."""
 
@@ -19,9 +16,11 @@ IDS_PER_LOOK: Final = 512
 class SortedIds:
     """The ids, in order."""
 
-    def __init__(self, ids: Iterable[str]) -> None:
+    def __init__(self, ids: Iterable[str], *, block_ids: int = 512) -> None:
+        """``block_ids``: ids of a block; a block with twice as many is split into two."""
         every = sorted(ids)
-        self._blocks = [every[i : i + BLOCK_IDS] for i in range(0, len(every), BLOCK_IDS)]
+        self._block_ids = block_ids
+        self._blocks = [every[i : i + block_ids] for i in range(0, len(every), block_ids)]
         self._last = [block[-1] for block in self._blocks]  # the last id of each block
 
     def add(self, object_id: str) -> None:
@@ -39,9 +38,10 @@ class SortedIds:
         else:
             insort(blocks[index], object_id)
         block = blocks[index]
-        if len(block) >= 2 * BLOCK_IDS:
-            blocks[index : index + 1] = [block[:BLOCK_IDS], block[BLOCK_IDS:]]
-            last.insert(index, block[BLOCK_IDS - 1])
+        size = self._block_ids
+        if len(block) >= 2 * size:
+            blocks[index : index + 1] = [block[:size], block[size:]]
+            last.insert(index, block[size - 1])
 
     def remove(self, object_id: str) -> None:
         """Remove an id that is there."""

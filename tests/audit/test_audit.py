@@ -361,14 +361,14 @@ def test_each_kind_of_stderr_is_written_to_in_its_own_way(tmp_path: Path) -> Non
         sinks._sink(9999, owned=False)
 
 
-def test_a_thread_that_is_stuck_keeps_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_thread_that_is_stuck_keeps_nobody() -> None:
     """What it cannot take is left to the audit, which counts it."""
-    monkeypatch.setattr(sinks, "_THREAD_BATCHES", 2)
     source, sink = os.pipe()
+    batch = bytes(1 << 20)
     thread = ThreadSink(sink, owned=True)
     with pytest.raises(BlockingIOError):
         while True:
-            thread.write(bytes(1 << 20))
+            thread.write(batch)
     thread.close()
     while os.read(source, 1 << 20):
         if not thread._thread.is_alive():

@@ -16,6 +16,7 @@ from secretd.net.loop import Loop, turn
 from secretd.net.transport import Transport
 from secretd.net.turns import Turns
 from secretd.qom.authz import Rules
+from secretd.qom.sorted_ids import IDS_PER_LOOK
 from tests.support.daemon import Daemon
 from tests.support.grants import (
     SECRET,
@@ -222,14 +223,11 @@ def test_requests_that_come_while_others_are_queued_come_after_them(
     os.close(sink)
 
 
-def test_a_grant_taken_back_ends_a_list_that_goes_on(
-    daemon: Daemon, qmp: Client, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_grant_taken_back_ends_a_list_that_goes_on(daemon: Daemon, qmp: Client) -> None:
     """What comes after the next turn of others is not listed."""
     need_root()
-    monkeypatch.setattr("secretd.qom.sorted_ids.IDS_PER_LOOK", 4)
-    for number in range(30):
-        qmp.add(f"o{number:02}", data="x")
+    for number in range(IDS_PER_LOOK + 10):
+        qmp.add(f"o{number:04}", data="x")
     allow(qmp, "who", "uid:1000")
     grant(qmp, "g", "o*", "who")
     client = daemon.connect(role="client", uid=1000)
@@ -242,15 +240,12 @@ def test_a_grant_taken_back_ends_a_list_that_goes_on(
     client.close()
 
 
-def test_a_list_that_looks_through_much_lets_others_go_first(
-    daemon: Daemon, qmp: Client, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_list_that_looks_through_much_lets_others_go_first(daemon: Daemon, qmp: Client) -> None:
     """Also out of band, beside a command that waits; what is deleted meanwhile is not listed."""
     need_root()
-    monkeypatch.setattr("secretd.qom.sorted_ids.IDS_PER_LOOK", 4)
-    for number in range(50):
-        qmp.add(f"o{number:02}", data="x")
-    for name in ("o11.x", "o33.x", "z"):
+    for number in range(2 * IDS_PER_LOOK + 10):
+        qmp.add(f"o{number:04}", data="x")
+    for name in ("o0011.x", "o1033.x", "z"):
         qmp.add(name, data="x")
     allow(qmp, "who", "uid:1000")
     grant(qmp, "g", "*.x", "who")
@@ -258,8 +253,8 @@ def test_a_list_that_looks_through_much_lets_others_go_first(
     client = daemon.connect(role="client", uid=1000, negotiate=False)
     client.reply()
     client.cmd("qmp_capabilities", {"enable": ["oob"]})
-    assert [s["id"] for s in client.ok("query-secrets")] == ["o11.x", "o33.x", "z"]
-    assert [s["id"] for s in client.ok("query-secrets", {"after": "o11.x"})] == ["o33.x", "z"]
+    assert [s["id"] for s in client.ok("query-secrets")] == ["o0011.x", "o1033.x", "z"]
+    assert [s["id"] for s in client.ok("query-secrets", {"after": "o0011.x"})] == ["o1033.x", "z"]
     source, sink = full_pipe()
     client.send(b'{"execute":"secret-read","arguments":{"id":"z"},"id":"slow"}\n', (sink,))
     for number in range(3):

@@ -5,7 +5,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from secretd.qom import sorted_ids
 from secretd.qom.sorted_ids import SortedIds
 
 
@@ -20,15 +19,13 @@ def test_it_is_as_a_sorted_list(
     first: set[str], changes: list[str], after: str, count: int
 ) -> None:
     """Whatever comes and goes, with blocks of two."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sorted_ids, "BLOCK_IDS", 2)
-        ids, model = SortedIds(first), set(first)
-        for each in changes:
-            if each in model:
-                ids.remove(each)
-            else:
-                ids.add(each)
-            model ^= {each}
-        expected = sorted(model)
-        assert ids.after(after, count) == [i for i in expected if i > after][:count]
-        assert ids.after(after, count, included=True) == [i for i in expected if i >= after][:count]
+    ids, model = SortedIds(first, block_ids=2), set(first)
+    for each in changes:
+        if each in model:
+            ids.remove(each)
+        else:
+            ids.add(each)
+        model ^= {each}
+    expected = sorted(model)
+    assert ids.after(after, count) == [i for i in expected if i > after][:count]
+    assert ids.after(after, count, included=True) == [i for i in expected if i >= after][:count]
