@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-# SPDX-License-Identifier: LGPL-2.1-or-later
 """What tests share: an arena, a running server, a raw QMP client, and what real parts there are."""
 
 import asyncio
@@ -19,6 +18,7 @@ from hypothesis import settings
 from secretd.limits import Tuning
 from secretd.memory.arena import Arena
 from secretd.net.loop import Loop
+from tests.support.async_qmp import AsyncClient
 from tests.support.cgroups import cgroup
 from tests.support.credentials import SLICE
 from tests.support.daemon import Daemon
@@ -107,6 +107,12 @@ async def in_loop(tmp_path: Path, tuning: Tuning) -> AsyncIterator[Served]:
     """A running server in the test's own loop."""
     async with served(tmp_path, tuning) as running:
         yield running
+
+
+@pytest.fixture
+async def aqmp(in_loop: Served) -> AsyncClient:
+    """A client on the control socket of `in_loop`."""
+    return await in_loop.connect()
 
 
 @pytest.fixture

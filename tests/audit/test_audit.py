@@ -227,7 +227,7 @@ async def test_refusals_of_one_uid_are_one_record_and_a_count(tmp_path: Path) ->
     for _ in range(1000):
         for uid in (1000, 1001, 1002, 1003):
             audit.append_refusal("read", uid, PEER, id="s")
-    while audit._refusals._counts:  # noqa: ASYNC110 - timers tell no event
+    while audit._refusals._counts:
         await asyncio.sleep(0)
     audit.append_refusal("read", 1000, PEER, id="s")
     audit.append_refusal("read", 1000, PEER, id="s")

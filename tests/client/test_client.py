@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-# SPDX-License-Identifier: LGPL-2.1-or-later
 """The asyncio client against a running server."""
 
 import asyncio
@@ -250,7 +249,7 @@ async def test_a_socket_that_nobody_answers_on_is_not_waited_for_without_end(
         with pytest.raises(ConnectError):
             await short.list()
         waiting = asyncio.ensure_future(closed.list())
-        while not closed._connection._connecting.locked():  # noqa: ASYNC110 - nothing tells of it
+        while not closed._connection._connecting.locked():
             await asyncio.sleep(0)
         await closed.close()
         with pytest.raises(ConnectError):
@@ -275,7 +274,7 @@ async def test_it_is_not_tried_for_ever(tmp_path: Path) -> None:
     with pytest.raises(ConnectError):
         await short.list()
     waiting = asyncio.ensure_future(closed.list())
-    while not closed._connection._connecting.locked():  # noqa: ASYNC110 - nothing tells of it
+    while not closed._connection._connecting.locked():
         await asyncio.sleep(0)
     await closed.close()
     with pytest.raises(ConnectError):

@@ -3,6 +3,7 @@
 was.
 """
 
+import asyncio
 import ctypes
 import fcntl
 import os
@@ -18,19 +19,19 @@ from secretd.access.peer import Peer, SocketRole
 from secretd.audit.records import Subject
 from secretd.descriptors import kinds, target
 from secretd.linux import statx
-from tests.support.daemon import Daemon
+from tests.support.async_qmp import AsyncClient
+from tests.support.in_loop import Served
 from tests.support.needs import need_level
-from tests.support.qmp import Client
 
 SECRET = b"letmein-" * 4
 
 
 @pytest.fixture
-def loaded(qmp: Client) -> Client:
+async def loaded(aqmp: AsyncClient) -> AsyncClient:
     """A client, with secret s (32 bytes) and secret big (1 MiB)."""
-    qmp.add("s", data=SECRET.decode())
-    qmp.ok("secret-generate", {"id": "big", "size": 1 << 20})
-    return qmp
+    await aqmp.add("s", data=SECRET.decode())
+    await aqmp.ok("secret-generate", {"id": "big", "size": 1 << 20})
+    return aqmp
 
 
 def flags_and_offset(fd: int) -> tuple[int, int | None]:
@@ -41,80 +42,90 @@ def flags_and_offset(fd: int) -> tuple[int, int | None]:
     return fcntl.fcntl(fd, fcntl.F_GETFL), offset
 
 
-def test_a_pipe_takes_a_secret_of_any_size(loaded: Client) -> None:
+async def test_a_pipe_takes_a_secret_of_any_size(loaded: AsyncClient) -> None:
     """Also one that is larger than the pipe, with a reader that reads slowly."""
     source, sink = os.pipe()
     before = flags_and_offset(sink)
-    assert loaded.ok("secret-read", {"id": "s"}, (sink,)) == {"size": 32}
+    assert await loaded.ok("secret-read", {"id": "s"}, (sink,)) == {"size": 32}
     assert flags_and_offset(sink) == before
-    assert os.read(source, 100) == SECRET
-    loaded.send(b'{"execute":"secret-read","arguments":{"id":"big"}}', (sink,))
+    assert await asyncio.to_thread(os.read, source, 100) == SECRET
+    await loaded.send(b'{"execute":"secret-read","arguments":{"id":"big"}}', (sink,))
     os.close(sink)
     received = b""
-    while chunk := os.read(source, 5000):
+    while chunk := await asyncio.to_thread(os.read, source, 5000):
         received += chunk
     os.close(source)
-    assert loaded.reply() == {"return": {"size": 1 << 20}}
+    assert await loaded.reply() == {"return": {"size": 1 << 20}}
     assert len(received) == 1 << 20
 
 
-def test_a_named_descriptor_is_used_once(loaded: Client) -> None:
+async def test_a_named_descriptor_is_used_once(loaded: AsyncClient) -> None:
     """Getfd before, secret-read by name; the daemon's copy is closed then."""
     source, sink = os.pipe()
-    assert loaded.cmd("getfd", {"fdname": "out"}, (sink,)) == {"return": {}}
+    assert await loaded.cmd("getfd", {"fdname": "out"}, (sink,)) == {"return": {}}
     os.close(sink)
-    assert loaded.ok("secret-read", {"id": "s", "fdname": "out", "format": "base64"})["size"] == 44
-    assert os.read(source, 100) == b"bGV0bWVpbi1sZXRtZWluLWxldG1laW4tbGV0bWVpbi0="
-    assert os.read(source, 100) == b""
+    assert (await loaded.ok("secret-read", {"id": "s", "fdname": "out", "format": "base64"}))[
+        "size"
+    ] == 44
+    assert (
+        await asyncio.to_thread(os.read, source, 100)
+        == b"bGV0bWVpbi1sZXRtZWluLWxldG1laW4tbGV0bWVpbi0="
+    )
+    assert await asyncio.to_thread(os.read, source, 100) == b""
     os.close(source)
-    assert loaded.fail("secret-read", {"id": "s", "fdname": "out"}) == (
+    assert await loaded.fail("secret-read", {"id": "s", "fdname": "out"}) == (
         "File descriptor named 'out' not found"
     )
-    assert loaded.fail("secret-read", {"id": "s"}) == "No file descriptor supplied via SCM_RIGHTS"
+    assert (
+        await loaded.fail("secret-read", {"id": "s"})
+        == "No file descriptor supplied via SCM_RIGHTS"
+    )
 
 
-def test_a_memfd_gets_the_secrets_size_and_content(loaded: Client) -> None:
+async def test_a_memfd_gets_the_secrets_size_and_content(loaded: AsyncClient) -> None:
     """From its start, whatever it held before and wherever its offset is."""
     fd = os.memfd_create("x", os.MFD_ALLOW_SEALING)
     os.write(fd, b"y" * 100)
     before = flags_and_offset(fd)
-    assert loaded.ok("secret-read", {"id": "s"}, (fd,)) == {"size": 32}
+    assert await loaded.ok("secret-read", {"id": "s"}, (fd,)) == {"size": 32}
     assert flags_and_offset(fd) == before
     assert os.pread(fd, 200, 0) == SECRET
-    assert loaded.ok("secret-read", {"id": "big"}, (fd,)) == {"size": 1 << 20}
+    assert await loaded.ok("secret-read", {"id": "big"}, (fd,)) == {"size": 1 << 20}
     assert os.fstat(fd).st_size == 1 << 20
     os.close(fd)
 
 
-def test_a_socket_pair_takes_a_secret(loaded: Client) -> None:
+async def test_a_socket_pair_takes_a_secret(loaded: AsyncClient) -> None:
     """Its flags stay, and a large secret waits for its reader."""
     ours, theirs = socket.socketpair()
     before = flags_and_offset(theirs.fileno())
-    loaded.send(b'{"execute":"secret-read","arguments":{"id":"big"}}', (theirs.fileno(),))
+    await loaded.send(b'{"execute":"secret-read","arguments":{"id":"big"}}', (theirs.fileno(),))
     received = 0
     while received < 1 << 20:
-        received += len(ours.recv(1 << 16))
-    assert loaded.reply() == {"return": {"size": 1 << 20}}
+        received += len(await asyncio.to_thread(ours.recv, 1 << 16))
+    assert await loaded.reply() == {"return": {"size": 1 << 20}}
     assert flags_and_offset(theirs.fileno()) == before
     ours.close()
     theirs.close()
 
 
-def test_a_fifo_in_the_file_system_takes_a_secret(loaded: Client, tmp_path: Path) -> None:
+async def test_a_fifo_in_the_file_system_takes_a_secret(
+    loaded: AsyncClient, tmp_path: Path
+) -> None:
     """It knows no RWF_NOWAIT, so the secret goes through a pipe of the daemon's own."""
     path = str(tmp_path / "fifo")
     os.mkfifo(path)
     source = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     sink = os.open(path, os.O_WRONLY)
     os.set_blocking(source, True)
-    loaded.send(b'{"execute":"secret-read","arguments":{"id":"big"}}', (sink,))
+    await loaded.send(b'{"execute":"secret-read","arguments":{"id":"big"}}', (sink,))
     os.close(sink)
     received = b""
-    while chunk := os.read(source, 7000):
+    while chunk := await asyncio.to_thread(os.read, source, 7000):
         received += chunk
     os.close(source)
-    assert loaded.reply() == {"return": {"size": 1 << 20}}
-    assert received == loaded.read("big")
+    assert await loaded.reply() == {"return": {"size": 1 << 20}}
+    assert received == await loaded.read("big")
 
 
 def full_pipe() -> tuple[int, list[int]]:
@@ -140,13 +151,13 @@ def full_fifo(tmp_path: Path) -> tuple[int, list[int]]:
         return sink, [source]
 
 
-def test_a_thread_writes_nothing_to_a_full_fifo(tmp_path: Path) -> None:
+async def test_a_thread_writes_nothing_to_a_full_fifo(tmp_path: Path) -> None:
     """What is spliced would wait in the kernel, so it asks first, and takes what one page takes."""
     sink, others = full_fifo(tmp_path)
     aim = target.PipeTarget(sink)
     aim.may_block = True
     assert aim.write(memoryview(b"letmein"), 0) == 0
-    os.read(others[0], 1 << 20)
+    await asyncio.to_thread(os.read, others[0], 1 << 20)
     assert aim.write(memoryview(b"letmein"), 0) == 7
     for fd in (sink, *others):
         os.close(fd)
@@ -236,144 +247,152 @@ REFUSED = {
 @pytest.mark.slow
 @pytest.mark.tuning(delivery_seconds=0.2)
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_take_a_secret_is_refused_in_words(
-    daemon: Daemon, loaded: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+async def test_what_cannot_take_a_secret_is_refused_in_words(
+    in_loop: Served, loaded: AsyncClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """Within the time limit, with flags and offset as they were, while others are answered."""
     make, words = REFUSED[name]
     fd, others = make(tmp_path) if make.__code__.co_argcount else make()
     try:
         before = flags_and_offset(fd)
-        loaded.send(b'{"execute":"secret-read","arguments":{"id":"s"}}\n', (fd,))
-        assert daemon.connect().cmd("query-name") == {"return": {}}
-        assert loaded.reply()["error"]["desc"] == words
+        await loaded.send(b'{"execute":"secret-read","arguments":{"id":"s"}}\n', (fd,))
+        assert await (await in_loop.connect()).cmd("query-name") == {"return": {}}
+        assert (await loaded.reply())["error"]["desc"] == words
         assert flags_and_offset(fd) == before
-        assert loaded.read("s") == SECRET
+        assert await loaded.read("s") == SECRET
     finally:
         for each in (fd, *others):
             os.close(each)
 
 
-def test_a_regular_file_and_an_opath_pipe_are_refused(loaded: Client, tmp_path: Path) -> None:
+async def test_a_regular_file_and_an_opath_pipe_are_refused(
+    loaded: AsyncClient, tmp_path: Path
+) -> None:
     """They are written to by nobody, and keep their offset."""
     with open(tmp_path / "f", "wb") as file:
         file.write(b"abc")
         file.flush()
         before = flags_and_offset(file.fileno())
-        words = loaded.fail("secret-read", {"id": "s"}, (file.fileno(),))
+        words = await loaded.fail("secret-read", {"id": "s"}, (file.fileno(),))
         assert words == "The descriptor is a regular file" + TAKES
         assert flags_and_offset(file.fileno()) == before
     os.mkfifo(tmp_path / "fifo")
     fd = os.open(tmp_path / "fifo", os.O_PATH)
-    assert loaded.fail("secret-read", {"id": "s"}, (fd,)) == (
+    assert await loaded.fail("secret-read", {"id": "s"}, (fd,)) == (
         "The descriptor is a pipe opened with O_PATH" + TAKES
     )
     os.close(fd)
     assert (tmp_path / "f").read_bytes() == b"abc"
 
 
-def test_the_daemons_own_socket_is_refused(daemon: Daemon, loaded: Client) -> None:
+async def test_the_daemons_own_socket_is_refused(in_loop: Served, loaded: AsyncClient) -> None:
     """A connection to the daemon is no way for it to talk to itself."""
-    assert loaded.fail("secret-read", {"id": "s"}, (loaded.sock.fileno(),)) == (
+    assert await loaded.fail("secret-read", {"id": "s"}, (loaded.sock.fileno(),)) == (
         "The descriptor is a socket that is no end of a stream pair" + TAKES
     )
 
 
-def test_a_secret_that_does_not_exist_is_said_and_the_descriptor_closed(loaded: Client) -> None:
+async def test_a_secret_that_does_not_exist_is_said_and_the_descriptor_closed(
+    loaded: AsyncClient,
+) -> None:
     """The reader sees the end at once."""
     source, sink = os.pipe()
-    assert loaded.fail("secret-read", {"id": "nope"}, (sink,)) == "No secret with id 'nope'"
+    assert await loaded.fail("secret-read", {"id": "nope"}, (sink,)) == "No secret with id 'nope'"
     os.close(sink)
-    assert os.read(source, 1) == b""
+    assert await asyncio.to_thread(os.read, source, 1) == b""
     os.close(source)
 
 
-def test_one_delivery_that_ends_leaves_another_of_the_same_secret_going(
-    daemon: Daemon, loaded: Client
+async def test_one_delivery_that_ends_leaves_another_of_the_same_secret_going(
+    in_loop: Served, loaded: AsyncClient
 ) -> None:
     """Each has its own reader."""
-    other = daemon.connect()
+    other = await in_loop.connect()
     message = b'{"execute":"secret-read","arguments":{"id":"big"}}'
     first, first_sink = os.pipe()
     second, second_sink = os.pipe()
-    loaded.send(message, (first_sink,))
-    other.send(message, (second_sink,))
+    await loaded.send(message, (first_sink,))
+    await other.send(message, (second_sink,))
     os.close(first_sink)
     os.close(second_sink)
-    waiting = daemon.server.core.deliveries._running
-    while daemon.call(lambda: len(waiting.get("big", ()))) < 2:
-        pass
+    waiting = in_loop.server.core.deliveries._running
+    while len(waiting.get("big", ())) < 2:
+        await asyncio.sleep(0)
     os.close(first)
-    assert loaded.reply()["error"]["desc"] == "Unable to write the secret: Broken pipe"
+    assert (await loaded.reply())["error"]["desc"] == "Unable to write the secret: Broken pipe"
     received = 0
-    while chunk := os.read(second, 1 << 16):
+    while chunk := await asyncio.to_thread(os.read, second, 1 << 16):
         received += len(chunk)
     os.close(second)
     assert received == 1 << 20
-    assert other.reply() == {"return": {"size": 1 << 20}}
+    assert await other.reply() == {"return": {"size": 1 << 20}}
 
 
 @pytest.mark.parametrize("form", ["raw", "base64"])
-def test_deleting_ends_a_running_delivery(daemon: Daemon, loaded: Client, form: str) -> None:
+async def test_deleting_ends_a_running_delivery(
+    in_loop: Served, loaded: AsyncClient, form: str
+) -> None:
     """The client is told, and nothing more of the secret is written."""
     source, sink = os.pipe()
-    loaded.send(
+    await loaded.send(
         b'{"execute":"secret-read","arguments":{"id":"big","format":"%s"}}' % form.encode(), (sink,)
     )
     os.close(sink)
-    waiting = daemon.server.core.deliveries._running
-    while not daemon.call(lambda: dict(waiting)):
-        pass
-    other = daemon.connect()
-    assert other.cmd("object-del", {"id": "big"}) == {"return": {}}
-    assert loaded.reply()["error"]["desc"] == "Secret 'big' was withdrawn"
+    waiting = in_loop.server.core.deliveries._running
+    while not dict(waiting):
+        await asyncio.sleep(0)
+    other = await in_loop.connect()
+    assert await other.cmd("object-del", {"id": "big"}) == {"return": {}}
+    assert (await loaded.reply())["error"]["desc"] == "Secret 'big' was withdrawn"
     received = b""
-    while chunk := os.read(source, 1 << 16):
+    while chunk := await asyncio.to_thread(os.read, source, 1 << 16):
         received += chunk
     os.close(source)
     assert len(received) <= 1 << 16
     assert not waiting
 
 
-def test_a_client_that_leaves_during_a_delivery_ends_it(daemon: Daemon, loaded: Client) -> None:
+async def test_a_client_that_leaves_during_a_delivery_ends_it(
+    in_loop: Served, loaded: AsyncClient
+) -> None:
     """The descriptor is closed and nothing waits any more; so also when the server stops."""
     source, sink = os.pipe()
-    waiting = daemon.server.core.deliveries._running
-    loaded.send(b'{"execute":"secret-read","arguments":{"id":"big"}}', (sink,))
+    waiting = in_loop.server.core.deliveries._running
+    await loaded.send(b'{"execute":"secret-read","arguments":{"id":"big"}}', (sink,))
     os.close(sink)
-    while not daemon.call(lambda: dict(waiting)):
-        pass
-    daemon.call(lambda: [session.transport.close() for session in list(daemon.server.sessions)])
-    while os.read(source, 1 << 16):
+    while not dict(waiting):
+        await asyncio.sleep(0)
+    ([session.transport.close() for session in list(in_loop.server.sessions)])
+    while await asyncio.to_thread(os.read, source, 1 << 16):
         pass
     os.close(source)
-    assert daemon.call(lambda: dict(waiting)) == {}
+    assert dict(waiting) == {}
 
 
-def test_a_reader_that_goes_away_during_a_delivery_is_an_error(
-    daemon: Daemon, loaded: Client
+async def test_a_reader_that_goes_away_during_a_delivery_is_an_error(
+    in_loop: Served, loaded: AsyncClient
 ) -> None:
     """Broken pipe, as for one that was closed from the start."""
     source, sink = os.pipe()
-    loaded.send(b'{"execute":"secret-read","arguments":{"id":"big"}}', (sink,))
+    await loaded.send(b'{"execute":"secret-read","arguments":{"id":"big"}}', (sink,))
     os.close(sink)
-    waiting = daemon.server.core.deliveries._running
-    while not daemon.call(lambda: dict(waiting)):
-        pass
+    waiting = in_loop.server.core.deliveries._running
+    while not dict(waiting):
+        await asyncio.sleep(0)
     os.close(source)
-    assert loaded.reply()["error"]["desc"] == "Unable to write the secret: Broken pipe"
+    assert (await loaded.reply())["error"]["desc"] == "Unable to write the secret: Broken pipe"
 
 
-def test_withdrawing_before_the_first_wait_ends_the_delivery(
-    daemon: Daemon, loaded: Client
+async def test_withdrawing_before_the_first_wait_ends_the_delivery(
+    in_loop: Served, loaded: AsyncClient
 ) -> None:
     """Deleting in the same turn of the loop is seen too."""
     source, sink = os.pipe()
-    loaded.send(b'{"execute":"query-name"}')
-    loaded.reply()
+    await loaded.send(b'{"execute":"query-name"}')
+    await loaded.reply()
 
     def read_and_delete() -> None:
-        (session,) = daemon.server.sessions
+        (session,) = in_loop.server.sessions
         monitor = session.monitor
         monitor.receive([os.dup(sink)])
         request = monitor.table.decode(
@@ -382,11 +401,11 @@ def test_withdrawing_before_the_first_wait_ends_the_delivery(
         assert request is not None
         reply = monitor.handle(request)
         assert isinstance(reply, Coroutine)
-        daemon.server.start(session._finish(reply))
-        daemon.server.core.deliveries.withdraw("big")
+        in_loop.server.start(session._finish(reply))
+        in_loop.server.core.deliveries.withdraw("big")
 
-    daemon.call(read_and_delete)
-    assert loaded.reply()["error"]["desc"] == "Secret 'big' was withdrawn"
+    read_and_delete()
+    assert (await loaded.reply())["error"]["desc"] == "Secret 'big' was withdrawn"
     os.close(sink)
     os.close(source)
 
@@ -398,8 +417,8 @@ def test_only_access_makes_a_grant() -> None:
         Grant(object(), peer, Subject("client", None), "s", None, memoryview(b"x"))
 
 
-def test_a_descriptor_of_which_nothing_can_be_told_is_refused(
-    loaded: Client, monkeypatch: pytest.MonkeyPatch
+async def test_a_descriptor_of_which_nothing_can_be_told_is_refused(
+    loaded: AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """FUSE tells other users nothing; statx(2) itself fails only for what is none."""
 
@@ -412,6 +431,6 @@ def test_a_descriptor_of_which_nothing_can_be_told_is_refused(
     monkeypatch.setattr(target, "type_and_links", nothing)
     source, sink = os.pipe()
     words = "The descriptor is a file that is closed to the daemon" + TAKES
-    assert loaded.fail("secret-read", {"id": "s"}, (sink,)) == words
+    assert await loaded.fail("secret-read", {"id": "s"}, (sink,)) == words
     os.close(source)
     os.close(sink)

@@ -24,7 +24,7 @@ def occupy(calls: BlockingCalls, go_on: threading.Event) -> "list[asyncio.Future
 
 async def idle(calls: BlockingCalls) -> None:
     """Wait until all threads have ended."""
-    while not calls.idle():  # noqa: ASYNC110 - threads tell no event
+    while not calls.idle():
         await asyncio.sleep(0)
 
 

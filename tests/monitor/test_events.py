@@ -3,6 +3,7 @@
 not read.
 """
 
+import asyncio
 import os
 import time
 from pathlib import Path
@@ -10,43 +11,46 @@ from pathlib import Path
 import pytest
 
 from secretd.limits import Tuning
-from tests.support.daemon import Daemon
-from tests.support.grants import allow, grant
+from tests.support.async_qmp import AsyncClient
+from tests.support.in_loop import Served
 from tests.support.needs import need_root
-from tests.support.qmp import Client
 
 
-def test_the_other_connections_learn_what_one_does(daemon: Daemon, qmp: Client) -> None:
+async def test_the_other_connections_learn_what_one_does(
+    in_loop: Served, aqmp: AsyncClient
+) -> None:
     """Added and deleted, with who did it; never a value. Who did it has the reply."""
-    other = daemon.connect().watch()
+    other = await (await in_loop.connect()).watch()
     before = int(time.time())
-    assert qmp.add("s", data="letmein") == {"return": {}}
-    event = other.event()
+    assert await aqmp.add("s", data="letmein") == {"return": {}}
+    event = await other.event()
     assert event["timestamp"]["seconds"] >= before
     assert 0 <= event["timestamp"]["microseconds"] < 1_000_000
     peer = {"uid": os.getuid(), "gid": os.getgid(), "pid": os.getpid()}
     assert event["event"] == "SECRET_ADDED"
     assert event["data"] == {"id": "s", "peer": peer}
-    assert qmp.ok("object-del", {"id": "s"}) == {}
-    event = other.event()
+    assert await aqmp.ok("object-del", {"id": "s"}) == {}
+    event = await other.event()
     assert (event["event"], event["data"]) == ("SECRET_DELETED", {"id": "s", "peer": peer})
-    assert qmp.ok("query-name") == {}
-    assert qmp.events == []
+    assert await aqmp.ok("query-name") == {}
+    assert aqmp.events == []
 
 
-def test_every_way_to_add_or_delete_is_told(daemon: Daemon, qmp: Client, tmp_path: Path) -> None:
+async def test_every_way_to_add_or_delete_is_told(
+    in_loop: Served, aqmp: AsyncClient, tmp_path: Path
+) -> None:
     """From a file, generated, by the human monitor; but not what fails and what is no secret."""
-    other = daemon.connect().watch()
+    other = await (await in_loop.connect()).watch()
     (tmp_path / "f").write_bytes(b"letmein")
-    qmp.add("s", data="x", file="y")
-    qmp.ok("object-add", {"qom-type": "authz-simple", "id": "a", "identity": "x"})
-    qmp.ok("object-del", {"id": "a"})
-    qmp.fail("object-del", {"id": "a"})
-    qmp.add("f", file=str(tmp_path / "f"))
-    qmp.ok("secret-generate", {"id": "g", "size": 32})
+    await aqmp.add("s", data="x", file="y")
+    await aqmp.ok("object-add", {"qom-type": "authz-simple", "id": "a", "identity": "x"})
+    await aqmp.ok("object-del", {"id": "a"})
+    await aqmp.fail("object-del", {"id": "a"})
+    await aqmp.add("f", file=str(tmp_path / "f"))
+    await aqmp.ok("secret-generate", {"id": "g", "size": 32})
     for line in ("object_add secret,id=h,data=x", "object_del h"):
-        assert qmp.ok("human-monitor-command", {"command-line": line}) == ""
-    events = [other.event() for _ in range(4)]
+        assert await aqmp.ok("human-monitor-command", {"command-line": line}) == ""
+    events = [await other.event() for _ in range(4)]
     assert [(e["event"], e["data"]["id"]) for e in events] == [
         ("SECRET_ADDED", "f"),
         ("SECRET_ADDED", "g"),
@@ -55,97 +59,104 @@ def test_every_way_to_add_or_delete_is_told(daemon: Daemon, qmp: Client, tmp_pat
     ]
 
 
-def test_neither_the_client_socket_nor_who_has_not_negotiated_gets_them(
-    daemon: Daemon, qmp: Client
+async def test_neither_the_client_socket_nor_who_has_not_negotiated_gets_them(
+    in_loop: Served, aqmp: AsyncClient
 ) -> None:
     """Events come after negotiation, as in QEMU."""
-    client = daemon.connect(role="client")
-    silent = daemon.connect(negotiate=False)
-    qmp.add("s", data="letmein")
-    assert client.ok("query-version")
+    client = await in_loop.connect(role="client")
+    silent = await in_loop.connect(negotiate=False)
+    await aqmp.add("s", data="letmein")
+    assert await client.ok("query-version")
     assert client.events == []
-    assert "QMP" in silent.message()
-    assert silent.cmd("qmp_capabilities") == {"return": {}}
+    assert "QMP" in await silent.message()
+    assert await silent.cmd("qmp_capabilities") == {"return": {}}
     assert silent.events == []
 
 
 @pytest.mark.slow
-def test_who_does_not_read_loses_events_and_is_told_how_many(daemon: Daemon, qmp: Client) -> None:
+async def test_who_does_not_read_loses_events_and_is_told_how_many(
+    in_loop: Served, aqmp: AsyncClient
+) -> None:
     """The daemon keeps few; others are not held up."""
-    lazy = daemon.connect().watch()
+    lazy = await (await in_loop.connect()).watch()
     pairs = 4000
     line = b'{"execute":"object-%s","arguments":{"id":"' + b"s" * 300 + b'"%s}}\n'
     both = line % (b"add", b',"qom-type":"secret","data":"x"') + line % (b"del", b"")
     for _ in range(pairs // 400):
-        qmp.send(both * 400)
+        await aqmp.send(both * 400)
         for _ in range(800):
-            assert qmp.reply() == {"return": {}}
+            assert await aqmp.reply() == {"return": {}}
     got = lost = 0
     while got + lost < 2 * pairs:
-        event = lazy.event()
+        event = await lazy.event()
         if event["event"] == "SECRET_EVENTS_LOST":
             lost += event["data"]["count"]
         else:
             got += 1
     assert lost > 0
     assert got > 100
-    qmp.add("t", data="x")
-    assert lazy.event()["data"]["id"] == "t"
+    await aqmp.add("t", data="x")
+    assert (await lazy.event())["data"]["id"] == "t"
 
 
-def test_who_comes_later_is_not_told_what_was_before(daemon: Daemon, qmp: Client) -> None:
+async def test_who_comes_later_is_not_told_what_was_before(
+    in_loop: Served, aqmp: AsyncClient
+) -> None:
     """However short the time since; and an end by a signal does not lose what is on its way."""
-    first = daemon.connect().watch()
-    qmp.add("before", data="x")
-    late = daemon.connect().watch()
-    qmp.add("after", data="x")
-    daemon.call(daemon.server.stop)
-    assert late.event()["data"]["id"] == "after"
-    assert [first.event()["data"]["id"] for _ in range(2)] == ["before", "after"]
-    assert late.line() == b""
+    first = await (await in_loop.connect()).watch()
+    await aqmp.add("before", data="x")
+    late = await (await in_loop.connect()).watch()
+    await aqmp.add("after", data="x")
+    in_loop.server.stop()
+    assert (await late.event())["data"]["id"] == "after"
+    assert [(await first.event())["data"]["id"] for _ in range(2)] == ["before", "after"]
+    assert await late.line() == b""
 
 
-def test_the_end_is_told_to_all(daemon: Daemon, qmp: Client) -> None:
+async def test_the_end_is_told_to_all(in_loop: Served, aqmp: AsyncClient) -> None:
     """SHUTDOWN also to who asked for it, before the reply, as in QEMU."""
-    other = daemon.connect().watch()
-    assert qmp.cmd("quit")["event"] == "SHUTDOWN"
-    assert qmp.reply() == {"return": {}}
-    assert other.message()["data"] == {"guest": False, "reason": "host-qmp-quit"}
+    other = await (await in_loop.connect()).watch()
+    assert (await aqmp.cmd("quit"))["event"] == "SHUTDOWN"
+    assert await aqmp.reply() == {"return": {}}
+    assert (await other.message())["data"] == {"guest": False, "reason": "host-qmp-quit"}
 
 
 # --- reads and refusals, and the client socket
 
 
 @pytest.fixture
-def granted(daemon: Daemon, qmp: Client) -> Client:
+async def granted(in_loop: Served, aqmp: AsyncClient) -> AsyncClient:
     """Secrets web.a, web.b and db; uid 1000 and 1001 may read web.*."""
     need_root()
     for name in ("web.a", "web.b", "db"):
-        qmp.add(name, data="letmein")
-    allow(qmp, "web", "uid:1000", "uid:1001")
-    grant(qmp, "g", "web.*", "web")
-    return qmp
+        await aqmp.add(name, data="letmein")
+    await aqmp.allow("web", "uid:1000", "uid:1001")
+    await aqmp.grant("g", "web.*", "web")
+    return aqmp
 
 
-def told(client: Client, count: int) -> list[tuple[str, str]]:
-    return [(e["event"], e["data"]["id"]) for e in (client.event() for _ in range(count))]
+async def told(client: AsyncClient, count: int) -> list[tuple[str, str]]:
+    events = [await client.event() for _ in range(count)]
+    return [(e["event"], e["data"]["id"]) for e in events]
 
 
-def refused(client: Client, name: str) -> None:
+async def refused(client: AsyncClient, name: str) -> None:
     source, sink = os.pipe()
-    assert client.fail("secret-read", {"id": name}, (sink,)).endswith("is not permitted")
+    assert (await client.fail("secret-read", {"id": name}, (sink,))).endswith("is not permitted")
     os.close(source)
     os.close(sink)
 
 
-def test_reads_and_refusals_are_told_on_the_control_socket(daemon: Daemon, granted: Client) -> None:
+async def test_reads_and_refusals_are_told_on_the_control_socket(
+    in_loop: Served, granted: AsyncClient
+) -> None:
     """With who it was; not to who did it."""
-    watching = daemon.connect().watch()
-    client = daemon.connect(role="client", uid=1000)
-    client.read("web.a")
-    refused(client, "db")
-    refused(client, "no such \u20ac")
-    events = [watching.event() for _ in range(3)]
+    watching = await (await in_loop.connect()).watch()
+    client = await in_loop.connect(role="client", uid=1000)
+    await client.read("web.a")
+    await refused(client, "db")
+    await refused(client, "no such \u20ac")
+    events = [await watching.event() for _ in range(3)]
     peer = {"uid": 1000, "gid": 1000, "pid": os.getpid()}
     for event in events:
         event["data"]["peer"].pop("unit", None)
@@ -154,84 +165,84 @@ def test_reads_and_refusals_are_told_on_the_control_socket(daemon: Daemon, grant
         ("SECRET_DENIED", {"id": "db", "peer": peer}),
         ("SECRET_DENIED", {"id": "no such \u20ac", "peer": peer}),
     ]
-    assert client.ok("query-version")
+    assert await client.ok("query-version")
     assert client.events == []
 
 
 @pytest.mark.slow
-def test_the_client_socket_is_told_of_what_it_may_read_and_of_nothing_else(
-    daemon: Daemon, granted: Client
+async def test_the_client_socket_is_told_of_what_it_may_read_and_of_nothing_else(
+    in_loop: Served, granted: AsyncClient
 ) -> None:
     """Without who did it."""
-    client = daemon.connect(role="client", uid=1000).watch()
-    stranger = daemon.connect(role="client", uid=1002).watch()
-    other = daemon.connect(role="client", uid=1001)
-    granted.ok("object-del", {"id": "db"})
-    granted.add("db", data="x")
-    granted.add("web.c", data="x")
-    assert told(client, 1) == [("SECRET_ADDED", "web.c")]
-    refused(stranger, "db")
-    refused(stranger, "web.b")
-    other.read("web.a")
-    granted.read("db")
-    assert sorted(told(client, 2)) == [("SECRET_DENIED", "web.b"), ("SECRET_READ", "web.a")]
-    granted.ok("secret-expire", {"id": "web.c", "after": 1})
-    granted.ok("object-del", {"id": "web.b"})
-    event = client.event()
+    client = await (await in_loop.connect(role="client", uid=1000)).watch()
+    stranger = await (await in_loop.connect(role="client", uid=1002)).watch()
+    other = await in_loop.connect(role="client", uid=1001)
+    await granted.ok("object-del", {"id": "db"})
+    await granted.add("db", data="x")
+    await granted.add("web.c", data="x")
+    assert await told(client, 1) == [("SECRET_ADDED", "web.c")]
+    await refused(stranger, "db")
+    await refused(stranger, "web.b")
+    await other.read("web.a")
+    await granted.read("db")
+    assert sorted(await told(client, 2)) == [("SECRET_DENIED", "web.b"), ("SECRET_READ", "web.a")]
+    await granted.ok("secret-expire", {"id": "web.c", "after": 1})
+    await granted.ok("object-del", {"id": "web.b"})
+    event = await client.event()
     assert (event["event"], event["data"]) == ("SECRET_DELETED", {"id": "web.b"})
-    event = client.event()
+    event = await client.event()
     assert (event["event"], event["data"]) == ("SECRET_EXPIRED", {"id": "web.c"})
-    granted.ok("object-del", {"id": "g"})
-    granted.ok("object-del", {"id": "web.a"})
-    daemon.call(daemon.server.core.broadcaster.flush)
+    await granted.ok("object-del", {"id": "g"})
+    await granted.ok("object-del", {"id": "web.a"})
+    in_loop.server.core.broadcaster.flush()
     for each in (client, stranger):
-        assert each.ok("query-version")
+        assert await each.ok("query-version")
         assert each.events == []
 
 
 @pytest.mark.slow
 @pytest.mark.tuning(throttled_seconds=0.3, events_seconds=1000.0)
-def test_reads_of_one_secret_are_told_once_a_second(
-    daemon: Daemon, granted: Client, monkeypatch: pytest.MonkeyPatch
+async def test_reads_of_one_secret_are_told_once_a_second(
+    in_loop: Served, granted: AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first at once, the last at the end of the second; each secret for itself."""
-    client = daemon.connect(role="client", uid=1000)
-    watching = daemon.connect().watch()
+    client = await in_loop.connect(role="client", uid=1000)
+    watching = await (await in_loop.connect()).watch()
     for _ in range(5):
-        client.read("web.a")
-        daemon.call(daemon.server.core.broadcaster.flush)
-    client.read("web.b")
-    granted.read("web.b")
-    daemon.call(daemon.server.core.broadcaster.flush)
-    assert told(watching, 2) == [("SECRET_READ", "web.a"), ("SECRET_READ", "web.b")]
-    assert watching.ok("query-name") == {}
+        await client.read("web.a")
+        in_loop.server.core.broadcaster.flush()
+    await client.read("web.b")
+    await granted.read("web.b")
+    in_loop.server.core.broadcaster.flush()
+    assert await told(watching, 2) == [("SECRET_READ", "web.a"), ("SECRET_READ", "web.b")]
+    assert await watching.ok("query-name") == {}
     assert watching.events == []
-    assert told(watching, 1) == [("SECRET_READ", "web.a")]
-    while daemon.call(lambda: any(s.throttle and s.throttle._next for s in daemon.server.sessions)):
-        pass
-    assert watching.ok("query-name") == {}
+    assert await told(watching, 1) == [("SECRET_READ", "web.a")]
+    while any(s.throttle and s.throttle._next for s in in_loop.server.sessions):
+        await asyncio.sleep(0)
+    assert await watching.ok("query-name") == {}
     assert watching.events == []
-    client.read("web.a")
-    daemon.call(daemon.server.core.broadcaster.flush)
-    assert told(watching, 1) == [("SECRET_READ", "web.a")]
+    await client.read("web.a")
+    in_loop.server.core.broadcaster.flush()
+    assert await told(watching, 1) == [("SECRET_READ", "web.a")]
 
 
 @pytest.mark.tuning(throttled_ids=5)
-def test_what_cannot_be_throttled_is_lost_and_counted(
-    daemon: Daemon, granted: Client, monkeypatch: pytest.MonkeyPatch
+async def test_what_cannot_be_throttled_is_lost_and_counted(
+    in_loop: Served, granted: AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Somebody who asks for a thousand names fills no memory, and hides no event of others for
     long.
     """
-    client = daemon.connect(role="client", uid=1002)
-    watching = daemon.connect().watch()
-    theirs = daemon.connect(role="client", uid=1001).watch()
+    client = await in_loop.connect(role="client", uid=1002)
+    watching = await (await in_loop.connect()).watch()
+    theirs = await (await in_loop.connect(role="client", uid=1001)).watch()
     for number in range(20):
-        refused(client, f"n{number}")
-    daemon.call(daemon.server.core.broadcaster.flush)
+        await refused(client, f"n{number}")
+    in_loop.server.core.broadcaster.flush()
     got = lost = 0
     while got + lost < 16:
-        event = watching.event()
+        event = await watching.event()
         if event["event"] == "SECRET_EVENTS_LOST":
             lost += event["data"]["count"]
         else:
@@ -239,95 +250,97 @@ def test_what_cannot_be_throttled_is_lost_and_counted(
             got += 1
     assert (got, lost) == (5, 11)  # of the 16 that one uid may cause within a second
     # None of it concerned the client socket, which loses nothing and hears of nothing.
-    granted.read("web.a")
-    assert told(theirs, 1) == [("SECRET_READ", "web.a")]
+    await granted.read("web.a")
+    assert await told(theirs, 1) == [("SECRET_READ", "web.a")]
 
 
 @pytest.mark.tuning(queued_events=3)
-def test_what_finds_no_room_is_counted_on_the_control_socket(
-    daemon: Daemon, granted: Client, monkeypatch: pytest.MonkeyPatch
+async def test_what_finds_no_room_is_counted_on_the_control_socket(
+    in_loop: Served, granted: AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """More events at once than are kept."""
-    watching = daemon.connect().watch()
-    client = daemon.connect(role="client", uid=1000).watch()
-    daemon.call(daemon.server.core.broadcaster.flush)
-    daemon.call(lambda: burst(daemon, 10))
-    names = [watching.event()["event"] for _ in range(4)]
+    watching = await (await in_loop.connect()).watch()
+    client = await (await in_loop.connect(role="client", uid=1000)).watch()
+    in_loop.server.core.broadcaster.flush()
+    burst(in_loop, 10)
+    names = [(await watching.event())["event"] for _ in range(4)]
     assert names.count("SECRET_EVENTS_LOST") == 1
-    assert told(client, 3) == [("SECRET_ADDED", f"web.{n}") for n in range(3)]
-    assert client.ok("query-version")
+    assert await told(client, 3) == [("SECRET_ADDED", f"web.{n}") for n in range(3)]
+    assert await client.ok("query-version")
     assert client.events == []
 
 
-def burst(daemon: Daemon, count: int) -> None:
+def burst(in_loop: Served, count: int) -> None:
     """So many events at once that no connection has caused."""
     for number in range(count):
-        daemon.server.core.announce("SECRET_ADDED", f"web.{number}", None, None)
+        in_loop.server.core.announce("SECRET_ADDED", f"web.{number}", None, None)
 
 
-def test_the_time_of_an_event_tells_nothing_of_others(daemon: Daemon, granted: Client) -> None:
+async def test_the_time_of_an_event_tells_nothing_of_others(
+    in_loop: Served, granted: AsyncClient
+) -> None:
     """Events are sent at the ticks of a clock, whatever else there is to send."""
-    daemon.connect().watch()
-    broadcaster = daemon.server.core.broadcaster
+    await (await in_loop.connect()).watch()
+    broadcaster = in_loop.server.core.broadcaster
 
     def scheduled() -> list[float]:
         broadcaster.flush()
         handles = []
         for name in ("db", "web.a"):
             broadcaster._ticking = False
-            daemon.server.core.announce("SECRET_ADDED", name, None, None)
-            handles += [h for h in daemon.loop._scheduled if "_tick" in repr(h)]
+            in_loop.server.core.announce("SECRET_ADDED", name, None, None)
+            handles += [h for h in asyncio.get_running_loop()._scheduled if "_tick" in repr(h)]
         return [h.when() / Tuning.events_seconds for h in handles]
 
-    for when in daemon.call(scheduled):
+    for when in scheduled():
         assert abs(when - round(when)) < 1e-6
 
 
 @pytest.mark.slow
 @pytest.mark.tuning(throttled_seconds=0.2)
-def test_what_was_held_back_is_not_told_after_a_revocation(
-    daemon: Daemon, granted: Client, monkeypatch: pytest.MonkeyPatch
+async def test_what_was_held_back_is_not_told_after_a_revocation(
+    in_loop: Served, granted: AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Though it happened before."""
-    client = daemon.connect(role="client", uid=1000)
-    client.watch()
+    client = await in_loop.connect(role="client", uid=1000)
+    await client.watch()
     for _ in range(2):
-        granted.read("web.a")
-        daemon.call(daemon.server.core.broadcaster.flush)
-    granted.ok("object-del", {"id": "g"})
-    assert told(client, 1) == [("SECRET_READ", "web.a")]
-    while daemon.call(lambda: any(s.throttle and s.throttle._next for s in daemon.server.sessions)):
-        pass
-    assert client.ok("query-version")
+        await granted.read("web.a")
+        in_loop.server.core.broadcaster.flush()
+    await granted.ok("object-del", {"id": "g"})
+    assert await told(client, 1) == [("SECRET_READ", "web.a")]
+    while any(s.throttle and s.throttle._next for s in in_loop.server.sessions):
+        await asyncio.sleep(0)
+    assert await client.ok("query-version")
     assert client.events == []
 
 
 @pytest.mark.tuning(throttled_seconds=0.1)
-def test_a_connection_that_ends_takes_its_throttle_along(
-    daemon: Daemon, granted: Client, monkeypatch: pytest.MonkeyPatch
+async def test_a_connection_that_ends_takes_its_throttle_along(
+    in_loop: Served, granted: AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No timer stays behind."""
-    watching = daemon.connect().watch()
-    client = daemon.connect(role="client", uid=1000)
+    watching = await (await in_loop.connect()).watch()
+    client = await in_loop.connect(role="client", uid=1000)
     for _ in range(2):
-        client.read("web.a")
-        daemon.call(daemon.server.core.broadcaster.flush)
-    assert told(watching, 2) == [("SECRET_READ", "web.a")] * 2
+        await client.read("web.a")
+        in_loop.server.core.broadcaster.flush()
+    assert await told(watching, 2) == [("SECRET_READ", "web.a")] * 2
     watching.close()
-    while daemon.call(lambda: len(daemon.server.sessions)) > 2:
-        pass
+    while len(in_loop.server.sessions) > 2:
+        await asyncio.sleep(0)
 
 
 @pytest.mark.slow
 @pytest.mark.tuning(tick_events=2)
-def test_many_events_are_spread_over_ticks_and_none_is_lost(
-    daemon: Daemon, granted: Client, monkeypatch: pytest.MonkeyPatch
+async def test_many_events_are_spread_over_ticks_and_none_is_lost(
+    in_loop: Served, granted: AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A share at each tick; in order, and all of them."""
-    watching = daemon.connect().watch()
+    watching = await (await in_loop.connect()).watch()
     sent: list[int] = []
     sessions = [
-        s for s in daemon.server.sessions if s in daemon.server.core.broadcaster.subscribers
+        s for s in in_loop.server.sessions if s in in_loop.server.core.broadcaster.subscribers
     ]
     (session,) = sessions
     send = session.send_events
@@ -337,106 +350,106 @@ def test_many_events_are_spread_over_ticks_and_none_is_lost(
         send(events, count)
 
     session.send_events = watched
-    daemon.call(lambda: burst(daemon, 50))
-    assert told(watching, 50) == [("SECRET_ADDED", f"web.{n}") for n in range(50)]
+    burst(in_loop, 50)
+    assert await told(watching, 50) == [("SECRET_ADDED", f"web.{n}") for n in range(50)]
     assert max(sent) == 2
     assert sum(sent) == 50
 
 
 @pytest.mark.tuning(queued_events=3, tick_events=1)
-def test_what_is_lost_is_reported_while_it_goes_on(
-    daemon: Daemon, granted: Client, monkeypatch: pytest.MonkeyPatch
+async def test_what_is_lost_is_reported_while_it_goes_on(
+    in_loop: Served, granted: AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At once at first, and then not with each tick."""
-    watching = daemon.connect().watch()
-    daemon.call(lambda: burst(daemon, 10))
-    first = [watching.event() for _ in range(3)]
+    watching = await (await in_loop.connect()).watch()
+    burst(in_loop, 10)
+    first = [await watching.event() for _ in range(3)]
     assert "SECRET_EVENTS_LOST" in [e["event"] for e in first]
-    daemon.call(lambda: burst(daemon, 10))
+    burst(in_loop, 10)
     count = sum(e["data"].get("count", 1) for e in first)
     while count < 20:
-        count += watching.event()["data"].get("count", 1)
+        count += (await watching.event())["data"].get("count", 1)
     assert count == 20
 
 
 # --- secret-events
 
 
-def test_events_come_only_to_those_that_ask(daemon: Daemon, qmp: Client) -> None:
+async def test_events_come_only_to_those_that_ask(in_loop: Served, aqmp: AsyncClient) -> None:
     """QEMU sends its clients nothing about secrets, and some take an event for a reply. SHUTDOWN
     comes to all.
     """
-    silent, asking = daemon.connect(), daemon.connect().watch()
-    qmp.add("s", data="x")
-    assert asking.event()["event"] == "SECRET_ADDED"
-    assert silent.ok("query-name") == {}
+    silent, asking = await in_loop.connect(), await (await in_loop.connect()).watch()
+    await aqmp.add("s", data="x")
+    assert (await asking.event())["event"] == "SECRET_ADDED"
+    assert await silent.ok("query-name") == {}
     assert silent.events == []
-    asking.ok("secret-events", {"enable": False})
-    qmp.add("t", data="x")
-    daemon.call(daemon.server.core.broadcaster.flush)
-    assert asking.ok("query-name") == {}
+    await asking.ok("secret-events", {"enable": False})
+    await aqmp.add("t", data="x")
+    in_loop.server.core.broadcaster.flush()
+    assert await asking.ok("query-name") == {}
     assert asking.events == []
-    assert qmp.cmd("quit")["event"] == "SHUTDOWN"
-    assert silent.message()["event"] == "SHUTDOWN"
+    assert (await aqmp.cmd("quit"))["event"] == "SHUTDOWN"
+    assert (await silent.message())["event"] == "SHUTDOWN"
 
 
-def test_events_can_be_chosen_by_name(daemon: Daemon, qmp: Client) -> None:
+async def test_events_can_be_chosen_by_name(in_loop: Served, aqmp: AsyncClient) -> None:
     """Others are not sent, and names that there are not are refused in QEMU's words."""
-    some = daemon.connect().watch("SECRET_DELETED")
+    some = await (await in_loop.connect()).watch("SECRET_DELETED")
     words = "Parameter 'null' does not accept value 'SHUTDOWN'"
     arguments = {"enable": True, "events": ["SHUTDOWN"]}
-    assert daemon.connect().fail("secret-events", arguments) == words
-    qmp.add("s", data="x")
-    qmp.ok("object-del", {"id": "s"})
-    assert some.event()["event"] == "SECRET_DELETED"
-    none = daemon.connect()
-    none.ok("secret-events", {"enable": True, "events": []})
-    assert list(daemon.server.core.broadcaster.subscribers) != []
-    qmp.add("s", data="x")
-    daemon.call(daemon.server.core.broadcaster.flush)
-    assert none.ok("query-name") == {}
+    assert await (await in_loop.connect()).fail("secret-events", arguments) == words
+    await aqmp.add("s", data="x")
+    await aqmp.ok("object-del", {"id": "s"})
+    assert (await some.event())["event"] == "SECRET_DELETED"
+    none = await in_loop.connect()
+    await none.ok("secret-events", {"enable": True, "events": []})
+    assert list(in_loop.server.core.broadcaster.subscribers) != []
+    await aqmp.add("s", data="x")
+    in_loop.server.core.broadcaster.flush()
+    assert await none.ok("query-name") == {}
     assert none.events == []
 
 
 @pytest.mark.slow
-def test_a_flood_of_refusals_leaves_room_for_the_events_of_others(
-    daemon: Daemon, granted: Client
+async def test_a_flood_of_refusals_leaves_room_for_the_events_of_others(
+    in_loop: Served, granted: AsyncClient
 ) -> None:
     """One uid that is refused thousands of names takes 16 of them a second; nothing else is lost or
     late.
     """
-    watching = daemon.connect().watch()
-    flooding = daemon.connect(role="client", uid=1002)
+    watching = await (await in_loop.connect()).watch()
+    flooding = await in_loop.connect(role="client", uid=1002)
     source, sink = os.pipe()
     for number in range(2000):
         line = b'{"execute":"secret-read","arguments":{"id":"n%d-%s"}}\n' % (number, b"x" * 3000)
-        flooding.send(line, (sink,))
-        flooding.reply()
+        await flooding.send(line, (sink,))
+        await flooding.reply()
         if number % 100 == 0:
-            granted.ok("secret-generate", {"id": f"real{number}", "size": 32})
+            await granted.ok("secret-generate", {"id": f"real{number}", "size": 32})
     os.close(source)
     os.close(sink)
-    daemon.call(daemon.server.core.broadcaster.flush)
-    watching.ok("query-name")
+    in_loop.server.core.broadcaster.flush()
+    await watching.ok("query-name")
     names = [(e["event"], e["data"].get("id")) for e in watching.events]
     assert [n for e, n in names if e == "SECRET_ADDED"] == [f"real{n}" for n in range(0, 2000, 100)]
     assert "SECRET_EVENTS_LOST" not in [e for e, _ in names]
-    broadcaster = daemon.server.core.broadcaster
-    assert daemon.call(lambda: len(broadcaster._by_uid) + len(broadcaster._log)) == 0
+    broadcaster = in_loop.server.core.broadcaster
+    assert (len(broadcaster._by_uid) + len(broadcaster._log)) == 0
 
 
 @pytest.mark.tuning(queued_events_per_uid=2, events_seconds=1000.0)
-def test_events_of_one_uid_have_room_of_their_own(
-    daemon: Daemon, granted: Client, monkeypatch: pytest.MonkeyPatch
+async def test_events_of_one_uid_have_room_of_their_own(
+    in_loop: Served, granted: AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What goes beyond is counted; the events of others stay."""
-    watching = daemon.connect().watch()
-    client = daemon.connect(role="client", uid=1000)
+    watching = await (await in_loop.connect()).watch()
+    client = await in_loop.connect(role="client", uid=1000)
     for name in ("web.a", "web.b", "web.a"):
-        client.read(name)
-    granted.read("db")
-    daemon.call(daemon.server.core.broadcaster.flush)
-    seen = [watching.event() for _ in range(4)]
+        await client.read(name)
+    await granted.read("db")
+    in_loop.server.core.broadcaster.flush()
+    seen = [await watching.event() for _ in range(4)]
     events = [(e["event"], e["data"].get("id") or e["data"]) for e in seen]
     assert sorted(map(str, events)) == sorted(
         map(
@@ -452,12 +465,12 @@ def test_events_of_one_uid_have_room_of_their_own(
 
 
 @pytest.mark.tuning(slice_seconds=0.0)
-def test_many_subscribers_are_served_in_slices(
-    daemon: Daemon, qmp: Client, monkeypatch: pytest.MonkeyPatch
+async def test_many_subscribers_are_served_in_slices(
+    in_loop: Served, aqmp: AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Requests have their turn between them, and none of the subscribers is forgotten."""
-    watching = [daemon.connect().watch() for _ in range(20)]
-    broadcaster = daemon.server.core.broadcaster
+    watching = [await (await in_loop.connect()).watch() for _ in range(20)]
+    broadcaster = in_loop.server.core.broadcaster
     turns: list[int] = []
     deliver = broadcaster._deliver
 
@@ -466,24 +479,24 @@ def test_many_subscribers_are_served_in_slices(
         deliver()
 
     broadcaster._deliver = counted  # type: ignore[method-assign]
-    qmp.add("s", data="x")
+    await aqmp.add("s", data="x")
     for each in watching:
-        assert each.event()["data"]["id"] == "s"
+        assert (await each.event())["data"]["id"] == "s"
     assert turns == list(range(20, 0, -1))
     watching[0].close()
-    watching[1].ok("secret-events", {"enable": False})
-    qmp.add("t", data="x")
+    await watching[1].ok("secret-events", {"enable": False})
+    await aqmp.add("t", data="x")
     for each in watching[2:]:
-        assert each.event()["data"]["id"] == "t"
+        assert (await each.event())["data"]["id"] == "t"
 
 
 @pytest.mark.tuning(slice_seconds=0.0)
-def test_turning_events_on_anew_during_a_delivery_stops_it_for_nobody(
-    daemon: Daemon, qmp: Client, monkeypatch: pytest.MonkeyPatch
+async def test_turning_events_on_anew_during_a_delivery_stops_it_for_nobody(
+    in_loop: Served, aqmp: AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All get the next event, and nothing is kept any more."""
-    watching = [daemon.connect().watch() for _ in range(5)]
-    broadcaster = daemon.server.core.broadcaster
+    watching = [await (await in_loop.connect()).watch() for _ in range(5)]
+    broadcaster = in_loop.server.core.broadcaster
 
     def again() -> None:
         if len(broadcaster._waiting) == 3 and not anew:
@@ -496,24 +509,24 @@ def test_turning_events_on_anew_during_a_delivery_stops_it_for_nobody(
     anew: list[object] = []
     deliver = broadcaster._deliver
     broadcaster._deliver = again  # type: ignore[method-assign]
-    qmp.add("s", data="x")
-    while not daemon.call(lambda: anew and not broadcaster._waiting):
-        pass
-    qmp.add("t", data="x")
+    await aqmp.add("s", data="x")
+    while not (anew and not broadcaster._waiting):
+        await asyncio.sleep(0)
+    await aqmp.add("t", data="x")
     for each in watching:
-        while each.event()["data"]["id"] != "t":
+        while (await each.event())["data"]["id"] != "t":
             pass
-    while daemon.call(lambda: len(broadcaster._waiting) + len(broadcaster._log)):
-        pass
+    while len(broadcaster._waiting) + len(broadcaster._log):
+        await asyncio.sleep(0)
 
 
 @pytest.mark.tuning(log_events=5, events_seconds=1e-06, tick_events=5, slice_seconds=0.0)
-def test_events_that_are_being_sent_are_limited(
-    daemon: Daemon, qmp: Client, monkeypatch: pytest.MonkeyPatch
+async def test_events_that_are_being_sent_are_limited(
+    in_loop: Served, aqmp: AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Further ones wait in the queues, and come after them."""
-    watching = [daemon.connect().watch() for _ in range(10)]
-    broadcaster = daemon.server.core.broadcaster
+    watching = [await (await in_loop.connect()).watch() for _ in range(10)]
+    broadcaster = in_loop.server.core.broadcaster
     longest = 0
     take = broadcaster._take
 
@@ -523,8 +536,8 @@ def test_events_that_are_being_sent_are_limited(
         longest = max(longest, len(broadcaster._log))
 
     broadcaster._take = measured  # type: ignore[method-assign]
-    daemon.call(lambda: burst(daemon, 30))
-    got = [[each.event()["data"]["id"] for _ in range(30)] for each in watching]
+    burst(in_loop, 30)
+    got = [[(await each.event())["data"]["id"] for _ in range(30)] for each in watching]
     assert all(each == got[0] for each in got)
     assert len(set(got[0])) == 30
     assert longest < 10

@@ -8,9 +8,13 @@ from tests.support.qmp import Client
 SECRET = b"letmein-" * 4
 
 
-def allow(qmp: Client, name: str, *identities: str, **more: object) -> None:
+def list_options(name: str, *identities: str, **more: object) -> dict:
     rules = [{"match": i, "policy": "allow", "format": "glob"} for i in identities]
-    qmp.ok("object-add", {"qom-type": "authz-list", "id": name, "rules": rules, **more})
+    return {"qom-type": "authz-list", "id": name, "rules": rules, **more}
+
+
+def allow(qmp: Client, name: str, *identities: str, **more: object) -> None:
+    qmp.ok("object-add", list_options(name, *identities, **more))
 
 
 def grant(qmp: Client, name: str, secret: str, authz: str, **more: object) -> None:
@@ -29,12 +33,17 @@ def denied(client: Client, name: str) -> bool:
         os.close(sink)
         data = os.read(source, 100)
         os.close(source)
+    check_denial(reply, name, data)
+    return "error" in reply
+
+
+def check_denial(reply: dict, name: str, data: bytes) -> None:
+    """A reply to secret-read and what came through the pipe fit together."""
     if "return" in reply:
         assert data == SECRET
-        return False
-    assert data == b""
-    assert reply["error"] == {"class": "GenericError", "desc": DENIED % name}
-    return True
+    else:
+        assert data == b""
+        assert reply["error"] == {"class": "GenericError", "desc": DENIED % name}
 
 
 DENIED = "Reading secret '%s' is not permitted"
