@@ -169,10 +169,6 @@ class Channel:
         except ConnectionError:
             return None
 
-    def fileno(self) -> int:
-        """The socket, borrowed."""
-        return self._sock.fileno()
-
     def _send(self, data: bytes, fds: Sequence[int]) -> None:
         until = _Deadline(self._timeout, self._on_wait, f"room to send to {self.path}")
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-# SPDX-License-Identifier: LGPL-2.1-or-later
 """The client for programs without asyncio: blocking calls on a plain socket.
 
     with SyncClient("/run/secretd/control.sock") as client:

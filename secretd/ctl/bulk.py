@@ -219,10 +219,7 @@ def watch(common: Common, once: bool) -> None:
             print(f"watching {client.path}; Ctrl-C ends it", file=sys.stderr)
         events = client.events()
         while True:
-            event = next(events, None)
-            if event is None:
-                return
-            print(_described(event, as_json=common.json), flush=True)
+            print(_described(next(events), as_json=common.json), flush=True)
             if once:
                 return
 

@@ -164,18 +164,11 @@ class _Process:
 
         async def reload() -> None:
             async with reloading:
-                await reload_once()
-
-        async def reload_once() -> None:
-            if reports is not None:
-                reports.reloading()
-            try:
-                await _reopen(audit, server)
-                server.make_again()
-            except Exception as error:  # noqa: BLE001 - a reload must not end the daemon
-                log_internal(error)
-            if reports is not None:
-                reports.reloaded()
+                if reports is not None:
+                    reports.reloading()
+                await _reload(audit, server)
+                if reports is not None:
+                    reports.reloaded()
 
         def on_hangup() -> None:
             server.start(reload())
@@ -237,6 +230,9 @@ def _objects(count: int) -> str:
     return f"{count} object{'' if count == 1 else 's'}"
 
 
+REOPEN_SECONDS = 10.0
+"""Seconds within which the audit file must be opened anew."""
+
 GARBAGE_OBJECTS = 20_000
 """Objects after which Python looks for cycles; its own 700 cost a tenth of a pipelined request."""
 
@@ -274,18 +270,25 @@ def _raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-async def _reopen(audit: Audit, server: Server) -> None:
+async def _reload(audit: Audit, server: Server) -> None:
+    """Do what SIGHUP asks for; an error does not end the daemon."""
+    try:
+        await _reopen(audit, server)
+        server.make_again()
+    except Exception as error:  # noqa: BLE001 - see above
+        log_internal(error)
+
+
+async def _reopen(audit: Audit, server: Server, seconds: float = REOPEN_SECONDS) -> None:
     """SIGHUP: the audit file was moved away. Looking at it may wait for another machine."""
     try:
         sink = await asyncio.wait_for(
-            server.core.threads.run(os.getuid(), _close_sink, audit.open_again), REOPEN_SECONDS
+            server.core.threads.run(os.getuid(), _close_sink, audit.open_again), seconds
         )
         if sink is not None:
             audit.switch(sink)
     except TimeoutError:
-        log.error(
-            "the audit file was not opened within %g seconds; the old one goes on", REOPEN_SECONDS
-        )
+        log.error("the audit file was not opened within %g seconds; the old one goes on", seconds)
     except UsageError as error:
         log.error("%s; the old file goes on", error)
 
@@ -294,9 +297,6 @@ def _close_sink(sink: Sink | None) -> None:
     if sink is not None:
         sink.close()
 
-
-REOPEN_SECONDS = 10.0
-"""Seconds within which the audit file must be opened anew."""
 
 _MEMORY = {
     "secretmem": "secretmem (memfd_secret(2), unseen even by root's /proc/PID/mem)",

@@ -17,6 +17,7 @@ those that go on.
 
 import asyncio
 import os
+from abc import abstractmethod
 from collections.abc import Callable, Coroutine
 from typing import Final
 
@@ -68,9 +69,9 @@ class Delivery:
         self._encoded = encode_base64(self.plaintext, scratch)
         self.view = self._encoded.view
 
+    @abstractmethod
     def withdraw(self) -> None:
         """End the delivery: it touches no plaintext after this returns."""
-        raise NotImplementedError
 
     def fail(self, error: CommandError) -> CommandError:
         """Record that nothing more will be written; return the error for the caller to raise."""

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-# SPDX-License-Identifier: LGPL-2.1-or-later
 """Reading what ``file=`` names into locked memory: a path or a descriptor that the client passed.
 
 Everything here may block (a FIFO without a writer, a network file system), so over QMP it runs in a

@@ -11,6 +11,7 @@ import os
 import select
 import socket
 import stat
+from abc import abstractmethod
 from typing import Final
 
 from secretd.descriptors.kinds import Kind, is_sealed, kind_and_flags
@@ -54,9 +55,9 @@ class Target:
                 break
         return taken
 
+    @abstractmethod
     def _write_some(self, data: memoryview, position: int) -> int:
         """Write some of ``data``; raise BlockingIOError if nothing is taken without waiting."""
-        raise NotImplementedError
 
     def close(self) -> None:
         """Release what the target needed besides the descriptor."""

@@ -37,8 +37,8 @@ class DirectoryWatch:
     def clear(self) -> None:
         """Take what has happened."""
         try:
-            while os.read(self._fd, _EVENTS_BYTES):
-                pass
+            while True:
+                os.read(self._fd, _EVENTS_BYTES)
         except BlockingIOError:
             return
 

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-# SPDX-License-Identifier: LGPL-2.1-or-later
 """Pages of locked memory, as the kernel gives them: memfd_secret(2), mlock(2), madvise(2), and
 wiping.
 

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-# SPDX-License-Identifier: LGPL-2.1-or-later
 """Events about secrets: which connections get them, how often, and when.
 
 A connection gets events after `secret-events` has turned them on. Control connections get every

@@ -57,11 +57,6 @@ class Throttle:
         self._counts: Counter[str] = Counter()
         self._timer: asyncio.TimerHandle | None = None
 
-    @property
-    def idle(self) -> bool:
-        """True if nothing is held back."""
-        return not self._next
-
     def passes(self, name: str, object_id: str, event: bytes) -> bool:
         """True if an event may be sent now; else it is kept, or lost if there are too many."""
         key = (name, object_id)

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-# SPDX-License-Identifier: LGPL-2.1-or-later
 """An asyncio event loop that calls connection readers directly from epoll_wait(2), and shares time
 by uid.
 

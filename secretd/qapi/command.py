@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-# SPDX-License-Identifier: LGPL-2.1-or-later
 """Typed arguments: from a command's annotated function to checks in QEMU's words.
 
 The function is the single source. From its signature come a msgspec Struct of its arguments and one

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-# SPDX-License-Identifier: LGPL-2.1-or-later
 """What a type of objects is, and what is told of all of them (QEMU's TypeInfo and qom-list-types).
 
 Each type says its own in a file beside this one; which there are stands in qom.types. It holds no

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-# SPDX-License-Identifier: LGPL-2.1-or-later
 """Sockets, all their sessions, and the orderly stop.
 
 A `Listener` accepts on one socket; each connection becomes a `session.Session`. daemon builds the

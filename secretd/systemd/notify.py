@@ -11,6 +11,7 @@ import os
 import select
 import socket
 import time
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Final, Self
 
@@ -143,9 +144,9 @@ class KeptDescriptors:
         self.manager = manager
         self.kept = kept
 
+    @abstractmethod
     def give_up(self) -> None:
         """Have nothing stored any more, for good."""
-        self.kept = False
 
 
 def has_ended(source: int) -> bool:

@@ -1,6 +1,4 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-# SPDX-License-Identifier: LGPL-2.1-or-later
-# SPDX-License-Identifier: LGPL-2.1-or-later
 """Who may read what: grants and authz objects, and that who may not learns nothing."""
 
 import asyncio
@@ -878,3 +876,28 @@ async def test_peers_and_changes_that_are_forgotten_are_worked_out_anew(
         assert [await c.denied("web.key") for c in clients] == [True, False, True, False]
         await loaded.ok("object-del", {"id": f"g{round_}"})
     assert [await c.denied("web.key") for c in clients] == [True, True, True, True]
+
+
+async def test_a_name_too_long_for_a_secret_matches_no_grant(
+    in_loop: Served, loaded: AsyncClient
+) -> None:
+    """And costs no time."""
+    await loaded.allow("web", "uid:1000")
+    await loaded.grant("g", "*", "web")
+    client = await in_loop.connect(role="client", uid=1000)
+    assert await client.denied("w" * 5000)
+
+
+@pytest.mark.tuning(kept_identities=5)
+async def test_what_is_forgotten_of_one_peer_stays_for_another(
+    in_loop: Served, loaded: AsyncClient
+) -> None:
+    """Both are in the same group."""
+    await loaded.allow("web", "gid:5000")
+    clients = [await in_loop.connect(role="client", uid=1000 + n, groups=(5000,)) for n in range(3)]
+    await loaded.grant("g", "web.key", "web")
+    for client in (*clients, *clients):
+        assert not await client.denied("web.key")
+    await loaded.ok("object-del", {"id": "g"})
+    for client in clients:
+        assert await client.denied("web.key")

@@ -1,6 +1,4 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-# SPDX-License-Identifier: LGPL-2.1-or-later
-# SPDX-License-Identifier: LGPL-2.1-or-later
 """Who a peer is: uids, groups and units, by what the kernel really says."""
 
 import os
@@ -253,3 +251,31 @@ def test_trust_is_for_uid_0_and_the_daemons_own() -> None:
     assert Peer(0, 5, 1, SocketRole.CLIENT).trusted
     assert Peer(os.getuid(), 5, 1, SocketRole.CLIENT).trusted
     assert not Peer(os.getuid() + 1, 0, 1, SocketRole.CONTROL).trusted
+
+
+def test_a_process_that_was_waited_for_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its pidfd and by /proc."""
+    process = subprocess.Popen(["sleep", "1000"])
+    pidfd = os.pidfd_open(process.pid)
+    try:
+        process.kill()
+        process.wait()
+        with pytest.raises(PeerUnknown, match="the process has ended"):
+            cgroup_of(pidfd)
+        monkeypatch.setattr(units, "_is_zombie", lambda _pidfd: False)
+        with pytest.raises(PeerUnknown, match="the process has ended"):
+            cgroup_of(pidfd)
+        monkeypatch.setattr(peercred, "PIDFD_GET_INFO", 0xC040FFFE)
+        with pytest.raises(PeerUnknown, match="the process has ended"):
+            cgroup_of(pidfd)
+    finally:
+        os.close(pidfd)
+
+
+def test_few_numbers_of_missing_cgroups_are_kept() -> None:
+    """The oldest is looked for again."""
+    for number in range(units.MISSES_KEPT + 1):
+        with pytest.raises(PeerUnknown):
+            units._walk("/nonexistent", (1 << 61) + number)
+    assert len(units._missed) == units.MISSES_KEPT
+    assert 1 << 61 not in units._missed

@@ -766,3 +766,13 @@ def test_ids_are_cut_in_what_is_done_and_released_too(tmp_path: Path) -> None:
     kept = records(tmp_path / "a")
     assert [r["event"] for r in kept] == ["add", "read"]
     assert {len(r["id"]) for r in kept} == {128}
+
+
+def test_a_file_that_was_opened_for_an_audit_that_has_ended_is_closed(tmp_path: Path) -> None:
+    """As where SIGHUP and the end come together."""
+    audit = Audit(str(tmp_path / "a"))
+    audit.stop()
+    sink = open_sink(str(tmp_path / "b"))
+    audit.switch(sink)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        sink.status()

@@ -60,6 +60,12 @@ async def test_secrets_go_in_and_come_out(in_loop: Served) -> None:
             assert len(secret) == 0
         large = await client.read("big")
         assert bytes(large.view) == big
+        fd = os.memfd_create("x")
+        assert await client.read_into("a", fd, format="base64") == 12
+        assert os.pread(fd, 100, 0) == base64.b64encode(b"letmein")
+        os.close(fd)
+        assert (await client.explain("a", ["uid:1"]))["allowed"] is False
+        assert await client.stat("objects-per-uid") == 4
         sealed = await client.seal("a", "key")
         await client.add_bytes(
             "again", memoryview(sealed.data.encode()), Encoding("base64", "key", sealed.iv)

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-# SPDX-License-Identifier: LGPL-2.1-or-later
 """The client without asyncio: what it does when the daemon refuses, restarts, stays silent or is
 another program.
 """
@@ -7,6 +6,7 @@ another program.
 import asyncio
 import json
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from secretd import client as api
 from secretd.client import (
     Client,
     ConnectError,
@@ -24,6 +25,7 @@ from secretd.client import (
     StateError,
     SyncClient,
 )
+from secretd.client.channel import Channel, Lost, Refused
 from tests.support.daemon import Daemon
 from tests.support.needs import need_locked_memory, need_root
 from tests.support.qmp import Client as Qmp
@@ -273,3 +275,150 @@ def drop_subscribers(daemon: Daemon) -> None:
     """End the connections that get events."""
     sessions = daemon.server.sessions
     daemon.call(lambda: [s.transport.close() for s in list(sessions) if s.wanted])
+
+
+# --- a server that follows a script
+
+READY = b'{"return": {}}\n'
+EVENT = b'{"event": "SECRET_ADDED", "data": {"id": "%s"}, "timestamp": {"seconds": 1, "microseconds": 0}}\n'
+REFUSAL = b'{"error": {"class": "GenericError", "desc": "no"}}\n'
+
+
+def test_events_between_replies_are_kept_in_order(tmp_path: Path) -> None:
+    """Also where a stray reply lies between them."""
+    path = str(tmp_path / "s")
+    with server(path, GREETING, READY, EVENT % b"a" + READY + READY + EVENT % b"b"):
+        with SyncClient(path) as client:
+            events = client.events()
+            assert [next(events).id for _ in range(2)] == ["a", "b"]
+
+
+def test_events_that_came_before_a_command_are_taken(daemon: Daemon, qmp: Qmp) -> None:
+    """They do not look like the end of the connection."""
+    channel = Channel(daemon.control, None)
+    channel.exchange("secret-events", {"enable": True})
+    qmp.add("a", data="x")
+    daemon.call(daemon.server.core.broadcaster.flush)
+    select.select([channel._sock], [], [])
+    assert channel.exchange("query-name", None) == {"return": {}}
+    assert [event["event"] for event in channel.events] == ["SECRET_ADDED"]
+    channel.close()
+
+
+@pytest.mark.parametrize("more", [b"", b"x" * 300_000])
+def test_a_reset_is_the_end_of_a_connection(tmp_path: Path, more: bytes) -> None:
+    """While a reply is waited for, and while a command is sent."""
+    path = str(tmp_path / "s")
+    with server(path, GREETING, READY, None):
+        channel = Channel(path, None)
+        with pytest.raises(Lost) as caught:
+            channel.exchange("query-name", {"x": more.decode()})
+        assert caught.value.sent == (not more)
+        channel.close()
+
+
+def test_a_reset_between_commands_is_noticed(tmp_path: Path) -> None:
+    """Before the next one is sent, and while events are waited for."""
+    for number in range(2):
+        path = str(tmp_path / str(number))
+        with server(path, GREETING, READY, READY, None):
+            channel = Channel(path, None)
+            assert channel.exchange("query-name", {"x": "x" * 100_000}) == {"return": {}}
+            poll = select.poll()
+            poll.register(channel._sock, 0)
+            poll.poll()
+            if number:
+                assert channel.event() is None
+            else:
+                with pytest.raises(Lost) as caught:
+                    channel.exchange("query-name", None)
+                assert not caught.value.sent
+            channel.close()
+
+
+@pytest.mark.slow
+def test_a_person_learns_what_a_delivery_waits_for(tmp_path: Path) -> None:
+    """After two seconds; then it is waited for further."""
+    path = str(tmp_path / "s")
+    said: list[str] = []
+    with server(path, GREETING, READY, READY, b"\n"):
+        with SyncClient(path, timeout=2.2, on_wait=said.append) as client:
+            with pytest.raises(ConnectError, match="waited for the reply to secret-read"):
+                client.read("s")
+    assert said == ["the reply to secret-read"]
+
+
+def test_a_delivery_without_an_end_is_given_up(tmp_path: Path) -> None:
+    """The server says how long the secret is, and writes nothing."""
+    path = str(tmp_path / "s")
+    with server(path, GREETING, READY, READY, b'{"return": {"size": 7}}\n'):
+        with SyncClient(path, timeout=0.1) as client:
+            with pytest.raises(ConnectError, match=r"No end of the secret within 0\.1 seconds"):
+                client.read("s")
+
+
+def test_a_large_secret_that_is_refused_is_not_sent_whole(daemon: Daemon) -> None:
+    """The reply says why; a connection that is lost meanwhile is no reason to send it again."""
+    large = memoryview(bytes(1 << 20))
+    with SyncClient(daemon.control) as client:
+        with pytest.raises(ExecuteError, match="expects an identifier"):
+            client.add_bytes("1", large)
+        cut(daemon)
+        with pytest.raises(ExecInterruptedError):
+            client.add_bytes("a", large)
+        assert [s.id for s in client.list()] == ["a"]
+
+
+def test_a_server_that_refuses_after_a_restart_is_not_tried_again(tmp_path: Path) -> None:
+    """Its words are the error; by both clients."""
+    for number, method in enumerate(("sync", "asyncio")):
+        path = str(tmp_path / str(number))
+        with server(path, GREETING, READY, b"", later=[REFUSAL]):
+            if method == "sync":
+                with SyncClient(path) as client, pytest.raises(ConnectError, match="server: no"):
+                    client.execute("query-name")
+                continue
+
+            async def use(path: str) -> None:
+                async with Client(path) as client:
+                    with pytest.raises(ConnectError, match="server: no"):
+                        await client.execute("query-name")
+
+            asyncio.run(use(path))
+
+
+def test_a_server_that_is_gone_is_tried_for_a_while(tmp_path: Path) -> None:
+    """Then the reason is that there is no connection."""
+    daemon = Daemon(tmp_path)
+    with SyncClient(daemon.control, retry_seconds=0.1) as client:
+        daemon.stop()
+        with pytest.raises(ConnectError, match="Failed to establish connection"):
+            client.execute("query-name")
+
+
+@pytest.mark.slow
+async def test_the_asyncio_client_gives_up_on_a_command_too(tmp_path: Path) -> None:
+    """After four connections that it has ended."""
+    path = str(tmp_path / "s")
+    with server(path, GREETING, READY, b"") as received:
+        async with Client(path) as client:
+            with pytest.raises(ExecInterruptedError):
+                await client.execute("query-name")
+        assert sum(b"query-name" in data for data in received) == 4
+
+
+async def test_the_asyncio_client_says_why_it_was_refused(tmp_path: Path) -> None:
+    """If the server says so when it is asked once more; otherwise the first error stays."""
+    later: tuple[list[bytes | None] | None, ...] = (None, [GREETING, READY], [b""])
+    for number, again in enumerate(later):
+        path = str(tmp_path / str(number))
+        with server(path, b'{"error": {"desc": "no"}}\n', later=again):
+            with pytest.raises(ConnectError) as caught:
+                await Client(path).connect()
+            assert isinstance(caught.value.exc, Refused) == (again is None)
+
+
+def test_a_name_that_the_package_does_not_have_is_an_attribute_error() -> None:
+    """Though its names are imported late."""
+    with pytest.raises(AttributeError, match=r"module 'secretd\.client' has no attribute 'nope'"):
+        _ = api.nope

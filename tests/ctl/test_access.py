@@ -323,3 +323,16 @@ def test_a_verification_is_json_for_programs(run: Ctl, tmp_path: Path) -> None:
     assert found["last"] is None
     assert found["findings"] == [f"{path}:1: this is no audit record"]
     assert run("audit", "verify", str(path), status=1)[0] == f"{path}:1: this is no audit record\n"
+
+
+def test_a_grant_whose_rules_are_gone_is_explained(run: Ctl, qmp: Client) -> None:
+    """The list was deleted, or is another type."""
+    qmp.add("s", data="letmein")
+    qmp.ok("object-add", {"qom-type": "authz-simple", "id": "one", "identity": "uid:1"})
+    for name, authz in (("g", "gone"), ("h", "one")):
+        qmp.ok(
+            "object-add", {"qom-type": "secret-grant", "id": name, "secret": "s", "authz": authz}
+        )
+    out, err = run("explain", "s", "--as", "uid:1")
+    assert "yes, by grant h" in out
+    assert err == ""

@@ -17,6 +17,7 @@ from secretd.ctl import daemon_checks, doctor, machine_checks
 from secretd.ctl.findings import Finding
 from secretd.ctl.output import Common
 from secretd.errors import MemoryLockError
+from secretd.linux import user_namespace
 from tests.support.daemon import Daemon
 from tests.support.qmp import Client
 from tests.support.secretctl import Ctl
@@ -212,6 +213,7 @@ def test_what_the_daemon_tells_is_judged(
     qmp.add("a", data="letmein")
     daemon.server.core.limits.note_hit("objects-per-uid")
     daemon.server.core.audit.dropped = 3
+    daemon.server.core.log_dropped = lambda: 5
     monkeypatch.setattr(daemon_checks, "__version__", "99")
     # The level of the daemon that these tests run in this process.
     monkeypatch.setattr(daemon.tree.journal.arena, "level", "none")
@@ -220,5 +222,13 @@ def test_what_the_daemon_tells_is_judged(
     assert "its memory" in out
     assert "objects-per-uid was reached 1 times" in out
     assert "3 records were lost" in out
+    assert "5 lines were lost, since stderr took none" in out
     out, _ = run("doctor", "--socket", daemon.client, status=0)
     assert "limits" not in out
+
+
+def test_ids_that_are_not_mapped_are_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Peers with such ids are refused."""
+    monkeypatch.setattr(user_namespace, "unmapped_words", lambda: "only uid 0 is mapped")
+    (finding,) = machine_checks._namespace(NONE)
+    assert (finding.state, finding.found) == ("warning", "only uid 0 is mapped")

@@ -4,11 +4,13 @@ input, silence.
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import pty
 import socket
 import subprocess
+import sys
 import termios
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +19,7 @@ import pytest
 
 from secretd import paths
 from secretd.ctl import prompt, verb
+from secretd.ctl.main import cli as frame
 from secretd.ctl.main import main
 from secretd.errors import UsageError
 from tests.support.daemon import Daemon
@@ -124,15 +127,18 @@ def test_an_import_of_nothing_is_an_error(run: Ctl, tmp_path: Path) -> None:
 
 
 def prompted(
-    daemon: Daemon, first: bytes, second: bytes | None = None, *, interrupt: bool = False
+    daemon: Daemon,
+    first: bytes | list[bytes],
+    second: bytes | list[bytes] | None = None,
 ) -> tuple[int, bytes]:
-    """Type at both prompts of `add asked`; return the status and what the terminal showed."""
+    """Type at both prompts of `add asked`, in pieces if it is a list; return the status and what the
+    terminal showed.
+    """
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
         ["setsid", "--ctty", "--wait", SECRETCTL, "--socket", daemon.control, "add", "asked", "--prompt"],
         stdin=theirs, stdout=theirs, stderr=theirs,
     )  # fmt: skip
-    os.close(theirs)
     seen = b""
     try:
         for typed, prompt in ((first, b"Secret asked: "), (second, b"Again: ")):
@@ -142,17 +148,31 @@ def prompted(
                 seen += os.read(ours, 1 << 16)
             while termios.tcgetattr(ours)[3] & termios.ECHO:
                 pass
-            rest = typed
-            while rest:  # more than the terminal takes at once
-                rest = rest[os.write(ours, rest[:1024]) :]
+            for piece in typed if isinstance(typed, list) else [typed]:
+                rest = piece
+                while rest:  # more than the terminal takes at once
+                    rest = rest[os.write(ours, rest[:1024]) :]
+                while isinstance(typed, list) and unread(theirs):
+                    pass
+        os.close(theirs)
+        theirs = -1
         while True:
             seen += os.read(ours, 1 << 16)
     except OSError:  # EIO: it has ended
         pass
     finally:
         os.close(ours)
+        if theirs >= 0:
+            os.close(theirs)
         status = process.wait(30)
     return status, seen
+
+
+def unread(fd: int) -> int:
+    """The bytes that were typed and that nothing has read yet."""
+    count = bytearray(4)
+    fcntl.ioctl(fd, termios.FIONREAD, count)
+    return int.from_bytes(count, sys.byteorder)
 
 
 @pytest.mark.parametrize(
@@ -166,6 +186,7 @@ def prompted(
         (b"let\xc3\xa9\x7fmex\x08in\n", b"letmein"),
         (b"wrong\x15letmein\n", b"letmein"),
         (b"letmein\x04", b"letmein"),
+        (b"\x7fletmein\n", b"letmein"),
     ],
 )
 def test_what_is_typed_or_pasted_is_stored_whole(
@@ -359,3 +380,97 @@ def test_a_terminal_that_cannot_be_asked_is_said(monkeypatch: pytest.MonkeyPatch
         prompt.ask_twice(None, ""),  # type: ignore[arg-type]
     ):
         pass
+
+
+def test_a_mark_that_comes_in_pieces_is_put_together(daemon: Daemon, qmp: Client) -> None:
+    """A slow line splits the marks of a paste anywhere."""
+    pieces = [b"\x1b", b"[20", b"0~let", b"mein\x1b[2", b"01~\n"]
+    status, seen = prompted(daemon, *(pieces, pieces))
+    assert status == 0, seen
+    assert qmp.read("asked") == b"letmein"
+
+
+def test_the_control_socket_answers_by_default(
+    run: Ctl, daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No word about which one it is, then."""
+    monkeypatch.setattr(paths, "control_path", lambda: daemon.control)
+    monkeypatch.delenv("SECRETD_SOCKET", raising=False)
+    monkeypatch.setattr(verb, "_check_socket", lambda _path: None)
+    for words in (["list"], ["doctor"]):
+        monkeypatch.setattr("sys.argv", ["secretctl", *words])
+        run._capfd.readouterr()
+        assert main() == 0
+        out, err = run._capfd.readouterr()
+        assert err == ""
+        assert "its socket" not in out
+
+
+def test_what_a_server_says_in_place_of_a_greeting_is_printed(run: Ctl, tmp_path: Path) -> None:
+    """And a reply that is an error is doctor's finding."""
+    path = str(tmp_path / "s")
+    refusal = b'{"error": {"class": "GenericError", "desc": "not for you"}}\n'
+    with server(path, refusal):
+        assert run("list", status=1, socket=path)[1] == f"secretctl: {path}: not for you\n"
+    path = str(tmp_path / "t")
+    greeting = b'{"QMP": {"version": {"package": "secretd 9"}, "capabilities": []}}\n'
+    with server(path, greeting, b'{"return": {}}\n', refusal):
+        assert "not for you" in run("doctor", status=1, socket=path)[0]
+
+
+def test_a_secret_for_a_server_that_does_not_take_it_is_not_pushed(
+    run: Ctl, qmp: Client, tmp_path: Path
+) -> None:
+    """It refuses, stays silent, or hangs up."""
+    qmp.ok("secret-generate", {"id": "k", "size": 32})
+    qmp.add("s", data="letmein")
+    greeting, ready = b'{"QMP": {"version": {}, "capabilities": []}}\n', b'{"return": {}}\n'
+    scripts: list[tuple[list[bytes], str]] = [
+        ([b'{"error": {"desc": "busy"}}\n'], "busy"),
+        ([b"\n"], "No answer within 0.3 seconds: waited for an answer on "),
+        ([greeting, ready, b""], "QEMU did not answer: The connection was closed; it may have the secret"),
+        ([greeting, ready, b"\n"], "QEMU did not answer: No answer within 0.3 seconds"),
+    ]  # fmt: skip
+    for number, (script, words) in enumerate(scripts):
+        path = str(tmp_path / str(number))
+        with server(path, *script):
+            push = ["push", "s", "--keyid", "k", "--qmp", path, "--timeout", "0.3"]
+            assert words in run(*push, status=1)[1]
+
+
+def test_a_pipe_that_cannot_be_read_is_named(run: Ctl) -> None:
+    """Its other end was given."""
+    source, sink = os.pipe()
+    try:
+        assert run("add", "a", "--fd", str(sink), status=1)[1] == (
+            f"secretctl: descriptor {sink}: Bad file descriptor\n"
+        )
+    finally:
+        os.close(source)
+        os.close(sink)
+
+
+def test_without_a_reader_or_stderr_it_ends_with_its_status(daemon: Daemon) -> None:
+    """As behind 'head'."""
+    for redirect in ("2>&-", "| true"):
+        done = subprocess.run(
+            ["sh", "-c", f'"$0" "$@" {redirect}', SECRETCTL, "--socket", daemon.control, "list"],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_an_output_without_a_reader_is_status_1(run: Ctl, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process."""
+
+    def broken(*_args: object, **_named: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(frame, "main", broken)
+    saved = os.dup(1)
+    try:
+        monkeypatch.setattr("sys.argv", ["secretctl", "list"])
+        assert main() == 1
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from secretd.access.peer import SocketRole
 from secretd.audit import chain
 from secretd.audit.log import Audit
 from secretd.audit.records import Subject
+from secretd.audit.sinks import Sink, open_sink
 from secretd.daemon import process as daemon_process
 from secretd.daemon import sockets
 from secretd.daemon.initial_objects import InitialObjects
@@ -32,6 +34,7 @@ from secretd.qom.tree import ObjectTree
 from secretd.systemd.activation import Passed
 from secretd.wire import encoder
 from tests.support.daemon import add_object
+from tests.support.in_loop import Served
 from tests.support.needs import ARENA_LEVEL
 
 pytestmark = pytest.mark.slow  # it starts processes, or tries many cases
@@ -374,3 +377,58 @@ def test_what_nobody_catches_is_logged_without_its_words(caplog: pytest.LogCaptu
     assert "something went wrong in the event loop" in caplog.text
     assert "in fail" in caplog.text
     assert "letmein" not in caplog.text
+
+
+async def test_an_audit_file_that_cannot_be_opened_in_time_is_left(
+    in_loop: Served, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on a file server that does not answer; what comes later is closed."""
+    audit = Audit(str(tmp_path / "audit"))
+    go_on = threading.Event()
+    sink = open_sink(str(tmp_path / "late"))
+    closed: list[bool] = []
+    close = sink.close
+
+    def slow() -> Sink:
+        go_on.wait()
+        return sink
+
+    def note() -> None:
+        close()
+        closed.append(True)
+
+    sink.close = note  # type: ignore[method-assign]
+    audit.open_again = slow  # type: ignore[method-assign]
+    await daemon_process._reopen(audit, in_loop.server, 0.01)
+    assert "the audit file was not opened within 0.01 seconds; the old one goes on" in caplog.text
+    go_on.set()
+    while not closed:
+        await asyncio.sleep(0)
+    audit.stop()
+
+
+async def test_a_reload_that_fails_is_logged(
+    in_loop: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The daemon goes on."""
+    audit = Audit("none")
+
+    def broken() -> None:
+        raise RuntimeError
+
+    audit.open_again = broken  # type: ignore[method-assign]
+    await daemon_process._reload(audit, in_loop.server)
+    assert "RuntimeError" in caplog.text
+
+
+def test_an_object_that_is_not_json_shows_no_value(arena: Arena) -> None:
+    """What the parser quotes may be a part of the secret."""
+    tree = ObjectTree(Journal(Arena(ARENA_LEVEL)), arena, TYPES)
+    try:
+        for text in ('{"data": "letmein"', "{'data': 'letmein'}", '{"data": letmein}'):
+            with pytest.raises(UsageError) as caught:
+                InitialObjects(tree, []).make(text)
+            assert "letmein" not in str(caught.value)
+    finally:
+        tree.journal.close()
+        tree.journal.arena.close()

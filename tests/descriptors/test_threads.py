@@ -3,12 +3,16 @@
 
 import asyncio
 import os
+import socket
 import threading
 
 import pytest
 
 from secretd.descriptors import threads as module
 from secretd.descriptors.threads import BlockingCalls
+from secretd.errors import LockedMemoryExhausted
+from secretd.memory.arena import Arena, LockedBuffer
+from tests.support.needs import ARENA_LEVEL
 
 OTHER = os.getuid() + 1000
 """A uid that is neither root's nor our own, which have more threads."""
@@ -183,3 +187,19 @@ async def test_a_call_whose_turn_comes_too_late_is_not_made() -> None:
     await asyncio.gather(*running)
     await idle(calls)
     assert made == ["unused"]
+
+
+def test_a_connection_that_cannot_be_looked_at_is_closed_in_a_thread() -> None:
+    """It may hold descriptors, where there is no memory to look."""
+
+    class Starved(Arena):
+        def allocate(self, _size: int) -> LockedBuffer:
+            raise LockedMemoryExhausted("none left")
+
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.send(b"x")
+        for kind, expected in ((Arena, False), (Starved, True)):
+            scratch = kind(ARENA_LEVEL)
+            assert module._holds_descriptors(ours, scratch) == expected
+            scratch.close()

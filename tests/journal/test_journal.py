@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-# SPDX-License-Identifier: LGPL-2.1-or-later
 """The journal: the objects' properties, and their plaintext's slots."""
 
 import os

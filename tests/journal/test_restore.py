@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-# SPDX-License-Identifier: LGPL-2.1-or-later
 """Another process goes on with what one has left, wherever that one was killed.
 
 What is left is looked at before each bytecode of the modules that write it, which is where a kill

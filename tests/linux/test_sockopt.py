@@ -84,3 +84,14 @@ def test_old_kernels_close_sockets_in_threads() -> None:
     major, minor = sockopt.kernel_version()
     assert os.uname().release.startswith(f"{major}.{minor}")
     assert ((major, minor) < (6, 8)) == threads.CLOSE_COLLECTS_GARBAGE
+
+
+def test_bytes_without_end_may_hide_descriptors() -> None:
+    """No more is looked at than a few thousand bytes at a time, a bounded number of times."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            while True:
+                theirs.send(b"x" * 1000)
+        assert sockopt.holds_descriptors(ours, memoryview(bytearray(1)))

@@ -541,3 +541,44 @@ async def test_events_that_are_being_sent_are_limited(
     assert all(each == got[0] for each in got)
     assert len(set(got[0])) == 30
     assert longest < 10
+
+
+@pytest.mark.tuning(log_events=3, events_seconds=1000.0, slice_seconds=0.0)
+async def test_everything_is_sent_at_the_end(in_loop: Served, granted: AsyncClient) -> None:
+    """Also what found no room in the log, and what waited for its slice."""
+    watching = [await (await in_loop.connect()).watch() for _ in range(3)]
+    client = await in_loop.connect(role="client", uid=1000)
+    for _ in range(30):
+        await client.read("web.a")
+        await client.read("web.b")
+    burst(in_loop, 10)
+    broadcaster = in_loop.server.core.broadcaster
+    broadcaster._tick()
+    broadcaster.flush()
+    assert not broadcaster._log
+    for each in watching:
+        names = [await told(each, 1) for _ in range(12)]
+        assert [("SECRET_READ", "web.a")] in names
+
+
+@pytest.mark.tuning(throttled_seconds=0.05)
+async def test_a_connection_that_ends_while_it_is_told_gets_no_more(
+    in_loop: Served, granted: AsyncClient
+) -> None:
+    """What was held back for it is dropped."""
+    await (await in_loop.connect()).watch()
+    client = await in_loop.connect(role="client", uid=1000)
+    (session,) = in_loop.server.core.broadcaster.subscribers
+    for name in ("web.a", "web.a", "web.b", "web.b"):
+        await client.read(name)
+        in_loop.server.core.broadcaster.flush()
+    sent: list[bytes] = []
+
+    def end(events: bytes, _count: int) -> None:
+        sent.append(events)
+        session.transport.close()
+
+    session.send_events = end  # type: ignore[method-assign, assignment]
+    while not sent:
+        await asyncio.sleep(0)
+    assert len(sent) == 1

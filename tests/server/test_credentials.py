@@ -1,6 +1,4 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-# SPDX-License-Identifier: LGPL-2.1-or-later
-# SPDX-License-Identifier: LGPL-2.1-or-later
 """The credentials socket: what a unit's LoadCredential= gets, and what others that connect there
 get.
 
@@ -15,6 +13,7 @@ import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,6 +21,7 @@ from secretd.access.peer import PeerUnknown, SocketRole, identify
 from secretd.audit.log import Audit
 from secretd.limits import Tuning
 from secretd.linux import peercred
+from secretd.qom.sorted_ids import IDS_PER_LOOK
 from secretd.server.credentials import _REFUSAL, _REFUSAL_TIMES
 from secretd.systemd.credential_address import CREDENTIAL_BYTES
 from tests.support.cgroups import accepted, cgroup, process_in
@@ -139,6 +139,40 @@ def test_what_is_refused_gets_too_much(
     assert denied["reason"] == reason
     assert denied["door"] == "credentials"
     assert denied["peer"]["unit"] == "unit:app.service"
+
+
+@pytest.mark.slow
+def test_a_mapping_through_many_secrets_finds_the_one(
+    daemon: Daemon, qmp: Client, app: str
+) -> None:
+    """Others have their turn meanwhile; a grant that is taken back then counts no more."""
+    for number in range(IDS_PER_LOOK + 10):
+        qmp.add(f"a{number:04}", data="x")
+    qmp.add("a.token", data="letmein")
+    grant(qmp, "g", "a*.token", more={"credential": "token"})
+    assert fetch(daemon, app, address("app.service", "token")) == b"letmein"
+    find = daemon.tree.secrets_after
+
+    def revoked(*arguments: Any) -> Iterator[str | None]:
+        for found in find(*arguments):
+            if found is None:
+                daemon.tree.delete("g")
+            yield found
+
+    daemon.tree.secrets_after = revoked  # type: ignore[method-assign, assignment]
+    assert len(fetch(daemon, app, address("app.service", "token"))) == REFUSED
+
+
+def test_the_audits_key_is_no_credential(
+    daemon: Daemon, qmp: Client, app: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A grant does not change that."""
+    qmp.add("key", data="letmein")
+    grant(qmp, "g", "key")
+    daemon.tree.pinned.add("key")
+    assert len(fetch(daemon, app, address("app.service", "key"))) == REFUSED
+    assert "refused: secret 'key' is the audit's key" in warnings(caplog)[0]
+    daemon.tree.pinned.clear()
 
 
 @pytest.mark.slow

@@ -27,6 +27,7 @@ from secretd.net.receiver import Locked
 from secretd.net.sender import BACKLOG_BYTES, Sender
 from secretd.server import server
 from tests.support.daemon import Daemon
+from tests.support.in_loop import served
 from tests.support.qmp import Client
 
 NAME = b'{"execute":"query-name"}'
@@ -1065,3 +1066,34 @@ def test_a_type_of_object_that_cannot_be_asked_for_is_answered(qmp: Client) -> N
             reply = qmp.ask(b'{"execute":"object-add","arguments":' + arguments + tail + b"}\n")
             assert "does not accept value" in reply["error"]["desc"]
     assert qmp.cmd("query-name") == {"return": {}}
+
+
+async def test_without_inotify_the_sockets_are_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a user watches too many directories already."""
+
+    def none() -> None:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr("secretd.server.server.DirectoryWatch", none)
+    async with served(tmp_path, Tuning()) as running:
+        client = await running.connect()
+        assert await client.ok("query-name") == {}
+
+
+def test_a_connection_that_cannot_be_closed_is_logged(
+    daemon: Daemon, qmp: Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The daemon goes on."""
+    session = only_session(daemon)
+
+    def broken() -> None:
+        raise RuntimeError("first")
+
+    real = session.transport.close
+    session.transport.close = broken  # type: ignore[method-assign]
+    daemon.call(lambda: session._safely(broken))
+    assert [r.levelname for r in caplog.records] == ["ERROR", "ERROR"]
+    session.transport.close = real  # type: ignore[method-assign]
+    assert daemon.connect().ok("query-name") == {}

@@ -125,3 +125,10 @@ def test_values_without_a_json_form_are_refused() -> None:
     assert encoder.value({"a": [], "b": {}, "c": [1, [2.5, None, False]]}) == (
         '{"a": [], "b": {}, "c": [1, [2.5, null, false]]}'
     )
+
+
+def test_few_escapes_are_kept() -> None:
+    """However many characters are written."""
+    text = "".join(map(chr, range(0x4E00, 0x4E00 + 2 * encoder._ESCAPES_KEPT)))
+    assert json.loads(encoder.string(text)) == text
+    assert len(encoder._ESCAPES) <= encoder._ESCAPES_KEPT
