@@ -116,10 +116,7 @@ class SyncClient:
         def write() -> bool:
             nonlocal rest
             with contextlib.suppress(BlockingIOError):
-                try:
-                    rest = rest[os.writev(sink, [rest]) :] if rest else rest
-                except BrokenPipeError:  # the daemon does not want it, and its reply says why
-                    rest = rest[:0]
+                rest = rest[os.writev(sink, [rest]) :] if rest else rest
             if not rest:
                 ends.remove(sink)
                 os.close(sink)

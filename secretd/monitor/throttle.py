@@ -80,10 +80,10 @@ class Throttle:
         now = loop.time()
         # A dictionary keeps the order in which they came, and all wait for the same time.
         for key, when in list(self._next.items()):
+            if key not in self._next:  # sending has ended the connection, and this with it
+                return
             if when > now:
                 self._timer = loop.call_at(when, self._due)
-                return
-            if key not in self._next:  # sending has ended the connection, and this with it
                 return
             del self._next[key]
             event = self._held.pop(key, None)

@@ -6,9 +6,8 @@ name; descriptors.source has those of connections and of the command line. The o
 this module.
 """
 
-from collections.abc import Awaitable, Callable, Coroutine
-from types import CoroutineType
-from typing import Any, NamedTuple, Protocol, TypeVar, overload
+from collections.abc import Awaitable, Callable
+from typing import NamedTuple, Protocol, TypeVar
 
 from secretd.errors import CommandError, LimitReached, SourceError
 from secretd.memory.arena import Arena, LockedBuffer
@@ -17,26 +16,8 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-@overload
-def then(
-    outcome: Coroutine[Any, Any, T], use: Callable[[T], R]
-) -> Coroutine[object, object, R]: ...
-
-
-@overload
-def then(outcome: T | Awaitable[T], use: Callable[[T], R]) -> R | Coroutine[object, object, R]: ...
-
-
-def then(outcome: Any, use: Callable[[Any], R]) -> R | Coroutine[object, object, R]:
-    """Return ``use(value)`` at once, or a coroutine of it where ``outcome`` is a coroutine of the
-    value.
-    """
-    if isinstance(outcome, CoroutineType):
-        return _later(outcome, use)
-    return use(outcome)
-
-
-async def _later(outcome: Awaitable[T], use: Callable[[T], R]) -> R:
+async def then(outcome: Awaitable[T], use: Callable[[T], R]) -> R:
+    """Return ``use(value)`` of the value that ``outcome`` has later."""
     return use(await outcome)
 
 

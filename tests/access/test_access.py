@@ -888,7 +888,7 @@ async def test_a_name_too_long_for_a_secret_matches_no_grant(
     assert await client.denied("w" * 5000)
 
 
-@pytest.mark.tuning(kept_identities=5)
+@pytest.mark.tuning(kept_identities=9)
 async def test_what_is_forgotten_of_one_peer_stays_for_another(
     in_loop: Served, loaded: AsyncClient
 ) -> None:

@@ -24,6 +24,7 @@ from secretd.client import (
     ExecuteError,
     StateError,
     SyncClient,
+    sync,
 )
 from secretd.client.channel import Channel, Lost, Refused
 from tests.support.daemon import Daemon
@@ -422,3 +423,52 @@ def test_a_name_that_the_package_does_not_have_is_an_attribute_error() -> None:
     """Though its names are imported late."""
     with pytest.raises(AttributeError, match=r"module 'secretd\.client' has no attribute 'nope'"):
         _ = api.nope
+
+
+def test_a_secret_that_comes_behind_the_reply_is_read_whole(tmp_path: Path) -> None:
+    """A pipe and a socket have no order between them."""
+    path = str(tmp_path / "s")
+
+    def write_late(descriptors: list[int]) -> None:
+        while not seen:
+            pass
+        for piece in (b"let", b"mein"):
+            os.write(descriptors[0], piece)
+
+    seen: list[float | None] = []
+    real = sync.wait
+
+    def waited(fd: int, events: int, timeout: float | None) -> bool:
+        seen.append(timeout)
+        return real(fd, events, timeout)
+
+    with server(path, GREETING, READY, READY, b'{"return": {"size": 7}}\n', write_late):
+        with SyncClient(path) as client, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sync, "wait", waited)
+            with client.read("s") as secret:
+                assert bytes(secret.view) == b"letmein"
+
+
+def test_a_daemon_that_ends_while_it_is_given_a_secret_is_lost(tmp_path: Path) -> None:
+    """The pipe has no reader then."""
+    path = str(tmp_path / "s")
+
+    def drop(descriptors: list[int]) -> None:
+        for fd in descriptors:
+            os.close(fd)
+        descriptors.clear()
+
+    added = b'{"return": {"fd": 3, "fdset-id": 0}}\n'
+    with server(path, GREETING, READY, added, b"\n", drop, b""):
+        with SyncClient(path) as client, pytest.raises(ExecInterruptedError):
+            client.add_bytes("a", memoryview(bytes(1 << 20)))
+
+
+def test_a_command_larger_than_the_sockets_buffer_is_sent_in_pieces(daemon: Daemon) -> None:
+    """As room comes."""
+    need_locked_memory(4 << 20)
+    with SyncClient(daemon.control) as client:
+        options = {"qom-type": "secret", "id": "a", "data": "x" * (1 << 20)}
+        client.execute("object-add", options)
+        with client.read("a") as secret:
+            assert len(secret) == 1 << 20

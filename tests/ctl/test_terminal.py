@@ -474,3 +474,29 @@ def test_an_output_without_a_reader_is_status_1(run: Ctl, monkeypatch: pytest.Mo
     finally:
         os.dup2(saved, 1)
         os.close(saved)
+
+
+@pytest.mark.parametrize("typed", [b"", b"\x1b"])
+def test_a_terminal_that_is_hung_up_adds_nothing(
+    daemon: Daemon, qmp: Client, tmp_path: Path, typed: bytes
+) -> None:
+    """Also in the middle of a key; a program may ignore the signal for it."""
+    ours, theirs = pty.openpty()
+    command = ["setsid", "--ctty", "--wait", SECRETCTL, "--socket", daemon.control, "add", "asked"]
+    with open(tmp_path / "err", "wb") as stderr:
+        process = subprocess.Popen(
+            ["env", "--ignore-signal=HUP", *command], stdin=theirs, stdout=theirs, stderr=stderr
+        )
+    seen = b""
+    while b"Secret asked: " not in seen:
+        seen += os.read(ours, 1000)
+    while termios.tcgetattr(ours)[3] & termios.ECHO:
+        pass
+    os.write(ours, typed)
+    while unread(theirs):
+        pass
+    os.close(theirs)
+    os.close(ours)
+    assert process.wait(20) == 1
+    assert "Traceback" not in (tmp_path / "err").read_text()
+    assert qmp.secrets() == []

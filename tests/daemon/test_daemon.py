@@ -407,6 +407,21 @@ async def test_an_audit_file_that_cannot_be_opened_in_time_is_left(
     audit.stop()
 
 
+async def test_an_audit_file_that_is_the_same_after_all_is_not_closed(in_loop: Served) -> None:
+    """Though the answer comes too late."""
+    audit = Audit("none")
+    go_on = threading.Event()
+
+    def slow() -> None:
+        go_on.wait()
+
+    audit.open_again = slow  # type: ignore[method-assign]
+    await daemon_process._reopen(audit, in_loop.server, 0.01)
+    audit.open_again = lambda: None  # type: ignore[method-assign]
+    go_on.set()
+    await daemon_process._reopen(audit, in_loop.server)
+
+
 async def test_a_reload_that_fails_is_logged(
     in_loop: Served, caplog: pytest.LogCaptureFixture
 ) -> None:

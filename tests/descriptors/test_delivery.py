@@ -434,3 +434,20 @@ async def test_a_descriptor_of_which_nothing_can_be_told_is_refused(
     assert await loaded.fail("secret-read", {"id": "s"}, (sink,)) == words
     os.close(source)
     os.close(sink)
+
+
+async def test_an_error_of_our_own_leaves_no_descriptor(
+    loaded: AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client sees the end of its pipe."""
+
+    def broken(_self: object, _size: int) -> None:
+        raise RuntimeError
+
+    monkeypatch.setattr(target.PipeTarget, "begin", broken)
+    source, sink = os.pipe()
+    words = await loaded.fail("secret-read", {"id": "s"}, (sink,))
+    assert words == "Internal error; the log of secretd has the details"
+    os.close(sink)
+    assert await asyncio.to_thread(os.read, source, 1) == b""
+    os.close(source)

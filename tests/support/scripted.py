@@ -5,18 +5,22 @@ import os
 import select
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+
+Answer = bytes | Callable[[list[int]], object] | None
 
 
 @contextmanager
 def server(
-    path: str, *answers: bytes | None, later: Sequence[bytes | None] | None = None
+    path: str, *answers: Answer, later: Sequence[Answer] | None = None
 ) -> Iterator[list[bytes]]:
     """A server that sends one answer at a time, each after the next thing it receives.
 
-    The answer b"" closes the connection; None closes it with something unread. Connections after
-    the first get ``later``, if it is given. Descriptors that clients pass stay open to the end.
+    The answer b"" closes the connection; None closes it with something unread. A function is called
+    with the descriptors that clients have passed, which stay open to the end unless it takes them;
+    neither it nor the answer after it waits to receive something.
+    Connections after the first get ``later``, if it is given.
     """
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path)
@@ -25,25 +29,28 @@ def server(
     kept: list[socket.socket] = []
     descriptors: list[int] = []
 
-    def follow(sock: socket.socket, script: Sequence[bytes | None]) -> None:
+    def follow(sock: socket.socket, script: Sequence[Answer]) -> None:
         for number, answer in enumerate(script):
             if answer is None:
                 select.select([sock], [], [])
                 sock.close()
                 return
-            if number:
+            if number and not callable(answer) and not callable(script[number - 1]):
                 data, fds, _, _ = socket.recv_fds(sock, 1 << 16, 8)
                 descriptors.extend(fds)
                 received.append(data)
                 if not data:
                     return
+            if callable(answer):
+                answer(descriptors)
+                continue
             if not answer:
                 sock.close()
                 return
             sock.sendall(answer)
 
     def serve() -> None:
-        script: Sequence[bytes | None] = answers
+        script: Sequence[Answer] = answers
         while True:
             try:
                 sock, _ = listener.accept()
