@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from secretd import paths
+from secretd.client import SyncClient
 from secretd.ctl import prompt, verb
 from secretd.ctl.main import cli as frame
 from secretd.ctl.main import main
@@ -500,3 +501,21 @@ def test_a_terminal_that_is_hung_up_adds_nothing(
     assert process.wait(20) == 1
     assert "Traceback" not in (tmp_path / "err").read_text()
     assert qmp.secrets() == []
+
+
+def test_the_end_of_a_terminal_is_the_end_of_what_is_typed() -> None:
+    """Such as one that was hung up before a key was pressed."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs, SyncClientWithoutServer("/nonexistent") as client:
+        ours.shutdown(socket.SHUT_WR)
+        with prompt._Entry(client, theirs.fileno(), "Secret: ") as entry:
+            entry.read()
+            assert entry.fill == 0
+        assert ours.recv(100) == b"Secret: \n"
+
+
+class SyncClientWithoutServer(SyncClient):
+    """It has locked memory, and no connection."""
+
+    def connect(self) -> None:
+        """See SyncClient."""
