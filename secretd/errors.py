@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The exceptions of secretd, and the QMP error classes they stand for.
+"""The exceptions of secretd, and the QMP error classes that they stand for.
 
-Handlers raise these; only monitor turns them into replies. A ``desc`` goes to the client that
-caused it word for word, so it never holds anything the schema marks sensitive.
+Handlers raise them; only monitor turns them into replies. The client that caused an error receives
+its ``desc`` word for word, so a ``desc`` never holds a value that the schema marks sensitive.
 
     SecretdError
      ├── CommandError              class GenericError: the words of the reply
      │    ├── CommandNotFound      class CommandNotFound
      │    ├── DeviceNotFound       class DeviceNotFound
-     │    ├── AccessDenied         class GenericError: access.check() said no
+     │    ├── AccessDenied         class GenericError: access.check() refused
      │    ├── LimitReached         class GenericError: names the limit and its value
      │    └── LockedMemoryExhausted   class GenericError: names the limit and how to raise it
-     ├── PeerUnknown               the kernel does not say in full who has connected
+     ├── PeerUnknown               the kernel does not identify the peer completely
      ├── SourceError               why a file, descriptor or key cannot be read
-     ├── StateError                what an earlier process left cannot be gone on with
+     ├── StateError                why the state of an earlier process cannot be used
      ├── MemoryLockError           memory cannot be locked and --memory-lock=require was given
      └── UsageError                the command line cannot be carried out; exit status 1
 """
@@ -34,25 +34,25 @@ class CommandError(SecretdError):
 
 
 class CommandNotFound(CommandError):
-    """No such command in the table this connection looks in."""
+    """The connection's table has no such command."""
 
     error_class = "CommandNotFound"
 
 
 class DeviceNotFound(CommandError):
-    """A QOM path or type name that leads nowhere."""
+    """A QOM path or type name leads nowhere."""
 
     error_class = "DeviceNotFound"
 
 
 class AccessDenied(CommandError):
-    """The peer may not do this; says nothing of whether the object exists."""
+    """The peer may not do this; the error does not reveal whether the object exists."""
 
 
 class LimitReached(CommandError):
-    """There is too much of something.
+    """A limit was reached.
 
-    ``limit``: which of the limits, as query-secret-stats calls it.
+    ``limit``: its name in query-secret-stats.
     """
 
     def __init__(self, limit: str, desc: str) -> None:
@@ -65,8 +65,9 @@ class LockedMemoryExhausted(CommandError):
 
 
 class PeerUnknown(SecretdError):
-    """The kernel does not identify the peer completely; the text is the reason. ``uid``: the
-    peer's, as far as it is known, else -1.
+    """The kernel does not identify the peer completely; the text is the reason.
+
+    ``uid``: the peer's, as far as it is known, else -1.
     """
 
     def __init__(self, words: str, uid: int = -1) -> None:
@@ -75,9 +76,9 @@ class PeerUnknown(SecretdError):
 
 
 class SourceError(SecretdError):
-    """Why what an object's content comes from cannot be read; each type has its words around it.
+    """Why the source of an object's content cannot be read; each object type adds its words.
 
-    ``limit``: the limit that was reached, as query-secret-stats calls it, None if it was none.
+    ``limit``: the name of the limit in query-secret-stats, None if none was reached.
     """
 
     def __init__(self, words: str, limit: str | None = None) -> None:
@@ -86,9 +87,7 @@ class SourceError(SecretdError):
 
 
 class StateError(SecretdError):
-    """The arena or journal that an earlier process left cannot be gone on with; the text is the
-    reason.
-    """
+    """The arena or journal of an earlier process cannot be used; the text is the reason."""
 
 
 class MemoryLockError(SecretdError):
@@ -96,4 +95,4 @@ class MemoryLockError(SecretdError):
 
 
 class UsageError(SecretdError):
-    """What the command line asks for cannot be done; the text is for the person who typed it."""
+    """The command line cannot be carried out; the text is for the person who typed it."""

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Per-uid quotas on shared resources: limits, current use, and how often each was hit.
 
-A `Quota` counts one resource for each uid; `Limits` has them all, and counts hits for
-query-secret-stats. Limits that are defined beside what they limit are counted here by name. This
-module acquires and closes nothing itself.
+A `Quota` counts one resource for each uid; `Limits` has them all, and counts the hits of every
+limit for query-secret-stats. `Tuning` has the times and sizes that tests change. This module
+acquires and closes no resource itself.
 """
 
 import os
@@ -15,78 +15,74 @@ from typing import Final, Literal, NamedTuple
 from secretd.errors import LimitReached
 
 CONNECTIONS_PER_UID: Final = 512
-"""Connections of one uid, uid 0 and the daemon's own uid aside."""
+"""Connections of one uid, except uid 0 and the daemon's own uid."""
 
 REQUESTS_PER_UID: Final = 256
-"""Requests of one uid that wait for something at a time, the same aside."""
+"""Waiting requests of one uid, with the same exceptions."""
 
 DESCRIPTORS_PER_UID: Final = 1024
-"""Descriptors that one uid has passed and that are not closed yet, the same aside; less where the
-process may have fewer than some 4,600: a quarter of what RESERVED_DESCRIPTORS leaves.
+"""Descriptors that one uid has passed and that are not closed yet, with the same exceptions. Where
+the process may have fewer than some 4,600, it is a quarter of the rest after RESERVED_DESCRIPTORS.
 """
 
 RESERVED_DESCRIPTORS: Final = 512
-"""Descriptors that are kept for the daemon, uid 0 and the daemon's own uid."""
+"""Descriptors that are reserved for the daemon, uid 0 and the daemon's own uid."""
 
 UNFINISHED_BYTES_PER_UID: Final = 64 << 10
 """Bytes of unfinished messages of one uid on the client socket."""
 
 OBJECTS_IN_ALL: Final = 1_000_000
-"""Objects in all. Beside their plaintext some 250 bytes of memory each."""
+"""Objects in all. Each takes some 250 bytes of memory besides its plaintext."""
 
 OBJECTS_PER_UID: Final = 10_000
 """Objects of one uid that an authz object admits to the control socket."""
 
 OBJECT_BYTES_PER_UID: Final = 2 << 20
-"""Bytes of plaintext of one such uid: a quarter of the memory that systems let an ordinary process
-lock.
-"""
+"""Bytes of plaintext of one such uid: a quarter of the memory that an ordinary process may lock."""
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """Times, in seconds, and sizes that tests change; the defaults are what users get."""
+    """Times, in seconds, and sizes that tests change; the defaults are the ones that users get."""
 
     # One connection's share of the loop (net.turns)
     turn_seconds: float = 0.005
-    """Time after which a connection that sends one request after the other yields."""
+    """Time after which a connection yields that sends one request after the other."""
     shared_turn_seconds: float = 0.000_5
-    """The same where there are other connections: those that yielded themselves are not seen by
-    looking.
-    """
+    """The same where there are other connections: epoll does not report those that have yielded."""
     look_seconds: float = 0.000_025
-    """Time after which it looks whether others are ready, and then yields: about what one request
-    takes, so that the others hardly notice.
+    """Time after which a connection checks whether others are ready, and then yields. It is about
+    the time of one request, so that others hardly notice.
     """
     turns_seconds: float = 0.001
-    """Time of work for untrusted peers between two looks at epoll, where more work waits."""
+    """Time of work for untrusted peers between two looks at epoll, while more work waits."""
     batch_bytes: int = 32 << 10
     """Bytes of replies that are collected before they are sent together."""
 
     # A connection (net.transport)
     unfinished_seconds: float = 60.0
-    """Time within which a message that was begun must be finished. QEMU waits for ever."""
+    """Time within which a message must end once it has begun. QEMU waits for ever."""
     retry_room_seconds: float = 1.0
-    """Time until a connection without room tries again: room may also come from deleted secrets."""
+    """Time until a connection without receive space tries again: deleted secrets also free some."""
 
     # The server (server.server)
     retry_accept_seconds: float = 0.5
-    """Time until the next try when the process has no descriptor left for a connection."""
+    """Time until the next attempt when the process has no descriptor left for a connection."""
     stop_seconds: float = 12.0
-    """Time that requests which were sent before a stop have to be answered: more than a source or a
-    delivery may take.
+    """Time for answers to requests that were sent before a stop: more than a source or a delivery
+    may take.
     """
 
     # Descriptors (descriptors)
     delivery_seconds: float = 10.0
-    """Time within which the other end must have taken the whole secret."""
+    """Time within which the other end must have accepted the whole secret."""
     write_seconds: float = 0.002
-    """Time that a write which does not wait may take before its thread counts as held up."""
+    """Time that a non-blocking write may take before its thread counts as blocked."""
     source_seconds: float = 10.0
     """Time within which a source must be read to its end. QEMU waits for ever."""
     stuck_seconds: float = 1.0
-    """Time after which a blocking call counts as stuck: a uid all of whose threads are stuck may
-    pass no more descriptors.
+    """Time after which a blocking call counts as stuck. A uid whose threads are all stuck may pass
+    no further descriptors.
     """
 
     # Events (monitor.broadcast, monitor.throttle)
@@ -95,60 +91,63 @@ class Tuning:
     slice_seconds: float = 0.000_5
     """Time of sending events after which requests get their turn."""
     queued_events: int = 10_000
-    """Events of the trusted that wait for a tick; of further ones only the count is kept."""
+    """Events of the trusted that wait for a tick; further ones are only counted."""
     queued_events_per_uid: int = 1_000
     """The same for each other uid."""
     tick_events: int = 500
     """Events of the trusted that are sent at one tick."""
     log_events: int = 2_000
-    """Events that are sent and have not reached every subscriber, above which none is added."""
+    """Events that have not reached every subscriber yet; at this number no further ones are
+    taken.
+    """
     throttled_seconds: float = 1.0
-    """Time between two SECRET_READ, or SECRET_DENIED, of one id on one connection; of those
-    between, the last is sent.
+    """Time between two SECRET_READ, or SECRET_DENIED, of one id on one connection; the last one in
+    between is sent at its end.
     """
     throttled_ids: int = 256
-    """Ids that are throttled at a time on one connection; events of further ones are lost."""
+    """Ids that are throttled at a time on one connection; events of further ids are lost."""
 
     # The index of grants (access.grant_index)
     kept_identities: int = 1 << 18
-    """Identities of all peers together for which the index keeps what they are granted."""
+    """Identities, over all peers, whose grants the index keeps."""
     kept_changes: int = 4096
-    """Changes of grants to patterns and list files after which the index is built anew."""
+    """Changes of grants to patterns and list files after which the index is rebuilt."""
 
     # The journal (journal.journal)
     journal_bytes: int = 64 << 10
     """Bytes of a new journal file."""
     dead_bytes: int = 256 << 10
-    """Bytes of dead records below which compaction is not worth its while."""
+    """Bytes of dead records below which compaction does not pay."""
 
     # Deadlines (qom.deadlines)
     ended_per_turn: int = 200
-    """Objects that are ended before others get their turn."""
+    """Expired objects that are removed before others get their turn."""
 
     # The log (daemon.log)
     log_retry_seconds: float = 1.0
-    """Time until writing to stderr is tried again."""
+    """Time until the next attempt to write to stderr."""
 
     # The audit (audit.log, audit.refusals)
     audit_backlog: int = 4096
-    """Records that may wait until they can be written; further ones are dropped and counted."""
+    """Records that may wait for the target; further ones are dropped and counted."""
     audit_retry_seconds: float = 1.0
-    """Time until writing is tried again."""
+    """Time until the next attempt to write."""
     refusals_seconds: float = 60.0
-    """Time for which the refusals of one uid are counted, after the first, and then reported in one
-    record.
+    """Time for which the refusals of one uid are counted after the first; one record then reports
+    them.
     """
     refusals_uids: int = 1024
-    """Uids whose refusals are counted apart; those of further ones together."""
+    """Uids whose refusals are counted separately; those of further uids are counted together."""
 
 
 Unit = Literal["bytes", "seconds"]
 
 
 class Quota:
-    """What each uid holds of one resource, ``by_uid``. ``words``: what errors call it.
+    """One resource by uid: the limit, and each uid's current use in ``by_uid``.
 
-    uid 0 and the daemon's own uid, the ``trusted``, have no limit.
+    ``words``: the resource in error messages. uid 0 and the daemon's own uid, the ``trusted``, have
+    no limit.
     """
 
     def __init__(
@@ -167,8 +166,9 @@ class Quota:
         self.by_uid: dict[int, int] = {}
 
     def check(self, uid: int, amount: int = 1, besides: int = 0) -> None:
-        """Raise LimitReached if a uid, which has ``besides`` more than is counted here, may not
-        have so much more.
+        """Raise LimitReached if a uid may not have ``amount`` more.
+
+        ``besides``: what the uid holds in addition to the amount that is counted here.
         """
         if uid in self.trusted:
             return
@@ -180,16 +180,16 @@ class Quota:
             )
 
     def acquire(self, uid: int, amount: int = 1) -> None:
-        """Count what a uid has from now on, or raise LimitReached."""
+        """Add to a uid's use, or raise LimitReached."""
         self.check(uid, amount)
         self.count(uid, amount)
 
     def count(self, uid: int, amount: int = 1) -> None:
-        """Count what a uid has already, whatever the limit."""
+        """Add to a uid's use, whatever the limit."""
         self.by_uid[uid] = self.by_uid.get(uid, 0) + amount
 
     def release(self, uid: int, amount: int = 1) -> None:
-        """Count what it no longer has."""
+        """Subtract from a uid's use."""
         left = self.by_uid.get(uid, 0) - amount
         if left:
             self.by_uid[uid] = left
@@ -197,19 +197,17 @@ class Quota:
             self.by_uid.pop(uid, None)
 
     def held(self, uid: int) -> int:
-        """Return what a uid has."""
+        """Return a uid's use."""
         return self.by_uid.get(uid, 0)
 
     @property
     def largest(self) -> int:
-        """The most that any uid has."""
+        """The largest use of any uid."""
         return max(self.by_uid.values(), default=0)
 
 
 class SharedQuota(Quota):
-    """A Quota of what there is only so much of in all; ``others`` is what all but the trusted
-    hold.
-    """
+    """A Quota of a resource with a common limit; ``others`` is the use of all but the trusted."""
 
     others = 0
 
@@ -227,7 +225,7 @@ class SharedQuota(Quota):
 
 
 class Stat(NamedTuple):
-    """One figure: ``instant`` is as of now, ``cumulative`` counts since the start."""
+    """One figure: ``instant`` is the present value, ``cumulative`` counts since the start."""
 
     name: str
     type: Literal["instant", "cumulative"]
@@ -236,7 +234,7 @@ class Stat(NamedTuple):
 
 
 class Limits:
-    """All quotas of a daemon, and how often which limit was hit."""
+    """All quotas of a daemon, and the number of hits of each limit."""
 
     def __init__(self) -> None:
         self._files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -266,10 +264,10 @@ class Limits:
         self._hits: Counter[str] = Counter()
 
     def check_descriptors(self, waiting: int, more: int = 1) -> None:
-        """Raise LimitReached if all others together would have so many that none are left for the
-        trusted.
+        """Raise LimitReached if too few descriptors would be left for the trusted.
 
-        ``waiting``: how many wait to be closed.
+        ``waiting``: the number of descriptors that wait to be closed; ``more``: the number of new
+        ones.
         """
         held = self.connections.others + self.descriptors.others + waiting
         if held + more > self._room:
@@ -280,11 +278,11 @@ class Limits:
             )
 
     def note_hit(self, name: str) -> None:
-        """A limit was reached."""
+        """Count a hit of a limit."""
         self._hits[name] += 1
 
     def stats(self) -> list[Stat]:
-        """Return what is held, what the limits are, and how often they were hit."""
+        """Return current use, limits, and numbers of hits."""
         listed = [
             Stat("descriptors", "instant", None, self.connections.others + self.descriptors.others)
         ]

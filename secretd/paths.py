@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Where the sockets are by default. daemon makes them, client and ctl look
-there.
+"""The default paths of the sockets.
+
+daemon creates the sockets there; client and ctl look for them.
 """
 
 import os
@@ -8,9 +9,9 @@ import stat
 
 
 def default_directory() -> str:
-    """Return the directory of the default sockets; it need not exist.
+    """Return the directory of the default sockets, which may not exist.
 
-    /run/secretd for root, else $XDG_RUNTIME_DIR/secretd, else secretd-UID in the temporary
+    It is /run/secretd for root, else $XDG_RUNTIME_DIR/secretd, else secretd-UID in the temporary
     directory.
     """
     uid = os.getuid()
@@ -24,12 +25,16 @@ def default_directory() -> str:
 
 
 def has_runtime_directory() -> bool:
-    """True where sockets lie in a directory that only root or this user can have made."""
+    """Return True if the sockets lie in a directory that only root or this user can have
+    created.
+    """
     return os.getuid() == 0 or bool(os.environ.get("XDG_RUNTIME_DIR"))
 
 
 def is_trusted(directory: str) -> bool:
-    """True if a directory is root's or this user's, so that no other user put a socket there."""
+    """Return True if root or this user owns a directory, so that no other user placed a socket
+    there.
+    """
     try:
         status = os.lstat(directory)
     except OSError:

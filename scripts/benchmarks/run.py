@@ -299,7 +299,8 @@ def against_qemu(machine: Machine) -> Iterator[Row]:
             yield ratio_row(title, mine.rate, its and its.rate, goal, "/s", name, note=note)
             if title.startswith("object-add"):
                 yield ratio_row(
-                    "p99 of object-add", mine.p99, its and its.p99, 1 / 12, "µs", name, at_least=False,
+                    "p99 of object-add", mine.p99, its and its.p99, 1 / 12, "µs", name,
+                    at_least=False,
                     note=f"p50 {mine.p50:.1f} µs",
                 )  # fmt: skip
                 yield ratio_row(
@@ -537,7 +538,8 @@ def libvirt_rate(machine: Machine) -> float | None:
         rates = []
         for _ in range(machine.rounds):
             done = subprocess.run(
-                ["taskset", "-c", CPU, *as_user, machine.load, "libvirt", uri, uuid, str(machine.seconds)],
+                ["taskset", "-c", CPU, *as_user, machine.load, "libvirt", uri, uuid,
+                str(machine.seconds)],
                 env=environment, capture_output=True, check=True,
             )  # fmt: skip
             found = json.loads(done.stdout)
@@ -572,7 +574,8 @@ def starting(machine: Machine) -> Iterator[Row]:
     theirs = first(machine.qemu)
     assert mine is not None
     yield ratio_row(
-        "start to the first answered object-add", mine[0] * 1000, theirs and theirs[0] * 1000, 3.0, "ms",
+        "start to the first answered object-add", mine[0] * 1000, theirs and theirs[0] * 1000, 3.0,
+        "ms",
         "QEMU", at_least=False,
     )  # fmt: skip
     yield ratio_row(
@@ -796,7 +799,8 @@ def unit(machine: Machine) -> Iterator[Row]:
 
     directory = machine.directory / "installed"
     subprocess.run(
-        [str(ROOT / "scripts/install"), "--prefix=/usr"], env=os.environ | {"DESTDIR": str(directory)},
+        [str(ROOT / "scripts/install"), "--prefix=/usr"],
+        env=os.environ | {"DESTDIR": str(directory)},
         check=True, capture_output=True,
     )  # fmt: skip
     box = Box("secretd-bench", directory)
@@ -822,7 +826,8 @@ def unit(machine: Machine) -> Iterator[Row]:
             done = box.run(
                 "bash",
                 "-c",
-                "a=${EPOCHREALTIME/./}; systemctl start app.service; echo $((${EPOCHREALTIME/./} - a))",
+                "a=${EPOCHREALTIME/./}; systemctl start app.service; echo "
+                "$((${EPOCHREALTIME/./} - a))",
             )
             times.append(int(done.stdout) / 1e6)
         value = statistics.median(times)
@@ -833,7 +838,8 @@ def unit(machine: Machine) -> Iterator[Row]:
 
 
 GROUPS = {
-    "requests": against_qemu, "crowd": crowd, "resident": resident, "delivery": delivery, "start": starting,
+    "requests": against_qemu, "crowd": crowd, "resident": resident, "delivery": delivery,
+    "start": starting,
     "again": again, "unit": unit, "idle": idle, "fair": fair, "flooded": flooded, "steady": steady,
 }  # fmt: skip
 

@@ -245,7 +245,8 @@ def limits() -> Iterator[str]:
 
 
 _AUDIT = {
-    "seq": "the record's number, from 1 on; it goes on in the same file when secretd is started again",
+    "seq": "the record's number, from 1 on; it goes on in the same file when secretd is started "
+    "again",
     "time": "when, in UTC",
     "event": "what happened",
     "decision": "allow or deny, where something was asked for",
@@ -263,7 +264,8 @@ _AUDIT = {
     "objects": "how many there were at the start",
     "prev": "of the first record of a run or a file: the last member of the record before",
     "dropped": "how many records could not be written before this one",
-    "hash": "SHA-256 of the line before and of this one without its last member; `mac` with `--audit-key`",
+    "hash": "SHA-256 of the line before and of this one without its last member; `mac` with "
+    "`--audit-key`",
 }
 
 

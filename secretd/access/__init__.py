@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Who the peer is and what it may read: the one decision."""
+"""The peer's identity, and the one decision about what it may read."""

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Which secret a unit's LoadCredential= asks for, and by which grant.
+"""The mapping from a unit's LoadCredential= to a secret and its grant.
 
-Any process can claim a unit's address, so the peer must be a service manager that is in that very
-unit, by what the kernel says. The secret is the one whose id is the credential's name, or the one
-that a grant's ``credential`` maps the name to; where that could be more than one, none is given.
-decision is the only caller.
+Any process can claim a unit's address, so the peer must be a service manager in that very unit, as
+the kernel reports it. The secret is the one whose id is the credential's name, or the one to which
+a grant's ``credential`` maps the name. Where more than one secret matches, the request is refused.
+Only decision calls this module.
 """
 
 import asyncio
@@ -19,22 +19,29 @@ from secretd.systemd.credential_address import CREDENTIAL_BYTES, CredentialAddre
 
 
 class CredentialMapping:
-    """From units and credentials' names to secrets."""
+    """Maps units and names of credentials to secrets."""
 
     def __init__(self, tree: ObjectTree, index: GrantIndex) -> None:
         self._tree = tree
         self._index = index
 
     async def find(self, peer: Peer, claimed: CredentialAddress | None) -> tuple[str, Rule]:
-        """Return the id of the secret that a unit asks for, and the grant that permits it."""
+        """Return the id of the secret that a unit asks for, and the grant that permits it.
+
+        ``peer``: the process that connected; ``claimed``: the unit and name in its address, None if
+        the address has another form (systemd.exec(5), LoadCredential=). Raises AccessDenied with
+        the reason.
+        """
         if claimed is None:
             raise AccessDenied("the address it came from is not one of LoadCredential=")
         unit, name = claimed
-        # A user's own manager has that user's uid, and so has root's.
+        # 1. The claim: the kernel must report the same unit, and a service manager's uid. A user's
+        # own manager has that user's uid, and so has root's.
         if peer.unit not in (f"unit:{unit}", f"user-unit:{peer.uid}/{unit}"):
-            raise AccessDenied(f"it says that it is {unit}, and is in {peer.unit or 'no unit'}")
+            raise AccessDenied(f"it claims to be {unit}, and is in {peer.unit or 'no unit'}")
         if peer.uid != 0 and not (peer.trusted and peer.unit.startswith("user-unit:")):
             raise AccessDenied(f"uid {peer.uid} is not that of the service manager")
+        # 2. The candidates: by id, or by a grant's credential. More than one is ambiguous.
         found: dict[str, Rule] = {}
         missing = ""
         for rule in self._living(peer.identities):
@@ -58,6 +65,7 @@ class CredentialMapping:
             raise AccessDenied(f"there is no secret '{missing}'")
         if not found:
             raise AccessDenied(f"no grant lets {peer.unit} have it")
+        # 3. The one candidate, which may have changed while other connections had their turn.
         ((object_id, rule),) = found.items()
         if object_id in self._tree.pinned:
             raise AccessDenied(f"secret '{object_id}' is the audit's key")
@@ -66,13 +74,14 @@ class CredentialMapping:
         size = self._tree.secret(object_id)[1]
         if len(name.encode()) + size > CREDENTIAL_BYTES:
             raise AccessDenied(
-                f"secret '{object_id}' has {size} bytes, which with the credential's name is more than "
-                f"the {CREDENTIAL_BYTES} that systemd takes"
+                f"secret '{object_id}' has {size} bytes, which with the credential's name is more "
+                "than the "
+                f"{CREDENTIAL_BYTES} that systemd takes"
             )
         return object_id, rule
 
     def _secrets(self, rule: Rule) -> Iterator[str | None]:
-        """Return the secrets that a grant is for; None wherever others should have their turn."""
+        """Yield the secrets that a grant covers; None after each block of examined ids."""
         if not is_pattern(rule.secret):
             return iter([rule.secret] if self._tree.is_secret(rule.secret) else [])
         fits = matcher(rule.secret)
@@ -80,7 +89,7 @@ class CredentialMapping:
         return (object_id for object_id in found if object_id is None or fits(object_id))
 
     def _living(self, identities: frozenset[str]) -> list[Rule]:
-        """Return the grants that have not expired, whether they have reads left or not."""
+        """Return the grants that have not expired, with or without reads left."""
         granted = self._index.granted_to(identities)
         return [
             rule

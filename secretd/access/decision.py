@@ -1,14 +1,23 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Which peer may read what and connect where. The one place where that is decided.
+"""The one place that decides which peer may read which secret and use which socket.
 
-`Access.check` decides, writes the audit record and returns the `Grant` that deliver demands, or
-refuses; nothing else makes one, and nothing else gives out plaintext. It goes by the `secret-grant`
-and authz objects in the tree, as they are at that moment. commands and server ask; who a peer is
-says peer.
+It calls the tree, the index of grants and the audit; monitor and server call it. access.peer
+identifies peers.
 
-On the control socket everything is allowed. On the other sockets reading needs a secret-grant whose
-pattern matches the id and whose authz object allows the peer. A refusal looks only at what that
-peer is granted: never at whether the secret exists, nor at what is granted to others.
+Theory of operation. Every request for plaintext goes through `Access.check`. It decides by the
+`secret-grant` and authz objects of that moment, writes the audit record, and returns a `Grant`, or
+refuses. Delivery and sealing accept nothing but a `Grant`, which carries the plaintext, so no code
+can bypass the decision.
+
+- On the control socket everything is allowed: the peer is an administrator.
+- On the other sockets a secret-grant must match the id, and its authz object must allow the peer.
+- A running delivery holds its `Grant`. When a grant or authz object changes, `holds` is asked
+  again, and deliveries that are no longer permitted are withdrawn.
+- A limited grant counts a read before the delivery starts. `take_back` returns the count if no byte
+  was taken, unless the grant was changed meanwhile.
+
+What can go wrong: an answer, or its time, may reveal the existence of a secret. So a refusal looks
+only at the grants of that peer, never at the secret and never at grants to others.
 """
 
 import itertools
@@ -31,10 +40,11 @@ from secretd.systemd.credential_address import CredentialAddress
 
 
 class Grant:
-    """Permission to release one secret to one peer, as `Access.check` gave it, and what it is.
+    """Permission to release one secret to one peer, made by `Access.check` only.
 
-    ``subject`` is the peer as the audit names it. ``plaintext`` is borrowed: good until the secret
-    is removed. ``rule``: the id of the secret-grant that permits it, None on the control socket.
+    ``peer``, ``subject``: the peer, and its form in the audit. ``object_id``: the secret.
+    ``plaintext``: a borrowed view, valid until the secret is removed. ``rule``: the id of the
+    permitting secret-grant, None on the control socket.
     """
 
     __slots__ = ("object_id", "peer", "plaintext", "rule", "subject", "terms")
@@ -62,7 +72,7 @@ _KEY: Final = object()
 
 
 class Considered(NamedTuple):
-    """What one secret-grant says of a peer, and why."""
+    """The verdict of one secret-grant about a peer, with its reason."""
 
     grant: str
     allowed: bool
@@ -70,9 +80,7 @@ class Considered(NamedTuple):
 
 
 def _in_order(first: Iterator[str | None], second: Iterator[str | None]) -> Iterator[str | None]:
-    """Return what two sorted iterators have, in order and each once; None wherever one of them has
-    it.
-    """
+    """Merge two sorted iterators without duplicates; yield None whenever one of them does."""
     streams, heads = [first, second], ["", ""]
     while streams:
         for index in reversed(range(len(streams))):
@@ -113,15 +121,16 @@ class Access:
     # --- decisions
 
     def check(self, peer: Peer, subject: Subject, object_id: str, action: str = "read") -> Grant:
-        """Return leave to release a secret. ``subject``: the peer, as the audit tells of it.
+        """Return permission to release a secret.
 
-        Raises AccessDenied, which tells nothing of whether the secret exists; CommandError if there
-        is none of that id, to who might have read it, or if the audit demands it. ``action``: read
-        or seal.
+        ``subject``: the peer as the audit names it; ``action``: "read" or "seal". Raises
+        AccessDenied, which does not reveal whether the secret exists. Raises CommandError if a
+        permitted peer names a missing secret, or if the audit record cannot be written under
+        --audit-policy=require.
         """
         rule = None
         if object_id in self._tree.pinned and not peer.trusted:
-            # The audit's key: whoever has it can make up records.
+            # The audit's key: its reader could forge records.
             self._audit.append_refusal(action, peer.uid, subject, id=object_id)
             raise AccessDenied(f"Reading secret '{object_id}' is not permitted")
         if peer.role is not SocketRole.CONTROL:
@@ -130,7 +139,7 @@ class Access:
                 self._audit.append_refusal(action, peer.uid, subject, id=object_id)
                 raise AccessDenied(f"Reading secret '{object_id}' is not permitted")
         if rule is not None and not self._tree.is_secret(object_id):
-            # What there is beside secrets is no client's affair.
+            # Do not reveal objects of other types to clients.
             raise CommandError(f"No secret with id '{object_id}'")
         plaintext = self._tree.plaintext(object_id)
         by = "control socket" if rule is None else f"grant {rule.id}"
@@ -142,12 +151,11 @@ class Access:
     async def credential(
         self, peer: Peer, subject: Subject, claimed: CredentialAddress | None
     ) -> Grant:
-        """Return leave to give a unit the secret that its LoadCredential= asks for.
+        """Return permission to give a unit the secret that its LoadCredential= asks for.
 
-        ``claimed``: what the address says. Anybody can say that, so the peer must be a service
-        manager that is in that very unit, by what the kernel says. The secret is the one whose id
-        is the credential's name, or that a grant maps it to. Raises AccessDenied with the reason,
-        which is for the administrator.
+        ``claimed``: the unit and name in the peer's address, which any process can forge. See
+        `CredentialMapping.find`. Raises AccessDenied with the reason, which is for the
+        administrator.
         """
         name = claimed.credential if claimed else ""
         try:
@@ -163,9 +171,10 @@ class Access:
         return Grant(_KEY, peer, subject, object_id, rule, plaintext)
 
     def take_back(self, grant: Grant, reason: str) -> None:
-        """Undo a read of which no byte was taken: record it as withheld, and give the count back.
+        """Undo a read that delivered nothing: record it as withheld and return its count.
 
-        A grant that was changed or made anew meanwhile keeps its count, which is another one's.
+        ``reason`` goes into the record. A grant that was changed or added again meanwhile keeps its
+        count.
         """
         self._audit.append("withheld", grant.subject, id=grant.object_id, reason=reason)
         rule = grant.terms
@@ -178,8 +187,8 @@ class Access:
             self._count(rule.id, -1)
 
     def may_read(self, peer: Peer, object_id: str) -> bool:
-        """True if `check` would not refuse. Writes no record: it is for what peers are told without
-        asking.
+        """Return True if `check` would permit a read. It writes no record, so events and lists use
+        it.
         """
         return (
             peer.role is SocketRole.CONTROL
@@ -187,14 +196,15 @@ class Access:
         )
 
     def readable(self, peer: Peer, object_ids: Iterable[str]) -> Iterator[str]:
-        """Return those that this peer may know of: the ones that it may read."""
+        """Yield those of some ids that this peer may read."""
         return (object_id for object_id in object_ids if self.may_read(peer, object_id))
 
     def readable_after(self, peer: Peer, after: str) -> Iterator[str | None]:
-        """Return the ids of the secrets that this peer may read and that come after one, in order;
-        None wherever others should have their turn.
+        """Yield, in order, the ids after ``after`` that this peer may read; None where others
+        should have their turn.
 
-        It starts from what the peer is granted, so that its time tells nothing of other secrets.
+        The iteration starts from the peer's grants, so that its time reveals nothing about other
+        secrets.
         """
         if peer.role is SocketRole.CONTROL:
             return self._tree.secrets_after(after)
@@ -209,7 +219,7 @@ class Access:
         ):
             if object_id is None:
                 yield None
-                # Others had their turn, and may have taken a grant back.
+                # Others had their turn, and may have revoked a grant.
                 granted, asked = self._granted_and_asked(peer)
             elif (asked or granted.names(object_id)) and is_secret(object_id):
                 rules = (rule for rule in asked if matcher(rule.secret)(object_id))
@@ -217,8 +227,8 @@ class Access:
                     yield object_id
 
     def _granted_and_asked(self, peer: Peer) -> tuple[Granted, list[Rule]]:
-        """Return what a peer is granted, and the grants whose authz object was asked, and allows
-        it, now.
+        """Return what a peer is granted, and the uncacheable grants whose authz object allows it
+        now.
         """
         granted = self._index.granted_to(peer.identities)
         rules = granted.uncacheable.values()
@@ -230,7 +240,7 @@ class Access:
         )
 
     def holds(self, grant: Grant) -> bool:
-        """True if the secret-grant by which a release was permitted still permits it."""
+        """Return True if the secret-grant of a release still permits it."""
         if grant.rule is None:
             return self.admits(grant.peer)
         rule = self._index.rules.get(grant.rule)
@@ -242,8 +252,10 @@ class Access:
         )
 
     def admits(self, peer: Peer) -> bool:
-        """May this peer use its socket? The control socket is for uid 0, the daemon's own uid, and
-        whom the socket's authz object allows.
+        """Return True if this peer may use its socket.
+
+        The control socket admits uid 0, the daemon's own uid, and the peers that the socket's authz
+        object allows.
         """
         return (
             peer.role is not SocketRole.CONTROL
@@ -252,7 +264,7 @@ class Access:
         )
 
     def _permitting(self, identities: frozenset[str], object_id: str) -> Rule | None:
-        """Return the grant that permits; one without a limited number of reads if there is any."""
+        """Return a grant that permits, preferably one without a limited number of reads."""
         granted = self._index.granted_to(identities)
         asked: Iterable[Rule] = ()
         if granted.uncacheable:
@@ -287,7 +299,9 @@ class Access:
     # --- why
 
     def explain(self, identities: frozenset[str], object_id: str) -> list[Considered]:
-        """Return what each secret-grant for this id says of a client with these identities."""
+        """Return the verdict of each secret-grant for this id about a client with some
+        identities.
+        """
         return [
             Considered(rule.id, *self._explain(rule, identities))
             for rule in sorted(self._index.rules.values())

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Which secret-grant objects apply to which peers, so that a question costs only a peer's own
-grants.
+"""The index of secret-grant objects by the identities that they can allow.
 
-`GrantIndex` knows each grant, and for each authz object which identities it can allow at all: exact
-ones, such that begin with a text, or any. A peer's `Granted` is made from the candidates of its
-identities, and kept. A change of a grant or authz object touches only the kept entries with one of
-its identities; where a pattern or a list file may allow any identity, entries catch up from a list
-of changes when they are asked next. The index decides nothing: access asks it, and asks the authz
-objects.
+With it a question costs only a peer's own grants. `GrantIndex` knows each grant, and for each authz
+object the identities that it can allow: exact ones, prefixes, or any. It makes a peer's `Granted`
+from the candidates of its identities, and keeps it. A change of a grant or authz object touches
+only the kept entries with one of its identities. Where a pattern or a list file may allow any
+identity, entries catch up from a list of changes at their next question. The index decides nothing:
+decision asks it, and it asks the authz objects.
 """
 
 from collections import Counter
@@ -24,8 +23,10 @@ from secretd.qom.tree import ObjectTree
 
 
 class Rule(NamedTuple):
-    """A secret-grant as the tree has it: which secrets, for whom; ``limited``: it counts reads;
-    ``credential``: the name that units know the secret by, "" for its id only.
+    """A secret-grant as the tree has it.
+
+    ``secret``: an id or a pattern; ``authz``: the id of the authz object. ``limited``: it counts
+    reads. ``credential``: the name by which units know the secret, "" for its id only.
     """
 
     id: str
@@ -36,10 +37,9 @@ class Rule(NamedTuple):
 
 
 class Granted:
-    """What peers with certain identities are granted.
+    """The grants of all peers with certain identities.
 
-    ``all``: by the grant's id. ``uncacheable``: those of them whose authz object has to be asked
-    each time.
+    ``all``: by the grant's id. ``uncacheable``: those whose authz object must be asked each time.
     """
 
     def __init__(self, identities: frozenset[str], position: int) -> None:
@@ -49,12 +49,12 @@ class Granted:
         self.all: dict[str, Rule] = {}
         self.uncacheable: dict[str, Rule] = {}
         self._exact: dict[str, dict[str, Rule]] = {}  # by the secret's id
-        self._patterns: dict[str, dict[str, Rule]] = {}  # by what the pattern begins with
-        self._lengths: Counter[int] = Counter()  # of these beginnings
+        self._patterns: dict[str, dict[str, Rule]] = {}  # by the pattern's literal prefix
+        self._lengths: Counter[int] = Counter()  # of these prefixes
         self._sorted = SortedIds(())  # the keys of _exact
 
     def remove(self, grant_id: str) -> None:
-        """Forget a grant."""
+        """Remove a grant, if it is there."""
         rule = self.all.pop(grant_id, None)
         if rule is None or self.uncacheable.pop(grant_id, None) is not None:
             return
@@ -69,7 +69,7 @@ class Granted:
                 self._lengths += Counter()  # without zeros
 
     def add(self, rule: Rule, *, cacheable: bool) -> None:
-        """Note a grant."""
+        """Add a grant."""
         self.all[rule.id] = rule
         if not cacheable:
             self.uncacheable[rule.id] = rule
@@ -90,12 +90,12 @@ class Granted:
 
     @property
     def prefixes(self) -> set[str]:
-        """What the patterns of the cacheable grants begin with."""
+        """The literal prefixes of the patterns of cacheable grants."""
         return set(self._patterns)
 
     def exact_after(self, object_id: str) -> Iterator[str | None]:
-        """Return the ids that cacheable grants name without a pattern and that come after one, in
-        order; None after each IDS_PER_LOOK.
+        """Yield, in order, the ids after ``object_id`` that cacheable grants name without a
+        pattern; None after each IDS_PER_LOOK.
         """
         while found := self._sorted.after(object_id, IDS_PER_LOOK):
             yield from found
@@ -103,7 +103,7 @@ class Granted:
             object_id = found[-1]
 
     def names(self, object_id: str) -> bool:
-        """True if a cacheable grant is for this secret."""
+        """Return True if a cacheable grant covers this secret."""
         if object_id in self._exact:
             return True
         for length in self._lengths:
@@ -113,10 +113,10 @@ class Granted:
         return False
 
     def naming(self, object_id: str) -> Iterator[Rule]:
-        """Return the cacheable grants for a secret."""
+        """Yield the cacheable grants that cover a secret."""
         yield from self._exact.get(object_id, {}).values()
         if len(object_id) > ID_BYTES:
-            return  # there is no such object, and matching it would take long
+            return  # no object has such an id, and matching it would take long
         for length in self._lengths:
             for rule in self._patterns.get(object_id[:length], {}).values():
                 if matcher(rule.secret)(object_id):
@@ -150,7 +150,7 @@ class GrantIndex:
         self._exact = _Keys()
         self._prefixes = _Keys()
         self._lengths: Counter[int] = Counter()  # of the prefixes
-        # What is kept of peers.
+        # The kept entries of peers.
         self._granted: dict[frozenset[str], Granted] = {}
         self._interested: dict[str, dict[Granted, None]] = {}
         self._kept = 0
@@ -161,7 +161,8 @@ class GrantIndex:
     # --- changes
 
     def changed(self, object_id: str) -> None:
-        """A grant or authz object came, went or changed."""
+        """Note that a grant or authz object was added, removed or changed."""
+        # 1. What it was, and what it is now. Any other object may be an authz object.
         self._judges.pop(object_id, None)
         old = self.rules.pop(object_id, None)
         record = self._tree.journal.get(object_id)
@@ -178,8 +179,10 @@ class GrantIndex:
         if old is None and new is None:
             self._authz_changed(object_id)
             return
+        # 2. Kept entries of the peers that it concerns.
         for rule in filter(None, (old, new)):
             self._notify(self._reach.get(rule.authz), (object_id,))
+        # 3. The grants by authz object, and the reach of those that grants name.
         if old is not None:
             grants = self._by_authz[old.authz]
             grants.discard(object_id)
@@ -205,7 +208,7 @@ class GrantIndex:
         return None if judge is None else judge.reach()
 
     def _set_reach(self, authz: str, reach: Reach | None) -> None:
-        """Note what an authz object can allow, instead of what was noted before."""
+        """Replace the identities that an authz object can allow."""
         old = self._reach.pop(authz, None)
         if old is not None:
             for identity in old.exact:
@@ -224,7 +227,7 @@ class GrantIndex:
                 self._lengths[len(prefix)] += 1
 
     def _notify(self, reach: Reach | None, grants: Iterable[str]) -> None:
-        """Have those peers look at grants again that an authz object can allow."""
+        """Mark grants as doubtful for the peers that an authz object can allow."""
         if reach is None:
             return
         if reach.prefixes:
@@ -298,7 +301,7 @@ class GrantIndex:
             granted.add(rule, cacheable=judge.steady)
 
     def judge(self, authz: str) -> Rules | FileRules | None:
-        """Return what judges peers by an authz object, None if there is none of that id."""
+        """Return the rules of an authz object, None if there is none of that id."""
         judge = self._judges.get(authz)
         if judge is None:
             record = self._tree.journal.get(authz)
@@ -309,6 +312,8 @@ class GrantIndex:
         return judge
 
     def allows(self, authz: str, identities: frozenset[str]) -> bool:
-        """True if the authz object of that id exists and allows a peer with these identities."""
+        """Return True if the authz object of that id exists and allows a peer with these
+        identities.
+        """
         judge = self.judge(authz)
         return judge is not None and judge.judge(identities).allowed

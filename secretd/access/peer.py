@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The peer: the process at the other end of a connection, as the kernel describes it.
 
-`identify` asks once, when a connection is accepted; what the kernel says is of the moment when the
-peer connected. linux.peercred has the system calls, units the way from a process to its systemd
-unit. It decides nothing: access.decision does. server.server calls it.
+`identify` asks the kernel once, when a connection is accepted; the answers are those of the moment
+when the peer connected. linux.peercred makes the system calls, and units finds the systemd unit of
+a process. This module decides nothing: access.decision does. server calls it.
 """
 
 import errno
@@ -19,14 +19,14 @@ from secretd.linux import peercred
 from secretd.linux.user_namespace import GIDS, UIDS, IdMap
 
 GROUPS_MAX: Final = 4096
-"""Groups of a peer; one with more is refused, since the time to read them is everybody's. The
-kernel has 65,536, and who may use a range of subordinate gids can be in all of them.
+"""Groups of a peer; a peer with more is refused, since reading them takes the loop's time. The
+kernel allows 65,536, and a user with a range of subordinate gids can be in all of them.
 """
 
 
 def check_own_uid(uids: IdMap = UIDS) -> None:
-    """Raise UsageError if the daemon's own uid cannot be told from others: it would trust them
-    all.
+    """Raise UsageError if the daemon's own uid is the overflow uid: all unmapped peers would be
+    trusted.
     """
     if os.getuid() == uids.overflow:
         raise UsageError(
@@ -41,7 +41,7 @@ _TRUSTED: Final = (0, os.getuid())
 
 
 class SocketRole(Enum):
-    """A listening socket's dialect and rights."""
+    """The role of a listening socket: its dialect and rights."""
 
     CONTROL = "control"
     CLIENT = "client"
@@ -49,12 +49,12 @@ class SocketRole(Enum):
 
 
 class Peer(NamedTuple):
-    """The process at the other end at the time it connected.
+    """The process at the other end, at the time it connected.
 
-    ``identities``: all that authz objects may name, such as ``uid:33``, ``gid:33``,
-    ``unit:nginx.service``, ``user-unit:1000/foo.service``. ``unit``: the systemd unit as the last
-    of these says it. ``authz``: the id of the object that admits to this socket others than uid 0
-    and the daemon's own uid.
+    ``uid``, ``gid``, ``pid``: SO_PEERCRED (unix(7)). ``identities``: everything that authz objects
+    may name, such as ``uid:33``, ``gid:33``, ``unit:nginx.service``,
+    ``user-unit:1000/foo.service``. ``unit``: the innermost unit among these. ``authz``: the id of
+    the object that admits other peers than uid 0 and the daemon's own uid to this socket.
     """
 
     uid: int
@@ -67,7 +67,7 @@ class Peer(NamedTuple):
 
     @property
     def info(self) -> dict[str, object]:
-        """Who it is, for audit records and events."""
+        """The peer's ids and unit, for audit records and events."""
         info: dict[str, object] = {"uid": self.uid, "gid": self.gid, "pid": self.pid}
         if self.unit is not None:
             info["unit"] = self.unit
@@ -75,15 +75,16 @@ class Peer(NamedTuple):
 
     @property
     def trusted(self) -> bool:
-        """True for uid 0 and the daemon's own uid, who could kill the daemon anyway."""
+        """True for uid 0 and the daemon's own uid, which could kill the daemon anyway."""
         return self.uid in _TRUSTED
 
 
 def identify(sock: socket.socket, role: SocketRole, authz: str | None = None) -> Peer:
-    """Return the peer of a connected AF_UNIX socket, or raise PeerUnknown.
+    """Return the peer of a connected AF_UNIX socket.
 
-    uid 0 and the daemon's own uid are not refused on the control socket: there everything but the
-    uid is for the audit only.
+    ``role``, ``authz``: those of the listener. Raises PeerUnknown if the kernel does not identify
+    the peer completely. On the control socket uid 0 and the daemon's own uid are never refused:
+    there the unit and groups serve the audit only.
     """
     try:
         pid, uid, gid = peercred.credentials(sock)
@@ -121,9 +122,9 @@ def _groups(sock: socket.socket) -> Iterable[int]:
 def _cgroup(sock: socket.socket, pid: int) -> str | None:
     """Return the path of the peer's cgroup, None if it has none that we can name.
 
-    ``pid``: where the kernel gives no pidfd of who connected, look at the process that has this
-    number now. It may be another one only if the peer has ended: that is good enough for root, who
-    connects as a service manager and waits for the answer. -1: for nobody else.
+    ``pid``: on kernels without pidfds of peers, look at the process that has this number now; -1 to
+    refuse instead. The number may belong to another process only if the peer has ended. That is
+    acceptable for root, which connects as a service manager and waits for the answer.
     """
     try:
         pidfd = _peer_pidfd(sock, pid)

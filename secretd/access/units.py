@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The systemd unit of a process, from its cgroup.
 
-The cgroup is read without a race: where the kernel has PIDFD_GET_INFO (6.13), the cgroup is the one
-whose number the kernel gives; elsewhere it is what /proc says while the pidfd shows that the
-process has not ended. Where neither works, `PeerUnknown` is raised. access.peer calls it.
+The cgroup is read without a race. Where the kernel has PIDFD_GET_INFO (6.13), the cgroup is the one
+with the number that the kernel gives. On older kernels it is the one in /proc, if the pidfd shows
+afterwards that the process has not ended. If neither works, `PeerUnknown` is raised. access.peer
+calls this module.
 """
 
 import errno
@@ -20,12 +21,10 @@ from secretd.linux import peercred
 _CGROUP_MOUNTS: Final = ("/sys/fs/cgroup", "/sys/fs/cgroup/unified")
 
 _CGROUPS_WALKED: Final = 4096
-"""Cgroups looked through for one whose path /proc does not tell; with more the peer is not
-known.
-"""
+"""Cgroups that are searched for one that /proc does not name; with more the peer is unknown."""
 
 _NOT_FOUND: Final = "its cgroup was not found"
-_ENDED: Final = "the process has ended, or is in a PID namespace that we do not see"
+_ENDED: Final = "the process has ended, or is in a PID namespace that secretd does not see"
 _UNIT: Final = re.compile(
     r"[A-Za-z0-9:_.\\@-]{1,248}\.(?:service|scope|socket|mount|automount|swap|timer|path|target|device)"
 )
@@ -33,24 +32,23 @@ _USER_MANAGER: Final = re.compile(r"user@([0-9]{1,10})\.service")
 
 
 def cgroup_of(pidfd: int) -> str | None:
-    """Return the path, below the mount point, of the cgroup of a process that lives, or raise
-    PeerUnknown.
+    """Return the path, below the mount point, of the cgroup of a running process.
 
-    ``pidfd`` is borrowed. None: it is outside our cgroup namespace, or there are no version 2
-    cgroups.
+    ``pidfd`` is borrowed. Returns None if the cgroup is outside our cgroup namespace, or if there
+    are no version 2 cgroups. Raises PeerUnknown if the process has ended or cannot be read.
     """
     mount = _mount()
     try:
-        told = None if _is_zombie(pidfd) else peercred.pid_and_cgroup(pidfd)
+        info = None if _is_zombie(pidfd) else peercred.pid_and_cgroup(pidfd)
     except ProcessLookupError:
         raise PeerUnknown(_ENDED) from None
     except OSError as error:
         if error.errno not in (errno.ENOTTY, errno.EINVAL, errno.EPERM):
             raise PeerUnknown(reason(error)) from None
-        return _told_by_proc(pidfd)
-    if told is None:
+        return _read_by_pid(pidfd)
+    if info is None:
         raise PeerUnknown(_ENDED)
-    pid, number = told
+    pid, number = info
     if mount is None:
         return None
     path = _read_proc(pid)
@@ -62,15 +60,17 @@ def cgroup_of(pidfd: int) -> str | None:
 
 
 def _is_zombie(pidfd: int) -> bool:
-    """True if a process has ended, whether it was waited for or not: a pidfd is readable then."""
+    """Return True if a process has ended, reaped or not: its pidfd is readable then
+    (pidfd_open(2)).
+    """
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
     return any(events & select.POLLIN for _, events in poll.poll(0))
 
 
-def _told_by_proc(pidfd: int) -> str | None:
-    """The same by /proc: what it says of a pid counts if the pidfd shows afterwards that nobody
-    else has it.
+def _read_by_pid(pidfd: int) -> str | None:
+    """Return the cgroup in /proc; it counts if the pidfd shows afterwards that the pid was not
+    reused.
     """
     with open(f"/proc/self/fdinfo/{pidfd}", encoding="ascii") as file:
         pid = next(int(line[4:]) for line in file if line.startswith("Pid:"))
@@ -85,8 +85,8 @@ def _told_by_proc(pidfd: int) -> str | None:
 
 
 def _read_proc(pid: int) -> str | None:
-    """Return the version 2 cgroup that /proc tells; None if it cannot be read. "/.." if there is
-    none.
+    """Return the version 2 cgroup in /proc/PID/cgroup, "/.." if there is none; None if it cannot be
+    read.
     """
     try:
         with open(f"/proc/{pid}/cgroup", encoding="utf-8", errors="surrogateescape") as file:
@@ -109,20 +109,20 @@ def _number_of(path: str) -> int | None:
 
 @lru_cache(1)
 def _mount() -> str | None:
-    """Return where version 2 cgroups are mounted, as systemd mounts them; None if nowhere."""
+    """Return the mount point of version 2 cgroups, where systemd mounts them; None if there is
+    none.
+    """
     return next((m for m in _CGROUP_MOUNTS if os.path.exists(f"{m}/cgroup.procs")), None)
 
 
 MISSES_KEPT: Final = 1024
-"""Numbers of cgroups that were not found and are not looked for again."""
+"""Numbers of missing cgroups that are remembered, and not searched for again."""
 
 _missed: Final[dict[int, None]] = {}
 
 
 def _walk(mount: str, number: int) -> str:
-    """Find a cgroup by its number, which no other ever gets; where there is none of it, only
-    once.
-    """
+    """Find a cgroup by its number, which is never reused; a missing one is searched for once."""
     if number in _missed:
         raise PeerUnknown(_NOT_FOUND)
     try:
@@ -136,8 +136,8 @@ def _walk(mount: str, number: int) -> str:
 
 @lru_cache(1024)
 def _walk_once(mount: str, number: int) -> str:
-    """Look through the hierarchy, where /proc does not tell of others' processes."""
-    # Level by level, so that what users make inside their own cgroups comes last.
+    """Search the hierarchy, where /proc hides the processes of others."""
+    # Breadth first, so that the cgroups that users create inside their own come last.
     waiting = deque([mount])
     for _ in range(_CGROUPS_WALKED):
         if not waiting:
@@ -154,12 +154,11 @@ def _walk_once(mount: str, number: int) -> str:
 
 
 def units_of(path: str | None) -> list[str]:
-    """Return the identities that a cgroup's path gives: the system manager's unit, then the user
-    manager's.
+    """Return the identities in a cgroup's path: the system manager's unit, then the user manager's.
 
-    As systemd reads it (cg_path_get_unit() of basic/cgroup-util.c): slices are skipped, the next
-    component is the unit; a user manager's units stand below ``user@UID.service``. What a user
-    calls a unit of theirs stands behind their uid.
+    This follows cg_path_get_unit() of systemd's basic/cgroup-util.c: slices are skipped, and the
+    next component is the unit. Units of a user manager stand below ``user@UID.service``, so their
+    identity carries the uid.
     """
     parts = (path or "").split("/")[1:]
     found = []
@@ -173,7 +172,7 @@ def units_of(path: str | None) -> list[str]:
 
 
 def _skip_slices(parts: list[str]) -> str | None:
-    """Take components off the front up to the first that is no slice; return it if it is a unit."""
+    """Remove leading slices; return the next component if it is a unit, else None."""
     while parts:
         # An underscore protects names that the kernel uses itself (cg_escape()).
         part = parts.pop(0).removeprefix("_")
@@ -183,5 +182,5 @@ def _skip_slices(parts: list[str]) -> str | None:
 
 
 def reason(error: OSError) -> str:
-    """Return the system's words for an error."""
+    """Return the system's text for an error."""
     return os.strerror(error.errno or 0)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Numbered, chained records of what was done, and where they are written."""
+"""Numbered, chained records of events, and where they are written."""

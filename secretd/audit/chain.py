@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The chain that holds the lines of an audit file together, and its verification.
+"""The chain that links the lines of an audit file, and its verification.
 
-Each line is a JSON object whose last member is the SHA-256 of the line before it and of the line
-itself without that member: ``hash``, or ``mac`` where it is an HMAC under a key, which only who has
-the key can make. audit writes with it, ctl verifies; it opens nothing.
+Each line is a JSON object whose last member is the SHA-256 of the previous line and of the line
+itself without that member. It is called ``hash``, or ``mac`` where it is an HMAC under a key.
+audit.log writes with this module, and secretctl verifies with it; it opens nothing.
 """
 
 import hashlib
@@ -14,11 +14,11 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Final, NamedTuple
 
 GENESIS: Final = "0" * 64
-"""What stands before the first record of all."""
+"""The link before the very first record."""
 
 FIRST_EVENTS: Final = ("start", "reopen")
-"""The events that begin a file or a run; their ``prev`` is what the record before has as its last
-member.
+"""The events that begin a file or a run; their ``prev`` is the last member of the previous
+record.
 """
 
 LAST_EVENTS: Final = ("stop", "rotate")
@@ -28,7 +28,7 @@ _LINE: Final = re.compile(rb'(\{.*),"(hash|mac)":"([0-9a-f]{64})"\}', re.DOTALL)
 
 
 def link(previous: str, body: bytes, key: memoryview | None) -> str:
-    """Return the last member of a record: ``body`` is the line without it."""
+    """Return the last member of a record; ``body`` is the line without it."""
     text = previous.encode() + body
     if key is None:
         return hashlib.sha256(text).hexdigest()
@@ -36,8 +36,9 @@ def link(previous: str, body: bytes, key: memoryview | None) -> str:
 
 
 def write(previous: str, members: str, key: memoryview | None) -> tuple[str, str]:
-    """Return a whole line, and what the next one is linked to. ``members``: what stands between the
-    braces of a record's JSON.
+    """Return a whole line, and the link for the next one.
+
+    ``members``: the text between the braces of a record's JSON.
     """
     if key is None:
         head = hashlib.sha256(f"{previous}{{{members}}}".encode()).hexdigest()
@@ -47,7 +48,7 @@ def write(previous: str, members: str, key: memoryview | None) -> tuple[str, str
 
 
 class ChainedLine(NamedTuple):
-    """A line as it was read. ``link``: its last member, an HMAC if ``keyed``."""
+    """A parsed line. ``link``: its last member, an HMAC if ``keyed``."""
 
     body: bytes
     members: dict[str, Any]
@@ -56,13 +57,13 @@ class ChainedLine(NamedTuple):
 
     @property
     def number(self) -> int:
-        """Which record of the chain it says it is."""
+        """The number that the record claims."""
         number = self.members.get("seq")
         return number if isinstance(number, int) else -1
 
 
 def read(line: bytes) -> ChainedLine | None:
-    """Return the record in a line, None if it is none."""
+    """Return the record in a line, None if there is none."""
     match = _LINE.fullmatch(line.rstrip(b"\n"))
     if match is None:
         return None
@@ -74,17 +75,17 @@ def read(line: bytes) -> ChainedLine | None:
 
 
 class Finding(NamedTuple):
-    """Something wrong with the line ``number``, counted from 1."""
+    """A fault of the line ``number``, counted from 1."""
 
     number: int
     words: str
 
 
 class Verification:
-    """Goes through lines of one or several files of a chain, oldest first.
+    """Checks the lines of one or several files of a chain, oldest first.
 
-    ``continues``: what came before is known to be elsewhere. A chain may go from hashes to a key,
-    not back.
+    ``key``: the HMAC's key, None for a chain of hashes. ``continues``: the records before the first
+    are known to be elsewhere. A chain may change from hashes to a key, but not back.
     """
 
     def __init__(self, key: memoryview | None, *, continues: bool = False) -> None:
@@ -97,7 +98,7 @@ class Verification:
         self.head = GENESIS
 
     def findings(self, lines: Iterable[bytes]) -> Iterator[Finding]:
-        """Yield what is wrong, in order."""
+        """Yield the faults, in order."""
         for number, line in enumerate(lines, 1):
             record = read(line)
             if record is not None and line.endswith(b"\n"):
@@ -106,14 +107,15 @@ class Verification:
                 self.last = record
                 self._previous = self.head = record.link
             elif line.endswith(b"\n"):
-                words = "this is no audit record"
+                words = "this is not an audit record"
             else:
                 words = f"cut after {len(line)} bytes, in the middle of a record"
             if words:
                 yield Finding(number, words)
 
     def _judge(self, record: ChainedLine) -> str:
-        """Return what is wrong with a record, given those before; "" if nothing is."""
+        """Return the fault of a record, given those before it; "" if there is none."""
+        # 1. Its predecessor: the first record of a file or run names it in ``prev``.
         members, number = record.members, record.number
         follows = self._previous
         begins = members.get("event") in FIRST_EVENTS
@@ -121,32 +123,42 @@ class Verification:
             before, follows = follows, str(members.get("prev"))
             if before is not None and follows != before:
                 return (
-                    self._out_of_place(number) or f"record {number} does not follow the line before"
+                    self._out_of_place(number)
+                    or f"record {number} does not follow the previous line"
                 )
         elif follows is None:
             return (
-                f"the chain begins in the middle, with record {number}: what came before is missing"
+                f"the chain begins in the middle, with record {number}: the earlier records are "
+                "missing"
             )
+        # 2. Hash or key. A chain may change from hashes to a key only.
         if self._key is None and record.keyed:
             first, self._keyed = not self._keyed, True
             if out_of_place := self._out_of_place(number):
                 return out_of_place
-            return f"from record {number} on they are under a key, and none was given" * first
+            return (
+                f"from record {number} on they are under a key; give it with --key or --key-file"
+                * first
+            )
         if record.keyed:
             self._keyed = True
         elif self._keyed:
             return f"record {number} is not under the key"
+        # 3. The link, and the number.
         if link(follows, record.body, self._key if record.keyed else None) != record.link:
             return (
                 self._out_of_place(number)
                 or f"record {number} was changed, or is under another key"
             )
         if begins and self.last is None and not self._continues and follows != GENESIS:
-            return f"the chain begins with record {number}: what came before is in another file, or missing"
+            return (
+                f"the chain begins with record {number}: earlier records are in another file or "
+                "missing"
+            )
         return self._out_of_place(number)
 
     def unkeyed(self) -> bool:
-        """True if a key was given, and no record is under it."""
+        """True if a key was given, and no record uses it."""
         return self._key is not None and not self._keyed
 
     def _out_of_place(self, number: int) -> str:
@@ -154,6 +166,9 @@ class Verification:
             return ""
         before = self.last.number
         if number <= before:
-            return f"record {number} stands after record {before}: out of order, or there twice"
+            return f"record {number} follows record {before}: out of order or repeated"
         missing = f"record {before + 1} is" if number == before + 2 else None
-        return f"{missing or f'records {before + 1} to {number - 1} are'} missing before record {number}"
+        return (
+            f"{missing or f'records {before + 1} to {number - 1} are'} missing before record "
+            f"{number}"
+        )

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """An optimisation: the text of the two most frequent records, written directly.
 
-The reference is records.text_of; a test holds both equal. Identifiers of objects and grants consist
-of characters that JSON does not escape, so only the credential's name needs an encoder.
+The reference is records.text_of; a test holds both equal. Ids of objects and grants consist of
+characters that JSON does not escape, so only the credential's name needs an encoder.
 """
 
 from secretd.audit.records import AUDIT_ID_CHARACTERS, Subject, json_text
 
 
 def object_event(event: str, subject: Subject, object_id: str, kind: str, size: int | None) -> str:
-    """Return the record of what a peer did to an object: of a type, with so many bytes if it has
-    any.
+    """Return the record of what a peer did to an object of type ``kind``; ``size`` is in bytes,
+    None if it has none.
     """
     if len(object_id) > AUDIT_ID_CHARACTERS:
         object_id = object_id[:AUDIT_ID_CHARACTERS]
@@ -21,8 +21,9 @@ def object_event(event: str, subject: Subject, object_id: str, kind: str, size: 
 def release(  # noqa: PLR0917 - the members that each of these records has
     event: str, subject: Subject, rule: str, object_id: str, size: int, credential: str
 ) -> str:
-    """Return the record of a release of a secret by a rule; ``credential`` is "" or the name asked
-    for.
+    """Return the record of a release of a secret by a rule.
+
+    ``credential``: the requested name, "" if it was the id.
     """
     if len(object_id) > AUDIT_ID_CHARACTERS:
         object_id = object_id[:AUDIT_ID_CHARACTERS]

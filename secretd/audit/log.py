@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The audit log: numbered, linked records of what peers did with secrets, or were refused.
 
-`Audit` numbers records, links them (chain) and writes them, all of a turn of the loop in one write
-(sinks). access appends releases and refusals, the monitor everything else.
+`Audit` numbers records, links them (chain) and writes them (sinks), all records of one turn of the
+loop in one write. access appends releases and refusals, and monitor everything else.
 
-Writing never waits. A record that finds no room stays in a queue; beyond the queue's limit records
-are dropped, and counted in the next one. Under ``--audit-policy=require`` a secret is released only
-after its record has been written.
+Writing never waits. A record without room stays in a queue; beyond the queue's limit records are
+dropped, and the next record carries their count. Under ``--audit-policy=require`` a secret is
+released only after its record has been written.
 """
 
 import asyncio
@@ -32,10 +32,10 @@ _ID: Final = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 
 
 class Audit:
-    """The records of this process, and how they follow those of the one before in the same file.
+    """The records of this process, which continue those of the previous process in the same file.
 
-    ``in_turn``: what is noted is written by `end_turn`, all at once. ``key``: returns what the
-    chain's HMAC is made with, borrowed; None for a chain without.
+    ``in_turn``: records are collected, and `end_turn` writes them all at once. ``key``: returns the
+    HMAC's key as a borrowed view; None for a chain of hashes.
     """
 
     def __init__(
@@ -52,23 +52,23 @@ class Audit:
         self._require = require
         self._key = key
         self._sink: Sink | None = None
-        self._rest = b""  # whole lines or the rest of one that come before all others
-        self._batch = b""  # what the rest is the rest of
+        self._rest = b""  # unwritten bytes, which begin within or before a line
+        self._batch = b""  # the lines that the rest belongs to
         self._pending: list[bytes] = []  # lines
         self._refusals = Refusals(self._append_refusals, tuning)
         self._scheduled = False
         self.in_turn = False
         self._started = False
-        self._stamp = ""  # the time of what was not written yet
+        self._stamp = ""  # the time of the unwritten records
         self._second = -1
         self._prefix = ""
-        # The journal takes a line's priority from its beginning, and the rest as it is.
+        # The journal reads a priority at the beginning of each line.
         journal = target == "-" and journal_on_stderr()
         self._priorities = ("<6>", "<5>", "<6>") if journal else ("", "", "")
         self._fault = ""
         self.records = 0
         self.dropped = 0
-        self._dropped_before = 0  # of those, how many a record has reported
+        self._dropped_before = 0  # how many of those a record has reported
         self.head = chain.GENESIS
         if target == "none":
             if require:
@@ -90,11 +90,11 @@ class Audit:
 
     @property
     def target(self) -> str:
-        """What ``--audit`` says."""
+        """The value of ``--audit``."""
         return self._target
 
     def _go_on_from(self, path: str) -> None:
-        """Follow the last record in a file; a line that was cut is ended first."""
+        """Continue after the last record of a file, and end a line that was cut."""
         if not stat.S_ISREG(os.stat(path).st_mode):
             return
         with open(path, "rb") as file:
@@ -110,10 +110,10 @@ class Audit:
             raise UsageError(f"--audit={path}: holds no audit record; move it away")
         self.records, self.head = last.number, last.link
 
-    # --- what happens
+    # --- events
 
     def start(self, version: str, objects: int) -> None:
-        """The daemon begins to serve."""
+        """Append the record of the start; ``objects``: the number that was taken over."""
         self._started = True
         self.append("start", version=version, objects=objects)
         self._written()
@@ -131,7 +131,7 @@ class Audit:
     def append_object_event(
         self, event: str, subject: Subject, object_id: str, kind: str, size: int | None
     ) -> None:
-        """Append the record of what a peer did to an existing object of type ``kind`` and ``size``
+        """Append the record of what a peer did to an object of type ``kind`` with ``size``
         bytes.
         """
         if self._sink is None:
@@ -141,13 +141,13 @@ class Audit:
             self._schedule()
 
     def end_turn(self) -> None:
-        """Write all that was noted, before any client gets an answer."""
+        """Write all collected records, before any client gets an answer."""
         self.in_turn = False
         if self._pending and not self._flush() and not self._scheduled:
             self._retry()
 
     def _number(self, text: str, importance: int = ORDINARY) -> None:
-        """Number a record and link it to the one before, unless there is no room for it."""
+        """Number a record and link it to the previous one, unless there is no room for it."""
         pending = self._pending
         if self._sink is None or len(pending) >= self._backlog:
             self.dropped += self._sink is not None
@@ -174,7 +174,7 @@ class Audit:
     ) -> None:
         """Append the record of a release, which must not happen if this raises CommandError.
 
-        ``rule`` permits it. ``credential``: the name it was asked for by, if that is another.
+        ``rule`` permits it. ``credential``: the requested name, if it is not the id.
         """
         if self._sink is None:
             return
@@ -188,7 +188,7 @@ class Audit:
             self._number(text)
             if self._flush():
                 return
-            # It is on its way, in part or whole, and may yet be written: say that it is not true.
+            # The record may still be written, in part or whole: record that it is not true.
             self.append("withheld", of=self.records, reason=self._fault)
         else:
             self.dropped += 1
@@ -200,29 +200,25 @@ class Audit:
     def append_refusal(
         self, event: str, uid: int, subject: Subject | None, **members: object
     ) -> None:
-        """Append the record of a refusal; of many from one uid, the first and how many more there
-        were.
-        """
+        """Append the record of a refusal; after the first of a uid, only count further ones."""
         if self._sink is None or not self._refusals.is_first(uid):
             return
         asked = members.get("id")
         if isinstance(asked, str) and not _ID.fullmatch(asked):
-            members["id"] = "?"  # it may be anything that a person typed by mistake
+            members["id"] = "?"  # a person may have typed a secret by mistake
         self.append(event, subject, decision="deny", **members)
 
     def _append_refusals(self, members: dict[str, object]) -> None:
         self.append("refusals", None, **members)
 
     def is_in_line_on_stderr(self) -> bool:
-        """True if a line was begun on stderr, and the rest of it waits."""
+        """Return True if a line on stderr is unfinished, and its rest waits."""
         return bool(self._rest) and self._target == "-"
 
     def open_again(self) -> Sink | None:
-        """Open the file that has the name now, for `switch`; None if it is the same.
+        """Open the file that has the name now, for `switch`; return None if it is the same file.
 
-        Raises UsageError.
-
-        It may wait, where the file is on another machine.
+        It may wait for a remote file system. Raises UsageError.
         """
         if self._sink is None or self._target == "-":
             return None
@@ -233,18 +229,18 @@ class Audit:
         if self._require and not sink.certain:
             sink.close()
             raise UsageError(
-                f"--audit={self._target}: it may block, so nothing can be required of it"
+                f"--audit={self._target}: it may block, so --audit-policy=require cannot use it"
             )
         return sink
 
     def switch(self, sink: Sink) -> None:
-        """Go on in another file."""
+        """Continue in another file."""
         if self._sink is None:
             sink.close()
             return
         self.append("rotate")
         self._flush()
-        # A line that was begun in the old file is written anew, whole.
+        # A line that is unfinished in the old file is written again as a whole.
         self._rest = self._batch[
             self._batch.rfind(b"\n", 0, len(self._batch) - len(self._rest)) + 1 :
         ]
@@ -254,7 +250,7 @@ class Audit:
         self._flush()
 
     def stop(self) -> None:
-        """The daemon ends; there may be no loop any more."""
+        """Append the last record, and close the target; the loop may have ended already."""
         for members in self._refusals.close():
             self._number(*text_of("refusals", members))
         if self._started:
@@ -290,7 +286,7 @@ class Audit:
         asyncio.get_running_loop().call_later(self._retry_seconds, self._written)
 
     def _flush(self) -> bool:
-        """Write all that waits; False if something is left."""
+        """Write all that waits; return False if some of it is left."""
         sink, pending = self._sink, self._pending
         self._stamp = ""
         if sink is None or (self._rest and not self._push(sink)):

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Audit records: their members, and their text.
 
-The text is what stands between a record's number and its last member; log numbers and links it. A
-record never holds a value or a key of a secret: callers pass object ids only, so no value can reach
-it.
+The text is the part between a record's number and its last member; log numbers and links it. A
+record never holds a value or key: callers pass object ids only, so no value can reach it.
 """
 
 from collections.abc import Mapping
@@ -19,9 +18,9 @@ AUDIT_ID_CHARACTERS: Final = 128
 
 
 class AuditRecord(Struct, omit_defaults=True, rename="kebab"):
-    """A line behind ``seq``, its number, and ``time``, in UTC.
+    """The members of a record after ``seq``, its number, and ``time``, in UTC.
 
-    ``size``: bytes; ``peer``: JSON of the peer; ``rule``: what decided.
+    ``size``: bytes; ``peer``: JSON of the peer; ``rule``: the rule that decided.
     """
 
     event: str
@@ -38,20 +37,20 @@ class AuditRecord(Struct, omit_defaults=True, rename="kebab"):
     of: int | UnsetType = UNSET
     version: str | UnsetType = UNSET
     objects: int | UnsetType = UNSET
-    prev: str | UnsetType = UNSET  # only of the first record of a file or a run
+    prev: str | UnsetType = UNSET  # only in the first record of a file or a run
     dropped: int | UnsetType = UNSET  # records that were lost before this one
 
 
 ORDINARY: Final = 0
 REFUSAL: Final = 1
 FIRST: Final = 2
-"""How a record is marked in the journal: the last is the first of a file or a run. Plain numbers,
-since each record is compared with them.
+"""The importance of the first record of a file or a run. These are plain numbers, since each record
+is compared with them.
 """
 
 
 class Subject:
-    """The peer that did something, and on which socket.
+    """The peer that caused an event, and the role of its socket.
 
     ``text``: the same as members of a record.
     """

@@ -17,7 +17,7 @@ _OTHERS: Final = -2
 
 
 class Refusals:
-    """The windows that are open.
+    """The open windows, by uid.
 
     ``report`` is called with the members of a record of counted refusals.
     """
@@ -29,7 +29,7 @@ class Refusals:
         self._counts: dict[int, int] = {}  # by uid
 
     def is_first(self, uid: int) -> bool:
-        """True if this refusal is a record of its own; otherwise it is counted."""
+        """Return True if this refusal is a record of its own; otherwise count it."""
         if uid not in self._counts and len(self._counts) >= self._uids:
             uid = _OTHERS
         if uid in self._counts:
@@ -49,7 +49,7 @@ class Refusals:
         asyncio.get_running_loop().call_later(self._seconds, self._end, uid)
 
     def close(self) -> Iterator[dict[str, object]]:
-        """End all windows; return the members of the records that are due."""
+        """End all windows; yield the members of the due records."""
         counts, self._counts = self._counts, {}
         return (_members(uid, count) for uid, count in counts.items() if count)
 

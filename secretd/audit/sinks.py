@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Where the audit's lines are written: a file, a pipe, a socket, or what may block, by a thread.
+"""The targets of audit lines: a file, a pipe, a socket, or a thread for targets that may block.
 
-Writing to a `Sink` never waits. It knows nothing of what the lines say; audit opens and uses one.
+Writing to a `Sink` never waits. It does not know what the lines say; log opens and uses one.
 """
 
 import contextlib
@@ -24,18 +24,20 @@ _REMOTE: Final = re.compile(r"fuse.*|nfs.*|cifs|smb.*|9p|ceph|afs|virtiofs|lustr
 
 
 class Sink(Protocol):
-    """Where lines are written. ``certain``: what `write` took is written, not only on its way."""
+    """A target of lines. ``certain``: accepted bytes are written, not only queued."""
 
     certain: bool
 
     def write(self, data: bytes) -> int:
-        """Write what can be written without waiting; return the bytes taken. Raises OSError."""
+        """Write as much as possible without waiting; return the number of bytes accepted. Raises
+        OSError.
+        """
 
     def status(self) -> os.stat_result:
-        """What fstat(2) says of it."""
+        """Return its fstat(2) result."""
 
     def close(self) -> None:
-        """Release it."""
+        """Close it."""
 
 
 class FileSink:
@@ -62,7 +64,7 @@ class FileSink:
 
 
 class PipeSink(FileSink):
-    """A pipe that others may hold too: its flags stay as they are."""
+    """A pipe that other processes may share: its flags stay as they are."""
 
     def write(self, data: bytes) -> int:
         """See Sink."""
@@ -82,14 +84,16 @@ class SocketSink(FileSink):
 
 
 class ThreadSink(FileSink):
-    """What may block at any time: a terminal, or a file on another machine. A thread writes."""
+    """A target that may block at any time, such as a terminal or a remote file. A thread writes to
+    it.
+    """
 
     certain = False
 
     def __init__(self, fd: int, *, owned: bool) -> None:
         super().__init__(fd, owned=owned)
         self._queue: queue.Queue[bytes | None] = queue.Queue(_THREAD_BATCHES)
-        # A daemon thread: one that is stuck must not keep the process from ending.
+        # A daemon thread: a stuck one must not keep the process from ending.
         self._thread = threading.Thread(target=self._work, name="audit", daemon=True)
         self._thread.start()
 
@@ -117,7 +121,7 @@ class ThreadSink(FileSink):
 
 
 def open_sink(target: str) -> Sink:
-    """Open what ``--audit`` names: a path, or - for stderr. Raises UsageError."""
+    """Open the target of ``--audit``: a path, or - for stderr. Raises UsageError."""
     if target == "-":
         return _sink(2, owned=False)
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
@@ -148,7 +152,7 @@ def _sink(fd: int, *, owned: bool) -> Sink:
     if stat.S_ISFIFO(status.st_mode):
         if owned:
             return FileSink(fd, owned=True)  # opened with O_NONBLOCK
-        # A FIFO in a file system knows no RWF_NOWAIT.
+        # A FIFO in a file system does not support RWF_NOWAIT.
         return (PipeSink if _is_pipe(status) else ThreadSink)(fd, owned=False)
     if status.st_rdev == os.makedev(1, 3):  # /dev/null
         return FileSink(fd, owned=owned)
@@ -165,7 +169,7 @@ def _is_pipe(status: os.stat_result) -> bool:
 
 
 def _is_remote(device: int) -> bool:
-    """True if a file system's answers come from another machine or process
+    """Return True if a file system depends on another machine or process
     (proc_pid_mountinfo(5)).
     """
     number = f"{os.major(device)}:{os.minor(device)}"

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""secretd's Python client, for programs that keep their secrets in it: `Client` for asyncio,
-`SyncClient` for the rest.
+"""secretd's Python client: `Client` for asyncio, `SyncClient` for other programs.
 
-Both have the same methods. Plaintext never stands in JSON: it goes through descriptors, into
-buffers in locked memory that are wiped when they are freed. Errors are qemu.qmp's, and all of them
-are QMPError; text that is not UTF-8 is a ValueError.
+Both have the same methods. Plaintext never appears in JSON: it travels through descriptors, into
+buffers of locked memory that are wiped when they are freed. Errors are qemu.qmp's, and all of them
+are QMPError; text that is not UTF-8 raises ValueError.
 """
 
 import importlib
@@ -61,7 +60,7 @@ _LATER = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import asyncio's part and qemu.qmp when they are first used: SyncClient needs neither."""
+    """Import the asyncio client and qemu.qmp at their first use: SyncClient needs neither."""
     if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_LATER[name]), name)

@@ -1,21 +1,19 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""An asyncio client: secretd's commands over qemu.qmp's QMPClient, and plaintext through pipes.
+"""The asyncio client: secretd's commands over qemu.qmp's QMPClient, and plaintext through pipes.
 
-Plaintext never stands in JSON: `add` passes a descriptor that the daemon reads, `read` one that it
-writes, into locked memory of this process. Errors are qemu.qmp's: `ConnectError`, `ExecuteError`,
-`ExecInterruptedError`, `StateError`. Used by ctl, and by programs that keep their secrets in
-secretd.
+Plaintext never appears in JSON: `add` passes a descriptor that the daemon reads, and `read` one
+that it writes, into locked memory of this process. Errors are qemu.qmp's: `ConnectError`,
+`ExecuteError`, `ExecInterruptedError`, `StateError`.
 
     async with Client("/run/secretd/control.sock") as client:
         await client.generate("disk0", 32)
         with await client.read("disk0") as plaintext:
             use(plaintext.view)
 
-When the daemon goes away, as it does for a restart or an upgrade, the client connects again by
-itself. What was not sent yet is sent then; what was sent without an answer is done again where
-doing it twice is as good as once (reading, listing, sealing, expire), and is an
-ExecInterruptedError otherwise: it may have been done. (Of a grant with max-reads a read that is
-done again uses up two.)
+When the daemon restarts, the client reconnects by itself. A command that was not sent yet is then
+sent. A command that was sent without an answer is repeated if running it twice does no harm
+(reading, listing, sealing, expire), and raises ExecInterruptedError otherwise, since it may have
+run. A repeated read uses up two reads of a grant with max-reads.
 """
 
 import asyncio
@@ -50,8 +48,10 @@ class Client:
     """
 
     def __init__(self, path: str | None = None, *, retry_seconds: float = RETRY_SECONDS) -> None:
-        """``path``: the socket; default $SECRETD_SOCKET, else the control or the client socket.
-        ``retry_seconds``: for how long a connection that was lost is made anew; 0 for not at all.
+        """Prepare a client; `connect` connects it.
+
+        ``path``: the socket; the default is $SECRETD_SOCKET, else the control or the client socket.
+        ``retry_seconds``: the time for which a lost connection is retried; 0 for never.
         """
         self.path = default_socket() if path is None else path
         self._connection = Connection(self.path, retry_seconds)
@@ -59,14 +59,13 @@ class Client:
         self._arena: Arena | None = None
 
     async def connect(self) -> None:
-        """Connect and negotiate.
-
-        Raises qemu.qmp's ConnectError; the first time nothing is tried again.
+        """Connect and negotiate. Raises qemu.qmp's ConnectError; the first attempt is not
+        retried.
         """
         await self._connection.connect()
 
     async def close(self) -> None:
-        """Disconnect, and wipe what `read` returned: it reads as zeros then."""
+        """Disconnect, and wipe the buffers that `read` returned: they read as zeros then."""
         try:
             await self._connection.close()
         finally:
@@ -84,15 +83,17 @@ class Client:
     # --- objects
 
     async def add(self, object_id: str, fd: int, encoding: Encoding = PLAIN) -> None:
-        """Add a secret whose content the daemon reads from ``fd`` (borrowed): a file or memfd from
-        its start, a pipe or socket to its end.
+        """Add a secret with the content of ``fd`` (borrowed).
+
+        The daemon reads a file or memfd from its start, a pipe or socket to its end. Raises
+        ExecuteError, ConnectError, and ExecInterruptedError if the secret may have been added.
         """
         options = {"id": object_id, **encoding.members()}
         types.check_text(options)
 
         async def once() -> None:
             added = await self._connection.again(lambda: self._connection.pass_fd(fd, "add-fd"))
-            # On another connection there is no such set.
+            # Another connection does not have this set.
             set_id = cast(dict[str, int], added)["fdset-id"]
             file = {"file": f"/dev/fdset/{set_id}"}
             try:
@@ -108,10 +109,10 @@ class Client:
     async def add_bytes(
         self, object_id: str, plaintext: memoryview, encoding: Encoding = PLAIN
     ) -> None:
-        """Add a secret from memory, through a pipe."""
+        """Add a secret from memory, through a pipe; raises as `add` does."""
         content = memoryview(plaintext)
         source, number = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        sink = FileIO(number, "wb")  # closed below, or once all is written
+        sink = FileIO(number, "wb")  # closed below, or after the last byte
         writing = asyncio.ensure_future(_write_all(sink, content))
         try:
             await self.add(object_id, source, encoding)
@@ -122,35 +123,37 @@ class Client:
             sink.close()
 
     async def generate(self, object_id: str, size: int = 32) -> None:
-        """Add a secret of ``size`` random bytes."""
+        """Add a secret of ``size`` random bytes, generated by the daemon."""
         await self._connection.execute("secret-generate", {"id": object_id, "size": size})
 
     async def delete(self, object_id: str) -> None:
-        """Remove an object; its plaintext is wiped when this returns."""
+        """Delete an object; its plaintext is wiped when this returns. Raises ExecuteError."""
         await self._connection.execute("object-del", {"id": object_id})
 
     async def expire(self, object_id: str, seconds: int | None) -> None:
-        """Have a secret wiped after so many seconds from now; None for never."""
+        """Wipe a secret after so many seconds from now; None removes its lifetime."""
         lifetime: dict[str, object] = {} if seconds is None else {"after": seconds}
         await self._connection.execute("secret-expire", {"id": object_id, **lifetime})
 
     async def explain(self, object_id: str, identities: "list[str]") -> dict[str, object]:
-        """Return secret-explain's answer: may a client with these identities read a secret, and
-        why?
+        """Return the result of secret-explain: whether a client with these identities may read a
+        secret, and why.
         """
         arguments = {"id": object_id, "peer": identities}
         return cast(dict[str, object], await self._connection.execute("secret-explain", arguments))
 
     async def stat(self, name: str) -> int:
-        """Return one figure of query-secret-stats; KeyError if there is none of that name."""
+        """Return one figure of query-secret-stats. Raises KeyError for an unknown name."""
         return types.figures(await self._connection.execute("query-secret-stats"))[name]
 
     async def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> object:
-        """Execute any command; return what it returns."""
+        """Execute any command and return its result. Raises ValueError for text that is not
+        UTF-8.
+        """
         return await self._connection.execute(command, arguments)
 
     async def list(self) -> list[SecretInfo]:
-        """Return the secrets this connection may know of."""
+        """Return the secrets that this connection may know, sorted by id."""
         found: list[SecretInfo] = []
         while True:
             after: dict[str, object] = {"after": found[-1].id} if found else {}
@@ -160,26 +163,29 @@ class Client:
             found += page
 
     async def info(self, object_id: str) -> SecretInfo | None:
-        """Return one entry of `list`, None if this connection may know of no such secret."""
+        """Return one entry of `list`, None if this connection may know no such secret."""
         arguments = {"after": types.before(object_id)}
         page = types.secret_infos(await self._connection.execute("query-secrets", arguments))
         return next((secret for secret in page if secret.id == object_id), None)
 
     async def version(self) -> str:
-        """Return the daemon's own version, such as "secretd 0.1.0"."""
+        """Return the daemon's version, such as "secretd 0.1.0"."""
         return cast(dict[str, str], await self._connection.execute("query-version"))["package"]
 
     # --- hand-over
 
     async def read(self, object_id: str, *, format: Format = "raw") -> LockedBuffer:  # noqa: A002
-        """Return a secret in locked memory; free it, or use it as a context manager, to wipe it."""
+        """Return a secret in locked memory; free it, or use it as a context manager, to wipe it.
+
+        ``format``: "raw" or "base64". Raises ExecuteError and ConnectError.
+        """
         types.check_text(object_id)
         return await self._connection.again(
             lambda: self._collect(lambda sink: self._read_into(object_id, sink, format))
         )
 
     async def _collect(self, deliver: Callable[[int], Awaitable[object]]) -> LockedBuffer:
-        """Return what ``deliver`` has secretd write to the descriptor it is given."""
+        """Return the bytes that secretd writes to the descriptor given to ``deliver``."""
         source, sink = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         reading = asyncio.ensure_future(self._read_all(source))
         try:
@@ -200,9 +206,10 @@ class Client:
         *,
         format: Format = "raw",  # noqa: A002 - QEMU's word
     ) -> int:
-        """Have the daemon write a secret to ``fd`` (borrowed): the write end of a pipe, an end of a
-        stream socket pair, or a memfd, which is given its memory here. Returns the secret's size in
-        bytes.
+        """Make the daemon write a secret to ``fd`` (borrowed); return its size in bytes.
+
+        ``fd``: the write end of a pipe, an end of a stream socket pair, or a memfd, whose memory is
+        allocated here. Raises ExecuteError and ConnectError.
         """
         types.check_text(object_id)
         give_memory(fd, format)
@@ -213,7 +220,7 @@ class Client:
         return await self._deliver(object_id, await self._named(fd), format)
 
     async def _named(self, fd: int) -> str:
-        """Have a descriptor named; return the name."""
+        """Name a descriptor on the connection; return the name."""
         self._names += 1
         name = f"secretd-client-{self._names}"
         await self._connection.pass_fd(fd, "getfd", {"fdname": name})
@@ -226,7 +233,7 @@ class Client:
         ]
 
     async def seal(self, object_id: str, keyid: str) -> Sealed:
-        """Return a secret encrypted under another, for QEMU's object-add."""
+        """Return a secret encrypted under another, for QEMU's object-add. Raises ExecuteError."""
         types.check_text([object_id, keyid])
 
         async def once() -> Sealed:
@@ -246,16 +253,17 @@ class Client:
     # --- events
 
     async def events(self, *, names: Sequence[str] = ()) -> AsyncIterator[Event]:
-        """Return the events as they come, from now on, until the client is closed; with ``names``
-        only those. What happened while the connection was made anew is missing; SECRET_EVENTS_LOST
-        tells of what secretd has dropped.
+        """Yield events from now on, until the client is closed; with ``names`` only those.
+
+        Events during a reconnection are missing; SECRET_EVENTS_LOST reports those that secretd
+        dropped.
         """
         arguments: dict[str, object] = {"enable": True, **({"events": [*names]} if names else {})}
         subscribed = -1
         with self._connection.qmp.listener() as listener:
             while not self._connection.is_closed:
                 if subscribed != self._connection.number:
-                    # Which connects again, or says why not.
+                    # This reconnects, or raises the reason.
                     await self._connection.execute("secret-events", arguments)
                     subscribed = self._connection.number
                 coming = asyncio.ensure_future(listener.get())
@@ -313,7 +321,7 @@ async def _write_all(sink: FileIO, data: memoryview) -> None:
 
 
 async def readable(fd: int) -> None:
-    """Wait until a pipe, socket or terminal has something to read."""
+    """Wait until a pipe, socket or terminal is readable."""
     loop = asyncio.get_running_loop()
     await _ready(fd, loop.add_reader, loop.remove_reader)
 

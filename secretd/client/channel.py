@@ -2,9 +2,9 @@
 """One QMP connection for programs without an event loop: connect, exchange messages, pass
 descriptors.
 
-A `Channel` connects once and is lost once; sync makes another one. It speaks to QEMU as well, since
-it knows no command but qmp_capabilities. While it waits it calls ``on_wait``, so that a person
-learns what for, and it waits no longer than ``timeout`` seconds.
+A `Channel` connects once and is lost once; sync_connection makes another one. It also speaks to
+QEMU, since it knows no command but qmp_capabilities. While it waits it calls ``on_wait``, so that a
+person learns the reason, and it waits at most ``timeout`` seconds.
 """
 
 import array
@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 PATIENCE_SECONDS: Final = 2.0
-"""Seconds after which a person should learn what is waited for."""
+"""Seconds after which a person should learn the reason of a wait."""
 
 _SEND: Final = int(socket.MSG_NOSIGNAL) | int(socket.MSG_DONTWAIT)
 
@@ -28,9 +28,7 @@ OnWait = Callable[[str], object]
 
 
 class Refused(Exception):
-    """The server said in its first line why it does not serve this client; the text is its
-    words.
-    """
+    """The server refused this client in its first line; the text is the server's."""
 
 
 class Lost(Exception):
@@ -45,9 +43,9 @@ class Lost(Exception):
 
 
 class Pump:
-    """A descriptor that has to be served while a reply is waited for: read from, or written to.
+    """A descriptor that must be served during the wait for a reply: read from, or written to.
 
-    ``step`` reads or writes some and returns True when it is done.
+    ``events``: poll(2)'s. ``step``: reads or writes some bytes and returns True when it is done.
     """
 
     def __init__(self, fd: int, events: int, step: Callable[[], bool]) -> None:
@@ -59,7 +57,8 @@ class Pump:
 class Channel:
     """A connection to ``path``.
 
-    ``greeting``: the server's; ``events``: those that came between replies.
+    ``timeout``: seconds for each answer, None for no limit. ``on_wait``: called with the reason of
+    a long wait. ``greeting``: the server's; ``events``: those between replies.
     """
 
     def __init__(self, path: str, timeout: float | None, on_wait: OnWait | None = None) -> None:
@@ -80,7 +79,7 @@ class Channel:
 
     @property
     def package(self) -> str:
-        """What the server calls itself, such as "secretd 0.1.0"; another text is QEMU's."""
+        """The server's name, such as "secretd 0.1.0"; QEMU has another text."""
         version = self.greeting.get("QMP", {}).get("version", {})
         return str(version.get("package", ""))
 
@@ -95,7 +94,7 @@ class Channel:
         while True:
             try:
                 self._sock.connect(self.path)
-            except BlockingIOError:  # the backlog is full (unix(7)); nothing tells of a free place
+            except BlockingIOError:  # the backlog is full (unix(7)), and poll(2) does not help
                 until.sleep()
             else:
                 return
@@ -103,7 +102,7 @@ class Channel:
     def _negotiate(self) -> None:
         greeting = self._line(f"an answer on {self.path}")
         if greeting is None:
-            raise ConnectionResetError("The connection was closed without a word")
+            raise ConnectionResetError("The connection was closed without a greeting")
         if "QMP" not in greeting:
             words = greeting.get("error", {}).get("desc")
             raise Refused(str(words) if words else "This is not a QMP server")
@@ -121,8 +120,9 @@ class Channel:
         fds: Sequence[int] = (),
         pump: Pump | None = None,
     ) -> Message:
-        """Execute a command and return the whole reply, with ``fds`` passed along and ``pump``
-        served meanwhile. Raises Lost, or TimeoutError.
+        """Execute a command and return the whole reply.
+
+        ``fds`` are passed with it, and ``pump`` is served meanwhile. Raises Lost or TimeoutError.
         """
         message = {"execute": command}
         if arguments is not None:
@@ -141,7 +141,9 @@ class Channel:
             raise Lost(os.strerror(error.errno or 0), sent=True) from None
 
     def notice_end(self) -> None:
-        """Raise Lost if the server has closed the connection meanwhile; take what it has sent."""
+        """Raise Lost if the server has closed the connection; otherwise receive what it has
+        sent.
+        """
         try:
             while self._receive():
                 pass
@@ -181,7 +183,7 @@ class Channel:
             except BlockingIOError:
                 until.wait(self._sock.fileno(), select.POLLOUT)
             except OSError as error:
-                # A line that is not whole is not carried out.
+                # The server does not execute an incomplete line.
                 raise Lost(os.strerror(error.errno or 0), sent=False) from None
 
     def _line(self, what: str, pump: Pump | None = None) -> Message | None:
@@ -197,7 +199,7 @@ class Channel:
             with contextlib.suppress(BlockingIOError):
                 if not self._receive():
                     return None
-        # What is left in a pipe after the reply comes without waiting for the server.
+        # The rest of a pipe can be read after the reply without waiting for the server.
         return message
 
     def _next(self) -> Message | None:
@@ -214,7 +216,7 @@ class Channel:
             message = None
         if isinstance(message, dict):
             return message
-        return {"error": {"class": "GenericError", "desc": "This is no QMP"}}
+        return {"error": {"class": "GenericError", "desc": "This is not QMP"}}
 
     def _receive(self) -> int:
         data = self._sock.recv(1 << 16)
@@ -223,7 +225,7 @@ class Channel:
 
 
 class _Deadline:
-    """The end of a wait, and the callback that is called before it."""
+    """The deadline of a wait, and the callback before it."""
 
     def __init__(self, timeout: float | None, on_wait: OnWait | None, what: str) -> None:
         self._begin = time.monotonic()
@@ -232,7 +234,7 @@ class _Deadline:
         self._what = what
 
     def _left(self) -> float | None:
-        """Return the seconds until something is to be done; raises TimeoutError."""
+        """Return the seconds until the next action. Raises TimeoutError."""
         passed = time.monotonic() - self._begin
         if self._timeout is not None and passed >= self._timeout:
             raise TimeoutError(
@@ -254,7 +256,7 @@ class _Deadline:
             pass
 
     def wait_for(self, sock: int, pump: Pump) -> bool:
-        """Wait for the socket or a pump; True if it is the socket."""
+        """Wait for the socket or a pump; return True if the socket is ready."""
         poll = select.poll()
         poll.register(sock, select.POLLIN)
         poll.register(pump.fd, pump.events)
@@ -267,14 +269,14 @@ class _Deadline:
                 return True
 
     def sleep(self) -> None:
-        """Wait a little."""
+        """Wait for a short time."""
         left = self._left()
         time.sleep(0.05 if left is None else min(0.05, left))
 
 
 def wait(fd: int, events: int, timeout: float | None) -> bool:
-    """Wait for a descriptor for so many seconds, None for any time; False if it is not ready by
-    then.
+    """Wait for a descriptor for ``timeout`` seconds, None for any time; return False if it is not
+    ready then.
     """
     poll = select.poll()
     poll.register(fd, events)

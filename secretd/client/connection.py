@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The client's connection: over qemu.qmp's QMPClient, made anew when the daemon has gone away.
+"""The asyncio client's connection over qemu.qmp's QMPClient, which reconnects after a restart.
 
-It knows which commands may be carried out twice; what they mean is said in aio.
+It knows which commands may run twice; aio knows what they mean.
 """
 
 import asyncio
@@ -25,17 +25,17 @@ _REFUSAL_SECONDS: Final = 2.0
 class Connection:
     """A connection to a socket.
 
-    ``retry_seconds``: for how long it is made anew once it was lost.
+    ``retry_seconds``: the time for which a lost connection is retried.
     """
 
     def __init__(self, path: str, retry_seconds: float) -> None:
         self.path = path
         self._retry_seconds = retry_seconds
         self.qmp = QMPClient("secretd")
-        # Of all events it keeps a list without a reader.
+        # Otherwise qemu.qmp would collect all events in a list without a reader.
         self.qmp.events.event_filter = lambda _event: False
         self._connecting = asyncio.Lock()
-        self._number = 0  # how often it was made anew
+        self._number = 0  # of reconnections
         self._closed = asyncio.Event()
         self._passing = asyncio.Lock()
 
@@ -45,9 +45,8 @@ class Connection:
         return self._closed.is_set()
 
     async def connect(self) -> None:
-        """Connect and negotiate.
-
-        Raises qemu.qmp's ConnectError; the first time nothing is tried again.
+        """Connect and negotiate. Raises qemu.qmp's ConnectError; the first attempt is not
+        retried.
         """
         self._closed.clear()
         await self._connect()
@@ -65,17 +64,17 @@ class Connection:
 
     @property
     def number(self) -> int:
-        """How often the connection was made anew."""
+        """The number of reconnections."""
         return self._number
 
     async def close(self) -> None:
         """Disconnect."""
         self._closed.set()
-        async with self._connecting:  # which ends soon now
+        async with self._connecting:  # an attempt ends soon now
             await self._disconnect()
 
     async def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> object:
-        """Execute a command, connecting again if need be; return what it returns."""
+        """Execute a command, reconnecting if necessary; return its result."""
         types.check_text(arguments)
         return await self.again(
             lambda: self.qmp.execute(command, arguments), twice=bool(SAFE.fullmatch(command))
@@ -84,15 +83,13 @@ class Connection:
     async def pass_fd(
         self, fd: int, command: str, arguments: Mapping[str, object] | None = None
     ) -> object:
-        """Pass a descriptor with a command, on the connection that there is."""
+        """Pass a descriptor with a command, on the present connection; return the result."""
         async with self._passing:
             self.qmp.send_fd_scm(fd)
             return await self.qmp.execute(command, arguments)
 
     async def again(self, once: Callable[[], Awaitable[R]], *, twice: bool = True) -> R:
-        """Return what ``once`` returns, after connecting again if need be. ``twice``: it may be
-        done twice.
-        """
+        """Return the result of ``once``, reconnecting if necessary. ``twice``: it may run twice."""
         loop = asyncio.get_running_loop()
         deadline: float | None = None
         failures = 0
@@ -114,12 +111,14 @@ class Connection:
                 await self._reconnect(number, deadline)
 
     async def _reconnect(self, number: int, deadline: float) -> None:
-        """Make the connection anew, unless another caller has by then; raises ConnectError."""
+        """Reconnect, unless another caller has done so since connection ``number``. Raises
+        ConnectError.
+        """
         async with self._connecting:
             while number == self._number:
                 await self._disconnect()
                 try:
-                    # A socket of systemd's takes connections before a daemon answers.
+                    # systemd's socket accepts connections before a daemon answers.
                     await self._unless_closed(self._connect(), deadline)
                     self._number += 1
                 except ConnectError as error:
@@ -132,9 +131,7 @@ class Connection:
                         raise
 
     async def _unless_closed(self, waited: Coroutine[Any, Any, object], deadline: float) -> None:
-        """Wait for something until the deadline, or until the client is closed; raises ConnectError
-        then.
-        """
+        """Wait until the deadline, or until the client is closed. Raises ConnectError then."""
         task = asyncio.ensure_future(waited)
         closed = asyncio.ensure_future(self._closed.wait())
         try:
@@ -153,16 +150,15 @@ class Connection:
         return asyncio.get_running_loop().time()
 
     async def _disconnect(self) -> None:
-        # What ended the connection comes out here; that it has ended is known.
+        # The reason of the end is raised here; the end itself is known.
         with contextlib.suppress(EOFError, OSError, QMPError):
             await self.qmp.disconnect()
 
 
 def _refusal(path: str) -> str | None:
-    """Return the words of a server that sends an error where its greeting should be, None if it
-    does not.
+    """Return the words of a server that sends an error instead of a greeting, None if it does not.
 
-    qemu.qmp drops what it did not understand, so the server is asked once more.
+    qemu.qmp drops such a line, so the server is asked once more.
     """
     try:
         Channel(path, _REFUSAL_SECONDS).close()

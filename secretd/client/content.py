@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The content of secrets on its way through the client: memory to give, and what comes through
-pipes.
-"""
+"""The content of secrets on its way through the client: memory for memfds, and bytes from pipes."""
 
 import contextlib
 import fcntl
@@ -13,14 +11,17 @@ from secretd.client.types import Format
 from secretd.memory.arena import LockedBuffer
 
 LARGEST_CONTENT: Final = 1 << 20
-"""Bytes that a memfd is given before it is passed; in base64 a third more."""
+"""Bytes that a memfd gets before it is passed; base64 needs a third more."""
 
 _CHUNK_BYTES: Final = 64 << 10
 _F_GET_SEALS: Final = 1034
 
 
 class Collected:
-    """What came through a pipe, in locked memory that grows."""
+    """Bytes from a pipe, in locked memory that grows.
+
+    ``allocate``: returns a locked buffer of so many bytes.
+    """
 
     def __init__(self, allocate: Callable[[int], LockedBuffer]) -> None:
         self._allocate = allocate
@@ -28,7 +29,7 @@ class Collected:
         self._fill = 0
 
     def fill(self, fd: int) -> bool:
-        """Read what there is; True at the end."""
+        """Read the available bytes; return True at the end."""
         while True:
             if self._fill == self._buffer.size:
                 larger = self._allocate(4 * self._fill)
@@ -45,23 +46,25 @@ class Collected:
 
     @property
     def size(self) -> int:
-        """Bytes so far."""
+        """Number of bytes so far."""
         return self._fill
 
     def take(self) -> LockedBuffer:
-        """Return a buffer of just the size."""
+        """Return a buffer of exactly the size; the caller owns it."""
         exact = self._allocate(self._fill)
         exact.view[:] = self._buffer.view[: self._fill]
         return exact
 
     def free(self) -> None:
-        """Wipe it."""
+        """Wipe the bytes."""
         self._buffer.free()
 
 
 def give_memory(fd: int, form: Format) -> None:
-    """Allocate a memfd's pages, so that they are this process's: secretd refuses to allocate them
-    for peers that it does not trust. Does nothing to other descriptors.
+    """Allocate a memfd's pages, so that they belong to this process.
+
+    secretd does not allocate them for untrusted peers. Does nothing to other descriptors. Raises
+    OSError.
     """
     with contextlib.suppress(OSError):
         fcntl.fcntl(fd, _F_GET_SEALS)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Which socket a client connects to when it is given none."""
+"""The default socket of a client."""
 
 import os
 

@@ -7,11 +7,10 @@
             use(plaintext.view)
 
 It has the methods of `aio.Client`, and its errors are qemu.qmp's, too. It starts no event loop and
-no thread, and imports qemu.qmp only when it raises one of these errors. secretctl is made with it.
+no thread, and imports qemu.qmp only to raise one of these errors. secretctl uses it.
 
-A connection that was lost is made anew for ``retry_seconds``. A command that had not been sent is
-sent then; one that had been sent is sent again only where carrying it out twice does no harm, and a
-few times at most.
+A lost connection is retried for ``retry_seconds``. A command that was not sent yet is then sent. A
+command that was sent is repeated only if running it twice does no harm, and a few times at most.
 """
 
 import contextlib
@@ -47,10 +46,12 @@ class SyncClient:
         timeout: float | None = None,
         on_wait: OnWait | None = None,
     ) -> None:
-        """``path``: the socket; default $SECRETD_SOCKET, else the control or the client socket.
-        ``retry_seconds``: for how long a connection that was lost is made anew; 0 for not at all.
-        ``timeout``: seconds that each answer may take, None for any time. ``on_wait`` is called
-        with what is waited for once that takes longer than 2 seconds.
+        """Prepare a client; `connect` connects it.
+
+        ``path``: the socket; the default is $SECRETD_SOCKET, else the control or the client socket.
+        ``retry_seconds``: the time for which a lost connection is retried; 0 for never.
+        ``timeout``: seconds for each answer, None for no limit. ``on_wait``: called with the reason
+        of a wait that takes longer than 2 seconds.
         """
         self.path = default_socket() if path is None else path
         self._timeout = timeout
@@ -60,11 +61,13 @@ class SyncClient:
     # --- the connection
 
     def connect(self) -> None:
-        """Connect and negotiate. Raises ConnectError; the first time nothing is tried again."""
+        """Connect and negotiate. Raises qemu.qmp's ConnectError; the first attempt is not
+        retried.
+        """
         self._connection.open()
 
     def close(self) -> None:
-        """Disconnect, and wipe what `read` returned: it reads as zeros then."""
+        """Disconnect, and wipe the buffers that `read` returned: they read as zeros then."""
         self._connection.close()
         if self._arena is not None:
             arena, self._arena = self._arena, None
@@ -83,15 +86,12 @@ class SyncClient:
 
     @property
     def package(self) -> str:
-        """What the server calls itself in its greeting, such as "secretd 0.1.0"; "" while not
-        connected.
-        """
+        """The server's name in its greeting, such as "secretd 0.1.0"; "" while not connected."""
         return self._connection.package
 
     def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> object:
-        """Execute any command; return what it returns.
-
-        Raises ValueError for text that is not UTF-8.
+        """Execute any command and return its result. Raises ValueError for text that is not
+        UTF-8.
         """
         types.check_text(arguments)
         return self._connection.again(
@@ -102,13 +102,15 @@ class SyncClient:
     # --- objects
 
     def add(self, object_id: str, fd: int, encoding: Encoding = PLAIN) -> None:
-        """Add a secret whose content the daemon reads from ``fd`` (borrowed): a file or memfd from
-        its start, a pipe or socket to its end.
+        """Add a secret with the content of ``fd`` (borrowed).
+
+        The daemon reads a file or memfd from its start, a pipe or socket to its end. Raises
+        ExecuteError, ConnectError, and ExecInterruptedError if the secret may have been added.
         """
         self._add(object_id, fd, encoding, None)
 
     def add_bytes(self, object_id: str, plaintext: memoryview, encoding: Encoding = PLAIN) -> None:
-        """Add a secret from memory, through a pipe."""
+        """Add a secret from memory, through a pipe; raises as `add` does."""
         rest = memoryview(plaintext)
         source, sink = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         ends = [source, sink]
@@ -136,7 +138,7 @@ class SyncClient:
             added = cast(dict[str, int], returned(channel.exchange("add-fd", None, [fd])))
             numbers = {"fdset-id": added["fdset-id"]}
             file = {"file": f"/dev/fdset/{added['fdset-id']}"}
-            # From here on the content may be gone, even if nothing was added.
+            # From here on the content may be consumed, even if nothing was added.
             try:
                 reply = channel.exchange("object-add", {**options, **file}, (), pump)
             except Lost as error:
@@ -148,31 +150,31 @@ class SyncClient:
         self._connection.again(once, twice=False)
 
     def generate(self, object_id: str, size: int = 32) -> None:
-        """Add a secret of ``size`` random bytes."""
+        """Add a secret of ``size`` random bytes, generated by the daemon."""
         self.execute("secret-generate", {"id": object_id, "size": size})
 
     def delete(self, object_id: str) -> None:
-        """Remove an object; its plaintext is wiped when this returns."""
+        """Delete an object; its plaintext is wiped when this returns. Raises ExecuteError."""
         self.execute("object-del", {"id": object_id})
 
     def expire(self, object_id: str, seconds: int | None) -> None:
-        """Have a secret wiped after so many seconds from now; None for never."""
+        """Wipe a secret after so many seconds from now; None removes its lifetime."""
         lifetime: dict[str, object] = {} if seconds is None else {"after": seconds}
         self.execute("secret-expire", {"id": object_id, **lifetime})
 
     def explain(self, object_id: str, identities: "list[str]") -> dict[str, object]:
-        """Return secret-explain's answer: may a client with these identities read a secret, and
-        why?
+        """Return the result of secret-explain: whether a client with these identities may read a
+        secret, and why.
         """
         found = self.execute("secret-explain", {"id": object_id, "peer": identities})
         return cast(dict[str, object], found)
 
     def stat(self, name: str) -> int:
-        """Return one figure of query-secret-stats; KeyError if there is none of that name."""
+        """Return one figure of query-secret-stats. Raises KeyError for an unknown name."""
         return types.figures(self.execute("query-secret-stats"))[name]
 
     def list(self) -> list[SecretInfo]:
-        """Return the secrets this connection may know of."""
+        """Return the secrets that this connection may know, sorted by id."""
         found: list[SecretInfo] = []
         while True:
             after: dict[str, object] = {"after": found[-1].id} if found else {}
@@ -182,18 +184,21 @@ class SyncClient:
             found += page
 
     def info(self, object_id: str) -> SecretInfo | None:
-        """Return one entry of `list`, None if this connection may know of no such secret."""
+        """Return one entry of `list`, None if this connection may know no such secret."""
         page = types.secret_infos(self.execute("query-secrets", {"after": types.before(object_id)}))
         return next((secret for secret in page if secret.id == object_id), None)
 
     def version(self) -> str:
-        """Return the daemon's own version, such as "secretd 0.1.0"."""
+        """Return the daemon's version, such as "secretd 0.1.0"."""
         return cast(dict[str, str], self.execute("query-version"))["package"]
 
     # --- hand-over
 
     def read(self, object_id: str, *, format: Format = "raw") -> LockedBuffer:  # noqa: A002
-        """Return a secret in locked memory; free it, or use it as a context manager, to wipe it."""
+        """Return a secret in locked memory; free it, or use it as a context manager, to wipe it.
+
+        ``format``: "raw" or "base64". Raises ExecuteError and ConnectError.
+        """
 
         def once(channel: Channel) -> LockedBuffer:
             def deliver(sink: int, pump: Pump) -> int:
@@ -205,9 +210,10 @@ class SyncClient:
         return self._connection.again(once)
 
     def read_into(self, object_id: str, fd: int, *, format: Format = "raw") -> int:  # noqa: A002
-        """Have the daemon write a secret to ``fd`` (borrowed): the write end of a pipe, an end of a
-        stream socket pair, or a memfd, which is given its memory here. Returns the secret's size in
-        bytes.
+        """Make the daemon write a secret to ``fd`` (borrowed); return its size in bytes.
+
+        ``fd``: the write end of a pipe, an end of a stream socket pair, or a memfd, whose memory is
+        allocated here. Raises ExecuteError and ConnectError.
         """
         types.check_text(object_id)
         give_memory(fd, format)
@@ -224,7 +230,7 @@ class SyncClient:
         return cast(dict[str, int], reply)["size"]
 
     def seal(self, object_id: str, keyid: str) -> Sealed:
-        """Return a secret encrypted under another, for QEMU's object-add."""
+        """Return a secret encrypted under another, for QEMU's object-add. Raises ExecuteError."""
         types.check_text([object_id, keyid])
 
         def once(channel: Channel) -> Sealed:
@@ -246,8 +252,10 @@ class SyncClient:
     def _collect(
         self, deliver: Callable[[int, Pump], T], size_of: Callable[[T], int]
     ) -> tuple[LockedBuffer, T]:
-        """Return what ``deliver`` has written to the descriptor it is given, in locked memory, and
-        what it returns, of which ``size_of`` is the number of bytes.
+        """Return the bytes that ``deliver`` makes the daemon write, in locked memory, and its
+        result.
+
+        ``size_of``: returns the number of bytes that the result announces.
         """
         source, sink = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         ends = [source, sink]
@@ -259,7 +267,7 @@ class SyncClient:
             size = size_of(result)
             while not collected.fill(source) and collected.size < size:
                 if not wait(source, select.POLLIN, self._timeout):
-                    raise TimeoutError(f"No end of the secret within {self._timeout:g} seconds")
+                    raise TimeoutError(f"The secret did not end within {self._timeout:g} seconds")
             return collected.take(), result
         finally:
             collected.free()
@@ -269,9 +277,10 @@ class SyncClient:
     # --- events
 
     def events(self, *, names: Sequence[str] = ()) -> Iterator[Event]:
-        """Return the events from now on as they come, until the client is closed; with ``names``
-        only those. What happened while the connection was made anew is missing; SECRET_EVENTS_LOST
-        tells of what secretd has dropped.
+        """Yield events from now on, until the client is closed; with ``names`` only those.
+
+        Events during a reconnection are missing; SECRET_EVENTS_LOST reports those that secretd
+        dropped.
         """
         arguments: dict[str, object] = {"enable": True, **({"events": [*names]} if names else {})}
         subscribed: Channel | None = None

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""One connection of the blocking client: made again where that is safe, with qemu.qmp's errors.
+"""The blocking client's connection, which reconnects where that is safe, and raises qemu.qmp's
+errors.
 
-A connection that was lost is made again for ``retry_seconds``. A command that had not been sent is
-sent then; one that had been is sent again if it changes nothing, and raises ExecInterruptedError
-otherwise.
+A lost connection is retried for ``retry_seconds``. A command that was not sent yet is then sent. A
+command that was sent is repeated if it changes nothing, and raises ExecInterruptedError otherwise.
 """
 
 import re
@@ -16,21 +16,21 @@ from secretd.client.channel import Channel, Lost, Message, OnWait, Refused
 T = TypeVar("T")
 
 RETRY_SECONDS: Final = 30.0
-"""Seconds for which a connection that was lost is made anew before that is an error."""
+"""Seconds for which a lost connection is retried before that is an error."""
 
 SAME_FAILURES: Final = 4
-"""How often a command may end a fresh connection before that is an error."""
+"""Fresh connections that a command may end before that is an error."""
 
 SAFE: Final = re.compile("query-.*|qom-(list|get).*|secret-(seal|explain|expire|events)")
-"""Commands that may be carried out twice."""
+"""Commands that may run twice."""
 
 _RETRY_EACH: Final = 0.05
 
 
 class SyncConnection:
-    """The connection of a `SyncClient`; see there for what the arguments mean.
+    """The connection of a `SyncClient`, whose docstring describes the arguments.
 
-    ``channel``: None while there is none. ``is_open``: between `open` and `close`.
+    ``channel``: None while not connected. ``is_open``: True between `open` and `close`.
     """
 
     def __init__(
@@ -46,11 +46,11 @@ class SyncConnection:
 
     @property
     def package(self) -> str:
-        """What the server calls itself; "" while not connected."""
+        """The server's name; "" while not connected."""
         return self.channel.package if self.channel is not None else ""
 
     def open(self) -> None:
-        """Connect and negotiate. Raises ConnectError; nothing is tried again."""
+        """Connect and negotiate. Raises ConnectError; this attempt is not retried."""
         self.is_open = True
         try:
             self._connect()
@@ -73,20 +73,19 @@ class SyncConnection:
         return self.channel
 
     def disconnect(self) -> None:
-        """Disconnect; the next command connects again."""
+        """Disconnect; the next command reconnects."""
         channel, self.channel = self.channel, None
         if channel is not None:
             channel.close()
 
     def again(self, once: Callable[[Channel], T], *, twice: bool = True) -> T:
-        """Return what ``once`` returns, after connecting again if need be. ``twice``: it may be
-        carried out twice.
-        """
+        """Return the result of ``once``, reconnecting if necessary. ``twice``: it may run twice."""
         deadline: float | None = None
         failures = 0
         while True:
             if not self.is_open:
                 _state_error()
+            # 1. Try, and give up at once where a retry is unsafe or pointless.
             lost: Lost | _UnreachableError
             try:
                 channel = self.channel or self._connect()
@@ -103,8 +102,9 @@ class SyncConnection:
                 if isinstance(error.cause, Refused | TimeoutError):
                     _connect_error(error)
             except TimeoutError as error:
-                self.disconnect()  # the reply would be taken for the next command's
+                self.disconnect()  # a late reply would be taken for the next command's
                 _connect_error(_UnreachableError("No answer", error))
+            # 2. Retry until the time is over.
             now = time.monotonic()
             if deadline is None:
                 deadline = now + self._retry_seconds
@@ -124,7 +124,7 @@ class SyncConnection:
 
 
 def returned(reply: Message) -> object:
-    """Return what a command returned, or raise ExecuteError."""
+    """Return the result in a reply, or raise ExecuteError."""
     if "return" in reply:
         return reply["return"]
     from qemu.qmp import ExecuteError
@@ -135,7 +135,7 @@ def returned(reply: Message) -> object:
 
 
 class _UnreachableError(Exception):
-    """No connection could be made; becomes a ConnectError."""
+    """No connection could be made; it becomes a ConnectError."""
 
     def __init__(self, words: str, cause: Exception) -> None:
         super().__init__(words)

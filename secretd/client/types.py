@@ -8,8 +8,10 @@ Format = Literal["raw", "base64"]
 
 
 class SecretInfo(NamedTuple):
-    """An entry of query-secrets. ``size``: bytes; ``memory``: secretmem, mlock or none;
-    ``expires_in``: the seconds that are left, None where the lifetime is not limited.
+    """An entry of query-secrets.
+
+    ``size``: bytes; ``memory``: secretmem, mlock or none; ``expires_in``: the seconds that are
+    left, None without a lifetime.
     """
 
     id: str
@@ -20,16 +22,17 @@ class SecretInfo(NamedTuple):
 
 
 class Sealed(NamedTuple):
-    """What secret-seal returns: AES-256-CBC ciphertext and its IV, both in base64."""
+    """The result of secret-seal: AES-256-CBC ciphertext and its IV, both in base64."""
 
     data: str
     iv: str
 
 
 class Event(NamedTuple):
-    """An event (docs/protocol.md, "Events"). ``id``: of the secret, "" where the event is about
-    none; ``peer``: the uid, gid, pid and unit that caused it, None where secretd does not name it;
-    ``time``: seconds since the epoch.
+    """An event (docs/protocol.md, "Events").
+
+    ``id``: the secret's, "" for an event without one. ``peer``: the uid, gid, pid and unit that
+    caused it, None where secretd does not name it. ``time``: seconds since the epoch.
     """
 
     name: str
@@ -40,8 +43,8 @@ class Event(NamedTuple):
 
 
 class Encoding(NamedTuple):
-    """How the content of a secret to be added is encoded: base64 or not, encrypted under ``keyid``
-    or not. ``iv`` is base64.
+    """The encoding of a new secret's content: raw or base64, optionally encrypted under ``keyid``;
+    ``iv`` is base64.
     """
 
     format: Format = "raw"
@@ -49,7 +52,7 @@ class Encoding(NamedTuple):
     iv: str | None = None
 
     def members(self) -> dict[str, object]:
-        """Return the members of object-add that say so."""
+        """Return the members of object-add for this encoding."""
         return {name: value for name, value in self._asdict().items() if value is not None}
 
 
@@ -57,7 +60,7 @@ PLAIN: Final = Encoding()
 
 
 def secret_infos(entries: object) -> list[SecretInfo]:
-    """Return what query-secrets has returned."""
+    """Return the entries of query-secrets as SecretInfo."""
     return [
         SecretInfo(s["id"], s["qom-type"], s["size"], s["memory"], s.get("expires-in"))
         for s in cast("list[dict[str, Any]]", entries)
@@ -65,7 +68,7 @@ def secret_infos(entries: object) -> list[SecretInfo]:
 
 
 def event_of(message: Mapping[str, object]) -> Event:
-    """Return a message with an event."""
+    """Return the event in a message."""
     data = cast("dict[str, Any]", message.get("data", {}))
     stamp = cast("dict[str, int]", message["timestamp"])
     seconds = stamp["seconds"] + stamp["microseconds"] / 1e6
@@ -73,14 +76,14 @@ def event_of(message: Mapping[str, object]) -> Event:
 
 
 def figures(parts: object) -> dict[str, int]:
-    """Return what query-secret-stats has returned, by name."""
+    """Return the figures of query-secret-stats by name."""
     listed = cast("list[dict[str, list[dict[str, Any]]]]", parts)
     return {s["name"]: int(s["value"]) for part in listed for s in part["stats"]}
 
 
 def check_text(value: object) -> None:
-    """Raise ValueError for text that is not UTF-8, such as a name that came from a command line:
-    JSON cannot carry it.
+    """Raise ValueError for text that is not UTF-8, such as a name from a command line: JSON cannot
+    carry it.
     """
     if isinstance(value, str):
         try:
@@ -97,7 +100,7 @@ def check_text(value: object) -> None:
 
 
 def before(beginning: str) -> str:
-    """Return a text that sorts just before all ids that begin so: "~" sorts behind all that an id
-    can have.
+    """Return a text that sorts just before all ids with a prefix; "~" sorts after all characters of
+    an id.
     """
     return f"{beginning[:-1]}{chr(ord(beginning[-1]) - 1)}~" if beginning else ""

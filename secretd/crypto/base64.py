@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Base64 from locked memory into locked memory, with QEMU's words for what is not base64.
+"""Base64 from locked memory into locked memory, with QEMU's words for invalid base64.
 
 msgspec decodes into a bytearray, which is wiped. `binascii` is never used on secrets: its results
-are ordinary bytes, and it leaves plaintext on the C stack. qom.secret and the deliveries call it.
+are ordinary bytes, and it leaves plaintext on the C stack. qom.secret and the deliveries call this
+module.
 """
 
 import re
@@ -24,9 +25,11 @@ INVALID_BASE64 = "Base64 data contains invalid characters"
 
 
 def decode_base64(quoted: memoryview, scratch_arena: Arena, arena: Arena) -> LockedBuffer:
-    """Return, in ``arena``, what ``quoted`` stands for: base64 text between double quotes.
+    """Return, in ``arena``, the bytes that a base64 text between double quotes encodes.
 
-    Raises CommandError in QEMU's words (qbase64_decode()).
+    ``quoted``: the text with its quotes; it is not changed. ``scratch_arena``: for intermediate
+    results. Raises CommandError in QEMU's words (qbase64_decode() of util/base64.c) and
+    LockedMemoryExhausted.
     """
     if _NEWLINE.search(quoted):
         with scratch_arena.allocate(len(quoted)) as copy:
@@ -35,7 +38,7 @@ def decode_base64(quoted: memoryview, scratch_arena: Arena, arena: Arena) -> Loc
 
 
 def _decode_joined(quoted: memoryview, arena: Arena) -> LockedBuffer:
-    # Only what is base64 to the letter goes to msgspec, which would undo escapes in its own memory.
+    # Only valid base64 goes to msgspec, which would undo escapes in memory of its own.
     if not _BASE64.fullmatch(quoted):
         if _NUL.search(quoted):
             raise CommandError("Base64 data contains embedded NUL characters")
@@ -62,7 +65,9 @@ def _without_newlines(quoted: memoryview, into: memoryview) -> memoryview:
 
 
 def encode_base64(plaintext: memoryview, arena: Arena) -> LockedBuffer:
-    """Return the base64 text of a secret, in locked memory."""
+    """Return the base64 text of a secret, in a buffer of ``arena``. Raises
+    LockedMemoryExhausted.
+    """
     size = -(-len(plaintext) // 3) * 4
     # Large enough from the start: growing would leave copies behind. It holds both quotes.
     encoded = bytearray(size + 64)

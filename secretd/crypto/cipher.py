@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """AES-256-CBC from locked memory into locked memory, in the steps of QEMU's crypto/secret_common.c.
 
-Only this package uses `cryptography`. A cipher context lives within one function that does not
-await: while the context exists, the key is in the heap. qom.secret and the command secret-seal call
-it.
+A cipher context lives within one function that does not await: while the context exists, the key is
+in the heap. qom.secret and the command secret-seal call this module.
 """
 
 import binascii
@@ -25,7 +24,7 @@ BLOCK_BYTES: Final = 16
 
 
 def decode_iv(text: str) -> bytes:
-    """Return the 16 bytes of an initialisation vector given in base64, or raise CommandError."""
+    """Return the 16 bytes of a base64 initialisation vector, or raise CommandError."""
     try:
         iv = binascii.a2b_base64(text.replace("\n", "").encode("ascii"), strict_mode=True)
     except ValueError:  # UnicodeEncodeError and binascii.Error
@@ -36,14 +35,16 @@ def decode_iv(text: str) -> bytes:
 
 
 def check_key(key: memoryview) -> None:
-    """Raise CommandError unless a secret can serve as AES-256 key."""
+    """Raise CommandError unless a secret can serve as an AES-256 key."""
     if len(key) != KEY_BYTES:
         raise CommandError(f"Key should be {KEY_BYTES} bytes in length")
 
 
 @functools.cache
 def _aes_256_cbc() -> "Callable[[memoryview, bytes], Cipher[modes.CBC]]":
-    """Return what makes a cipher of key and IV. Imported when it is first needed: most never do."""
+    """Return the constructor of a cipher from key and IV, imported at its first use: most daemons
+    never need it.
+    """
     from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
     return lambda key, iv: Cipher(algorithms.AES(key), modes.CBC(iv))
@@ -52,10 +53,9 @@ def _aes_256_cbc() -> "Callable[[memoryview, bytes], Cipher[modes.CBC]]":
 def decrypt(
     ciphertext: memoryview, key: memoryview, iv: bytes, scratch_arena: Arena, arena: Arena
 ) -> LockedBuffer:
-    """Return, in ``arena``, the plaintext of AES-256-CBC with PKCS#7 padding, all of which is
-    checked.
+    """Return, in ``arena``, the plaintext of AES-256-CBC after checking all of its PKCS#7 padding.
 
-    Raises CommandError in the words of qcrypto_secret_decrypt().
+    Raises CommandError in the words of qcrypto_secret_decrypt() of crypto/secret_common.c.
     """
     size = len(ciphertext)
     if size % BLOCK_BYTES:
@@ -82,7 +82,8 @@ def decrypt(
 def seal(plaintext: memoryview, key: memoryview, arena: Arena) -> tuple[str, str]:
     """Encrypt with AES-256-CBC under a fresh random IV; return ciphertext and IV in base64.
 
-    What QEMU's ``object-add qom-type=secret keyid= iv= format=base64`` takes.
+    QEMU's ``object-add qom-type=secret keyid= iv= format=base64`` accepts the result. ``arena``:
+    for intermediate results.
     """
     iv = os.urandom(IV_BYTES)
     size = len(plaintext)

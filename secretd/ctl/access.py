@@ -20,22 +20,23 @@ from secretd.systemd.credential_address import CREDENTIAL_ADDRESS_BYTES
 
 
 def grant_id(secret: str, to: list[str]) -> str:
-    """Return the id of a grant that was given none."""
+    """Return the id of a grant without --id."""
     text = re.sub(r"[^A-Za-z0-9._-]+", "_", "-".join([secret, *to]))
     return f"grant-{text}"
 
 
 def authz_id(grant_name: str) -> str:
-    """Return the id of the authz-list that belongs to a grant."""
+    """Return the id of the authz-list of a grant."""
     return f"{grant_name}.authz"
 
 
 @verb(
     "grant", argument("secret", shell_complete=complete_ids),
     option("--to", multiple=True, required=True, metavar="WHO", help=IDENTITY),
-    option("--id", "name", metavar="GRANT", help="the grant's id (default: made of the rest)"),
+    option("--id", "name", metavar="GRANT", help="the grant's id (default: derived from SECRET "
+                                                 "and --to)"),
     option("--for", "duration", metavar="TIME", help=TIME),
-    option("--max-reads", type=int, metavar="N", help="allow so many reads"),
+    option("--max-reads", type=int, metavar="N", help="limit the number of reads"),
     option("--credential", metavar="NAME", help="the name that systemd units know it by"),
     examples=(
         "secretctl grant disk0 --to unit:backup.service",
@@ -52,10 +53,11 @@ def grant(
     max_reads: int | None,
     credential: str | None,
 ) -> None:
-    """Let somebody read secrets on the client socket.
+    """Let a user, group or unit read secrets on the client socket.
 
     Prints the grant's id. SECRET is an id, or a pattern with * and ?.
     """
+    # 1. The two objects: an authz-list, and the grant that names it.
     named = [found for identity in to for found in identities(identity)]
     name = name or grant_id(secret, named)
     rules = [
@@ -73,13 +75,14 @@ def grant(
         _check_credential(credential, named)
         arguments["credential"] = credential
     rules_object = {"qom-type": "authz-list", "id": authz_id(name), "rules": rules}
+    # 2. Add both, or none.
     with client_of(common) as client:
         if _type_of(client, name) is not None:
             raise UsageError(
-                f"'{name}' exists already; take it back first, or choose another with --id"
+                f"'{name}' exists already; revoke it first, or choose another with --id"
             )
         if _type_of(client, authz_id(name)) == "authz-list":
-            client.delete(authz_id(name))  # of a grant that has expired
+            client.delete(authz_id(name))  # left by an expired grant
         client.execute("object-add", rules_object)
         try:
             client.execute("object-add", arguments)
@@ -92,7 +95,7 @@ def grant(
 
 
 def _check_credential(name: str, named: list[str]) -> None:
-    """Raise UsageError for a unit that systemd could not ask for it."""
+    """Raise UsageError for a unit that systemd could not ask for."""
     for unit in (n.rpartition("/")[2].removeprefix("unit:") for n in named if "unit:" in n):
         size = len((unit + name).encode())
         if size > CREDENTIAL_ADDRESS_BYTES:
@@ -111,12 +114,12 @@ def _type_of(client: SyncClient, object_id: str) -> object:
 
 @verb("revoke", argument("name", metavar="GRANT"))
 def revoke(common: Common, name: str) -> None:
-    """Take a grant back; what is being read ends, too."""
+    """Withdraw a grant; running reads end, too."""
     rules = authz_id(name)
     with client_of(common) as client:
         kind = _type_of(client, name)
         if kind not in ("secret-grant", None):
-            raise UsageError(f"'{name}' is no grant; 'secretctl del' removes secrets")
+            raise UsageError(f"'{name}' is not a grant; 'secretctl del' removes secrets")
         own = _type_of(client, rules) == "authz-list"
         if kind is None and not own:
             raise UsageError(f"there is no grant '{name}'")
@@ -135,10 +138,9 @@ def revoke(common: Common, name: str) -> None:
     examples=("secretctl explain disk0 --as unit:backup.service",),
 )  # fmt: skip
 def explain(common: Common, object_id: str, peer: tuple[str, ...]) -> int:
-    """Say whether somebody may read a secret, and why.
+    """Say whether a user, group or unit may read a secret, and why.
 
-    The exit status is 0 if so, 1 if
-    not.
+    The exit status is 0 if so, 1 if not.
     """
     named = [found for each in peer for found in (*identities(each), *groups_of(each))]
     with client_of(common) as client:
@@ -150,7 +152,8 @@ def explain(common: Common, object_id: str, peer: tuple[str, ...]) -> int:
                 authz = str(client.execute("qom-get", path))
                 for match in unsure_denials(client, authz):
                     note(
-                        f"'{authz}' denies '{match}', which a process can drop; only uid:N is certain"
+                        f"'{authz}' denies '{match}', which a process can drop; only uid:N is "
+                        "certain"
                     )
     if common.json:
         print(json.dumps(found))

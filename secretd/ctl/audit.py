@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The verb audit verify: is an audit file whole?"""
+"""The verb audit verify, which checks audit files."""
 
 import json
 import os
@@ -30,24 +30,23 @@ _KEY_BYTES: Final = 1 << 20
         shell_complete=complete_ids,
     ),
     option("--key-file", metavar="PATH", help="a file that holds it"),
-    flag("--continues", help="what came before the first FILE is elsewhere"),
-    flag("--live", help="ask secretd whether the end is missing"),
+    flag("--continues", help="the records before the first FILE are elsewhere"),
+    flag("--live", help="ask secretd whether records are missing at the end"),
     examples=("secretctl audit verify /var/log/secretd/audit.log --live",),
 )  # fmt: skip
 def audit(
     common: Common,
     *,
-    action: str,  # noqa: ARG001 - there is one
+    action: str,  # noqa: ARG001 - there is only one
     files: tuple[str, ...],
     key_id: str | None,
     key_file: str | None,
     continues: bool,
     live: bool,
 ) -> int:
-    """Verify that an audit file is whole.
+    """Verify that an audit file is complete and unchanged.
 
-    FILES are those of one chain, the oldest first.
-    The exit status is 1 if anything is wrong with them.
+    FILES are those of one chain, the oldest first. The exit status is 1 if anything is wrong.
     """
     if key_id is not None and key_file is not None:
         raise click.UsageError("--key and --key-file exclude each other")
@@ -77,10 +76,10 @@ def _verify(
 ) -> int:
     written = None
     if live:
-        # Asked first, so that what is written meanwhile is not missing.
+        # First, so that records written meanwhile do not count as missing.
         with client_of(common) as client:
             written = client.stat("audit-records")
-    from secretd.audit import chain  # which is much to import for one verb
+    from secretd.audit import chain  # imported late: only this verb needs it
 
     verification = chain.Verification(key, continues=continues)
     found = [finding for path in files for finding in _findings(path, verification)]
@@ -99,7 +98,8 @@ def _verify(
         if written is None:
             if event not in chain.LAST_EVENTS:
                 notes.append(
-                    "it has no end: secretd is running (--live asks it), or what came after is cut off"
+                    "it has no stop record: secretd is running (--live asks it), or the file was "
+                    "truncated"
                 )
         elif written > last.number:
             found.append(
@@ -109,7 +109,7 @@ def _verify(
             with client_of(common) as client:
                 written = client.stat("audit-records")
             if last.number > written:
-                found.append(f"secretd has written {written}: those after that are made up")
+                found.append(f"secretd has written {written}: later ones are forged")
     if common.json:
         number = None if last is None else last.number
         print(
@@ -123,6 +123,6 @@ def _verify(
 
 
 def _findings(path: str, verification: "chain.Verification") -> list[str]:
-    """Return what is wrong with a file."""
+    """Return the faults of a file."""
     with open(path, "rb") as file:
         return [f"{path}:{f.number}: {f.words}" for f in verification.findings(file)]

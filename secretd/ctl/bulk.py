@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The verbs of `secretctl` for many secrets: import, export, watch.
+"""The verbs for many secrets: import, export, watch.
 
-What they read and write is a line of JSON for each secret, which is the arguments of QEMU's
-object-add. Nothing is exported in clear. ctl calls it.
+import and export use a line of JSON for each secret, which has the arguments of QEMU's object-add.
+Nothing is exported in clear.
 """
 
 import json
@@ -37,7 +37,7 @@ _BLANK: Final = re.compile(rb"[ \t\r]*")
 @verb(
     "import",
     argument("file", default="-", type=click.Path(readable=False, allow_dash=True)),
-    flag("--skip-existing", help="leave alone what is there already"),
+    flag("--skip-existing", help="skip secrets that exist already"),
     examples=(
         "secretctl import secrets.jsonl",
         "secretctl --socket old.sock export --keyid master | secretctl import",
@@ -46,9 +46,9 @@ _BLANK: Final = re.compile(rb"[ \t\r]*")
 def import_(common: Common, file: str, skip_existing: bool) -> int:
     """Add many secrets from lines of JSON.
 
-    They come from FILE or standard input. A line has the members of object-add: id, data, and
-    format, keyid and iv as needed; and expires-in, in seconds. What 'export' writes is such. The
-    first line that is refused ends it, and is named; those before it are added.
+    The lines come from FILE or standard input. A line has the members of object-add: id, data, and
+    optionally format, keyid and iv; and expires-in, in seconds. 'export' writes such lines. The
+    first refused line ends the import and is named; the lines before it are added.
     """
     fd = 0 if file == "-" else os.open(file, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -81,13 +81,13 @@ def _import(common: Common, file: str, fd: int, *, skip_existing: bool) -> int:
     if common.json:
         done(common, added=added, skipped=skipped)
     else:
-        print(f"{added} added" + (f", {skipped} there already" if skipped else ""))
+        print(f"{added} added" + (f", {skipped} exist already" if skipped else ""))
     return 0
 
 
 def _lines(fd: int, buffer: LockedBuffer) -> Iterator[memoryview]:
-    """Return the lines, each in locked memory until the next is asked for; nothing of a blank
-    one.
+    """Yield the lines, each in locked memory until the next one is requested; blank lines are
+    skipped.
     """
     view, fill, ended = buffer.view, 0, False
     while not ended:
@@ -108,7 +108,7 @@ def _lines(fd: int, buffer: LockedBuffer) -> Iterator[memoryview]:
 
 
 def _ends(view: memoryview, *, last: bool) -> Iterator[int]:
-    """Return where lines end."""
+    """Yield the ends of lines."""
     end = 0
     for match in _NEWLINE.finditer(view):
         end = match.end()
@@ -119,9 +119,7 @@ def _ends(view: memoryview, *, last: bool) -> Iterator[int]:
 
 @cache
 def _decoder() -> Any:
-    """Return what decodes a line and leaves its data where it is. msgspec is imported where it is
-    needed.
-    """
+    """Return the decoder of a line, which leaves the data in place; msgspec is imported late."""
     import msgspec
 
     names = {"keyid": str, "iv": str, "format": str, "qom_type": str, "expires_in": int}
@@ -135,18 +133,18 @@ def _decoder() -> Any:
         try:
             return decoder.decode(view)
         except (msgspec.MsgspecError, UnicodeDecodeError):
-            return None  # what it says may quote the line
+            return None  # the error may quote the line
 
     return decode
 
 
 def _add(client: SyncClient, line: memoryview, where: str) -> None:
-    """Add the secret of a line. Its data goes from locked memory into a pipe."""
+    """Add the secret of a line; its data goes from locked memory into a pipe."""
     found = _decoder()(line)
     if found is None or found.qom_type not in (None, "secret"):
         raise UsageError(
-            f"{where}: not a secret: a JSON object is expected with id, data and, as needed, format, "
-            "keyid, iv and expires-in"
+            f"{where}: not a secret: a JSON object is expected with id, data and, as needed, "
+            "format, keyid, iv and expires-in"
         )
     quoted = memoryview(found.data)
     if quoted[0] != _QUOTE:
@@ -176,8 +174,8 @@ def _add(client: SyncClient, line: memoryview, where: str) -> None:
 def export(common: Common, ids: tuple[str, ...], keyid: str) -> int:
     """Print many secrets, sealed, as lines of JSON.
 
-    All of them without IDS, but the one they are sealed under. They can be read with 'import', here
-    or elsewhere, where the key has the same id; each line is also the arguments of QEMU's
+    Without IDS all secrets but the sealing key are printed. 'import' reads the lines, also on
+    another machine where the key has the same id; each line is also the arguments of QEMU's
     object-add. A secret that cannot be exported is named, the others follow, and the exit status is
     1.
     """
@@ -209,10 +207,10 @@ def export(common: Common, ids: tuple[str, ...], keyid: str) -> int:
 
 @verb("watch", flag("--once", help="end after the first event"))
 def watch(common: Common, once: bool) -> None:
-    """Print what happens to secrets as it happens.
+    """Print events about secrets as they happen.
 
-    On the control socket by whom, too; on the client socket what concerns secrets that the caller
-    may read. A restart of secretd is waited for.
+    On the control socket with the peer that caused them; on the client socket about secrets that
+    the caller may read. It continues after a restart of secretd.
     """
     with client_of(common) as client:
         if sys.stderr.isatty() and not common.json:
@@ -230,6 +228,9 @@ def _described(event: Event, *, as_json: bool) -> str:
     clock = time.strftime("%H:%M:%S", time.localtime(event.time))
     by = ""
     if event.peer is not None:
-        by = f"  by {event.peer.get('unit') or 'uid:' + str(event.peer['uid'])}, pid {event.peer['pid']}"
+        by = (
+            f"  by {event.peer.get('unit') or 'uid:' + str(event.peer['uid'])}, pid "
+            f"{event.peer['pid']}"
+        )
     what = event.id or json.dumps(event.data)
     return f"{clock}  {event.name:<18}  {what}{by}"

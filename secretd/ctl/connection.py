@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The client that all verbs use, and what they say where secretd does not answer."""
+"""The client that all verbs use, and the messages when secretd does not answer."""
 
 import os
 import sys
@@ -13,11 +13,11 @@ from secretd.ctl.output import REFUSED, Common, fail, note
 from secretd.errors import UsageError
 
 RETRY_SECONDS: Final = 5.0
-"""Seconds for which a connection that was lost is made anew: a restart takes less."""
+"""Seconds for which a lost connection is retried: a restart takes less."""
 
 
 def cannot_connect(error: "api.ConnectError", common: Common) -> int:
-    """Say why there is no connection, and what to do; return the exit status."""
+    """Print why there is no connection, and what to do; return the exit status."""
     cause = error.exc
     path = common.socket or default_socket()
     if isinstance(cause, Refused):
@@ -28,7 +28,7 @@ def cannot_connect(error: "api.ConnectError", common: Common) -> int:
     if absent:
         print(
             "secretctl: start it with 'secretd', or name its socket with --socket; "
-            "'secretctl doctor' looks for the reason",
+            "'secretctl doctor' finds the reason",
             file=sys.stderr,
         )
     elif isinstance(cause, PermissionError):
@@ -40,7 +40,7 @@ def cannot_connect(error: "api.ConnectError", common: Common) -> int:
 
 
 class _Client(SyncClient):
-    """The client of all verbs: it says which socket answers where that may be a surprise."""
+    """The client of all verbs, which checks that secretd answers."""
 
     def connect(self) -> None:
         """See SyncClient."""
@@ -67,13 +67,14 @@ def client_of(common: Common) -> SyncClient:
 
 
 def say_waiting(what: str) -> None:
-    """Tell a person what takes so long."""
+    """Print the reason of a long wait."""
     note(f"waiting for {what} ... (--timeout S gives up)")
 
 
 def unsure_denials(client: SyncClient, authz: str) -> list[str]:
-    """Return the matches of an authz-list's deny rules that a process can get around: it can drop a
-    group in a user namespace, and leave a unit. Only its uid stays.
+    """Return the matches of an authz-list's deny rules that a process can evade.
+
+    A process can drop a group in a user namespace, and leave a unit; only its uid stays.
     """
     try:
         rules = client.execute("qom-get", {"path": f"/objects/{authz}", "property": "rules"})

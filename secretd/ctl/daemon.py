@@ -16,7 +16,7 @@ from secretd.ctl.verb import argument, verb
 
 @verb("status")
 def status(common: Common) -> None:
-    """Tell who answers and how secrets are protected."""
+    """Print the version, socket and memory of the daemon."""
     with client_of(common) as client:
         secrets = client.list()
         facts = {
@@ -40,10 +40,10 @@ def status(common: Common) -> None:
 def shell(common: Common, arguments: tuple[str, ...]) -> int:
     """Become qmp-shell on secretd's socket.
 
-    ARGUMENTS are its options, such as -H. It keeps what is typed in ~/.qmp-shell_history: type no
-    secrets there.
+    ARGUMENTS are its options, such as -H. qmp-shell keeps what is typed in ~/.qmp-shell_history:
+    type no secrets there.
     """
-    # Of an environment, of what scripts/install has made, or of the system.
+    # From an environment, from scripts/install, or from the system.
     places = (sys.executable, os.path.join(os.path.dirname(__file__), "..", "..", "bin", "here"))
     beside = [os.path.join(os.path.dirname(place), "qmp-shell") for place in places]
     program = next((p for p in beside if os.access(p, os.X_OK)), shutil.which("qmp-shell"))

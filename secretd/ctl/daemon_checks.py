@@ -64,23 +64,26 @@ def _answers(client: SyncClient) -> Iterator[Finding]:
 
 
 def _figures(client: SyncClient) -> Iterator[Finding]:
-    """Look at the limits that were reached; only the control socket has them."""
+    """Check the limits that were reached; only the control socket shows them."""
     try:
         found = figures(client.execute("query-secret-stats"))
     except api.ExecuteError:
         return
+    # 1. Limits that were hit.
     reached = [name for name, hits in found.items() if name.endswith("-hits") and hits]
     for name in reached:
         yield Finding(
             "limits", "warning", f"{name.removesuffix('-hits')} was reached {found[name]} times",
             "docs/protocol.md, 'Limits', lists the limits and what each is for",
         )  # fmt: skip
+    # 2. Lost records and log lines.
     if found.get("audit-dropped"):
         yield Finding(
             "audit",
             "failed",
             f"{found['audit-dropped']} records were lost",
-            "make room where --audit writes; --audit-policy=require releases nothing without a record",
+            "make room where --audit writes; --audit-policy=require releases nothing without a "
+            "record",
         )
     if found.get("log-dropped"):
         yield Finding(
@@ -94,7 +97,7 @@ def _figures(client: SyncClient) -> Iterator[Finding]:
 
 
 def _rules(client: SyncClient) -> Iterator[Finding]:
-    """Look for rules that deny something by what a process can drop."""
+    """Check for rules that deny something by an identity that a process can drop."""
     try:
         listed = client.execute("qom-list", {"path": "/objects"})
     except api.ExecuteError:  # the client socket, or too many objects

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The verb doctor: whether everything is there that secretd needs, and what to do about what is
-not.
+"""The verb doctor, which checks everything that secretd needs, and says how to repair it.
 
-Each check is a function that yields findings; machine_checks looks at this machine, daemon_checks
-asks the daemon.
+Each check is a function that yields findings; machine_checks examines this machine, and
+daemon_checks asks the daemon.
 """
 
 import json
@@ -24,10 +23,10 @@ _MARKS: Final = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "failed": (
 
 @verb("doctor", examples=("secretctl doctor --json | jq '.[] | select(.state != \"ok\")'",))
 def doctor(common: Common) -> int:
-    """Check what secretd needs, and say how to mend it.
+    """Check what secretd needs, and say how to repair it.
 
-    Memory locking, kernel, limits, units, sockets, and the daemon itself; it takes 5 seconds at
-    most. The exit status is 1 if something has failed; a warning is not a failure.
+    It checks memory locking, kernel, limits, units, sockets, and the daemon itself, and takes 5
+    seconds at most. The exit status is 1 if something has failed; a warning is not a failure.
     """
     findings: list[Finding] = []
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the checks of `secretctl doctor` find."""
+"""The findings of `secretctl doctor`."""
 
 from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
@@ -10,7 +10,7 @@ State = Literal["ok", "warning", "failed"]
 
 
 class Finding(NamedTuple):
-    """What a check has found; ``mend``: what to do about it, "" where nothing is to be done."""
+    """The result of a check; ``mend``: what to do about it, "" if nothing."""
 
     check: str
     state: State

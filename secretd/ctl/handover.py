@@ -19,7 +19,7 @@ from secretd.ctl.verb import argument, option, verb
 from secretd.errors import UsageError
 
 _PIPE_BYTES = 64 << 10
-"""What a pipe holds at first (pipe(7))."""
+"""The initial capacity of a pipe in bytes (pipe(7))."""
 
 _KEYID = {"metavar": "K", "required": True, "shell_complete": complete_ids}
 
@@ -42,7 +42,7 @@ def seal(common: Common, object_id: str, keyid: str) -> None:
 @verb(
     "push",
     argument("object_id", metavar="ID", shell_complete=complete_ids),
-    option("--keyid", help="the master key that both hold", **_KEYID),
+    option("--keyid", help="the master key that secretd and QEMU both hold", **_KEYID),
     option(
         "--qmp",
         metavar="SOCKET",
@@ -65,8 +65,9 @@ def push(
 ) -> int:
     """Seal a secret and add it to a running QEMU.
 
-    Nobody between sees it in clear.
+    Only ciphertext is on the way.
     """
+    # 1. Seal it in secretd.
     with client_of(common) as client:
         sealed = client.seal(object_id, keyid)
     arguments = {
@@ -77,6 +78,7 @@ def push(
         "iv": sealed.iv,
         "format": "base64",
     }
+    # 2. Add the ciphertext in QEMU, which decrypts it with the key that it holds.
     try:
         qemu = Channel(qmp, common.timeout, say_waiting)
     except Refused as error:
@@ -122,7 +124,7 @@ def push(
 def run(common: Common, secret: tuple[str, ...], via: str, command: tuple[str, ...]) -> int:
     """Run a command that gets secrets as descriptors.
 
-    {NAME} in its words becomes a /dev/fd/N that reads as the secret. The command takes the place of
+    {NAME} in its words becomes a /dev/fd/N that reads as the secret. The command replaces
     secretctl, and its exit status is the command's.
     """
     fds: dict[str, int] = {}
@@ -132,7 +134,7 @@ def run(common: Common, secret: tuple[str, ...], via: str, command: tuple[str, .
             read = _via_memfd if via == "memfd" else _via_pipe
             name = name or object_id
             if all(f"{{{name}}}" not in word for word in command):
-                raise UsageError(f"{{{name}}} does not stand in the command")
+                raise UsageError(f"{{{name}}} does not occur in the command")
             fds[name] = read(client, object_id)
     words = []
     for word in command:
@@ -141,7 +143,8 @@ def run(common: Common, secret: tuple[str, ...], via: str, command: tuple[str, .
         words.append(word)
     for fd in fds.values():
         os.set_inheritable(fd, True)
-    # The command starts as from a shell: Python ignores these signals, we forbade core files.
+    # The command starts as from a shell: Python ignores these signals, and secretctl forbade core
+    # files.
     for number in (signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(number, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, common.core_limit)
@@ -153,7 +156,9 @@ def run(common: Common, secret: tuple[str, ...], via: str, command: tuple[str, .
 
 
 def _via_memfd(client: SyncClient, object_id: str) -> int:
-    """Others than the command's own user may not open it; the command may not change it."""
+    """Return a memfd with the secret that only the command's own user may open, and that cannot be
+    changed.
+    """
     fd = os.memfd_create("secret", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     os.fchmod(fd, 0o600)
     client.read_into(object_id, fd)
@@ -162,7 +167,7 @@ def _via_memfd(client: SyncClient, object_id: str) -> int:
 
 
 def _via_pipe(client: SyncClient, object_id: str) -> int:
-    """The whole secret waits in the pipe, so that the command can simply replace this process."""
+    """Return a pipe that holds the whole secret, so that the command can replace this process."""
     source, sink = os.pipe2(os.O_CLOEXEC)
     try:
         found = client.info(object_id)

@@ -1,16 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The next step for errors that do not suggest one by themselves; output prints it under the
-error.
-"""
+"""The next step for errors that do not suggest one; output prints it below the error."""
 
 import re
 from typing import Final
 
 _NEXT_STEPS: Final = (
-    (r"No secret with id|object '.*' not found", "'secretctl list' shows what there is"),
+    (r"No secret with id|object '.*' not found", "'secretctl list' shows all secrets"),
     (
         r"Reading secret '(.*)' is not permitted",
-        r"root can let you: secretctl grant \1 --to user:NAME",
+        r"root can permit it: secretctl grant \1 --to user:NAME",
     ),
     (
         r"attempt to add duplicate property '.*' to object",

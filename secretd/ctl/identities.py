@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Identities on the command line: user:www-data is uid:33.
 
-Names of users and groups become numbers here and not in the daemon, since looking them up may take
-its time.
+Names of users and groups become numbers here and not in the daemon, since a look-up may take time.
 """
 
 import grp
@@ -21,15 +20,20 @@ _UNIT_SUFFIX: Final = re.compile(
 
 
 def identities(identity: str) -> list[str]:
-    """Return what secretd calls an identity: ``user:www-data`` is ``uid:33``. Raises UsageError."""
+    """Return secretd's identities for one of the command line: ``user:www-data`` is ``uid:33``.
+
+    Raises UsageError.
+    """
     kind, colon, name = identity.partition(":")
     if not (colon and name):
         raise UsageError(
-            f"'{identity}': say who it is, such as unit:nginx.service, user:alice or gid:33"
+            f"'{identity}': expected a kind and a name, such as unit:nginx.service, user:alice or "
+            "gid:33"
         )
+    # 1. Numbers, and names that become numbers.
     if kind in ("uid", "gid"):
         if not name.isdecimal():
-            raise UsageError(f"'{identity}': {kind} goes with a number, user and group with a name")
+            raise UsageError(f"'{identity}': {kind} needs a number, user and group a name")
         return [f"{kind}:{int(name)}"]
     if kind == "user":
         return [f"uid:{_uid(name)}"]
@@ -38,13 +42,15 @@ def identities(identity: str) -> list[str]:
             return [f"gid:{grp.getgrnam(name).gr_gid}"]
         except KeyError:
             raise UsageError(f"'{identity}': there is no group '{name}'") from None
+    # 2. Units.
     if kind == "unit":
         return [f"unit:{_unit(name)}"]
     if kind == "user-unit" and "/" in name:
         user, _, unit = name.partition("/")
         return [f"user-unit:{user if user.isdecimal() else _uid(user)}/{_unit(unit)}"]
     raise UsageError(
-        f"'{identity}': expected unit:NAME, user:NAME, group:NAME, uid:N, gid:N or user-unit:USER/NAME"
+        f"'{identity}': expected unit:NAME, user:NAME, group:NAME, uid:N, gid:N or "
+        "user-unit:USER/NAME"
     )
 
 
@@ -64,5 +70,5 @@ def _uid(name: str) -> int:
 
 
 def _unit(name: str) -> str:
-    """As systemctl: what has no suffix is a service."""
+    """Return a unit's name as systemctl completes it: without a suffix it is a service."""
     return name if _UNIT_SUFFIX.search(name) else f"{name}.service"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The checks of `secretctl doctor` that look at this machine. They change nothing."""
+"""The checks of `secretctl doctor` that examine this machine. They change nothing."""
 
 import os
 import platform
@@ -20,14 +20,13 @@ from secretd.linux import user_namespace
 from secretd.memory.level import choose_level
 
 LOCKED_BYTES: Final = 8 << 20
-"""Bytes that may be locked with which there is room for 100,000 small secrets: what systemd allows
-by default."""
+"""Bytes of locked memory with room for 100,000 small secrets: systemd's default limit."""
 
 _SO_PEERPIDFD: Final = 77
 _UNITS: Final = ("secretd-control.socket", "secretd-client.socket", "secretd-credentials.socket")
 
 COMMAND_SECONDS: Final = 0.4
-"""Seconds that systemctl may take for one."""
+"""Seconds that systemctl may take for one answer."""
 
 
 def _python(_common: Common) -> Iterator[Finding]:
@@ -45,7 +44,8 @@ def _kernel(_common: Common) -> Iterator[Finding]:
                 "kernel",
                 "warning",
                 f"Linux {release} lacks SO_PEERPIDFD (added in 6.5)",
-                "client sockets are closed to all but root and secretd's user; use Linux 6.5 or newer",
+                "client sockets are closed to all but root and secretd's user; use Linux 6.5 or "
+                "newer",
             )
         else:
             os.close(fd)
@@ -57,6 +57,7 @@ def _kernel(_common: Common) -> Iterator[Finding]:
 
 
 def _memory(_common: Common) -> Iterator[Finding]:
+    # 1. The protection level.
     try:
         level = choose_level(require=True)
     except MemoryLockError:
@@ -77,6 +78,7 @@ def _memory(_common: Common) -> Iterator[Finding]:
             "none: secrets may reach swap and core dumps",
             "allow memory to be locked: see below",
         )
+    # 2. The amount.
     soft = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     if os.geteuid() == 0 or soft == resource.RLIM_INFINITY:
         yield Finding("locked memory", "ok", "without limit")
@@ -87,7 +89,8 @@ def _memory(_common: Common) -> Iterator[Finding]:
             "locked memory",
             "warning",
             f"{soft >> 10} KiB",
-            "raise it with LimitMEMLOCK= in the unit, 'ulimit -l', or memlock in /etc/security/limits.conf",
+            "raise it with LimitMEMLOCK= in the unit, 'ulimit -l', or memlock in "
+            "/etc/security/limits.conf",
         )
 
 
@@ -105,6 +108,7 @@ def _files(_common: Common) -> Iterator[Finding]:
 
 
 def _sockets(common: Common) -> Iterator[Finding]:
+    # 1. Does it exist, and may this user connect?
     path = common.socket or default_socket()
     directory = os.path.dirname(os.path.abspath(path))
     try:
@@ -121,7 +125,7 @@ def _sockets(common: Common) -> Iterator[Finding]:
         yield Finding(
             "socket",
             "failed",
-            f"{path} lies where you may not look",
+            f"{path} is in a directory that you may not search",
             "ask root which socket is yours",
         )
         return
@@ -133,11 +137,12 @@ def _sockets(common: Common) -> Iterator[Finding]:
             "remove it, or name another with --socket",
         )
         return
+    # 2. Can another user replace it?
     if not paths.is_trusted(directory):
         yield Finding(
             "socket",
             "warning",
-            f"{directory} belongs to another user, who can put another socket there",
+            f"{directory} belongs to another user, and that user can replace the socket",
             "use a directory of root's or your own",
         )
     else:
@@ -145,19 +150,19 @@ def _sockets(common: Common) -> Iterator[Finding]:
 
 
 def _namespace(_common: Common) -> Iterator[Finding]:
-    """Look whether this user namespace maps all ids, so that peers can be told apart."""
+    """Check that this user namespace maps all ids, so that peers can be distinguished."""
     words = user_namespace.unmapped_words()
     if words:
         yield Finding(
             "user namespace",
             "warning",
             words,
-            "where secretd runs in it, peers with such ids are refused, and no rule can name them",
+            "secretd refuses peers with such ids, and no rule can name them",
         )
 
 
 def _systemctl(*words: str) -> str:
-    """Return what systemctl prints; nothing if it does not answer soon."""
+    """Return the output of systemctl; "" if it does not answer soon."""
     try:
         shown = subprocess.run(
             [*words], capture_output=True, text=True, check=False, timeout=COMMAND_SECONDS
@@ -170,6 +175,7 @@ def _systemctl(*words: str) -> str:
 def _units(_common: Common) -> Iterator[Finding]:
     if not os.path.isdir("/run/systemd/system") or shutil.which("systemctl") is None:
         return
+    # 1. The sockets.
     for unit in _UNITS:
         facts = _facts(unit)
         if facts.get("LoadState") != "loaded":
@@ -186,6 +192,7 @@ def _units(_common: Common) -> Iterator[Finding]:
             )
         else:
             yield Finding(unit, "ok", f"active, {facts.get('UnitFileState')}")
+    # 2. The service, which a connection starts.
     service = _facts("secretd.service")
     if service.get("ActiveState") == "failed" or service.get("SubState") == "auto-restart":
         last = _systemctl("journalctl", "--quiet", "--unit=secretd", "--lines=1", "--output=cat")
@@ -193,7 +200,7 @@ def _units(_common: Common) -> Iterator[Finding]:
             "secretd.service",
             "failed",
             f"{service.get('SubState')}, after {service.get('NRestarts')} restarts: {last.strip()}",
-            "journalctl -u secretd has the whole story",
+            "see journalctl -u secretd",
         )
 
 
@@ -210,4 +217,4 @@ def _facts(unit: str) -> dict[str, str]:
 CHECKS: Final[tuple[Check, ...]] = (
     _python, _kernel, _namespace, _memory, _files, _units, _sockets,
 )  # fmt: skip
-"""What is looked at here; then the daemon is asked."""
+"""The checks of this machine; those of the daemon follow."""

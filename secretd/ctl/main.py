@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The command `secretctl`: all verbs, and what a mistyped command line is answered.
+"""The command `secretctl`: all verbs, and the answers to a mistyped command line.
 
 Secrets are never arguments: an argument that click cannot place is not printed, since it may be
 one.
@@ -33,7 +33,7 @@ SECTIONS: Final = {
     "Many at once": ("import", "export", "watch"),
     "The daemon": ("status", "doctor", "shell", "completion"),
 }
-"""The verbs, as the help lists them."""
+"""The verbs by section, as the help lists them."""
 
 
 class Sections(click.Group):
@@ -59,7 +59,7 @@ _SOCKET = "secretd's socket (default: $SECRETD_SOCKET, else the control or clien
     cls=Sections,
     subcommand_metavar="VERB ...",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="'secretctl VERB --help' tells more of each, with examples. Secrets are never arguments: "
+    epilog="'secretctl VERB --help' explains each with examples. Secrets are never arguments: "
     "they come from files, descriptors, pipes or a prompt, and go to pipes and files.",
 )
 @click.option("--socket", metavar="PATH", help=_SOCKET, type=click.Path(readable=False))
@@ -87,7 +87,8 @@ def completion(_common: Common, shell: str) -> None:
 
 
 for _command in (
-    secrets.add, secrets.read, secrets.list_secrets, secrets.delete, secrets.generate, secrets.expire,
+    secrets.add, secrets.read, secrets.list_secrets, secrets.delete, secrets.generate,
+    secrets.expire,
     handover.run, handover.push, handover.seal,
     access.grant, access.revoke, access.explain, audit.audit,
     bulk.import_, bulk.export, bulk.watch,
@@ -102,13 +103,13 @@ def main() -> int:
     try:
         status: int | None = cli.main(prog_name="secretctl", standalone_mode=False)
         sys.stdout.flush()
-    except click.Abort:  # Ctrl-C; and click ends by itself where its output has no reader
+    except click.Abort:  # Ctrl-C, or an output without a reader
         return INTERRUPTED
     except click.UsageError as error:
         return _usage(error)
     except SecretdError as error:
         return fail(str(error))
-    except BrokenPipeError:  # the reader has ended, as behind 'head'
+    except BrokenPipeError:  # the reader has ended, as 'head' does
         _drop_output()
         return REFUSED
     except OSError as error:
@@ -122,11 +123,9 @@ def main() -> int:
 
 
 def _open_closed() -> None:
-    """Give each closed standard descriptor an end: nothing that is opened later must be taken for
-    it.
+    """Open /dev/null for each closed standard descriptor, so that no later one is taken for it.
 
-    What is written to a closed standard output is an error then, not lost (as with the tools of GNU
-    coreutils).
+    Output to a closed standard output is then an error and not lost, as with GNU coreutils.
     """
     for fd, flags in ((0, os.O_WRONLY), (1, os.O_RDONLY), (2, os.O_RDWR)):
         try:
@@ -141,17 +140,14 @@ def _open_closed() -> None:
 
 
 def _drop_output() -> None:
-    """Have the interpreter not try once more, at its end, to write what could not be written."""
+    """Keep the interpreter from writing failed output again at its end."""
     devnull = os.open(os.devnull, os.O_WRONLY)
     os.dup2(devnull, 1)
     os.close(devnull)
 
 
 def _usage(error: click.UsageError) -> int:
-    """Say what is wrong with the command line.
-
-    What it cannot place is not printed: it may be a secret.
-    """
+    """Print what is wrong with the command line, without unknown arguments: they may be secrets."""
     context = error.ctx
     words = error.format_message()
     if isinstance(error, click.NoSuchOption):
@@ -163,7 +159,7 @@ def _usage(error: click.UsageError) -> int:
         words = "there is no such verb" + (f"; {' or '.join(near)}?" if near else "")
     path = context.command_path if context else "secretctl"
     print(f"secretctl: {words[:1].lower() + words[1:]}", file=sys.stderr)
-    print(f"secretctl: '{path} --help' tells how", file=sys.stderr)
+    print(f"secretctl: '{path} --help' explains it", file=sys.stderr)
     return USAGE
 
 

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What secretctl prints: errors with the next step, JSON, tables and progress; and its exit
+"""The output of secretctl: errors with the next step, JSON, tables and progress; and its exit
 statuses.
 
-rich is imported where a terminal is drawn on, and nowhere else: `secretctl read` in a script must
-start soon.
+rich is imported only to draw on a terminal: `secretctl read` in a script must start soon.
 """
 
 import contextlib
@@ -25,21 +24,19 @@ INTERRUPTED: Final = 130
 
 EXIT_STATUS: Final = {
     DONE: "done",
-    REFUSED: "secretd or the system refused, and stderr says why; for explain: no; for audit verify and "
-    "doctor: something is wrong",
+    REFUSED: "secretd or the system refused, and stderr has the reason; for explain: no; for "
+    "audit verify and doctor: something is wrong",
     USAGE: "wrong usage",
     NOT_EXECUTABLE: "run: the command cannot be executed",
     NOT_FOUND: "run: there is no such command",
     INTERRUPTED: "interrupted by Ctrl-C",
 }
-"""What each exit status means. `run` ends as the command does that it ran."""
+"""The meaning of each exit status. `run` ends with the status of its command."""
 
 
 @dataclass(frozen=True)
 class Common:
-    """What every verb gets: the options that all have, and the core limit of before secretctl's
-    own.
-    """
+    """The options that all verbs share, and the core limit before secretctl changed it."""
 
     socket: str | None
     timeout: float | None
@@ -48,7 +45,7 @@ class Common:
 
 
 def fail(message: str) -> int:
-    """Say what went wrong, and what to do if that is known; return the exit status."""
+    """Print an error, and its next step if one is known; return the exit status."""
     print(f"secretctl: {_shown(message)}", file=sys.stderr)
     step = next_step(message)
     if step is not None:
@@ -57,28 +54,28 @@ def fail(message: str) -> int:
 
 
 def _shown(text: str) -> str:
-    """Return a text as it can be printed: what is not UTF-8 as U+FFFD."""
+    """Return a text in printable form, with U+FFFD for invalid UTF-8."""
     return text.encode(errors="surrogateescape").decode(errors="replace")
 
 
 def note(message: str) -> None:
-    """Tell a person something besides the result."""
+    """Print a remark besides the result."""
     print(f"secretctl: {message}", file=sys.stderr)
 
 
 def warn(message: str) -> None:
-    """Say what may not be meant."""
+    """Print a warning about something that is probably a mistake."""
     print(f"secretctl: warning: {message}", file=sys.stderr)
 
 
 def done(common: Common, **facts: object) -> None:
-    """Print in JSON what was done, if that was asked for."""
+    """Print the outcome in JSON, if that was requested."""
     if common.json:
         print(json.dumps(facts))
 
 
 def count(number: int, noun: str) -> str:
-    """Return such as "5,000 bytes"."""
+    """Return a number with its noun, such as "5,000 bytes"."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
@@ -95,15 +92,16 @@ def duration(seconds: int | None) -> str:
 
 
 def at_and_in(seconds: int) -> str:
-    """Return when so many seconds are over, such as "at 21:03, in 8h"."""
+    """Return the end of so many seconds, such as "at 21:03, in 8h"."""
     then = time.localtime(time.time() + seconds)
     form = "%H:%M" if seconds < 12 * 3600 else "%Y-%m-%d %H:%M"
     return f"at {time.strftime(form, then)}, in {duration(seconds)}"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, right: Iterable[int] = ()) -> None:
-    """Print a table: drawn with rich on a terminal, plain columns in a pipe. ``right``: columns of
-    numbers.
+    """Print a table: drawn with rich on a terminal, plain columns in a pipe.
+
+    ``right``: the numbers of right-aligned columns.
     """
     numbers = set(right)
     if sys.stdout.isatty():
@@ -131,7 +129,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, right: Iterable
 
 @contextlib.contextmanager
 def progress(words: str, total: int | None) -> Iterator[Callable[[], None]]:
-    """Show how far something long has come, on a terminal's stderr; yields what tells of each
+    """Show the progress of long work on a terminal's stderr; yields the function to call after each
     step.
     """
     if not sys.stderr.isatty():
@@ -153,7 +151,7 @@ def progress(words: str, total: int | None) -> Iterator[Callable[[], None]]:
         TimeRemainingColumn(),
     )
     console = Console(stderr=True)
-    # rich would take standard output for the terminal's, and what goes to a file with it.
+    # rich would capture standard output, too, even where it is a file.
     with Progress(
         *columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False
     ) as bar:

@@ -2,9 +2,8 @@
 """Asking for a secret on the terminal: without echo, of any length, into locked memory.
 
 The terminal's line editing is off, since it cuts a line at 4,095 bytes (termios(3)); backspace,
-Ctrl-U and Ctrl-D work as in it. A paste may have several lines: it is marked as one by terminals
-with bracketed paste, and is recognised elsewhere since it comes in one piece. ctl calls
-`ask_twice`.
+Ctrl-U and Ctrl-D work as usual. A paste may have several lines. Terminals with bracketed paste mark
+it; on others it is recognised because it arrives at once. The verb add calls `ask_twice`.
 """
 
 import os
@@ -19,10 +18,10 @@ from secretd.errors import UsageError
 from secretd.memory.arena import LockedBuffer
 
 SECRET_BYTES: Final = 1 << 20
-"""Bytes that are read at most: of the largest secret."""
+"""Bytes of the largest secret."""
 
 PASTE_SECONDS: Final = 0.1
-"""Seconds within which the next line of a paste follows, where the terminal does not mark
+"""Seconds within which the next line of a paste arrives, where the terminal does not mark
 pastes.
 """
 
@@ -39,9 +38,8 @@ _READ_BYTES: Final = 4096
 
 @contextmanager
 def ask_twice(client: SyncClient, text: str) -> Iterator[LockedBuffer]:
-    """Ask for a new secret, and once more, since what was mistyped cannot be seen.
-
-    Raises UsageError.
+    """Ask for a new secret, and once more, since a typing error cannot be seen. Raises
+    UsageError.
     """
     fd = os.open("/dev/tty", os.O_RDWR | os.O_CLOEXEC | os.O_NOCTTY)
     try:
@@ -76,7 +74,7 @@ class _Silent:
         silent = termios.tcgetattr(self._fd)
         silent[3] &= ~(termios.ECHO | termios.ICANON)
         silent[6][termios.VMIN], silent[6][termios.VTIME] = 1, 0
-        # This drops what was typed so far.
+        # This discards earlier input.
         termios.tcsetattr(self._fd, termios.TCSAFLUSH, silent)
         os.write(self._fd, _MARK_PASTES)
 
@@ -86,7 +84,7 @@ class _Silent:
 
 
 class _Entry:
-    """What is typed after one prompt. ``fill``: its bytes."""
+    """The input after one prompt. ``fill``: its bytes."""
 
     def __init__(self, client: SyncClient, fd: int, text: str) -> None:
         self._client = client
@@ -109,7 +107,7 @@ class _Entry:
         return self._buffer.view[: self.fill]
 
     def read(self) -> None:
-        """Prompt, and read up to the end of the line, or of the paste."""
+        """Prompt, and read up to the end of the line or paste."""
         os.write(self._fd, self._text.encode())
         try:
             pasting = False
@@ -122,7 +120,7 @@ class _Entry:
                     byte = self._chunk.view[position]
                     if byte == _ESCAPE:
                         while count - position < len(_PASTE_BEGINS) and self._goes_on():
-                            # The rest of a mark: behind what was read, or where that begins.
+                            # Read the rest of the mark, after moving its beginning to the front.
                             rest = count - position
                             self._chunk.view[:rest] = self._chunk.view[position:count]
                             position = 0
@@ -136,7 +134,8 @@ class _Entry:
                             position += len(mark)
                             continue
                         raise UsageError(
-                            "a key that is no text was pressed (an arrow?), so nothing was added"
+                            "a key without a character was pressed (an arrow?), so nothing was "
+                            "added"
                         )
                     position += 1
                     if pasting:
@@ -155,7 +154,7 @@ class _Entry:
             os.write(self._fd, b"\n")
 
     def _goes_on(self) -> bool:
-        """True if more comes at once, as with a paste of several lines."""
+        """Return True if more input follows at once, as in a paste of several lines."""
         return bool(select.select([self._fd], [], [], PASTE_SECONDS)[0])
 
     def _add(self, byte: int) -> None:
@@ -165,7 +164,7 @@ class _Entry:
         self.fill += 1
 
     def _erase(self) -> None:
-        """Remove the last character: in UTF-8 all its bytes."""
+        """Remove the last character, which in UTF-8 may have several bytes."""
         while self.fill:
             self.fill -= 1
             if self._buffer.view[self.fill] & 0xC0 != 0x80:

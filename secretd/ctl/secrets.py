@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The verbs about secrets: add, read, list, del, generate and expire.
 
-They open files and pass the descriptors on, so that plaintext bypasses this process where it can.
-What the process must hold for a moment (a prompt, a pipe whose end it examines) lies in locked
-memory.
+They open files and pass the descriptors on, so that plaintext bypasses this process where possible.
+Plaintext that the process must hold for a moment (a prompt, a pipe whose end it examines) lies in
+locked memory.
 """
 
 import errno
@@ -64,14 +64,14 @@ def add(
 ) -> None:
     """Add a secret.
 
-    It is asked for on the terminal if no source is given. Its content comes from a file, a
-    descriptor, standard input or a prompt, raw or in base64, in clear or encrypted under another
-    secret. It never stands in an argument, where everybody could read it.
+    Without a source it is asked for on the terminal. The content comes from a file, a descriptor,
+    standard input or a prompt, raw or in base64, in clear or encrypted under another secret. It is
+    never an argument, which every user could read.
     """
     if sum((file is not None, fd is not None, stdin, prompt)) > 1:
         raise click.UsageError("--file, --fd, --stdin and --prompt exclude each other")
     if iv is not None and keyid is None:
-        raise UsageError("--iv goes with --keyid, the secret that it is encrypted under")
+        raise UsageError("--iv needs --keyid, the secret that it is encrypted under")
     with client_of(common) as client:
         encoding = Encoding(form, keyid, iv)
         if file is not None:
@@ -106,7 +106,7 @@ def _add_fd(client: SyncClient, object_id: str, fd: int, encoding: Encoding, whe
         return
     if stat.S_ISDIR(status.st_mode):
         raise UsageError(f"{where}: {os.strerror(errno.EISDIR)}")
-    # A pipe can be read only once: look at its end here, in locked memory.
+    # A pipe can be read only once: check its end here, in locked memory.
     with client.buffer(_STDIN_BYTES + 1) as buffer:
         fill = 0
         while got := _read(fd, buffer.view[fill:]):
@@ -128,7 +128,7 @@ def _read(fd: int, view: memoryview) -> int:
 
 
 def _check_end(last: int | None, format: Format) -> None:  # noqa: A002
-    """Warn of what is probably not meant; ``last`` is the last byte, None if there is none."""
+    """Warn of a probable mistake; ``last``: the last byte, None if there is none."""
     if last is None:
         warn("the secret is empty")
     elif last == 0x0A and format == "raw":
@@ -142,13 +142,13 @@ def _check_end(last: int | None, format: Format) -> None:  # noqa: A002
     "read",
     argument("object_id", metavar="ID", shell_complete=complete_ids),
     option("--format", "form", type=_ENCODINGS, default="raw", help="how to write it"),
-    flag("--force", help="even if that is a terminal"),
+    flag("--force", help="also to a terminal"),
     examples=("secretctl read disk0 | cryptsetup open --key-file=- /dev/vdb data",),
 )
 def read(common: Common, object_id: str, form: Format, force: bool) -> None:
     """Write a secret to standard output.
 
-    With --json it is a line of JSON that holds it in base64.
+    With --json it is a line of JSON that holds the secret in base64.
     """
     if os.isatty(1) and not force:
         raise UsageError(
@@ -169,8 +169,8 @@ def read(common: Common, object_id: str, form: Format, force: bool) -> None:
 def list_secrets(common: Common) -> None:
     """List the secrets.
 
-    Their ids, types, sizes, how well their memory is protected, and the time they have left; on the
-    client socket those that the caller may read.
+    The list has ids, types, sizes, the protection of their memory, and the remaining time; on the
+    client socket only secrets that the caller may read.
     """
     with client_of(common) as client:
         secrets = client.list()
@@ -184,7 +184,7 @@ def list_secrets(common: Common) -> None:
 
 
 def _info(secret: SecretInfo) -> dict[str, object]:
-    """The words of query-secrets."""
+    """Return a secret in the words of query-secrets."""
     return {
         name.replace("_", "-"): value
         for name, value in secret._asdict().items()
@@ -194,7 +194,7 @@ def _info(secret: SecretInfo) -> dict[str, object]:
 
 @verb("del", argument("object_id", metavar="ID", shell_complete=complete_ids))
 def delete(common: Common, object_id: str) -> None:
-    """Remove a secret or another object; a secret is wiped."""
+    """Delete a secret or another object; a secret is wiped."""
     with client_of(common) as client:
         client.delete(object_id)
     done(common, id=object_id)
@@ -208,7 +208,7 @@ def delete(common: Common, object_id: str) -> None:
     ),
 )
 def generate(common: Common, object_id: str, size: int) -> None:
-    """Add a secret of random bytes nobody has seen.
+    """Add a secret of random bytes, generated inside secretd.
 
     For keys: a LUKS passphrase must be UTF-8 text, which random bytes are not.
     """
@@ -220,11 +220,11 @@ def generate(common: Common, object_id: str, size: int) -> None:
 @verb(
     "expire", argument("object_id", metavar="ID", shell_complete=complete_ids),
     option("--after", metavar="TIME", help=TIME),
-    flag("--never", help="take it back: the secret stays until it is deleted"),
+    flag("--never", help="remove the lifetime: the secret stays until it is deleted"),
     examples=("secretctl expire disk0 --after 8h", "secretctl expire disk0 --never"),
 )  # fmt: skip
 def expire(common: Common, object_id: str, after: str | None, never: bool) -> None:
-    """Have a secret wiped after some time from now."""
+    """Wipe a secret after some time from now."""
     if (after is None) == (not never):
         raise click.UsageError("give either --after TIME or --never")
     limit = None if after is None else seconds(after)

@@ -13,7 +13,7 @@ TIME: Final = "such as 90s, 15m, 8h or 30d"
 
 
 def seconds(text: str) -> int:
-    """Return a time such as 90s, 15m, 8h or 30d in seconds, or raise UsageError."""
+    """Return the seconds of a time such as 90s, 15m, 8h or 30d. Raises UsageError."""
     match = _DURATION.fullmatch(text)
     if match is None:
         unit = "a time needs its unit" if text.isdecimal() else "a time is expected"

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Making a function a verb of secretctl: its command line (click), and the errors of carrying it
-out.
-"""
+"""Turning a function into a verb of secretctl: its command line (click), and its errors."""
 
 import resource
 import sys
@@ -22,12 +20,14 @@ Verb = Callable[..., "int | None"]
 def verb(
     name: str, *params: click.Parameter, examples: Sequence[str] = (), **settings: Any
 ) -> Callable[[Verb], click.Command]:
-    """Make a function a verb. Its docstring is the help, ``examples`` are command lines.
+    """Return a decorator that turns a function into a verb.
 
-    The function gets `Common` and the values of ``params`` by their names.
+    The docstring is the help, and ``examples`` are command lines. The function gets `Common` and
+    the values of ``params`` by name.
     """
 
     def register(function: Verb) -> click.Command:
+        # Every verb has the common options, too.
         options = [
             *params,
             click.Option(["--json"], is_flag=True, help="for programs: print JSON"),
@@ -58,21 +58,22 @@ def verb(
 
 
 def argument(name: str, **settings: Any) -> click.Argument:
-    """An argument of a verb."""
+    """Return an argument of a verb."""
     return click.Argument([name], **settings)
 
 
 def option(*names: str, **settings: Any) -> click.Option:
-    """An option of a verb."""
+    """Return an option of a verb."""
     return click.Option(names, **settings)
 
 
 def flag(*names: str, **settings: Any) -> click.Option:
-    """An option that takes no value."""
+    """Return an option without a value."""
     return click.Option(names, is_flag=True, **settings)
 
 
 def _carry_out(function: Verb, given: dict[str, Any]) -> int:
+    # 1. Common options, from after the verb or before it.
     parent = click.get_current_context().parent
     assert parent is not None
     socket, timeout = given.pop("socket"), given.pop("timeout")
@@ -84,6 +85,7 @@ def _carry_out(function: Verb, given: dict[str, Any]) -> int:
     )
     _check_socket(common.socket)
     forbid_dumps()
+    # 2. The verb, and its errors as messages and an exit status.
     try:
         return function(common, **given) or DONE
     except SecretdError:
@@ -93,7 +95,7 @@ def _carry_out(function: Verb, given: dict[str, Any]) -> int:
             raise
         return fail(str(error))
     except Exception as error:
-        # qemu.qmp is imported where one of its errors is raised, and nowhere else.
+        # qemu.qmp is imported only to raise one of its errors.
         if "qemu.qmp" not in sys.modules or not isinstance(error, api.QMPError):
             raise
         if isinstance(error, api.ConnectError):

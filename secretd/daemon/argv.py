@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What stands in argv: secrets given with ``--object …data=`` leave it before anything else is
-done.
+"""The command line before everything else: the values of ``--object …data=`` leave argv.
 
-It makes no objects and knows no other option; daemon calls it first of all.
+It creates no objects and knows no other option; daemon.main calls it first.
 """
 
 import os
@@ -15,24 +14,27 @@ from secretd.wire import encoder
 from secretd.wire.parser import Text
 
 ARGV_FDS = "SECRETD_ARGV_FDS"
-"""Environment variable from one incarnation to the next: memfds that hold what ``data=`` had."""
+"""Environment variable from one incarnation to the next: the memfds with the values of
+``data=``.
+"""
 
 _LONG = 8
-"""Bytes of a value that does not occur in an environment variable by chance."""
+"""Bytes of a value that is too long to occur in an environment variable by chance."""
 
 
 def words() -> list[str]:
-    """Return the arguments; QEMU's users type ``-object`` with one dash."""
+    """Return the arguments; ``-object`` with one dash is accepted, since QEMU's users type it."""
     one = ("-object", "-object=")
     return [f"-{word}" if word.startswith(one) else word for word in sys.argv[1:]]
 
 
 def hide_data() -> None:
-    """Run this program anew without the values of ``--object …data=``.
+    """Execute this program again without the values of ``--object …data=``.
 
-    They move to memfds that the next incarnation reads as files: the same process, but with no copy
-    of them in its memory or in /proc/PID/cmdline.
+    They move to memfds that the next incarnation reads as files. It is the same process, but
+    without a copy of them in its memory or in /proc/PID/cmdline.
     """
+    # 1. Move each value to a memfd, and name it in its option.
     given_words = words()
     fds: list[int] = []
     values: list[bytes] = []
@@ -56,11 +58,12 @@ def hide_data() -> None:
     if not fds:
         return
     print(
-        "secretd: warning: --object with data= shows the secret to every user of this machine until "
-        "secretd has started; use file= instead (a path, or <(command) in bash)",
+        "secretd: warning: --object with data= shows the secret to every user of this machine "
+        "until secretd has started; use file= instead (a path, or <(command) in bash)",
         file=sys.stderr,
         flush=True,
     )
+    # 2. Execute the program again with the new arguments and a clean environment.
     _clean_environment(values)
     os.environ[ARGV_FDS] = ",".join(map(str, fds))
     interpreter = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
@@ -68,10 +71,10 @@ def hide_data() -> None:
 
 
 def _clean_environment(values: list[bytes]) -> None:
-    """Remove the variables that hold what was hidden, such as the one a unit's options came from.
+    """Remove the variables that hold a hidden value, such as the one with a unit's options.
 
-    A value of a few bytes is the whole of a variable or a part of it by chance (``x``, ``/root``),
-    so it counts only behind ``data=``.
+    A short value may equal a part of a variable by chance (``x``, ``/root``), so it counts only
+    after ``data=``.
     """
     forms = {form for value in values for form in (value, value.replace(b",", b",,"))}
     for name, content in list(os.environb.items()):
@@ -88,7 +91,7 @@ def _without_data(text: str) -> tuple[int, str, bytes] | None:
     try:
         given = keyval.arguments(keyval.buffer(text)).members
     except UsageError:
-        return None  # reported again, with the option's text, when the objects are made
+        return None  # creating the objects reports it again, with the option's text
     data = given.pop("data", None)
     if not isinstance(data, Text):
         return None
@@ -99,7 +102,7 @@ def _without_data(text: str) -> tuple[int, str, bytes] | None:
     fd = os.memfd_create("secretd-argv", 0)
     with open(fd, "wb", closefd=False) as memfd:
         memfd.write(value)
-    # In the same place, so that errors show the members in the order in which they were typed.
+    # In the same place, so that errors show the members in their original order.
     file = f"/dev/fd/{fd}"
     if text.startswith("{"):
         return fd, redaction.with_file(text, file) or encoder.value(given | {"file": file}), value
@@ -113,12 +116,12 @@ def _without_data(text: str) -> tuple[int, str, bytes] | None:
 
 
 def hidden_fds() -> list[int]:
-    """Return the memfds that hold what ``data=`` had, of this incarnation."""
+    """Return the memfds with the values of ``data=`` of this incarnation."""
     return [int(number) for number in filter(None, os.environ.pop(ARGV_FDS, "").split(","))]
 
 
 def close(fds: list[int]) -> None:
-    """Empty and close them, once the objects are made."""
+    """Empty and close memfds, once the objects exist."""
     for fd in fds:
         os.ftruncate(fd, 0)
         os.close(fd)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The service manager's descriptor store, which keeps secrets over restarts, kill -9 and upgrades.
 
-Two kinds of descriptors are stored, the arena and the journal's files; the next process continues
-with them. Without a store, secrets end with the process, as QEMU's do. daemon.process calls it;
-systemd.notify has the protocol.
+It holds the arena and the journal's files, and the next process continues with them. Without a
+store, secrets end with the process, as QEMU's do. daemon.process calls this module; systemd.notify
+has the protocol.
 """
 
 import asyncio
@@ -20,16 +20,16 @@ from secretd.systemd.notify import KeptDescriptors, NotifySocket, has_ended
 log = logging.getLogger("secretd")
 
 PROBE_SECONDS: Final = 2.0
-"""Seconds after which a descriptor counts as kept: systemd closes what it has no room for in the
+"""Seconds after which a descriptor counts as stored: systemd closes descriptors without room in the
 background.
 """
 
 
 class DescriptorStore(KeptDescriptors):
-    """What the service manager keeps for the next process.
+    """What the service manager stores for the next process.
 
-    ``kept``: all that is needed, as far as is known. ``holds``: it may have a part of it, so
-    nothing is wiped when this process ends.
+    ``kept``: everything is stored, as far as is known. ``holds``: the store may have a part of it,
+    so nothing is wiped when this process ends.
     """
 
     def __init__(self, manager: NotifySocket, journal: Journal, *, restored: bool) -> None:
@@ -37,8 +37,8 @@ class DescriptorStore(KeptDescriptors):
         self.holds = restored
         self._journal = journal
         self._was_kept = restored
-        self._source = -1  # of the probe that is out
-        self._sure: asyncio.TimerHandle | None = None  # when it has stayed long enough
+        self._source = -1  # our end of the present probe
+        self._sure: asyncio.TimerHandle | None = None  # fires when the probe has stayed open
         self._said = False
         self._given_up = False
         if not restored:
@@ -50,21 +50,20 @@ class DescriptorStore(KeptDescriptors):
                 self._lost()
 
     def _offer(self, *, wait: bool) -> bool:
-        """Have everything kept (what is kept already is no second time) and a probe; False if that
-        could not even be said.
+        """Send all descriptors and a probe to the store (duplicates are ignored).
+
+        Returns False if the messages could not be sent.
         """
         self.holds = True
-        # A file that may not be kept must not become the one that counts.
+        # A file that may not be stored must not become the current one.
         self._journal.compaction_allowed = False
-        told = self.manager.keep(ARENA, [self._journal.arena.fileno()], wait=wait)
-        told = self.manager.keep(JOURNAL, self._journal.filenos(), wait=wait) and told
+        sent = self.manager.keep(ARENA, [self._journal.arena.fileno()], wait=wait)
+        sent = self.manager.keep(JOURNAL, self._journal.filenos(), wait=wait) and sent
         self._source = self.manager.probe(wait=wait)
-        return told
+        return sent
 
     def watch(self, changed: Callable[[], None]) -> None:
-        """Find out, from the running loop, whether there was room; call ``changed`` when it is
-        known.
-        """
+        """Find out, in the running loop, whether there was room; then call ``changed``."""
         if self._source < 0:
             return
         loop = asyncio.get_running_loop()
@@ -84,9 +83,7 @@ class DescriptorStore(KeptDescriptors):
         loop.add_reader(self._source, ended)
 
     def again(self, changed: Callable[[], None]) -> None:
-        """Offer everything once more: a daemon-reload may have made the store smaller for a
-        moment.
-        """
+        """Offer everything again: a daemon-reload may have emptied the store."""
         if self._source < 0 and not self._given_up:
             if self._offer(wait=False):
                 self.watch(changed)
@@ -97,7 +94,7 @@ class DescriptorStore(KeptDescriptors):
         self.close()
         self.kept = False
         if not self._was_kept:
-            # Nothing, rather than a part that the next process could not use.
+            # Store nothing, rather than a part that the next process could not use.
             self._forget()
             self.holds = False
             self._journal.compaction_allowed = True
@@ -106,8 +103,8 @@ class DescriptorStore(KeptDescriptors):
         self._said = True
         if self._was_kept:
             log.error(
-                "the service manager has no room for another descriptor; raise FileDescriptorStoreMax= "
-                "in the unit, or secrets may end with this process"
+                "the service manager has no room for another descriptor; raise "
+                "FileDescriptorStoreMax= in the unit, or secrets may end with this process"
             )
         else:
             log.error(
@@ -116,9 +113,7 @@ class DescriptorStore(KeptDescriptors):
             )
 
     def give_up(self) -> None:
-        """Have nothing kept any more; that is certain when this returns, if the service manager
-        answers.
-        """
+        """Store nothing any longer; on return that is certain, if the service manager answers."""
         self._given_up = True
         self.kept = self.holds = False
         self.close()
@@ -130,13 +125,13 @@ class DescriptorStore(KeptDescriptors):
         self.manager.drop(JOURNAL)
 
     def close(self) -> None:
-        """Watch no longer."""
+        """Stop watching."""
         if self._sure is not None:
             self._sure.cancel()
         if self._source >= 0:
             with contextlib.suppress(
                 RuntimeError
-            ):  # there is no loop before the start is over, nor after the end
+            ):  # there is no loop before the end of the start, nor after the end
                 asyncio.get_running_loop().remove_reader(self._source)
             os.close(self._source)
             self._source = -1

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the service manager passes at start: listening sockets, and what it stored for an earlier
-process.
+"""The descriptors that the service manager passes at start: listening sockets, and those of an
+earlier process.
 
-`inherited` sorts the descriptors by name; `open_journal` continues with the stored arena and
-journal, or makes new ones. daemon.process calls both.
+`inherited` sorts them by name; `open_journal` continues with the stored arena and journal, or
+creates new ones. daemon.process calls both.
 """
 
 import logging
@@ -25,14 +25,15 @@ log = logging.getLogger("secretd")
 ARENA: Final = "arena"
 
 JOURNAL: Final = "journal"
-"""What the files are called in the descriptor store."""
+"""The name of the journal's files in the descriptor store."""
 
 _ROLES: Final = tuple(role.value for role in SocketRole)
 
 
 class InheritedDescriptors(NamedTuple):
-    """What the service manager passed: listening sockets, and what it kept of an earlier process.
-    ``connections``: of the credentials socket.
+    """The descriptors from the service manager: listening sockets, and those of an earlier process.
+
+    ``connections``: those of the credentials socket.
     """
 
     sockets: list[Passed]
@@ -42,31 +43,34 @@ class InheritedDescriptors(NamedTuple):
 
 
 def inherited() -> InheritedDescriptors:
-    """Return what the service manager passed, by the names that it has; the caller owns the
-    descriptors.
+    """Return the descriptors that the service manager passed, by their names; the caller owns them.
 
-    Raises UsageError for a socket that is no socket. What else is unknown stays with the service
-    manager.
+    Unknown names stay with the service manager. Raises UsageError for a socket with a wrong name or
+    type.
     """
     found = InheritedDescriptors([], [], [], [])
     for each in passed():
         name, fd = each
+        # 1. Sockets of .socket units.
         if name in _ROLES:
             if not is_listening(fd):
                 raise UsageError(
-                    f"what the service manager passed as '{name}' is no listening AF_UNIX stream socket"
+                    f"what the service manager passed as '{name}' is no listening AF_UNIX stream "
+                    "socket"
                 )
             found.sockets.append(each)
+        # 2. Descriptors that an earlier process stored.
         elif name == ARENA:
             found.arenas.append(fd)
         elif name == JOURNAL:
             found.journals.append(fd)
         elif name.startswith(STORED) and name.removeprefix(STORED).isdecimal():
             found.connections.append(each)
+        # 3. Unknown names: a socket is a mistake in a unit.
         elif is_listening(fd):
             raise UsageError(
-                f"the service manager passed a socket as '{name}': FileDescriptorName= of a .socket unit "
-                f"must be {', '.join(_ROLES[:-1])} or {_ROLES[-1]}"
+                f"the service manager passed a socket as '{name}': FileDescriptorName= of a "
+                f".socket unit must be {', '.join(_ROLES[:-1])} or {_ROLES[-1]}"
             )
         else:
             if name != "probe":
@@ -78,15 +82,17 @@ def inherited() -> InheritedDescriptors:
 
 
 def open_journal(found: InheritedDescriptors, *, require_lock: bool) -> tuple[Journal, bool]:
-    """Return the journal, with its arena, and whether an earlier process has left it.
+    """Return the journal with its arena, and whether an earlier process left it.
 
-    Raises UsageError if what was left cannot be taken over, MemoryLockError if memory has to be
-    locked and cannot be.
+    Raises UsageError if it cannot be taken over, and MemoryLockError if memory must be locked and
+    cannot be.
     """
+    # 1. Nothing was stored: begin with new memory.
     if not found.journals:
-        for fd in found.arenas:  # of a process that ended before it had a journal
+        for fd in found.arenas:  # from a process that ended before it had a journal
             os.close(fd)
         return Journal(Arena(choose_level(require=require_lock))), False
+    # 2. Continue with the stored memory, or leave it as it is.
     try:
         if not found.arenas:
             raise StateError("the arena is missing")
@@ -96,20 +102,22 @@ def open_journal(found: InheritedDescriptors, *, require_lock: bool) -> tuple[Jo
         journal = Journal.restore(arena, found.journals)
     except (StateError, LockedMemoryExhausted) as error:
         raise UsageError(
-            f"what secretd held before cannot be taken over: {error}. It stays with the service manager: "
-            "mend this and the next start takes it over, or give all secrets up with 'systemctl stop'"
+            f"what secretd held before cannot be taken over: {error}. It stays with the service "
+            "manager: repair this and the next start takes it over, or give all secrets up with "
+            "'systemctl stop'"
         ) from None
     if require_lock and journal.arena.level == "none":
         journal.leave()
         raise MemoryLockError(
-            "the secrets that secretd held before are not in locked memory, and --memory-lock=require was "
-            "given: give them up with 'systemctl stop', or start without it"
+            "the secrets that secretd held before are not in locked memory, and "
+            "--memory-lock=require was given: give them up with 'systemctl stop', or start "
+            "without it"
         )
     return journal, True
 
 
 def adopt(connections: list[Passed]) -> list[tuple[socket.socket, str]]:
-    """Return the connections of the credentials socket that an earlier process had accepted."""
+    """Return the connections of the credentials socket that an earlier process accepted."""
     found = []
     for name, fd in connections:
         sock = socket.socket(fileno=fd)

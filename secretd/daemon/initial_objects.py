@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What ``--object`` says, made before the first accept.
+"""The objects of ``--object``, created before the first connection is accepted.
 
-It opens nothing but what the objects name. daemon calls it, with the texts that argv has left.
+It opens only what the objects name. daemon.process calls it, with the texts that argv has left.
 """
 
 import logging
@@ -24,11 +24,11 @@ log = logging.getLogger("secretd")
 
 
 class InitialObjects:
-    """Makes the objects of ``--object``, one after the other.
+    """Creates the objects of ``--object``, one after the other.
 
-    ``hidden``: descriptors that stand for data=. ``required``: whether the start fails where what
-    an object needs is not there. ``made``: the ids of those that were made, and not found as an
-    earlier process has left them.
+    ``hidden``: descriptors with values of data=. ``required``: fail the start if an object's
+    content is missing. ``made``: the ids of the created objects, without equal ones of an earlier
+    process.
     """
 
     def __init__(self, tree: ObjectTree, hidden: list[int], *, required: bool = True) -> None:
@@ -40,9 +40,9 @@ class InitialObjects:
         self.made: list[str] = []
 
     def make(self, text: str) -> bool:
-        """Make the object that ``--object TEXT`` says, or raise UsageError naming the option.
+        """Create the object of ``--object TEXT``; return False if help was requested and printed.
 
-        Returns False if help was asked for, and printed.
+        Raises UsageError that names the option.
         """
         try:
             options = parse(self._tree, text)
@@ -71,14 +71,14 @@ class InitialObjects:
         except LockedMemoryExhausted as error:
             if options.id not in self._tree.journal:
                 raise
-            # There is no room to look whether it has changed.
+            # There is no memory to check whether it has changed.
             log.warning("object '%s' stays as it was: %s", options.id, error.desc)
         self._named.add(options.id)
 
     def _words(self, text: str, words: str) -> str:
         """Return an error with the option's text, without the values that may carry a secret."""
         if text.startswith("{") and not _is_json(text):
-            # What its words quote may be a part of the secret.
+            # The quotations may be parts of a secret.
             words = re.sub("'[^']*'", "'…'", words)
         shown = f"--object {redaction.shown(text, self._hidden)}: {words}"
         return f"{shown}; {redaction.COMMA_HINT}" if redaction.is_unfinished_value(text) else shown
@@ -93,7 +93,7 @@ def _is_json(text: str) -> bool:
 
 
 def parse(tree: ObjectTree, text: str) -> ObjectOptions | None:
-    """Return the options in ``--object TEXT``; None if it asks for help, which is printed.
+    """Return the options in ``--object TEXT``; None for a request for help, which is printed.
 
     Raises UsageError in QEMU's words.
     """
@@ -110,7 +110,7 @@ def parse(tree: ObjectTree, text: str) -> ObjectOptions | None:
 
 
 def _credential_hint(options: ObjectOptions) -> str:
-    """Say what to look at where a credential of our own unit is missing: systemd starts units
+    """Return a hint for a missing credential of secretd's own unit, which systemd starts
     without.
     """
     directory = os.environ.get("CREDENTIALS_DIRECTORY")
@@ -119,6 +119,7 @@ def _credential_hint(options: ObjectOptions) -> str:
         return ""
     name = os.path.basename(file)
     return (
-        f"\nsystemd has set up no credential '{name}' for this unit: see LoadCredentialEncrypted= there "
-        f"and /etc/credstore.encrypted/{name}; --object-policy=best-effort starts without this object"
+        f"\nsystemd has set up no credential '{name}' for this unit: see LoadCredentialEncrypted= "
+        "there and "
+        f"/etc/credstore.encrypted/{name}; --object-policy=best-effort starts without this object"
     )

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The daemon's log on stderr, written without waiting: a pipe that is full, or a journald that is
-stopped, must not stop the daemon.
+"""The daemon's log on stderr, written without waiting.
 
-A line that finds no room is kept; beyond KEPT_LINES lines are counted, and the count is written
-once there is room. daemon installs the handler, commands read its count.
+A full pipe, or a stopped journald, must not stop the daemon. A line without room is kept; beyond
+KEPT_LINES lines are counted, and the count is written once there is room. daemon.process installs
+the handler, and query-secret-stats reads its count.
 """
 
 import asyncio
@@ -19,16 +19,16 @@ from secretd.limits import Tuning
 from secretd.systemd.stderr_journal import JournalFormatter, journal_on_stderr
 
 KEPT_LINES: Final = 64
-"""Lines that wait until stderr takes them."""
+"""Lines that wait until stderr accepts them."""
 
 LINE_BYTES: Final = 4000
-"""Bytes of a line, so that a pipe takes it whole or not at all (PIPE_BUF of pipe(7))."""
+"""Bytes of a line, so that a pipe accepts it whole or not at all (PIPE_BUF of pipe(7))."""
 
 
 class LogHandler(logging.Handler):
-    """Writes records to stderr. ``lost``: the lines that were dropped.
+    """Writes log records to stderr. ``lost``: the number of dropped lines.
 
-    ``is_held`` returns True while another writer is in the middle of a line there.
+    ``is_held()``: True while another writer has an unfinished line there.
     """
 
     def __init__(self, retry_seconds: float = Tuning.log_retry_seconds) -> None:
@@ -68,7 +68,7 @@ class LogHandler(logging.Handler):
             except BlockingIOError:
                 self._try_later()
                 return
-            except OSError:  # a disk that is full, a reader that is gone
+            except OSError:  # a full disk, or a reader that ended
                 self.lost += len(self._waiting)
                 self._waiting.clear()
                 return
@@ -78,7 +78,9 @@ class LogHandler(logging.Handler):
 
     def _try_later(self) -> None:
         if self._timer is None:
-            with contextlib.suppress(RuntimeError):  # there is no loop yet, or any more
+            with contextlib.suppress(
+                RuntimeError
+            ):  # there is no loop before the start or after the end
                 loop = asyncio.get_running_loop()
                 self._timer = loop.call_later(self._retry_seconds, self._retry)
 
@@ -87,11 +89,11 @@ class LogHandler(logging.Handler):
         self._write()
 
     def flush(self) -> None:
-        """Write what waits, as far as there is room."""
+        """Write the waiting lines, as far as there is room."""
         self._write()
 
     def close(self) -> None:
-        """Write what waits, and end."""
+        """Write the waiting lines, and end."""
         self._write()
         if self._sink is not None:
             self._sink.close()

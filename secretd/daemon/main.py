@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Where the program `secretd` begins: what has to be so before anything else is imported.
+"""The entry point of the program `secretd`, which prepares the process before other imports.
 
-Descriptors 0 to 2 are open, so that nothing is taken for one of them later. The C library binds
-functions at once: bound lazily, the resolver leaves the vector registers on the stack when a
-function is called for the first time, and with them what was copied last
-(_dl_runtime_resolve_xsavec() of glibc's dl-trampoline.h). That is decided when a program starts, so
-it is started anew where the environment does not say so; the units do. Then daemon.main() is
-called.
+Descriptors 0 to 2 are opened, so that no later descriptor is taken for one of them. The C library
+must bind functions at once: with lazy binding the resolver leaves the vector registers on the stack
+at each first call, and with them the bytes that were copied last (_dl_runtime_resolve_xsavec() of
+glibc's dl-trampoline.h). The linker decides that at exec, so the program executes itself again
+unless the environment already asks for it, as the units do. Then process.main() runs.
 """
 
 import os
@@ -24,7 +23,7 @@ closed.
 
 
 def open_closed() -> list[int]:
-    """Open /dev/null for each standard descriptor that is closed; return which were."""
+    """Open /dev/null for each closed standard descriptor; return their numbers."""
     closed = []
     for fd in range(3):
         try:
@@ -37,7 +36,7 @@ def open_closed() -> list[int]:
 
 
 def bind_now() -> None:
-    """Execute this program anew with BIND_NOW, unless it was."""
+    """Execute this program again with BIND_NOW, unless it is set."""
     if os.environ.get(BIND_NOW):
         return
     os.environ[BIND_NOW] = "1"

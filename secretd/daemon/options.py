@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""argparse that does not print what it cannot place: a secret may stand in a mistyped argument.
+"""The command line of secretd, with an argparse that does not print unknown arguments.
 
-daemon and ctl make their command lines with it.
+A mistyped argument may hold a secret. daemon.process calls `parser`.
 """
 
 import argparse
@@ -26,16 +26,16 @@ class QuietParser(argparse.ArgumentParser):
 
 
 _EPILOG = """\
-The control socket takes every command from uid 0 and the daemon's own uid; the client socket gives each
-program the secrets that secret-grant objects let it read; the credentials socket gives systemd's units what
-their LoadCredential= names. With none of these options, and no sockets from systemd, control and client
-open at their defaults, control.sock and client.sock in /run/secretd for root, else
-$XDG_RUNTIME_DIR/secretd, else $TMPDIR/secretd-UID.
+The control socket accepts every command from uid 0 and the daemon's own uid.
+The client socket gives each program the secrets that secret-grant objects let it read.
+The credentials socket gives systemd's units the secrets that their LoadCredential= names.
+Without these options, and without sockets from systemd, secretd opens control.sock and
+client.sock in /run/secretd for root, else $XDG_RUNTIME_DIR/secretd, else $TMPDIR/secretd-UID.
 
-SPEC of a socket is PATH[,mode=OCTAL][,group=NAME], a comma in PATH doubled. With authz=ID in the SPEC
-of a control socket, those whom that authz object allows may use it too, with all rights.
-SPEC of an object is as in QEMU:  secret,id=NAME,file=PATH[,format=raw|base64][,keyid=ID,iv=BASE64]
-or the same as JSON; --object help lists the types, --object TYPE,help what each takes.
+SPEC of a socket is PATH[,mode=OCTAL][,group=NAME]; double each comma in PATH. A control socket
+with authz=ID also admits the peers that this authz object allows, with all rights.
+SPEC of an object is QEMU's: secret,id=NAME,file=PATH[,format=raw|base64][,keyid=ID,iv=BASE64],
+or the same as JSON; --object help lists the types, --object TYPE,help their properties.
 
 examples:
   secretd
@@ -49,11 +49,12 @@ def parser() -> QuietParser:
     """Return the parser of the command line."""
     made = QuietParser(
         prog="secretd",
-        description="Keep secrets in locked memory and hand them out through descriptors, over QMP.",
+        description="Keep secrets in locked memory, and hand them out through descriptors.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    # Sockets and objects, then policies, then the audit.
     add = made.add_argument
     add("--control", action="append", default=[], metavar="SPEC", help="open a control socket")
     add("--client", action="append", default=[], metavar="SPEC", help="open a client socket")
@@ -64,12 +65,12 @@ def parser() -> QuietParser:
         metavar="SPEC",
         help="open one for systemd's units",
     )
-    add("--object", action="append", default=[], metavar="SPEC", help="make an object at start")
+    add("--object", action="append", default=[], metavar="SPEC", help="add an object at start")
     add(
         "--object-policy",
         choices=("best-effort", "require"),
         default="require",
-        help="best-effort: start without objects whose content cannot be had (default: require)",
+        help="best-effort: start without objects whose content is missing (default: require)",
     )
     add(
         "--memory-lock",
@@ -81,18 +82,20 @@ def parser() -> QuietParser:
         "--audit",
         default="-",
         metavar="FILE|-|none",
-        help="where the audit goes, a line of JSON for each thing done (default: -, which is stderr)",
+        help="where to write the audit, one line of JSON for each event (default: -, which is "
+        "stderr)",
     )
     add(
         "--audit-policy",
         choices=("best-effort", "require"),
         default="best-effort",
-        help="require: release a secret only when its audit record is written (default: best-effort)",
+        help="require: release a secret only when its audit record is written (default: "
+        "best-effort)",
     )
     add(
         "--audit-key",
         metavar="ID",
-        help="the secret under which audit records are chained, so that nobody else can make some up",
+        help="the secret under which audit records are chained, so that they cannot be forged",
     )
     add("--version", action="version", version=f"secretd {__version__}")
     return made

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The command `secretd`: its options, its start, its end.
+"""The process `secretd`: its options, its start, its end.
 
-Builds what the other modules provide and runs it; the only module that reads the command line of
-the daemon. What it says on stderr is for the person who started it, or for the journal.
+It builds the parts that other modules provide, and runs them; no other module reads the daemon's
+options. Its messages on stderr are for the person who started it, or for the journal.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def main() -> int:
     """Run the daemon; return the exit status."""
     handler = LogHandler()
     logging.basicConfig(level=logging.INFO, handlers=[handler])
-    gc.disable()  # what is made until it is ready stays, and is in no cycle
+    gc.disable()  # objects of the start stay, and are in no cycle
     gc.set_threshold(GARBAGE_OBJECTS, *gc.get_threshold()[1:])
     try:
         argv.hide_data()
@@ -70,7 +70,7 @@ def main() -> int:
 
 
 def run(options: argparse.Namespace, handler: LogHandler) -> int:
-    """Start, serve, stop."""
+    """Start, serve, stop; return the exit status."""
     manager = NotifySocket.from_environment()
     found = inherited.inherited()
     forbid_dumps()
@@ -86,8 +86,10 @@ def run(options: argparse.Namespace, handler: LogHandler) -> int:
 
 
 class _Process:
-    """What runs: started, serving, ended. ``found``: what the service manager passed; ``restored``:
-    the journal is an earlier process's.
+    """The parts of the running process.
+
+    ``found``: the descriptors from the service manager. ``restored``: True if the journal is an
+    earlier process's.
     """
 
     def __init__(
@@ -105,15 +107,13 @@ class _Process:
         self._found = found
         self._restored = restored
         self._before = len(journal)
-        self._keep = (
-            restored  # the secrets stay with the service manager at the end, whatever happens
-        )
+        self._keep = restored  # the secrets then stay with the service manager, whatever happens
         self._store: DescriptorStore | None = None
         self._served = False
         self._scratch: Arena | None = None
 
     def run(self, options: argparse.Namespace, specs: list[SocketSpec]) -> None:
-        """Make the objects, then serve until the end."""
+        """Create the objects, then serve until the end."""
         journal = self._journal
         self._scratch = Arena(journal.arena.level, window=SCRATCH_WINDOW, reserve=SCRATCH_RESERVE)
         tree = ObjectTree(journal, self._scratch, TYPES)
@@ -143,7 +143,12 @@ class _Process:
         made: list[str],
         expired: list[str],
     ) -> None:
-        """Serve until the end. ``made``: by the command line; ``expired``: while nothing ran."""
+        """Serve until the end.
+
+        ``made``: the ids of objects from the command line; ``expired``: those of objects that
+        expired while no process ran.
+        """
+        # 1. The server and its sockets.
         server = Server(
             tree, COMMANDS.by_name.values(), f"secretd {__version__}", audit, self._store
         )
@@ -155,6 +160,7 @@ class _Process:
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(_unexpected)
 
+        # 2. What signals do.
         def stop() -> None:
             if reports is not None:
                 reports.stopping()
@@ -173,6 +179,7 @@ class _Process:
         def on_hangup() -> None:
             server.start(reload())
 
+        # 3. What happens once all sockets are open, before the first connection.
         def ready() -> None:
             audit.start(__version__, len(tree.journal))
             if self._before:
@@ -191,6 +198,7 @@ class _Process:
             if reports is not None:
                 reports.start()
 
+        # 4. Serve.
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop)
         loop.add_signal_handler(signal.SIGHUP, on_hangup)
@@ -218,7 +226,7 @@ class _Process:
 
 
 def _unexpected(_loop: asyncio.AbstractEventLoop, context: Mapping[str, Any]) -> None:
-    """Log what nothing else has caught. asyncio would quote it, and what was called with what."""
+    """Log an uncaught error. asyncio itself would print the error's text and arguments."""
     error = context.get("exception")
     if isinstance(error, Exception):
         log_internal(error)
@@ -231,17 +239,19 @@ def _objects(count: int) -> str:
 
 
 REOPEN_SECONDS = 10.0
-"""Seconds within which the audit file must be opened anew."""
+"""Seconds within which the audit file must be reopened."""
 
 GARBAGE_OBJECTS = 20_000
-"""Objects after which Python looks for cycles; its own 700 cost a tenth of a pipelined request."""
+"""Objects after which Python looks for cycles; its default of 700 takes a tenth of a pipelined
+request.
+"""
 
 AUDIT_KEY_BYTES = 16
 """Bytes of the shortest audit key."""
 
 
 def _audit(tree: ObjectTree, options: argparse.Namespace) -> Audit:
-    """Open the audit. Its key cannot be deleted from then on."""
+    """Open the audit, and protect its key from deletion."""
     key_id: str | None = options.audit_key
     key = None
     if key_id is not None:
@@ -253,7 +263,8 @@ def _audit(tree: ObjectTree, options: argparse.Namespace) -> Audit:
             raise UsageError(f"--audit-key={key_id}: {error.desc}") from None
         if size < AUDIT_KEY_BYTES:
             raise UsageError(
-                f"--audit-key={key_id}: the secret has {size} bytes; {AUDIT_KEY_BYTES} at least are needed"
+                f"--audit-key={key_id}: the secret has {size} bytes; {AUDIT_KEY_BYTES} at least "
+                "are needed"
             )
         tree.pin(key_id)
 
@@ -264,14 +275,14 @@ def _audit(tree: ObjectTree, options: argparse.Namespace) -> Audit:
 
 
 def _raise_descriptor_limit() -> None:
-    """A message may bring 253 descriptors; the soft limit is often 1024."""
+    """Raise the soft limit of descriptors, which is often 1024: one message may bring 253."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(OSError):  # a unit's SystemCallFilter= may forbid it
+    with contextlib.suppress(OSError):  # SystemCallFilter= of a unit may forbid it
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 async def _reload(audit: Audit, server: Server) -> None:
-    """Do what SIGHUP asks for; an error does not end the daemon."""
+    """Handle SIGHUP; an error does not end the daemon."""
     try:
         await _reopen(audit, server)
         server.make_again()
@@ -280,7 +291,7 @@ async def _reload(audit: Audit, server: Server) -> None:
 
 
 async def _reopen(audit: Audit, server: Server, seconds: float = REOPEN_SECONDS) -> None:
-    """SIGHUP: the audit file was moved away. Looking at it may wait for another machine."""
+    """Reopen the audit file after it was moved away, which may wait for a remote file system."""
     try:
         sink = await asyncio.wait_for(
             server.core.threads.run(os.getuid(), _close_sink, audit.open_again), seconds
@@ -300,13 +311,15 @@ def _close_sink(sink: Sink | None) -> None:
 
 _MEMORY = {
     "secretmem": "secretmem (memfd_secret(2), unseen even by root's /proc/PID/mem)",
-    "mlock": "mlock (not in swap or a core dump while secretd runs; root can read one copy of each secret)",
-    "none": "none: MEMORY IS NOT LOCKED, secrets may reach swap (--memory-lock=require refuses this)",
+    "mlock": "mlock (not in swap or a core dump while secretd runs; root can read one copy of "
+    "each secret)",
+    "none": "none: MEMORY IS NOT LOCKED, secrets may reach swap (--memory-lock=require refuses "
+    "this)",
 }
 
 
 def _say_ready(tree: ObjectTree, listeners: list[Listener], before: int) -> None:
-    kept = f", {before} of them from before" if before else ""
+    kept = f", {before} of them kept from before" if before else ""
     lines = [f"version {__version__}, {_objects(len(tree.journal))}{kept}"]
     lines += [f"{listener.role.value + ' socket':<18} {listener.path}" for listener in listeners]
     level = tree.journal.arena.level

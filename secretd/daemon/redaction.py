@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The text of ``--object`` as errors may show it: by the schema, without the values that carry a
-secret.
+"""The text of ``--object`` for errors: by the schema, without the values that carry a secret.
 
 A value may carry a secret if the schema marks its member sensitive, or does not know the member: a
-mistyped name, or a comma in a value that was not doubled, turns a part of the secret into such a
-member. argv takes secrets off the command line with the same functions; initial_objects shows
-errors.
+mistyped name, or a comma that was not doubled, turns a part of the secret into such a member. argv
+removes secrets from the command line with the same functions; initial_objects prints errors.
 """
 
 import json
@@ -28,7 +26,7 @@ _MEMBERS: Final = {
     for member in members(options)
 }
 SENSITIVE: Final = frozenset(name for name, sensitive in _MEMBERS.items() if sensitive)
-"""The members of objects that carry a secret: those that the schema marks sensitive."""
+"""The members of objects that the schema marks sensitive."""
 
 _KNOWN: Final = frozenset({"qom-type", *_MEMBERS} - SENSITIVE)
 _PART: Final = re.compile(r"(?:[^,]|,,)*")
@@ -43,12 +41,12 @@ class Part(NamedTuple):
 
     @property
     def may_hold_secret(self) -> bool:
-        """True if the schema marks its member sensitive, or does not know it."""
+        """True if the schema marks the member sensitive, or does not know it."""
         return self.key != "" and self.key.split(".")[0] not in _KNOWN
 
 
 def parts(text: str) -> Iterator[Part]:
-    """Cut the text of an option at its commas; a doubled comma belongs to its value (QEMU's
+    """Split the text of an option at its commas; a doubled comma belongs to its value (QEMU's
     keyval).
     """
     position, first = 0, True
@@ -63,7 +61,7 @@ def parts(text: str) -> Iterator[Part]:
 def shown(text: str, hidden_files: "list[str]") -> str:
     """Return the text of an option without the values that may carry a secret.
 
-    ``hidden_files``: values of ``file`` that argv has put in the place of ``data``.
+    ``hidden_files``: values of ``file`` by which argv replaced ``data``.
     """
     if text.startswith("{"):
         return _shown_json(text, hidden_files)
@@ -83,7 +81,7 @@ def shown(text: str, hidden_files: "list[str]") -> str:
 def _shown_json(text: str, hidden_files: "list[str]") -> str:
     try:
         json.loads(text)
-    except ValueError:  # also what only QEMU's dialect has: where a value ends is not certain
+    except ValueError:  # includes QEMU's dialect, where the end of a value is uncertain
         return f"{{{HIDDEN}"
 
     def replaced(match: re.Match[str]) -> str:
@@ -99,7 +97,7 @@ def _name(match: re.Match[str]) -> str:
 
 
 def with_file(text: str, file: str) -> str | None:
-    """Return the JSON text of an object with ``file`` in the place of ``data``; None if that is not
+    """Return the JSON text of an object with ``data`` replaced by ``file``; None if that is not
     certain.
     """
     found = [match for match in _JSON_MEMBER.finditer(text) if _name(match) == "data"]
@@ -115,7 +113,7 @@ def with_file(text: str, file: str) -> str | None:
 
 
 def is_unfinished_value(text: str) -> bool:
-    """True if a part without ``=`` follows a sensitive member: most likely the rest of its
+    """Return True if a part without ``=`` follows a sensitive member: probably the rest of its
     value.
     """
     if text.startswith("{"):

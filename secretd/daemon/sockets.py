@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The sockets: which sockets there are, by the command line, the service manager, or by default.
+"""The daemon's sockets: from the command line, the service manager, or by default.
 
-It opens them; what goes through them is server's. daemon calls it.
+It opens them; server serves them. daemon.process calls it.
 """
 
 import contextlib
@@ -21,8 +21,10 @@ from secretd.systemd.activation import Passed
 
 
 class SocketSpec(NamedTuple):
-    """What ``--control``, ``--client`` or ``--credentials`` says. ``mode`` is the socket's, ``gid``
-    -1 for no change; ``authz``: the object that says who else may use a control socket.
+    """The value of ``--control``, ``--client`` or ``--credentials``.
+
+    ``mode``: of the socket's file; ``gid``: its group, -1 for no change; ``authz``: the id of the
+    object that admits further peers to a control socket.
     """
 
     role: SocketRole
@@ -36,10 +38,10 @@ _MODES: Final = {SocketRole.CONTROL: 0o600, SocketRole.CLIENT: 0o666, SocketRole
 
 
 def socket_spec(role: SocketRole, text: str) -> SocketSpec:
-    """Read PATH[,mode=OCTAL][,group=NAME], or raise UsageError."""
+    """Parse PATH[,mode=OCTAL][,group=NAME]. Raises UsageError."""
     option = f"--{role.value} {text}"
     try:
-        # Unlike a type's name, a path may have commas.
+        # Unlike the name of a type, a path may contain commas.
         members = keyval.parse(text if text.startswith("path=") else f"path={text}", "path")
     except UsageError as error:
         raise UsageError(f"{option}: {error}") from None
@@ -49,7 +51,7 @@ def socket_spec(role: SocketRole, text: str) -> SocketSpec:
     mode, gid = _MODES[role], -1
     authz = members.pop("authz", None) if role is SocketRole.CONTROL else None
     if authz is not None:
-        mode = 0o666  # a peer is judged at accept
+        mode = 0o666  # peers are checked at accept
     if "mode" in members:
         try:
             mode = int(members.pop("mode"), 8)
@@ -67,7 +69,7 @@ def socket_spec(role: SocketRole, text: str) -> SocketSpec:
 
 
 def default_sockets() -> list[SocketSpec]:
-    """Return those that open by default, in a directory that is made for them."""
+    """Return the default sockets, and create their directory."""
     directory = paths.default_directory()
     own = not paths.has_runtime_directory()
     with contextlib.suppress(FileExistsError):
@@ -79,7 +81,7 @@ def default_sockets() -> list[SocketSpec]:
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
         raise UsageError(f"{directory}: is not a directory of uid {os.getuid()}; remove it")
     if own and status.st_mode & 0o077:
-        raise UsageError(f"{directory}: others may enter it; run 'chmod 700 {directory}'")
+        raise UsageError(f"{directory}: other users may enter it; run 'chmod 700 {directory}'")
     return [
         SocketSpec(SocketRole.CONTROL, paths.control_path(), _MODES[SocketRole.CONTROL], -1),
         SocketSpec(SocketRole.CLIENT, paths.client_path(), _MODES[SocketRole.CLIENT], -1),
@@ -89,15 +91,13 @@ def default_sockets() -> list[SocketSpec]:
 def wanted(
     options: "Iterable[tuple[SocketRole, list[str]]]", passed: "Collection[Passed]"
 ) -> list[SocketSpec]:
-    """Return what the options of each socket say; without any, and without passed sockets, the
-    defaults.
-    """
+    """Return the sockets of the options; without options and passed sockets, the default ones."""
     specs = [socket_spec(role, text) for role, texts in options for text in texts]
     return specs if specs or passed else default_sockets()
 
 
 def is_listening(fd: int) -> bool:
-    """True if a borrowed descriptor is a listening stream socket of AF_UNIX."""
+    """Return True if a borrowed descriptor is a listening AF_UNIX stream socket."""
     copy = os.dup(fd)
     try:
         borrowed = socket.socket(fileno=copy)
@@ -113,7 +113,7 @@ def is_listening(fd: int) -> bool:
 
 
 def open_sockets(specs: Iterable[SocketSpec], passed: Iterable[Passed]) -> list[Listener]:
-    """Open the sockets that are named; take over those that the service manager ``passed``.
+    """Open the named sockets, and take over those that the service manager ``passed``.
 
     The name of a passed socket gives its role. A spec with the path of a passed socket applies to
     it (``authz``), except for mode and group, which are the .socket unit's. Raises UsageError.
@@ -121,6 +121,7 @@ def open_sockets(specs: Iterable[SocketSpec], passed: Iterable[Passed]) -> list[
     opened: list[Listener] = []
     left = list(specs)
     try:
+        # 1. Passed sockets, each with the spec of its path if there is one.
         for name, fd in passed:
             sock = socket.socket(fileno=fd)
             sock.setblocking(False)
@@ -133,9 +134,11 @@ def open_sockets(specs: Iterable[SocketSpec], passed: Iterable[Passed]) -> list[
             if spec.role.value != name:
                 sock.close()
                 raise UsageError(
-                    f"--{spec.role.value} {path}: the service manager passed this socket as '{name}'"
+                    f"--{spec.role.value} {path}: the service manager passed this socket as "
+                    f"'{name}'"
                 )
             opened.append(Listener(sock, spec.role, path, spec.authz, owned=False))
+        # 2. The other specs.
         for spec in left:
             opened.append(listen(spec.path, spec.role, spec.mode, spec.gid, spec.authz))  # noqa: PERF401
     except BaseException:

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Messages to the service manager while the daemon runs: ready, the watchdog, the status line."""
+"""Messages to the service manager while the daemon runs: ready, watchdog, status line.
+
+daemon.process calls it.
+"""
 
 import asyncio
 from typing import Final
@@ -8,13 +11,13 @@ from secretd.daemon.fd_store import DescriptorStore
 from secretd.qom.tree import ObjectTree
 
 STATUS_SECONDS: Final = 1.0
-"""Seconds after a change within which `systemctl status` shows it: not each is worth a message."""
+"""Seconds after a change within which `systemctl status` shows it; changes in between share a
+message.
+"""
 
 
 class StatusReporter:
-    """What the service manager is told while the daemon runs: that the loop turns, and a line of
-    status.
-    """
+    """Reports to the service manager: signs of life, and the status line."""
 
     def __init__(self, store: DescriptorStore, tree: ObjectTree) -> None:
         self._store = store
@@ -24,7 +27,7 @@ class StatusReporter:
         self._stopping = False
 
     def start(self) -> None:
-        """Tell that all is ready; go on telling."""
+        """Report that the daemon is ready, and continue to report."""
         self._tree.subscribe(count=self._changed)
         self._manager.ready(self.status())
         self._store.watch(self._changed)
@@ -32,22 +35,22 @@ class StatusReporter:
             self._beat(self._manager.watchdog / 2)
 
     def status(self) -> str:
-        """Return the line that `systemctl status` shows."""
+        """Return the status line of `systemctl status`."""
         secrets = len(self._tree.journal) - len(self._tree.deciding)
         level = self._tree.journal.arena.level
         kept = "kept over restarts" if self._store.kept else "not kept over restarts"
         return f"{secrets} secret{'' if secrets == 1 else 's'}, memory: {level}, {kept}"
 
     def reloading(self) -> None:
-        """Report that a reload begins."""
+        """Report the begin of a reload."""
         self._manager.reloading()
 
     def reloaded(self) -> None:
-        """Report that a reload has ended."""
+        """Report the end of a reload."""
         self._manager.ready(self.status())
 
     def stopping(self) -> None:
-        """Tell that the end has begun."""
+        """Report the begin of the end."""
         self._stopping = True
         if self._due is not None:
             self._due.cancel()

@@ -26,9 +26,9 @@ _DISCONNECTED: Final = CommandError("the client has disconnected")
 
 
 class Deliveries:
-    """Starts deliveries, and knows those that go on.
+    """Starts deliveries, and keeps track of the running ones.
 
-    ``undo`` is called for a read that delivered nothing.
+    ``undo``: called with the grant and the reason of a read that delivered nothing.
     """
 
     def __init__(
@@ -56,13 +56,15 @@ class Deliveries:
         base64: bool = False,
         seal: Callable[[Grant], bytes] | None = None,
     ) -> Delivery:
-        """Write a secret to a descriptor, which is consumed. Raises CommandError.
+        """Write a secret to a descriptor, which is consumed.
 
-        The delivery's ``rest`` is a coroutine where not everything could be written at once.
-        ``decide`` returns the permission or raises; it is asked after the descriptor, so that one
-        which cannot take a secret uses up no read. ``seal``: returns what to write instead of the
-        plaintext.
+        ``decide``: returns the permission or raises. It is called after the descriptor was
+        classified, so that an unusable descriptor consumes no read. ``seal``: returns the bytes to
+        write instead of the plaintext. ``opened``: makes the target of a borrowed descriptor.
+        Returns the delivery; its ``rest`` is a coroutine if not everything could be written at
+        once. Raises CommandError.
         """
+        # 1. Classify the descriptor, then decide.
         try:
             target = opened(fd.fileno())
             grant = decide()
@@ -70,14 +72,16 @@ class Deliveries:
         except BaseException:
             fd.close()
             raise
+        # 2. A thread writes to the descriptors of untrusted peers.
         if not grant.peer.trusted:
             threaded = ThreadedDelivery(
                 grant, target, fd, self._undo, base64, sealed, self._scratch, self._write_seconds
             )
-            # Known to `withdraw` from now on, not only when the coroutine first runs.
+            # `withdraw` must know it now, not only when the coroutine first runs.
             self._remember(threaded)
             threaded.rest = self._write_in_thread(threaded)
             return threaded
+        # 3. The loop writes to those of trusted peers, usually all at once.
         delivery = LoopDelivery(grant, target, fd, self._undo, base64, sealed)
         try:
             if base64:
@@ -103,7 +107,7 @@ class Deliveries:
     async def release_decided(
         self, fd: Fd, decision: Awaitable[Grant], opened: Callable[[int], Target]
     ) -> Grant:
-        """Do the same with a decision that must be awaited; return it once all is written."""
+        """Release with a decision that must be awaited; return its grant once all is written."""
         try:
             grant = await decision
         except BaseException:
@@ -139,7 +143,7 @@ class Deliveries:
     async def _write_in_thread(self, delivery: ThreadedDelivery) -> None:
         loop = asyncio.get_running_loop()
 
-        def unused() -> None:  # called in the thread, instead of write()
+        def unused() -> None:  # runs in the thread, instead of write()
             with contextlib.suppress(RuntimeError):  # the loop has ended, and all with it
                 loop.call_soon_threadsafe(delivery.close)
 
@@ -168,10 +172,10 @@ class Deliveries:
         if failure is not None:
             raise delivery.fail(failure)
 
-    # --- those that go on
+    # --- running deliveries
 
     def withdraw(self, object_id: str) -> None:
-        """End the deliveries of a secret: none touches its plaintext after this returns."""
+        """End the deliveries of a secret; none touches its plaintext after this returns."""
         for delivery in self._running.pop(object_id, ()):
             delivery.withdraw()
 

@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""One secret on its way to one descriptor.
+"""The delivery of one secret to one descriptor.
 
-Theory of operation. A `Delivery` owns a target, the descriptor under it, and a view of what is to
-be written. It ends in exactly one of three ways:
+Theory of operation. A `Delivery` owns a target, the descriptor under it, and a view of the bytes to
+write. It ends in exactly one of three ways:
 
-- all of it was written: the owner calls `close`;
-- writing failed, or took too long: `fail` gives the reason. If the other end took no byte, the read
-  is undone (the audit says `withheld`, and a limited grant gets its read back); then `close`;
-- the secret was deleted or the grant withdrawn: `withdraw` returns only when the delivery touches
-  no plaintext any more. The owner wakes up, sees `withdrawn`, and ends it as a failure.
+- everything was written: the owner calls `close`;
+- writing failed, or took too long: `fail` takes the reason, and the owner calls `close`. If the
+  other end accepted no byte, the read is undone: the audit says `withheld`, and a limited grant
+  gets its read back;
+- the secret was deleted or the grant withdrawn: `withdraw` returns only when the delivery no longer
+  touches plaintext. The owner wakes up, sees `withdrawn`, and ends the delivery as a failure.
 
-`LoopDelivery` is written by the event loop, for trusted peers. threaded_delivery has the one for
-the others, whose descriptors can block a thread for ever. deliveries starts both and keeps track of
-those that go on.
+What can go wrong: the other end blocks for ever. So the event loop writes a `LoopDelivery` for
+trusted peers only; threaded_delivery writes to the descriptors of others. deliveries starts both
+and keeps track of them.
 """
 
 import asyncio
@@ -32,12 +33,12 @@ _EMPTY: Final = memoryview(b"")
 
 
 class Delivery:
-    """A delivery to ``target``, which borrows ``fd``; both are owned.
+    """A delivery to ``target``, which borrows ``fd``; the delivery owns both.
 
-    What is written is the plaintext that ``grant`` carries, its base64, or ``sealed`` instead.
-    ``size`` is its length and ``written`` what the other end has taken so far, both in bytes.
-    ``undo`` is called with the grant and the reason if the delivery ends before the other end has
-    taken a byte. ``rest`` is a coroutine that writes what could not be written at once, and raises
+    It writes the plaintext of ``grant``, its base64, or ``sealed`` instead. ``size``: the number of
+    bytes to write; ``written``: the number that the other end has accepted. ``undo``: called with
+    the grant and the reason if the delivery ends before the other end has accepted a byte.
+    ``rest``: a coroutine that writes the bytes which could not be written at once, and raises
     CommandError.
     """
 
@@ -65,7 +66,7 @@ class Delivery:
         self._undo = undo
 
     def encode(self, scratch: Arena) -> None:
-        """Make ``view`` the base64 of the plaintext. Raises LockedMemoryExhausted."""
+        """Set ``view`` to the base64 of the plaintext. Raises LockedMemoryExhausted."""
         self._encoded = encode_base64(self.plaintext, scratch)
         self.view = self._encoded.view
 
@@ -74,18 +75,20 @@ class Delivery:
         """End the delivery: it touches no plaintext after this returns."""
 
     def fail(self, error: CommandError) -> CommandError:
-        """Record that nothing more will be written; return the error for the caller to raise."""
+        """End the delivery with an error, and undo a read that delivered nothing; return the error
+        to raise.
+        """
         if not self.written:
             self._undo(self.grant, error.desc)
         return error
 
     def fail_system(self, error: OSError) -> CommandError:
-        """Do the same for a system call's error."""
+        """Do the same for an error of a system call."""
         words = f"Unable to write the secret: {os.strerror(error.errno or 0)}"
         return self.fail(CommandError(words))
 
     def withdrawal(self) -> CommandError:
-        """Return the error of a delivery that was withdrawn."""
+        """Return the error of a withdrawn delivery."""
         return CommandError(f"Secret '{self.grant.object_id}' was withdrawn")
 
     def drop(self) -> None:
@@ -108,9 +111,8 @@ class LoopDelivery(Delivery):
     _woken: asyncio.Future[None] | None = None
 
     def write(self) -> bool:
-        """Write what the descriptor takes without waiting; True once that was all.
-
-        Raises OSError.
+        """Write as much as possible without waiting; return True once everything is written. Raises
+        OSError.
         """
         written = self.written
         self.written += self.target.write(self.view[written:] if written else self.view, written)

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """`Fd`, the owner of one descriptor.
 
-A descriptor that a peer passed can block in close(2), so the owner is given the function that
-closes it.
+A descriptor that a peer passed can block in close(2), so the owner has its own closing function.
 """
 
 import os
@@ -13,7 +12,8 @@ from collections.abc import Callable
 class Fd:
     """Owns one descriptor until `take` or `close`; then it is -1, before the number can be reused.
 
-    ``closer`` carries out close(2), which may block where a client holds the other end.
+    ``closer``: the function that calls close(2), which may block where a client holds the other
+    end.
     """
 
     __slots__ = ("_closer", "_fd")
@@ -27,12 +27,12 @@ class Fd:
         return self._fd
 
     def take(self) -> int:
-        """Give the descriptor away; the caller closes it."""
+        """Give the descriptor to the caller, which closes it."""
         fd, self._fd = self._fd, -1
         return fd
 
     def close(self) -> None:
-        """Close it. Does nothing the second time."""
+        """Close the descriptor. A second call does nothing."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             self._closer(fd)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a descriptor is, asked with calls that cannot block.
+"""The kind of a descriptor, determined by calls that cannot block.
 
-The object behind it may be served by the peer (FUSE) or locked by it (a socket, a pipe's mutex), so
-fstat(2) and getsockname(2) are out of the question (docs/design.md, "Descriptors are hostile").
-target and source call it.
+A peer may serve the object behind it (FUSE) or lock it (a socket, a pipe's mutex), so fstat(2) and
+getsockname(2) are not usable (docs/design.md, "Descriptors are hostile"). target and source call
+this module.
 """
 
 import errno
@@ -24,7 +24,7 @@ _WRITE_SEALS: Final = 0x0002 | 0x0004 | 0x0008 | 0x0010  # shrink, grow, write, 
 
 
 class Kind(Enum):
-    """What a descriptor is, for delivering to it and reading from it."""
+    """The kind of a descriptor, for delivering to it and reading from it."""
 
     PIPE = "a pipe"
     SOCKET = "a stream socket of a pair"
@@ -34,12 +34,12 @@ class Kind(Enum):
 
 
 def classify(fd: int) -> Kind:
-    """Find out what a borrowed descriptor is, with calls that cannot block."""
+    """Return the kind of a borrowed descriptor. Never waits."""
     return kind_and_flags(fd)[0]
 
 
 def kind_and_flags(fd: int) -> tuple[Kind, int]:
-    """Return the same, and the flags that it was opened with (F_GETFL)."""
+    """Return the kind, and the flags with which it was opened (F_GETFL). Never waits."""
     flags = fcntl.fcntl(fd, fcntl.F_GETFL)
     return Kind.OTHER if flags & _O_PATH else _kind(fd), flags
 
@@ -47,7 +47,7 @@ def kind_and_flags(fd: int) -> tuple[Kind, int]:
 def _kind(fd: int) -> Kind:
     try:
         mode, links = type_and_links(fd)
-    except OSError:  # FUSE tells nothing to other users
+    except OSError:  # FUSE refuses other users
         return Kind.OTHER
     if stat.S_ISFIFO(mode):
         return Kind.PIPE
@@ -64,8 +64,8 @@ def _kind(fd: int) -> Kind:
 
 @lru_cache(1)
 def _memfd_device() -> tuple[int, int]:
-    """Return the device of the kernel's own tmpfs. An unlinked file of any other may be on one that
-    is full.
+    """Return the device of the kernel's own tmpfs. Any other file system of an unlinked file may be
+    full.
     """
     fd = os.memfd_create("secretd-device", os.MFD_CLOEXEC)
     try:
@@ -75,12 +75,13 @@ def _memfd_device() -> tuple[int, int]:
 
 
 def _is_socketpair_end(fd: int) -> bool:
-    """True for a connected AF_UNIX stream whose ends have no names.
+    """Return True for a connected AF_UNIX stream whose ends have no names.
 
-    Elsewhere the daemon would lend its own credentials to the bytes it sends.
+    To any other socket the daemon would lend its own credentials.
     """
     if domain(fd) != socket.AF_UNIX:
-        return False  # before a Python socket asks for its name, which waits for the lock of a TCP socket
+        # First: a Python socket asks for its name, which waits for the lock of a TCP socket.
+        return False
     borrowed = socket.socket(fileno=os.dup(fd))
     try:
         return (
@@ -97,11 +98,11 @@ def _is_socketpair_end(fd: int) -> bool:
 
 
 def is_readable(fd: int) -> bool:
-    """True if the descriptor was opened for reading."""
+    """Return True if the descriptor was opened for reading."""
     flags = fcntl.fcntl(fd, fcntl.F_GETFL)
     return not flags & _O_PATH and flags & os.O_ACCMODE in (os.O_RDONLY, os.O_RDWR)
 
 
 def is_sealed(fd: int) -> bool:
-    """True if a memfd's seals forbid to size and fill it."""
+    """Return True if a memfd's seals forbid resizing or writing it."""
     return bool(fcntl.fcntl(fd, _F_GET_SEALS) & _WRITE_SEALS)

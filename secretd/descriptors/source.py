@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Reading what ``file=`` names into locked memory: a path or a descriptor that the client passed.
+"""Reading the source of ``file=`` into locked memory: a path or a descriptor that the client
+passed.
 
-Everything here may block (a FIFO without a writer, a network file system), so over QMP it runs in a
-thread and with a time limit; on the command line it is called directly. qom.secret asks for a
-source by its name; which descriptors a name can mean is said by the connection's
-`ConnectionSources`.
+Every read may block (a FIFO without a writer, a network file system), so over QMP it runs in a
+thread with a time limit; for the command line it is called directly. qom.secret asks for a source
+by name, and `ConnectionSources` knows which descriptors a name can mean.
 """
 
 import asyncio
@@ -31,7 +31,7 @@ from secretd.memory.arena import Arena, LockedBuffer
 R = TypeVar("R")
 
 SOURCE_BYTES: Final = 2 << 20
-"""Bytes a source may hold: a secret of the largest size in base64 with newlines. QEMU: no limit."""
+"""Bytes of a source: the largest secret in base64 with newlines. QEMU has no limit."""
 
 _FIRST_BYTES: Final = 4096 - 2
 _FDSET: Final = re.compile(r"/dev/fdset/([0-9]{1,10})")
@@ -39,23 +39,27 @@ _DEV_FD: Final = re.compile(r"/dev/fd/([0-9]{1,10})")
 
 
 class CommandLineSources:
-    """What ``--object`` may name: everything, read at once. See `qom.loading.SourceReader`."""
+    """The sources of ``--object``: any file or key, read at once. See
+    `qom.loading.SourceReader`.
+    """
 
     def __init__(self, scratch: Arena) -> None:
         self._scratch = scratch
         self.uid = os.getuid()
 
     def file(self, name: str) -> LockedBuffer:
-        """Read a file, through magic links too."""
+        """Read a file, also through magic links."""
         return read_path(name, self._scratch, Tuning.source_seconds, magic_links=True)
 
     def key(self, serial: int) -> LockedBuffer:
-        """Read a key of the kernel's."""
+        """Read a key of the kernel's keyrings."""
         return read_key(serial, self._scratch)
 
 
 class ConnectionSources:
-    """What one connection's objects may name: its own descriptors, and paths and keys if it may.
+    """The sources of one connection's objects: its own descriptors, and paths and keys for trusted
+    peers.
+
     See `qom.loading.SourceReader`.
     """
 
@@ -77,10 +81,10 @@ class ConnectionSources:
         self._trusted = trusted
 
     async def file(self, name: str) -> LockedBuffer:
-        """Return the content with room for a quote on each side, or raise SourceError."""
+        """Return the content with room for a quote on each side. Raises SourceError."""
         fd = self._descriptor(name)
         if fd is not None:
-            # A duplicate, so that the number stays ours whatever the connection does meanwhile.
+            # A duplicate, so that the connection cannot close the number meanwhile.
             copy = Fd(os.dup(fd))
             return await self._run(
                 partial(_read_and_close, copy, self._scratch, self._seconds), copy.close
@@ -92,7 +96,7 @@ class ConnectionSources:
         )
 
     async def key(self, serial: int) -> LockedBuffer:
-        """Return a key's payload likewise. The kernel may wait for the key's maker."""
+        """Return a key's payload in the same form. The kernel may wait for the key's creator."""
         if not self._trusted:
             raise AccessDenied("Only uid 0 and the daemon's own uid may name a key")
         return await self._run(partial(read_key, serial, self._scratch))
@@ -108,7 +112,7 @@ class ConnectionSources:
             raise _timed_out(self._seconds) from None
 
     def _descriptor(self, name: str) -> int | None:
-        """Return the passed descriptor that ``name`` means, None if it is a path."""
+        """Return the passed descriptor that a name means, None for a path."""
         match = _DEV_FD.fullmatch(name)
         if match:
             found = self._fdsets.numbered(int(match[1]))
@@ -125,9 +129,10 @@ class ConnectionSources:
 
 
 def read_path(name: str, scratch: Arena, seconds: float, *, magic_links: bool) -> LockedBuffer:
-    """Open and read a file to its end; blocks.
+    """Open and read a file to its end; blocks. Raises SourceError.
 
-    ``magic_links``: follow /proc/self/fd/N and the like, as process substitution needs.
+    ``seconds``: the time limit. ``magic_links``: follow /proc/self/fd/N and the like, as process
+    substitution needs.
     """
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
     try:
@@ -142,9 +147,9 @@ def read_path(name: str, scratch: Arena, seconds: float, *, magic_links: bool) -
 
 
 def read_key(serial: int, scratch: Arena) -> LockedBuffer:
-    """Read the payload of a key (keyctl(2), KEYCTL_READ); may block.
+    """Read the payload of a key (keyctl(2), KEYCTL_READ); may block. Raises SourceError.
 
-    The kernel has none over 1 MiB.
+    The kernel has no payload over 1 MiB.
     """
     while True:
         size = _key_size(serial, None)
@@ -156,7 +161,7 @@ def read_key(serial: int, scratch: Arena) -> LockedBuffer:
         except BaseException:
             buffer.free()
             raise
-        buffer.free()  # another process has updated the key
+        buffer.free()  # another process updated the key
 
 
 def _key_size(serial: int, into: memoryview | None) -> int:
@@ -183,13 +188,15 @@ def _read_and_close(owned: Fd, scratch: Arena, seconds: float) -> LockedBuffer:
 
 
 def _read(fd: int, name: str, scratch: Arena, seconds: float, *, seekable: bool) -> LockedBuffer:
-    """Read to the end: from offset 0 if that can be, without moving the owner's offset."""
+    """Read to the end: from offset 0 where possible, without moving the owner's offset."""
+    # 1. A buffer of the expected size, with a spare byte on each side.
     deadline = time.monotonic() + seconds
     expected = os.fstat(fd).st_size + 1 if seekable else _FIRST_BYTES
     buffer = scratch.allocate(min(max(expected, _FIRST_BYTES), SOURCE_BYTES + 1) + 2)
     fill = 0
     try:
         while True:
+            # 2. Fill it, or continue in a larger one.
             room = buffer.view[1 + fill : -1]
             if not room:
                 if fill > SOURCE_BYTES:
@@ -241,12 +248,12 @@ def _cut(buffer: LockedBuffer, fill: int, scratch: Arena) -> LockedBuffer:
 
 
 def _bytes(name: str) -> bytes:
-    """The file name as QEMU holds it: NUL as C0 80, what argv could not decode as it was."""
+    """Return the file name as QEMU holds it: NUL as C0 80, undecodable bytes as they were."""
     return os.fsencode(name).replace(b"\0", b"\xc0\x80")
 
 
 def _displayed(name: str) -> str:
-    """g_filename_display_name(): each byte that is not UTF-8 shows as U+FFFD."""
+    """g_filename_display_name(): show each byte that is not UTF-8 as U+FFFD."""
     return _bytes(name).decode(errors="replace")
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a secret can be written to: pipes, ends of stream socket pairs, and memfds.
+"""The targets of secrets: pipes, ends of stream socket pairs, and memfds.
 
-Each is written to without changing the flags or the offset of the client's open file description.
-Opening one never waits, whoever passed it; writing may, where a client holds what the kernel needs
-for it. deliver calls it.
+A target is written without changing the flags or the offset of the client's open file description.
+Opening a target never waits; writing may, where a client holds what the kernel needs for it.
+deliveries calls this module.
 """
 
 import errno
@@ -25,10 +25,10 @@ _TAKES = "secret-read takes the write end of a pipe, an end of a stream socket p
 
 
 class Target:
-    """What a secret is written to, by a descriptor that is borrowed.
+    """A target of a secret; its descriptor is borrowed.
 
-    ``may_block``: a thread writes, which a peer may hold up; then nothing may lie where it cannot
-    be wiped.
+    ``may_block``: a thread writes, and a peer may block it; plaintext must then never lie where it
+    cannot be wiped.
     """
 
     may_block = False
@@ -40,16 +40,16 @@ class Target:
         """Prepare for ``size`` bytes. Raises OSError or CommandError."""
 
     def write(self, data: memoryview, position: int) -> int:
-        """Write ``data``, which belongs ``position`` bytes behind the start of the secret.
+        """Write ``data``, which starts ``position`` bytes after the start of the secret.
 
-        Returns how many bytes were taken without waiting, which may be 0. Raises OSError.
+        Returns the number of bytes accepted without waiting, which may be 0. Raises OSError.
         """
         taken, size = 0, len(data)
         while taken < size:
             try:
                 taken += self._write_some(data[taken:] if taken else data, position + taken)
             except OSError as error:
-                # What was taken before an error was taken: the next call meets the error again.
+                # Bytes accepted before an error count: the next call meets the error again.
                 if not taken and not isinstance(error, BlockingIOError):
                     raise
                 break
@@ -57,16 +57,18 @@ class Target:
 
     @abstractmethod
     def _write_some(self, data: memoryview, position: int) -> int:
-        """Write some of ``data``; raise BlockingIOError if nothing is taken without waiting."""
+        """Write a part of ``data``; raise BlockingIOError if nothing is accepted without
+        waiting.
+        """
 
     def close(self) -> None:
-        """Release what the target needed besides the descriptor."""
+        """Release the target's own resources, but not the descriptor."""
 
 
 class PipeTarget(Target):
     """The write end of a pipe or FIFO."""
 
-    _own: tuple[int, int] | None = None  # a pipe of our own, to splice from
+    _own: tuple[int, int] | None = None  # a pipe of our own to splice from
 
     def _write_some(self, data: memoryview, position: int) -> int:  # noqa: ARG002 - a pipe has none
         if self._own is None:
@@ -78,8 +80,8 @@ class PipeTarget(Target):
         return self._write_if_ready(data) if self.may_block else self._splice(data)
 
     def _write_if_ready(self, data: memoryview) -> int:
-        """Write what one free page of the pipe takes (pipe(7)): what is spliced would wait in the
-        kernel.
+        """Write at most one page, which a writable pipe accepts (pipe(7)); spliced bytes would wait
+        in the kernel.
         """
         poll = select.poll()
         poll.register(self.fd, select.POLLOUT)
@@ -88,7 +90,7 @@ class PipeTarget(Target):
         return os.writev(self.fd, [data[: select.PIPE_BUF]])
 
     def _splice(self, data: memoryview) -> int:
-        """A FIFO in a file system knows no RWF_NOWAIT: go through a pipe of our own."""
+        """Write through a pipe of our own: a FIFO in a file system does not support RWF_NOWAIT."""
         if self._own is None:
             self._own = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         source, sink = self._own
@@ -98,7 +100,7 @@ class PipeTarget(Target):
             while moved < size:
                 moved += os.splice(source, self.fd, size - moved, flags=os.SPLICE_F_NONBLOCK)
         except OSError:
-            # What was not taken must not stay: closing the pipe frees it without reading it back.
+            # Unaccepted bytes must not stay: closing the pipe frees them unread.
             self.close()
             if not moved:
                 raise
@@ -124,11 +126,11 @@ class SocketTarget(Target):
 
 
 class MemfdTarget(Target):
-    """A memfd: given the secret's size, then filled from its start."""
+    """A memfd: it gets the secret's size, and is filled from its start."""
 
     def begin(self, size: int) -> None:
-        """See Target. A peer that is not trusted has to bring the memory: pages that the daemon's
-        write allocates are charged to the daemon's cgroup for as long as the peer keeps the memfd.
+        """See Target. An untrusted peer must supply the memory: pages that the daemon's write
+        allocates are charged to the daemon's cgroup for as long as the peer keeps the memfd.
         """
         if self.may_block and (own := allocated_bytes(self.fd)) < size:
             raise CommandError(
@@ -142,7 +144,9 @@ class MemfdTarget(Target):
 
 
 def open_target(fd: int) -> Target:
-    """Return the target that a descriptor is, or raise CommandError. Never waits."""
+    """Return the target of a borrowed descriptor. Never waits. Raises CommandError for an unusable
+    one.
+    """
     kind, flags = kind_and_flags(fd)
     writable = flags & os.O_ACCMODE in (os.O_WRONLY, os.O_RDWR)
     if kind is Kind.PIPE and writable:
@@ -159,10 +163,10 @@ def open_target(fd: int) -> Target:
 
 
 def _name(fd: int) -> str:
-    """Say what a descriptor is that cannot be taken."""
+    """Return words for a descriptor that cannot be a target."""
     try:
         mode, _ = type_and_links(fd)
-    except OSError:  # FUSE tells nothing to other users
+    except OSError:  # FUSE refuses other users
         return "a file that is closed to the daemon"
     for test, name in (
         (stat.S_ISREG, "a regular file"),

@@ -3,12 +3,13 @@
 
 Even a write that asks not to wait may never return (docs/design.md, "Descriptors are hostile"). So
 the thread copies the secret piece by piece into a locked buffer of its own and writes from there. A
-write that is stuck in the kernel reads that buffer whenever it continues: withdrawing the secret
-wipes the buffer, and the buffer is used for nothing else until the write has returned.
+write that is stuck in the kernel reads that buffer whenever it continues. Withdrawing the secret
+wipes the buffer, and nothing else uses it until the write has returned.
 
-Two locks. ``_copying`` protects the plaintext and the buffer; it is held for a copy, never for a
-system call. ``_writing`` is held from the copy until it is written, which may be for ever, so the
-loop takes it with a time limit only. `write` runs in the thread, everything else in the loop.
+There are two locks. ``_copying`` protects the plaintext and the buffer; it is held for a copy,
+never during a system call. ``_writing`` is held from the copy until it is written, which may be for
+ever, so the loop takes it with a time limit only. `write` runs in the thread, everything else in
+the loop.
 """
 
 import asyncio
@@ -35,7 +36,7 @@ PIECE_BYTES: Final = 16 << 10
 class ThreadedDelivery(Delivery):
     """A delivery by a thread.
 
-    ``scope`` is the time limit of the coroutine that waits for the thread.
+    ``scope``: the time limit of the coroutine that waits for the thread.
     """
 
     def __init__(  # noqa: PLR0917 - as Delivery
@@ -57,11 +58,11 @@ class ThreadedDelivery(Delivery):
         self._copying = threading.Lock()
         self._writing = threading.Lock()
         self._closed = False
-        self._failure: CommandError | None = None  # known, while the last write has not returned
-        # The thread makes what follows: a delivery that waits for a thread holds nothing.
+        self._failure: CommandError | None = None  # known before the last write has returned
+        # The thread creates the following: a delivery that waits for a thread holds nothing.
         self._piece: LockedBuffer | None = None
-        self._rest = memoryview(b"")  # of the piece: not written yet
-        self._copied = 0  # bytes of the plaintext
+        self._rest = memoryview(b"")  # the unwritten part of the piece
+        self._copied = 0  # bytes of plaintext copied so far
         self._bell = -1  # an eventfd(2) that wakes the thread
 
     def withdraw(self) -> None:
@@ -69,7 +70,8 @@ class ThreadedDelivery(Delivery):
         if self._closed:
             return
         # Wait for a write that is under way, as long as it takes if nothing holds it up: wiping the
-        # buffer in the middle of it would give the client zeros behind what it has, instead of the end.
+        # buffer in the middle of it would give the client zeros behind what it has, instead of the
+        # end.
         idle = not self.withdrawn and self._writing.acquire(timeout=self._write_seconds)
         with self._copying:
             self.withdrawn = True
@@ -81,13 +83,13 @@ class ThreadedDelivery(Delivery):
         if idle:
             self._writing.release()
         if self.scope is not None:
-            with contextlib.suppress(RuntimeError):  # it has ended
+            with contextlib.suppress(RuntimeError):  # the loop has ended
                 self.scope.reschedule(asyncio.get_running_loop().time())
 
     def abandon(self, error: CommandError) -> CommandError:
         """Fail while the thread may still be writing; return the error.
 
-        Whether the other end has taken a byte is known only when the write has returned.
+        Only the return of the write shows whether the other end has accepted a byte.
         """
         self.withdraw()
         if self._writing.acquire(blocking=False):
@@ -97,7 +99,7 @@ class ThreadedDelivery(Delivery):
         return error
 
     def close(self) -> None:
-        """Release everything: the thread has returned, or never began."""
+        """Release everything: the thread has returned, or never started."""
         self._closed = True
         if self._piece is not None:
             self._piece.free()
@@ -108,7 +110,9 @@ class ThreadedDelivery(Delivery):
             self.fail(self._failure)
 
     def write(self) -> OSError | CommandError | None:
-        """Write it all, or until it is withdrawn; return what went wrong. Runs in the thread."""
+        """Write everything, or until it is withdrawn; return the error, None if there is none. Runs
+        in the thread.
+        """
         position = 0
         try:
             self.target.begin(self.size)
@@ -126,11 +130,13 @@ class ThreadedDelivery(Delivery):
             return error
 
     def _copy(self) -> bool:
-        """Copy the next piece if none is left; False at the end, or if the secret was withdrawn."""
+        """Copy the next piece if none is left; return False at the end, or if the secret was
+        withdrawn.
+        """
         with self._copying:
             if self._rest and not self.withdrawn:
                 return True
-            # Base64 is a third larger than what it encodes, and encodes whole triples.
+            # Base64 encodes three bytes as four.
             size = PIECE_BYTES // 4 * 3 if self.base64 else PIECE_BYTES
             source = self.plaintext[self._copied : self._copied + size]
             if self._piece is not None:
@@ -148,8 +154,8 @@ class ThreadedDelivery(Delivery):
             return True
 
     def _wait(self) -> None:
-        """Wait until the descriptor is writable or the delivery is withdrawn, as it is at its time
-        limit.
+        """Wait until the descriptor is writable or the delivery is withdrawn, which its time limit
+        also does.
         """
         with self._copying:
             if self._bell < 0:

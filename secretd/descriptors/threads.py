@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Threads for calls that a client can make block, a few for each uid.
 
-close(2), open(2), read(2) on what others pass or name may never return (docs/design.md,
-"Descriptors are hostile"). It knows nothing of descriptors or secrets; monitor closes through it,
-qom.source reads.
+close(2), open(2) and read(2) on descriptors and paths of others may never return (docs/design.md,
+"Descriptors are hostile"). This module knows nothing about secrets. monitor closes through it, and
+descriptors.source reads.
 """
 
 import asyncio
@@ -25,14 +25,14 @@ from secretd.memory.arena import Arena
 R = TypeVar("R")
 
 CLOSE_COLLECTS_GARBAGE: Final = kernel_version() < (6, 8)
-"""True where close(2) of an AF_UNIX socket may close descriptors that others have passed around in
-circles (unix_gc() of net/unix/garbage.c, a work queue's job since Linux 6.8).
+"""True where close(2) of an AF_UNIX socket may close descriptors that others passed around in
+circles (unix_gc() of net/unix/garbage.c; a work queue does it since Linux 6.8).
 """
 
 _PEEK_BYTES: Final = 8 << 10
 
 THREADS_PER_UID: Final = 4
-"""Threads that one uid may keep busy with descriptors that block."""
+"""Threads that one uid may keep busy with blocking descriptors."""
 
 THREADS_OF_TRUSTED: Final = 64
 """The same for uid 0 and the daemon's own uid, whose many programs wait for FIFOs and slow
@@ -43,8 +43,8 @@ files.
 class BlockingCalls:
     """Runs calls that a client can make block, in at most THREADS_PER_UID threads for each uid.
 
-    What more a uid asks for waits for one of its own threads. A call that nobody waits for any more
-    goes on in its thread.
+    Further calls of a uid wait for one of its own threads. An abandoned call continues in its
+    thread. ``stuck_seconds``: see Tuning.
     """
 
     def __init__(self, stuck_seconds: float = Tuning.stuck_seconds) -> None:
@@ -52,18 +52,20 @@ class BlockingCalls:
         self._lock = threading.Lock()
         self._threads: dict[int, int] = {}
         self._queues: dict[int, deque[Callable[[], object]]] = {}
-        self._since: dict[int, dict[int, float]] = {}  # by uid and thread: when its call began
+        self._since: dict[int, dict[int, float]] = {}  # by uid and thread: start of its call
         self._trusted = (0, os.getuid())
         self._closing: dict[int, int] = {}
         self.closing_of_others = 0
         """Descriptors of all but the trusted that are not closed yet."""
 
     def closing(self, uid: int) -> int:
-        """Return how many descriptors of a uid were given to `close` and are not closed yet."""
+        """Return the number of descriptors of a uid that were given to `close` and are still
+        open.
+        """
         return self._closing.get(uid, 0)
 
     def stuck(self, uid: int) -> bool:
-        """True if all threads that a uid may have are busy, each with one call for
+        """Return True if all threads of a uid are busy, each with one call for
         ``stuck_seconds``.
         """
         with self._lock:
@@ -73,11 +75,13 @@ class BlockingCalls:
             )
 
     def idle(self) -> bool:
-        """True if no call runs or waits."""
+        """Return True if no call runs or waits."""
         return not self._threads
 
     def close(self, uid: int, fd: int) -> None:
-        """Close a descriptor in a thread of its uid; it counts as that uid's until it is closed."""
+        """Close a descriptor in a thread of its uid, and count it for that uid until it is
+        closed.
+        """
         self._count_closing(uid, 1)
         self._submit(uid, lambda: self._close(uid, fd))
 
@@ -104,14 +108,16 @@ class BlockingCalls:
         function: Callable[[], R],
         unused: Callable[[], object] | None = None,
     ) -> R:
-        """Return ``function()``, called in a thread.
+        """Return ``function()``, called in a thread of ``uid``.
 
-        ``discard`` is called in the loop with the result if no caller waits for it any more;
-        ``unused`` in the thread, instead of the function, if that is so before its turn comes.
+        ``discard``: called in the loop with the result if the caller was cancelled meanwhile.
+        ``unused``: called in the thread instead of the function if the caller was cancelled before.
+        Raises what the function raises.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[R] = loop.create_future()
 
+        # In the loop, after the call.
         def settle(result: R | None, error: BaseException | None) -> None:
             if future.cancelled():
                 if error is None:
@@ -121,6 +127,7 @@ class BlockingCalls:
             else:
                 future.set_result(result)  # type: ignore[arg-type]
 
+        # In the thread.
         def call() -> None:
             if future.cancelled():
                 if unused is not None:
@@ -129,7 +136,7 @@ class BlockingCalls:
             outcome: tuple[R | None, BaseException | None]
             try:
                 outcome = (function(), None)
-            except BaseException as error:  # noqa: BLE001 - handed to whoever waits
+            except BaseException as error:  # noqa: BLE001 - for the caller
                 outcome = (None, error)
             with contextlib.suppress(RuntimeError):  # the loop has ended, and all with it
                 loop.call_soon_threadsafe(settle, *outcome)
@@ -149,14 +156,14 @@ class BlockingCalls:
             if count >= _threads(uid):
                 return
             self._threads[uid] = count + 1
-        # A daemon thread: one that is stuck for ever must not keep the process from ending.
+        # A daemon thread: one that is stuck for ever must not keep the process alive.
         thread = threading.Thread(
             target=self._work, args=(uid,), name=f"blocking-{uid}", daemon=True
         )
         try:
             thread.start()
         except RuntimeError:
-            # No thread is to be had. Another one of this uid, or the next call, finds the queue.
+            # No thread could start. Another one of this uid, or the next call, finds the queue.
             self._retire(uid)
 
     def _work(self, uid: int) -> None:
@@ -193,11 +200,11 @@ def _threads(uid: int) -> int:
 def close_connection(
     sock: socket.socket, peer: Peer, threads: BlockingCalls, scratch: Arena
 ) -> None:
-    """Close a connection that was shut down, so that nothing more comes on it.
+    """Close a connection after its shutdown, so that no further bytes arrive on it.
 
-    close(2) also closes the descriptors that lie unread in it, and that may never return: then a
-    thread of the peer's uid does it, as it does on kernels that collect the garbage of all sockets
-    there. The bytes that lie before them pass through ``scratch``.
+    close(2) also closes the unread descriptors in it, which may never return. Then a thread of the
+    peer's uid closes it, and always on kernels that collect the garbage of all sockets in close(2).
+    ``scratch``: for the bytes before such descriptors.
     """
     if CLOSE_COLLECTS_GARBAGE or (not peer.trusted and _holds_descriptors(sock, scratch)):
         threads.close(peer.uid, sock.detach())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""An optimisation: read a run of records that are alike in one go.
+"""An optimisation: read a run of similar records at once.
 
 The reference is loader, record by record. `read_run` may only read records that the reference would
 read in the same way, or decline by returning fewer than SHORT_RUN.
@@ -15,23 +15,27 @@ from secretd.journal.layout import LENGTH, LIVE, NO_SLOT, RECORD, UNCHECKED
 from secretd.journal.load_result import LoadResult, damaged
 
 _RUN: Final = 512
-"""Records that are read in one go, where so many are live and of one length."""
+"""Records that are read at once, where so many are live and of one length."""
 
 SHORT_RUN: Final = 8
-"""Records below which a run is not worth its while."""
+"""Records below which a run does not pay."""
 
-_SHAPES: Final = 64  # lengths of records that are known at a time
+_SHAPES: Final = 64  # cached lengths of records
 
 
 def read_run(result: LoadResult, data: bytes) -> int:
-    """Read records that are like the next one: live, of its length, type and uid, each with a
-    plaintext. That is how most journals look, and takes a third of the time. Returns how many.
+    """Read records that resemble the next one: live, of its length, type and uid, with a plaintext.
+
+    Most journals consist of such runs, and this takes a third of the time. Returns the number of
+    records read.
     """
+    # 1. How many records of this length could follow?
     begin = result.end
     length = LENGTH.unpack_from(data, begin)[0] if begin + RECORD.size <= len(data) else 0
     count = min(_RUN, (len(data) - begin) // length) if length >= RECORD.size else 0
     if count < SHORT_RUN:
         return 0
+    # 2. How many of them are alike?
     whole, checked = _shape(length)
     chunk = data[begin : begin + count * length]
     columns = list(zip(*whole.iter_unpack(chunk), strict=True))
@@ -43,10 +47,11 @@ def read_run(result: LoadResult, data: bytes) -> int:
     _, crcs, _, _, id_lengths, sizes, slots, _, texts = columns
     if count < SHORT_RUN or NO_SLOT in slots:
         return 0
+    # 3. Their checksums and ids.
     (bodies,) = zip(*checked.iter_unpack(chunk[: count * length]), strict=True)
     if tuple(map(crc32, bodies)) != crcs:
         raise StateError("a record's checksum is wrong")
-    # Behind an identifier there are only zeros, if it has no properties.
+    # Only zeros follow an identifier without properties.
     together = b"\n".join(texts).translate(None, b"\0")
     ids = together.decode().split("\n") if together.isascii() else []
     if tuple(map(len, ids)) != id_lengths:
@@ -58,6 +63,7 @@ def read_run(result: LoadResult, data: bytes) -> int:
             for object_id, text, size in zip(ids, texts, id_lengths, strict=True)
             if any(text[size : size + 1])
         )
+    # 4. The result.
     result.end = begin + count * length
     result.offsets.update(zip(ids, range(begin, result.end, length), strict=True))
     if sizes.count(sizes[0]) == count:
@@ -74,7 +80,9 @@ def read_run(result: LoadResult, data: bytes) -> int:
 
 @lru_cache(_SHAPES)
 def _shape(length: int) -> tuple[struct.Struct, struct.Struct]:
-    """Return what cuts a record of that length, and what cuts out all that its checksum covers."""
+    """Return the struct that splits a record of that length, and the one of its checksummed
+    bytes.
+    """
     return (
         struct.Struct(f"{RECORD.format}{length - RECORD.size}s"),
         struct.Struct(f"<{UNCHECKED.size}x{length - UNCHECKED.size}s"),

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The journal's memory files: how one begins, and how a record's properties are written in it."""
+"""The journal's memory files: how a file begins, and the encoding of a record's properties.
+
+journal.journal calls this module; layout has the formats.
+"""
 
 import json
 import mmap
@@ -17,7 +20,7 @@ from secretd.memory.arena import Arena
 class ObjectRecord(NamedTuple):
     """An object as the journal holds it.
 
-    ``type`` is its type's number; ``size`` the bytes of its plaintext; ``uid`` added it.
+    ``type``: its type's number; ``size``: bytes of its plaintext; ``uid``: the uid that added it.
     """
 
     id: str
@@ -29,7 +32,7 @@ class ObjectRecord(NamedTuple):
 
 
 class JournalFiles(NamedTuple):
-    """Both files, the second -1 if there is none, and the first one's mapping."""
+    """Both files, the second -1 if there is none, and the mapping of the first."""
 
     fd: int
     spare: int
@@ -42,10 +45,10 @@ def new_file() -> int:
 
 
 def open_files(arena_fd: int, journal_fds: Sequence[int]) -> tuple[Header, JournalFiles]:
-    """Open what an earlier process left: the file that counts, and another to compact into.
+    """Open an earlier process's files: the one that counts, and another to compact into.
 
     Takes over the descriptors of the journal. Raises StateError; then all descriptors are closed,
-    and the files are as they were.
+    and the files are unchanged.
     """
     try:
         header, fd = latest(journal_fds)
@@ -64,9 +67,9 @@ def open_files(arena_fd: int, journal_fds: Sequence[int]) -> tuple[Header, Journ
 
 
 def begin(fd: int, size: int, generation: int, windows: int, arena: Arena) -> mmap.mmap:
-    """Begin a file of ``size`` bytes that lacks only its magic, and map it. Raises OSError.
+    """Start a file of ``size`` bytes, without its magic, and map it. Raises OSError.
 
-    ``windows``: of the arena that were ever used.
+    ``windows``: the number of the arena's windows that were ever used.
     """
     os.ftruncate(fd, 0)
     os.ftruncate(fd, size)
@@ -90,12 +93,12 @@ def encode_properties(properties: dict[str, object]) -> bytes:
     """Return properties as JSON."""
     try:
         return msgspec.json.encode(properties)
-    except UnicodeEncodeError:  # a file name that is not UTF-8, from a command line
+    except UnicodeEncodeError:  # from a file name on a command line that is not UTF-8
         return json.dumps(properties).encode()
 
 
 def decode_properties(text: bytes) -> dict[str, object]:
-    """Return what `encode_properties` has written."""
+    """Return the properties that `encode_properties` wrote."""
     try:
         return msgspec.json.decode(text, type=dict[str, object])
     except msgspec.DecodeError:

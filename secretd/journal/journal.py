@@ -1,18 +1,16 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-r"""The property store of the objects: an append-only, checksummed journal in an ordinary memfd.
+"""The property store of the objects: an append-only, checksummed journal in an ordinary memfd.
 
-It holds everything about an object but plaintext, which stays in the arena: a record names the
-slot. So arena and journal together are all that another process needs to go on: `Journal.restore`
-does. qom adds, reads and removes; nothing else writes here. daemon has the service manager keep the
-descriptors.
+A record holds everything about an object but its plaintext, and names the slot in the arena. Only
+qom adds, reads and removes records; daemon stores the descriptors.
 
-Each object is whole or absent at every moment, whenever the process is killed: adding fills the
-slot, then the record, then the record's state byte; removing clears the state byte, then wipes the
-slot. In Python only a dict from id to record offset is kept.
-
-There are two files, so that compaction needs nobody else: it writes what lives into the other one,
-whose magic comes last. Of two files that have it the one of the later generation counts. records
-says how they are laid out.
+Theory of operation. Each object is whole or absent at every moment, whenever the process is killed.
+Adding fills the slot, then the record, then its state byte (live). Removing clears the state byte
+(dead), then wipes the slot. Replacing writes a second live record, then marks the first one dead;
+`restore` lets the later one count. Python keeps only a dict from id to offset. There are two files:
+compaction copies the live records into the other one, whose magic comes last, and the complete file
+of the later generation counts. What can go wrong: memory is exhausted, and nothing has changed; or
+a file is damaged, and `restore` raises StateError and changes nothing. layout has the formats.
 """
 
 import os
@@ -55,13 +53,13 @@ from secretd.memory.arena import Arena, LockedBuffer
 from secretd.memory.takeover import plan
 
 _PACKS: Final = 64
-"""Sizes of records that are known at a time; in most cases it is one or two."""
+"""Cached sizes of records; there are usually one or two."""
 
 
 class Journal:
     """The objects' records, and through them their plaintext in ``arena``.
 
-    ``ids``: of all objects, at any time. ``survey``: what there was at first.
+    ``survey``: a summary of the objects that were taken over.
     """
 
     def __init__(
@@ -78,7 +76,7 @@ class Journal:
         self.survey = LoadSummary()
         self._dead = 0
         self._end = FILE.size
-        # By the bytes of a record behind its numbers
+        # By the number of bytes after a record's numbers
         self._packs: dict[int, Callable[..., bytes]] = {}
         if kept is None:
             self._spare = -1
@@ -95,14 +93,15 @@ class Journal:
 
     @classmethod
     def restore(cls, arena_fd: int, journal_fds: Sequence[int]) -> Self:
-        """Return the journal of an earlier process, with its arena; takes over the descriptors.
+        """Return the journal and arena of an earlier process; takes over the descriptors.
 
-        Raises StateError or LockedMemoryExhausted; then all is as it was for other keepers.
+        Raises StateError or LockedMemoryExhausted; other holders of the descriptors then see no
+        change.
         """
         header, files = open_files(arena_fd, journal_fds)
         arena = Arena(LEVELS[header.level], window=header.window, fd=arena_fd)
         journal = cls(arena, files)
-        # Compaction would go on in a file that no other process keeps.
+        # Compaction would continue in a file that is not stored.
         journal.compaction_allowed = files.spare >= 0
         try:
             arena.adopt(plan(arena.window, header.windows, journal._load(header.end)))
@@ -133,9 +132,7 @@ class Journal:
         return self._spare >= 0
 
     def filenos(self) -> tuple[int, int]:
-        """The descriptors of both files, borrowed: with the arena's, all that another process
-        needs.
-        """
+        """The descriptors of both files, borrowed."""
         if not self.paired:
             self._spare = new_file()
         return self._fd, self._spare
@@ -148,8 +145,9 @@ class Journal:
         plaintext: LockedBuffer | None,
         uid: int,
     ) -> int:
-        """Store an object under an id that is free; takes over the plaintext buffer. Returns its
-        size in bytes: plaintext and record.
+        """Store an object under a free id; takes over the plaintext buffer.
+
+        Returns its size in bytes: plaintext and record.
         """
         if object_id in self._offsets:
             raise ValueError("the id is taken")
@@ -170,7 +168,7 @@ class Journal:
         self._compact_if_due()
         old = self._offsets[object_id]
         record = self._read(old)
-        # Two live records with one slot, for a moment: the later one counts.
+        # For a moment two live records share one slot: the later one counts.
         self._offsets[object_id] = self._append(
             object_id, record.type, properties, record.size, record.slot, record.uid
         )
@@ -184,8 +182,9 @@ class Journal:
         plaintext: LockedBuffer | None,
         uid: int,
     ) -> tuple[int, int, int]:
-        """Put another object in the place of one that there is, and wipe that; takes over the
-        plaintext buffer. Returns the uid that added the old one, its size and the new one's.
+        """Replace an object by another one, and wipe the old one; takes over the plaintext buffer.
+
+        Returns the uid that added the old one, and the sizes of the old and the new one in bytes.
         """
         size, slot = (0, NO_SLOT) if plaintext is None else (plaintext.size, plaintext.offset)
         self._compact_if_due()
@@ -201,8 +200,10 @@ class Journal:
         return old_uid, old_size + length, size + self._end - new
 
     def remove(self, object_id: str) -> tuple[int, int, int]:
-        """Forget an object and wipe its plaintext; return its type's number, the uid that added it,
-        and its size in bytes: plaintext and record.
+        """Remove an object and wipe its plaintext.
+
+        Returns its type's number, the uid that added it, and its size in bytes: plaintext and
+        record.
         """
         offset = self._offsets.pop(object_id)
         length, _, _, kind, _, size, slot, uid = RECORD.unpack_from(self._map, offset)
@@ -228,15 +229,15 @@ class Journal:
         return fields[3], fields[5]
 
     def owner(self, object_id: str) -> tuple[int, int]:
-        """Return the uid that added an object that there is, and its size in bytes: plaintext and
+        """Return the uid that added an existing object, and its size in bytes: plaintext and
         record.
         """
         fields = RECORD.unpack_from(self._map, self._offsets[object_id])
         return fields[7], fields[5] + fields[0]
 
     def content(self, object_id: str) -> tuple[int, int, int] | None:
-        """Return an object's type number, plaintext size in bytes and the offset that `Arena.view`
-        takes, or None.
+        """Return an object's type number, plaintext size in bytes and offset for `Arena.view`, or
+        None.
         """
         offset = self._offsets.get(object_id)
         if offset is None:
@@ -245,7 +246,7 @@ class Journal:
         return kind, size, slot
 
     def plaintext(self, object_id: str) -> memoryview:
-        """Return the plaintext in locked memory, borrowed until the object is removed."""
+        """Return the plaintext, a view that is borrowed until the object is removed."""
         fields = RECORD.unpack_from(self._map, self._offsets[object_id])
         return self.arena.view(fields[6], fields[5])
 
@@ -256,7 +257,7 @@ class Journal:
         self._close_files()
 
     def leave(self) -> None:
-        """Close journal and arena, and leave everything to the process that goes on with them."""
+        """Close journal and arena, and leave everything to the next process."""
         self.arena.leave()
         self._close_files()
 
@@ -289,7 +290,7 @@ class Journal:
         end = offset + length
         if end > len(mapping):
             mapping.resize(max(2 * len(mapping), end))
-        # Bytes behind the end are zeros, since the file only grows.
+        # Bytes after the end are zeros, since the file only grows.
         mapping[offset:end] = UNCHECKED.pack(length, crc32(checked), WRITTEN) + checked
         mapping[offset + STATE_OFFSET] = LIVE
         END.pack_into(mapping, END_OFFSET, end)
@@ -312,13 +313,13 @@ class Journal:
     # --- files
 
     def _note_windows(self, count: int) -> None:
-        """Note how many windows are used: the next process wipes the unused parts of them."""
+        """Record how many windows are used: the next process wipes their unused parts."""
         struct.pack_into("<I", self._map, WINDOWS_OFFSET, count)
 
     def _compact_if_due(self) -> None:
-        """Where most is dead, copy what lives into the other file and go on with that one.
+        """If most bytes are dead, copy the live records into the other file and continue there.
 
-        Offsets noted before are void then.
+        Earlier offsets are invalid then.
         """
         if self._dead <= max(self._dead_bytes, self._end // 2) or not self.compaction_allowed:
             return

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-r"""The layout of the journal's files, and which of two files counts.
+r"""The layout of the journal's files, and the choice between two files.
 
-It opens and writes nothing; journal.journal does, and says what the journal is for.
+It opens and writes nothing; journal.journal does.
 
 Layout (little-endian)
     file     magic "secretd\0", u32 format, u32 bytes of this header, u64 generation (from 1),
@@ -25,13 +25,14 @@ from secretd.linux.locked_pages import FILE_BYTES, Level
 MAGIC: Final = b"secretd\0"
 
 FORMAT: Final = 1
-"""The layout's version; a process refuses one it does not know. It changes with the numbers and
-properties of object types, too."""
+"""The layout's version, which also changes with the numbers and properties of object types. A
+process refuses a version that it does not know.
+"""
 
 FILE = struct.Struct("<8sIIQQIIIIQ")
 RECORD = struct.Struct("<IIBBHIQI")
-UNCHECKED = struct.Struct("<IIB")  # of a record: what its checksum does not cover, ...
-CHECKED = "<BHIQI{}s"  # ... and what it covers, with the id and so on, and zeros behind them
+UNCHECKED = struct.Struct("<IIB")  # the part of a record that its checksum does not cover
+CHECKED = "<BHIQI{}s"  # the covered part, with id, properties and padding
 LENGTH = struct.Struct("<I")
 END = struct.Struct("<Q")
 WINDOWS_OFFSET: Final = 40
@@ -47,7 +48,7 @@ NO_SLOT: Final = (1 << 64) - 1
 
 
 class Header(NamedTuple):
-    """The beginning of a file."""
+    """The header of a file."""
 
     magic: bytes
     format: int
@@ -62,7 +63,7 @@ class Header(NamedTuple):
 
 
 def latest(fds: Sequence[int]) -> tuple[Header, int]:
-    """Return the header and descriptor of the file that counts, or raise StateError."""
+    """Return the header and descriptor of the file that counts. Raises StateError."""
     found = []
     for fd in fds:
         data = os.pread(fd, FILE.size, 0)
@@ -79,7 +80,7 @@ def latest(fds: Sequence[int]) -> tuple[Header, int]:
 
 
 def _check(header: Header, size: int) -> None:
-    """Raise StateError for a header that no process has written, in a file of so many bytes."""
+    """Raise StateError for a header that no process can have written in a file of so many bytes."""
     window = header.window
     if (
         header.level >= len(LEVELS)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What reading a journal's file results in; loader and bulk_loader fill it in."""
+"""The result of reading a journal's file; loader and bulk_loader fill it in."""
 
 from collections import defaultdict
 
@@ -8,8 +8,10 @@ from secretd.journal.layout import FILE
 
 
 class LoadSummary:
-    """What there is when a journal is opened: ids by their type's number, those that have
-    properties, and how many objects and bytes (plaintext and record) each uid has.
+    """The objects of a journal when it is opened.
+
+    Ids by type number, ids with properties, and the number of objects and bytes (plaintext and
+    record) of each uid.
     """
 
     def __init__(self) -> None:
@@ -19,15 +21,17 @@ class LoadSummary:
 
     @property
     def count(self) -> int:
-        """How many objects there are."""
+        """The number of objects."""
         return sum(count for count, _ in self.held.values())
 
 
 class LoadResult:
-    """What stands in a file: ``offsets`` of the live records by id, ``end`` of them all, bytes of
-    the ``dead``, the offsets of plaintexts by size (``buffers``), and what they sum up to
-    (``survey``). ``superseded``: the offsets of records that are live and should not be, since the
-    process ended while it put others in their place.
+    """The content of a file.
+
+    ``offsets``: of the live records, by id; ``end``: of all records; ``dead``: bytes of dead
+    records; ``buffers``: the offsets of plaintexts by size; ``survey``: the summary.
+    ``superseded``: the offsets of live records that a later one replaces, since the process ended
+    in between.
     """
 
     def __init__(self, offsets: dict[str, int]) -> None:
@@ -35,7 +39,7 @@ class LoadResult:
         self.begin()
 
     def begin(self) -> None:
-        """Start from the beginning of the file."""
+        """Start again from the beginning of the file."""
         self.offsets.clear()
         self.survey = LoadSummary()
         self.buffers: dict[int, list[int]] = defaultdict(list)
@@ -45,5 +49,5 @@ class LoadResult:
 
 
 def damaged() -> StateError:
-    """Return the error of an id that no process wrote."""
+    """Return the error of an id that no process can have written."""
     return StateError("a record's id is damaged")

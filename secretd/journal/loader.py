@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Reading the records that an earlier process wrote.
 
-`read` checks every record and fills in what the journal has to know of it. It writes nothing;
-journal.journal calls it at the start.
+`load` checks every record and fills in the LoadResult. journal.journal calls it at the start.
 """
 
 import math
@@ -25,13 +24,13 @@ from secretd.journal.layout import (
 from secretd.journal.load_result import LoadResult, damaged
 
 _SINGLES: Final = 64
-"""Records that are read one by one after a run of less than SHORT_RUN."""
+"""Records that are read one by one after a run of fewer than SHORT_RUN."""
 
 
 def load(result: LoadResult, mapping: mmap.mmap, end: int) -> None:
-    """Read the records of a file up to ``end``, and one that was finished behind it.
+    """Read the records of a file up to ``end``, and one finished record after it.
 
-    What the earlier process had begun and not finished is undone in the file. Raises StateError.
+    Unfinished changes of the earlier process are undone in the file. Raises StateError.
     """
     data = mapping[:]
     read(result, data)
@@ -45,7 +44,7 @@ def load(result: LoadResult, mapping: mmap.mmap, end: int) -> None:
 
 
 def read(result: LoadResult, data: bytes) -> None:
-    """Read all that is whole. Raises StateError where it is not what somebody wrote."""
+    """Read all finished records. Raises StateError for bytes that no process can have written."""
     try:
         _read(result, data)
     except UnicodeDecodeError:
@@ -63,7 +62,7 @@ def _read(result: LoadResult, data: bytes) -> None:
             if count < SHORT_RUN:
                 singles = _SINGLES
             elif len(result.offsets) < result.survey.count:
-                # A record that was put in the place of another: only one by one is it known which.
+                # The run contains a superseded record; re-read record by record to find it.
                 result.begin()
                 singles = math.inf
                 continue
@@ -72,7 +71,8 @@ def _read(result: LoadResult, data: bytes) -> None:
 
 
 def _read_one(result: LoadResult, data: bytes) -> bool:
-    """Read the next record; False if it was begun and not finished, or there is none."""
+    """Read the next record; return False if it is unfinished, or if there is none."""
+    # 1. Is there a finished record?
     offset = result.end
     if offset + RECORD.size > len(data):
         return False
@@ -84,12 +84,14 @@ def _read_one(result: LoadResult, data: bytes) -> bool:
     if state == GONE:
         result.dead += length
         return True
+    # 2. A live one: check it.
     if crc32(data[offset + UNCHECKED.size : behind]) != crc:
         raise StateError("a record's checksum is wrong")
     id_end = offset + RECORD.size + id_length
     if id_end > behind:
         raise damaged()
     object_id = data[offset + RECORD.size : id_end].decode()
+    # 3. Its place in the result.
     if object_id in result.offsets:
         _supersede(result, data, object_id)
     result.offsets[object_id] = offset
@@ -105,9 +107,7 @@ def _read_one(result: LoadResult, data: bytes) -> bool:
 
 
 def _supersede(result: LoadResult, data: bytes, object_id: str) -> None:
-    """The process ended while it put a record in the place of another, which is no longer
-    valid.
-    """
+    """Mark the earlier record dead: the process ended while it replaced it by a later one."""
     old = result.offsets[object_id]
     length, _, _, kind, _, size, slot, uid = RECORD.unpack_from(data, old)
     result.superseded.append(old)

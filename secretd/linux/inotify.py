@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""inotify(7) by ctypes, which Python does not have: learn that files of a directory were removed,
-without looking again and again. server uses it for the files of its sockets.
+"""inotify(7), which Python lacks, through ctypes: notice removed files without polling.
+
+server uses it for the files of its sockets.
 """
 
 import ctypes
@@ -18,7 +19,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class DirectoryWatch:
-    """Becomes readable when files of a directory were removed or replaced."""
+    """A descriptor that is readable after files of a watched directory were removed or replaced."""
 
     def __init__(self) -> None:
         self._fd: int = _libc.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -31,11 +32,11 @@ class DirectoryWatch:
         return self._fd
 
     def add(self, directory: str) -> None:
-        """Watch a directory, too; one that cannot be watched is left out."""
+        """Watch one more directory; one that cannot be watched is ignored."""
         _libc.inotify_add_watch(self._fd, os.fsencode(directory), _MASK)
 
     def clear(self) -> None:
-        """Take what has happened."""
+        """Discard all pending notifications."""
         try:
             while True:
                 os.read(self._fd, _EVENTS_BYTES)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""keyctl(2)'s KEYCTL_READ through ctypes, straight into locked memory: Python has no wrapper for
-it.
+"""keyctl(2)'s KEYCTL_READ, which Python lacks, through ctypes and straight into locked memory.
+
+qom.secret's secret_keyring calls it.
 """
 
 import ctypes
@@ -15,9 +16,10 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def read(serial: int, into: memoryview | None) -> int:
-    """Read the payload of key ``serial`` (int32); return its size in bytes.
+    """Read the payload of a key; return its size in bytes.
 
-    If it is larger than ``into``, or that is None, nothing is read. Raises OSError.
+    ``serial``: the key's number (int32). A payload larger than ``into`` is not read, nor is any if
+    ``into`` is None. Raises OSError.
     """
     number = _SYS_KEYCTL[platform.machine()]
     address, room = None, 0

@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Pages of locked memory, as the kernel gives them: memfd_secret(2), mlock(2), madvise(2), and
-wiping.
+"""Pages of locked memory from the kernel: memfd_secret(2), mlock(2), madvise(2), and wiping.
 
-Code sees memoryviews of a mapping, made with PyMemoryView_FromMemory. An `mmap` object would give
-bytes copies when sliced, and keeps a duplicate of the descriptor. What is where in them is
-memory's.
+Code sees memoryviews of a mapping, made with PyMemoryView_FromMemory. An `mmap` object would return
+copies when sliced, and keeps a duplicate of the descriptor. memory decides what lies where.
 """
 
 import ctypes
@@ -22,9 +20,7 @@ SYS_MEMFD_SECRET = 447
 """memfd_secret(2), Linux 5.14; the same number on every architecture."""
 
 FILE_BYTES = 64 << 30
-"""Size of each arena's file. memfd_secret cannot be resized; only what is mapped counts as
-locked.
-"""
+"""Bytes of each arena's file. memfd_secret cannot be resized; only mapped pages count as locked."""
 
 _MADV_DONTFORK = 10
 _MADV_DONTDUMP = 16
@@ -60,8 +56,10 @@ def forbid_dumps() -> None:
 
 
 def map_pages(fd: int, offset: int, length: int, level: Level) -> tuple[int, memoryview]:
-    """Map a part of a file so that it stays out of swap, core dumps and children; all in bytes.
-    Returns its address and a writable view. Raises LockedMemoryExhausted.
+    """Map a part of a file so that it stays out of swap, core dumps and child processes.
+
+    ``offset`` and ``length`` are bytes. Returns the address and a writable view. Raises
+    LockedMemoryExhausted.
     """
     address = _libc.mmap(
         None, length, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, fd, offset
@@ -83,11 +81,10 @@ def unmap_pages(address: int, length: int) -> None:
 
 
 def open_file(level: Level) -> int:
-    """Make a file of FILE_BYTES whose pages are protected like that; the caller closes it.
-
-    Raises OSError.
+    """Return a new file of FILE_BYTES with pages of this level; the caller closes it. Raises
+    OSError.
     """
-    # The name shows in /proc/PID/maps only; it says nothing of the content.
+    # The name appears only in /proc/PID/maps, and says nothing about the content.
     fd = _memfd_secret() if level == "secretmem" else os.memfd_create("secretd", os.MFD_CLOEXEC)
     try:
         os.ftruncate(fd, FILE_BYTES)
@@ -106,7 +103,7 @@ def _memfd_secret() -> int:
 
 
 def limit_text() -> str:
-    """Name RLIMIT_MEMLOCK as it stands, and how to raise it."""
+    """Return a text with the value of RLIMIT_MEMLOCK and how to raise it."""
     soft = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     value = "unlimited" if soft == resource.RLIM_INFINITY else f"{soft} bytes"
     return f"RLIMIT_MEMLOCK is {value}; raise it with LimitMEMLOCK= in the unit or 'ulimit -l'"

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""openat2(2), which Python lacks. Only this one use; qom.source and qom.authz call it.
+"""openat2(2), which Python lacks, for the one use that secretd has: paths without magic links.
 
-Where it is not allowed the path is walked by hand: systemd's RestrictSUIDSGID= refuses the whole
-call, since a filter cannot see its flags, and kernels before 5.6 do not have it.
+Where the kernel refuses the call, `walk` resolves the path by hand: systemd's RestrictSUIDSGID=
+refuses it always, since a filter cannot see its flags, and kernels before 5.6 lack it.
+descriptors.source and qom.authz call this module.
 """
 
 import ctypes
@@ -24,8 +25,9 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def open_without_magic_links(path: bytes, flags: int) -> int:
-    """Open a path that leads through no magic link (/proc/PID/fd/N and the like). Raises OSError;
-    ELOOP if it does.
+    """Open a path unless it leads through a magic link such as /proc/PID/fd/N; return a descriptor.
+
+    The caller closes the descriptor. Raises OSError, with ELOOP for a magic link.
     """
     how = (ctypes.c_uint64 * 3)(flags, 0, _RESOLVE_NO_MAGICLINKS)
     fd: int = _libc.syscall(_SYS_OPENAT2, _AT_FDCWD, path, ctypes.byref(how), ctypes.sizeof(how))
@@ -38,7 +40,7 @@ def open_without_magic_links(path: bytes, flags: int) -> int:
 
 
 def walk(path: bytes, flags: int) -> int:
-    """The same by hand: component by component, reading links instead of following them."""
+    """Open a path by hand: component by component, reading links instead of following them."""
     if not path:
         raise _error(errno.ENOENT)
     directory = _open_directory(path)
@@ -49,11 +51,13 @@ def walk(path: bytes, flags: int) -> int:
             name = rest.pop(0)
             found = os.open(name, _O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
             try:
+                # 1. No link: open it, or continue in it.
                 if not stat.S_ISLNK(os.fstat(found).st_mode):
                     if not rest:
                         return os.open(name, flags | os.O_NOFOLLOW, dir_fd=directory)
                     directory, found = found, directory
                     continue
+                # 2. A link: continue with its target, from here or from the root.
                 links += 1
                 if links > _LINKS_MAX:
                     raise _error(errno.ELOOP)
@@ -76,14 +80,16 @@ def _open_directory(path: bytes) -> int:
 
 
 def _parts(path: bytes) -> list[bytes]:
-    """The components; a slash at the end asks for a directory."""
+    """Return the components; a trailing slash asks for a directory."""
     return [part for part in path.split(b"/") if part] + [b"."] * path.endswith(b"/")
 
 
 def _check_link(link: int, directory: int) -> None:
-    """Raise OSError for a link that the kernel would not follow either: a magic one (all of /proc
-    but those at its top, such as self), one on a mount without links, or one that somebody else has
-    put into a directory such as /tmp (proc_sys_fs(5), protected_symlinks).
+    """Raise OSError for a link that the kernel would refuse.
+
+    These are magic links (all in /proc except top-level ones such as self), links on a mount
+    without links, and links of other users in a directory such as /tmp (proc_sys_fs(5),
+    protected_symlinks).
     """
     buffer = (ctypes.c_long * 32)()
     if _libc.fstatfs(link, buffer):

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the kernel tells of the process at the other end of an AF_UNIX socket.
+"""What the kernel reports about the process at the other end of an AF_UNIX socket.
 
 SO_PEERCRED and SO_PEERGROUPS (unix(7)), SO_PEERPIDFD (Linux 6.5) and PIDFD_GET_INFO (Linux 6.13).
-Python's getsockopt returns 1024 bytes at most, and a peer may be in more groups than fit. All
-functions raise OSError; access.peer and access.units decide what an answer means.
+Python's getsockopt returns 1024 bytes at most, too few for all groups of some peers. All functions
+raise OSError; access.peer and access.units interpret the answers.
 """
 
 import array
@@ -24,7 +24,7 @@ _PIDFD_INFO: Final = struct.Struct("=QQII")  # mask, cgroupid, pid, tgid
 _PIDFD_INFO_BYTES: Final = 64
 _INFO_PID: Final = 1
 _INFO_CGROUPID: Final = 4
-_SHORT_BYTES: Final = 1024  # what getsockopt() of Python takes at most
+_SHORT_BYTES: Final = 1024  # the maximum of Python's getsockopt()
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -45,7 +45,7 @@ def credentials(sock: socket.socket) -> Credentials:
 def groups(sock: socket.socket, most: int) -> "array.array[int]":
     """Return the peer's supplementary gids (SO_PEERGROUPS).
 
-    Raises OSError; ERANGE with more than ``most``.
+    Raises OSError, with ERANGE if there are more than ``most``.
     """
     found = array.array("I")
     try:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Socket options and questions that Python's socket module lacks, none of which waits for a peer.
+"""Socket options and questions that Python's socket module lacks; none of them waits for a peer.
 
-`domain` asks by number, since making a Python socket calls getsockname(2), which takes the lock of
-a TCP socket. The others decide whether peers may send descriptors (SO_PASSRIGHTS, Linux 6.16) and
-whether descriptors lie unread in a connection. transport, fds and server call this module.
+`domain` asks by number, since creating a Python socket calls getsockname(2), which takes the lock
+of a TCP socket. The others decide whether peers may send descriptors (SO_PASSRIGHTS, Linux 6.16),
+and find unread descriptors in a connection. net, descriptors and server call this module.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ def domain(fd: int) -> int:
     """Return the address family of a borrowed socket (socket(7), SO_DOMAIN). Raises OSError.
 
     The kernel answers without the socket's lock (sk_getsockopt() of net/core/sock.c), which a peer
-    can hold for as long as it likes.
+    can hold for any time.
     """
     value, size = ctypes.c_int(), ctypes.c_uint32(ctypes.sizeof(ctypes.c_int))
     if _libc.getsockopt(fd, socket.SOL_SOCKET, SO_DOMAIN, ctypes.byref(value), ctypes.byref(size)):
@@ -45,10 +45,10 @@ def domain(fd: int) -> int:
 
 
 def permit_descriptors(sock: socket.socket, *, permit: bool) -> None:
-    """Let the peer of an AF_UNIX socket send descriptors to it, or not: then its sendmsg(2) fails
-    with EPERM.
+    """Permit or forbid the peer of an AF_UNIX socket to send descriptors (SO_PASSRIGHTS).
 
-    Connections inherit this from their listener. Does nothing before Linux 6.16.
+    A forbidden peer's sendmsg(2) fails with EPERM. Connections inherit the option from their
+    listener. Does nothing before Linux 6.16.
     """
     with contextlib.suppress(OSError):
         sock.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, int(permit))
@@ -64,16 +64,16 @@ def keep_urgent_inline(sock: socket.socket) -> None:
 
 
 def unread_bytes(fd: int) -> int:
-    """Return the number of bytes that lie unread in a borrowed socket (SIOCINQ)."""
+    """Return the number of unread bytes in a borrowed socket (SIOCINQ)."""
     return int.from_bytes(fcntl.ioctl(fd, _SIOCINQ, b"\0" * 4), "little")
 
 
 def peek(sock: socket.socket, into: memoryview) -> tuple[int, bool]:
-    """Look at what the next recvmsg(2) into the same view would take, and leave it there.
+    """Report what the next recvmsg(2) into the same view would receive, without receiving it.
 
-    Returns its bytes, 0 at the end, and whether descriptors come with it. Raises BlockingIOError if
-    there is nothing. Peeking installs no descriptor and closes none (scm_recv_unix() of
-    net/core/scm.c).
+    Returns the number of bytes, 0 at the end, and whether descriptors come with them. Raises
+    BlockingIOError if there is nothing. Peeking installs no descriptor and closes none
+    (scm_recv_unix() of net/core/scm.c).
     """
     flags = socket.MSG_PEEK | socket.MSG_DONTWAIT
     count, _, found, _ = sock.recvmsg_into((into,), 0, flags)
@@ -81,8 +81,9 @@ def peek(sock: socket.socket, into: memoryview) -> tuple[int, bool]:
 
 
 def holds_descriptors(sock: socket.socket, scratch: memoryview) -> bool:
-    """True if descriptors lie unread in a connection that was shut down; its bytes pass through
-    ``scratch``.
+    """Return True if a connection that was shut down has unread descriptors.
+
+    ``scratch``: the view through which the unread bytes pass.
     """
     try:
         sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, 0)
@@ -92,12 +93,12 @@ def holds_descriptors(sock: socket.socket, scratch: memoryview) -> bool:
                 return descriptors
     except BlockingIOError:
         return False
-    except OSError:  # such as a reset, which a peer leaves that closed with something unread
+    except OSError:  # a peer that closed with unread bytes leaves a reset, for example
         return True
     return True
 
 
 def kernel_version() -> tuple[int, int]:
-    """Return the two numbers that the kernel's release begins with."""
+    """Return the first two numbers of the kernel's release."""
     major, minor = re.match(r"(\d+)\.(\d+)", os.uname().release).groups()  # type: ignore[union-attr]
     return int(major), int(minor)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""statx(2) by ctypes, which Python does not have: what a descriptor is, without asking a file server.
+"""statx(2), which Python lacks, through ctypes: questions about a descriptor that never wait.
 
-fstat(2) on a file of FUSE or a network asks who serves it, and waits. With AT_STATX_DONT_SYNC the
-kernel answers from what it knows. fds calls it.
+fstat(2) on a file of FUSE or a network file system asks the server and waits. With
+AT_STATX_DONT_SYNC the kernel answers from its own knowledge. descriptors.kinds and the targets call
+this module.
 """
 
 import ctypes
@@ -29,7 +30,7 @@ _statx.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, c
 
 
 class _Answer(threading.local):
-    """What the kernel writes to: one for each thread."""
+    """The buffer that the kernel writes to, one for each thread."""
 
     def __init__(self) -> None:
         self.buffer = ctypes.create_string_buffer(_STATX_BYTES)
@@ -39,7 +40,7 @@ _answer: Final = _Answer()
 
 
 def type_and_links(fd: int) -> tuple[int, int]:
-    """Return the mode (of which only the type counts) and the number of links; raises OSError.
+    """Return a file's mode, of which only the type counts, and its number of links. Raises OSError.
     Never waits.
     """
     _, _, _, links, _, _, mode, _ = _HEAD.unpack_from(_ask(fd, _MASK))
@@ -47,15 +48,13 @@ def type_and_links(fd: int) -> tuple[int, int]:
 
 
 def device(fd: int) -> tuple[int, int]:
-    """Return the major and minor number of the file system that a file lies on; raises OSError.
-    Never waits.
-    """
+    """Return the major and minor number of a file's file system. Raises OSError. Never waits."""
     major, minor = _DEVICE.unpack_from(_ask(fd, 0))
     return major, minor
 
 
 def allocated_bytes(fd: int) -> int:
-    """Return the bytes of storage that a file has; raises OSError. Never waits."""
+    """Return the bytes of storage that a file has. Raises OSError. Never waits."""
     (blocks,) = _BLOCKS.unpack_from(_ask(fd, _STATX_BLOCKS))
     return int(blocks) * _BLOCK_BYTES
 

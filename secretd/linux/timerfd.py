@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """timerfd(2), which Python 3.11 lacks, on CLOCK_BOOTTIME.
 
-Nothing can set that clock, and it runs while the machine sleeps. qom.deadlines uses it.
+That clock cannot be set, and it includes suspended time. qom.deadlines uses this module.
 """
 
 import ctypes
@@ -27,9 +27,8 @@ class _Timerspec(ctypes.Structure):
 
 
 def create() -> int:
-    """Return the descriptor of a new timer that does not block, which the caller closes.
-
-    Raises OSError.
+    """Return the descriptor of a new non-blocking timer, which the caller closes. Raises
+    OSError.
     """
     fd: int = _libc.timerfd_create(time.CLOCK_BOOTTIME, os.O_CLOEXEC | os.O_NONBLOCK)
     if fd < 0:
@@ -39,6 +38,6 @@ def create() -> int:
 
 def arm(fd: int, deadline: int) -> None:
     """Make a timer readable at ``deadline``, in nanoseconds of CLOCK_BOOTTIME."""
-    # All zeros would disarm it.
+    # All zeros would disarm the timer.
     value = _Timerspec(0, 0, deadline // _NS, max(1, deadline % _NS))
     _libc.timerfd_settime(fd, _TFD_TIMER_ABSTIME, ctypes.byref(value), None)

@@ -11,22 +11,22 @@ _ALL_IDS: Final = (1 << 32) - 1
 
 
 class IdMap(NamedTuple):
-    """Which ids of one kind this user namespace maps (user_namespaces(7)).
+    """The ids of one kind that this user namespace maps (user_namespaces(7)).
 
-    ``overflow`` is what the kernel shows for every id that it does not map, None where it maps all:
-    then it is an id like others.
+    ``overflow``: the id that the kernel shows for every unmapped id; None where all ids are mapped,
+    since it is an ordinary id then.
     """
 
     ranges: tuple[range, ...]
     overflow: int | None
 
     def is_mapped(self, number: int) -> bool:
-        """True if the map has this id."""
+        """Return True if the map has this id."""
         return any(number in each for each in self.ranges)
 
 
 def read_id_map(kind: str, root: str = "/proc") -> IdMap:
-    """Return the map of "uid" or "gid" of this process."""
+    """Return the map of "uid" or "gid" of this process. ``root``: the mount point of proc(5)."""
     try:
         with open(f"{root}/self/{kind}_map", encoding="ascii") as file:
             lines = [[int(word) for word in line.split()] for line in file]
@@ -49,7 +49,7 @@ GIDS: Final = read_id_map("gid")
 
 
 def unmapped_words(uids: IdMap = UIDS, gids: IdMap = GIDS) -> str:
-    """Say which ids this user namespace does not map; "" where it maps all."""
+    """Return a text about the ids that this user namespace does not map; "" if it maps all."""
     missing = [
         f"{kind} {each.overflow} stands for all that are not"
         for kind, each in (("uid", uids), ("gid", gids))

@@ -1,15 +1,29 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Locked memory: the only home of plaintext.
+"""Arenas: locked memory, the only home of plaintext.
 
 An `Arena` hands out `LockedBuffer`s from memory that never reaches swap, a core dump or a child
-process. It is not a general allocator and knows nothing of secrets; state (property store),
-transport (receive space), crypto and the loaders call it.
+process. It is not a general allocator and knows nothing about secrets. journal (secrets), net
+(receive space), crypto and the loaders call it.
 
-Rules
-- Code sees memoryviews of the mapping (pages makes them), nothing that gives bytes copies when sliced.
-- A buffer is wiped when it is freed; a window is unmapped only when all of it is free, since its
-  pages keep their content (memfd_secret has no hole punching).
-- The level is chosen once, when the process starts, and never degrades afterwards.
+Theory of operation. One memory file of a huge size is mapped in windows, since only mapped pages
+count as locked. A window is cut into slots of one power-of-two size (a slab), or belongs to a
+buffer of its own.
+
+- A slot is fresh (never used, all zeros), in use, or freed (wiped, all zeros).
+- `allocate` prefers freed slots, then fresh ones, then a new window. `free` wipes before it returns
+  the slot.
+- A window is spare (mapped, all zeros, unused), or has a slab or a large buffer. A window that
+  becomes empty is spare or unmapped.
+- After a takeover `adopt` maps what is in use and wipes everything else.
+
+What can go wrong: RLIMIT_MEMLOCK is reached, and `allocate` raises LockedMemoryExhausted before it
+changes anything. A thread may still hold a view when the arena is closed: such a window is wiped,
+and stays mapped until the process ends.
+
+Why no copy stays behind: code sees memoryviews of the mapping (linux.locked_pages makes them),
+which return no bytes copies when sliced. A buffer is wiped when it is freed, and a window is
+unmapped only after all of it was wiped, since its pages keep their content (memfd_secret has no
+hole punching). The level is chosen once, at the start of the process, and never degrades.
 """
 
 import os
@@ -30,13 +44,14 @@ SECRET_WINDOW = 256 << 10
 """Bytes mapped at once for secrets."""
 
 SCRATCH_WINDOW = 64 << 10
-"""Bytes mapped at once for receive and scratch space: small, so that each size class costs
+"""Bytes mapped at once for receive and scratch space; they are few, so that each size class costs
 little.
 """
 
 SCRATCH_RESERVE = 1 << 20
-"""Bytes of receive and scratch space mapped at start. With it 114,688 secrets of up to 64 bytes fit
-in the 8 MiB RLIMIT_MEMLOCK of an ordinary user."""
+"""Bytes of receive and scratch space that are mapped at start. With it 114,688 secrets of up to 64
+bytes fit in the 8 MiB RLIMIT_MEMLOCK of an ordinary user.
+"""
 
 
 class _Slab:
@@ -45,16 +60,16 @@ class _Slab:
     __slots__ = ("base", "count", "freed", "fresh", "room", "size", "view", "zeros")
 
     def __init__(self, base: int, size: int, view: memoryview) -> None:
-        self.base = base  # where the window begins in the file
+        self.base = base  # the window's offset in the file
         self.size = size
         self.view = view
         self.zeros = bytes(size)
         self.count = self.room = len(view) // size
-        self.fresh = 0  # slots that begin here or behind were never used
-        self.freed: list[int] = []  # where those that were begin
+        self.fresh = 0  # slots from here on were never used
+        self.freed: list[int] = []  # offsets of used slots that are free again
 
     def adopt(self, used: set[int]) -> None:
-        """Have just the slots in use that begin there in the file, and wipe all others."""
+        """Mark the slots in use, given by their offsets in the file, and wipe all others."""
         self.room = self.count - len(used)
         self.fresh = max(used) - self.base + self.size
         free = set(range(self.base, self.base + self.fresh, self.size)) - used
@@ -67,8 +82,8 @@ class _Slab:
 class LockedBuffer:
     """Bytes of an arena, owned until `free` or `disown`. It has no text form and cannot be pickled.
 
-    ``view`` is a writable memoryview of exactly the bytes asked for; ``offset`` is where they lie
-    in the arena's file.
+    ``view``: a writable memoryview of exactly the requested bytes. ``offset``: their offset in the
+    arena's file.
     """
 
     __slots__ = ("_arena", "offset", "size", "view")
@@ -80,13 +95,15 @@ class LockedBuffer:
         self.view = view
 
     def free(self) -> None:
-        """Wipe the bytes and give them back. Does nothing the second time."""
+        """Wipe the bytes and return them to the arena. A second call does nothing."""
         arena = self.disown()
         if arena is not None:
             arena.free(self.offset, self.size)
 
     def disown(self) -> "Arena | None":
-        """Leave the bytes to whoever noted their offset and size; returns the arena they are in."""
+        """Give up ownership to the caller, which has noted offset and size; return the bytes'
+        arena.
+        """
         arena, self._arena = self._arena, None
         return arena
 
@@ -107,13 +124,12 @@ class LockedBuffer:
 
 
 class Arena:
-    """Slots of power-of-two size classes in windows of one memory file.
+    """Slots of power-of-two size classes in windows of one memory file. All sizes are bytes.
 
-    ``level`` is how well the file's pages are protected; ``held`` what is given out, ``spare`` what
-    is mapped and not used, in bytes. Buffers of a window or more get windows of their own. All
-    sizes are bytes. ``fd``: the file of an earlier process's arena, taken over; `adopt` says then
-    what of it is in use. ``on_window`` is told how many windows of the file are needed before one
-    is used for the first time.
+    ``level``: the protection of the file's pages. ``held``: bytes that are handed out; ``spare``:
+    bytes that are mapped and unused. Buffers of a window or more get windows of their own. ``fd``:
+    the file of an earlier process's arena, owned; call `adopt` then. ``on_window``: a callback with
+    the number of windows of the file in use, before one is used for the first time.
     """
 
     def __init__(
@@ -128,20 +144,18 @@ class Arena:
         self.held = 0
         self.spare = 0
         self.on_window: Callable[[int], None] = lambda _count: None
-        self._lock = threading.Lock()  # sources are read in threads
+        self._lock = threading.Lock()  # threads read sources
         self._window = window
         self._shift = window.bit_length() - 1
         self._reserve = reserve // window
         self._fd = open_file(level) if fd is None else fd
-        self._taken = bytearray()  # one byte a window of the file: 1 = in use
+        self._taken = bytearray()  # one byte for each window of the file: 1 = in use
         self._views: dict[int, memoryview] = {}  # windows in use
         self._addresses: dict[int, int] = {}
         self._slabs: dict[int, _Slab] = {}  # window -> slab
         self._open: dict[int, list[_Slab]] = {}  # slot size -> slabs with a free slot
-        self._spare: dict[int, memoryview] = {}  # mapped windows that nothing uses
-        self._idle: _Slab | None = (
-            None  # the latest slab whose slots are all free, which is kept so
-        )
+        self._spare: dict[int, memoryview] = {}  # mapped windows without a user
+        self._idle: _Slab | None = None  # the latest slab without a used slot, which stays mapped
         try:
             for index in range(self._reserve):
                 self._spare[index] = self._map(index, 1)
@@ -155,13 +169,13 @@ class Arena:
         return self._fd
 
     def adopt(self, plan: Plan) -> None:
-        """Take over what an earlier process left in the file; everything else there is wiped.
+        """Take over the buffers that an earlier process left in the file, and wipe everything else.
 
-        Raises LockedMemoryExhausted where it cannot be mapped.
+        Raises LockedMemoryExhausted if they cannot be mapped.
         """
         self.held = plan.held
         self._taken = plan.taken
-        # First, one at a time, so that it takes no more locked memory than there was.
+        # First, one window at a time, so that it needs no more locked memory than before.
         for index, taken in enumerate(plan.taken):
             if not taken:
                 view = self._map(index, 1)
@@ -169,7 +183,7 @@ class Arena:
                 self._unmap(index, view)
         for index, count in plan.windows():
             self._views[index] = self._map(index, count)
-        # Behind the end of each secret, up to that of its slot, nothing but zeros was ever written.
+        # The rest of each slot in use was never written, and holds zeros.
         for index, (slot, begins) in plan.slots.items():
             slab = self._slabs[index] = _Slab(index << self._shift, slot, self._views[index])
             slab.adopt(begins)
@@ -183,12 +197,12 @@ class Arena:
 
     @property
     def mapped(self) -> int:
-        """Bytes now mapped, and thus locked."""
+        """Bytes that are mapped now, and thus locked."""
         return sum(map(len, self._views.values())) + sum(map(len, self._spare.values()))
 
     def allocate(self, size: int) -> LockedBuffer:
-        """Return a zeroed buffer of ``size`` bytes, or raise LockedMemoryExhausted."""
-        # As slot_size(), without a call for each secret.
+        """Return a zeroed buffer of ``size`` bytes. Raises LockedMemoryExhausted."""
+        # slot_size(), inlined: a call for each secret costs time.
         slot = SMALLEST_SLOT if size <= SMALLEST_SLOT else 1 << (size - 1).bit_length()
         with self._lock:
             slabs = self._open.get(slot)
@@ -221,12 +235,14 @@ class Arena:
         return slab
 
     def view(self, offset: int, size: int) -> memoryview:
-        """Return a writable view of bytes that an earlier `allocate` gave out."""
+        """Return a writable view of ``size`` bytes that an earlier `allocate` returned at
+        ``offset``.
+        """
         start = offset & (self._window - 1)
         return self._views[offset >> self._shift][start : start + size]
 
     def free(self, offset: int, size: int) -> None:
-        """Wipe and give back what `allocate` returned at ``offset`` for ``size``."""
+        """Wipe and take back the ``size`` bytes that `allocate` returned at ``offset``."""
         with self._lock:
             if self._fd < 0:
                 return
@@ -245,11 +261,11 @@ class Arena:
             slab.freed.append(start)
             slab.room += 1
             if slab.room == slab.count:
-                # Kept as it is, so that one that comes and goes alone costs no window each time.
+                # It stays mapped, so that a lone buffer does not map it each time.
                 self._release_idle(slab)
 
     def wipe(self) -> None:
-        """Wipe all there is, at the end of a process whose threads may still hold views.
+        """Wipe everything, at the end of a process whose threads may still hold views.
 
         Spare windows were wiped when they were freed; touching them would only allocate pages.
         """
@@ -257,8 +273,8 @@ class Arena:
             wipe(view)
 
     def close(self) -> None:
-        """Wipe and close everything. What nobody holds is unmapped; a buffer that is still held
-        stays readable, as zeros, until the process ends.
+        """Wipe and close everything. A buffer that is still held stays readable, as zeros, until
+        the process ends.
         """
         self.wipe()
         if not self.held:
@@ -270,7 +286,7 @@ class Arena:
         self._close_file()
 
     def leave(self) -> None:
-        """Close the file and leave everything in it to the process that goes on with it."""
+        """Close the file, and leave its content to the next process."""
         self._close_file()
 
     def _close_file(self) -> None:
@@ -279,9 +295,7 @@ class Arena:
             os.close(fd)
 
     def _release_idle(self, instead: _Slab | None = None) -> None:
-        """Give back the window of the slab that is kept though nothing is in it, and keep
-        another.
-        """
+        """Release the window of the kept idle slab, and keep another instead."""
         slab, self._idle = self._idle, instead
         if slab is not None:
             index = slab.base >> self._shift
@@ -317,7 +331,7 @@ class Arena:
     def _release_windows(self, index: int, count: int) -> None:
         view = self._views.pop(index)
         self._taken[index : index + count] = bytes(count)
-        # One beyond the reserve, idle or spare, so that adding and deleting at a boundary does not
+        # One window beyond the reserve stays, so that adding and deleting at a boundary does not
         # map and unmap every time.
         if count == 1 and len(self._spare) + (self._idle is not None) <= self._reserve:
             self._spare[index] = view

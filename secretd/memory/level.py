@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The protection level of locked memory, chosen once when the process starts."""
+"""The protection level of locked memory.
+
+daemon.process and the clients choose it once, when the process starts.
+"""
 
 from secretd.errors import LockedMemoryExhausted, MemoryLockError
 from secretd.linux.locked_pages import Level, limit_text
@@ -7,7 +10,7 @@ from secretd.memory.arena import SCRATCH_RESERVE, SCRATCH_WINDOW, Arena
 
 
 def choose_level(*, require: bool) -> Level:
-    """Find out once how well this process can protect memory.
+    """Return the best protection level that this process can use: secretmem, mlock or none.
 
     ``require``: raise MemoryLockError instead of returning ``none``.
     """

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Taking over the arena of an earlier process: what lies where, checked before anything is mapped.
+"""The plan for taking over an earlier process's arena, checked before anything is mapped.
 
-The journal says which buffers are in use. `plan` works out the windows and slots they lie in and
-refuses a set that no arena can have left; `Arena.adopt` then maps and wipes. So an arena that
-cannot be taken over stays as it was.
+The journal knows which buffers are in use. `plan` computes their windows and slots, and refuses a
+set that no arena can have left; `Arena.adopt` then maps and wipes. So an arena that cannot be taken
+over stays as it was.
 """
 
 from bisect import bisect_left
@@ -17,17 +17,17 @@ SMALLEST_SLOT = 64
 
 
 def slot_size(size: int) -> int:
-    """Return the bytes of the size class that a buffer of ``size`` bytes belongs to."""
+    """Return the bytes of the size class of a buffer of ``size`` bytes."""
     return SMALLEST_SLOT if size <= SMALLEST_SLOT else 1 << (size - 1).bit_length()
 
 
 @dataclass
 class Plan:
-    """What an earlier process left: ``held`` bytes in buffers.
+    """The buffers that an earlier process left; ``held`` is their total size in bytes.
 
-    ``taken``: one byte for each window, 1 if in use. ``large``: by first window, how many windows a
-    buffer has. ``slots``: by window, the size of its slots and where those in use begin in the
-    file.
+    ``taken``: one byte for each window, 1 if in use. ``large``: by first window, the number of
+    windows of a large buffer. ``slots``: by window, the size of its slots, and the offsets of those
+    in use.
     """
 
     taken: bytearray
@@ -36,17 +36,17 @@ class Plan:
     slots: dict[int, tuple[int, set[int]]] = field(default_factory=dict)
 
     def windows(self) -> Iterator[tuple[int, int]]:
-        """Return what is to be mapped: first window and number of windows."""
+        """Yield the first window and the number of windows of each mapping."""
         yield from self.large.items()
         for index in self.slots:
             yield index, 1
 
 
 def plan(window: int, windows: int, buffers: Mapping[int, list[int]]) -> Plan:
-    """Return where buffers lie in the first ``windows`` windows, of ``window`` bytes each.
+    """Return the plan for buffers in the first ``windows`` windows, of ``window`` bytes each.
 
-    ``buffers``: the offsets of the buffers in use, by size. Raises StateError if two of them
-    overlap, or lie where no arena puts them.
+    ``buffers``: the offsets of the buffers in use, by size in bytes. Raises StateError if two of
+    them overlap, or lie where no arena places them.
     """
     shift = window.bit_length() - 1
     made = Plan(bytearray(windows))

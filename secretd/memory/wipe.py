@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Overwriting plaintext in place.
 
-Callers are whatever holds plaintext for a moment: memory, crypto, net and descriptors. Both
-functions keep the object where it is: nothing is reallocated, so no copy stays behind.
+Every package that holds plaintext for a moment calls it: memory, crypto, net and descriptors. Both
+functions keep the object in place: nothing is reallocated, so no copy stays behind.
 """
 
 _ZEROS = bytes(4096)
@@ -22,5 +22,5 @@ def wipe(view: memoryview) -> None:
 
 
 def wipe_bytearray(data: bytearray) -> None:
-    """Overwrite a bytearray in place, without moving it."""
+    """Overwrite a bytearray with zeros in place, without moving it."""
     data[:] = bytes(len(data))

@@ -1,24 +1,25 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Events about secrets: which connections get them, how often, and when.
 
-A connection gets events after `secret-events` has turned them on. Control connections get every
-event, with the peer that caused it; client connections get events about secrets that they may read,
-without the peer. The connection that caused an event does not get it: it has the reply. The
-broadcaster decides nothing (access does) and sends through its subscribers.
+A connection gets events after `secret-events` has turned them on. Control connections receive every
+event, including the peer that caused it. Client connections receive only events about secrets that
+they may read, without the peer. The connection that caused an event does not receive it: it has the
+reply. access decides, core publishes, and the subscribers send.
 
-Theory of operation. An event goes through three places:
+Theory of operation. An event passes three places:
 
-1. `publish` puts it into the queue of the uid that caused it. Events of the trusted share one queue. Each
-   other uid has a small one of its own, and its refusals are thinned out before they get there. So a uid
-   that floods fills its own queue only.
-2. At each tick of a clock, so that the time of an event tells nothing of others, a fair share of every queue
-   moves to the log, with the number of its position.
-3. Each subscriber has a position in the log. `_deliver` sends to one subscriber after the other all that lies
-   behind its position, for ``slice_seconds`` at a time, and then lets requests have their turn. An entry
-   leaves the log when every subscriber has got it.
+1. `publish` puts it into the queue of the uid that caused it. All trusted peers share one queue;
+   each other uid has a small one of its own, and its refusals are reduced before. So a flooding uid
+   fills only its own queue.
+2. At each tick of a clock, a fair share of every queue moves to the log, where each event has a
+   number. Fixed ticks keep the time of one event from revealing others.
+3. Each subscriber has a position in the log. `_deliver` sends to one subscriber after the other the
+   events after its position, for ``slice_seconds`` at a time, and then lets requests have their
+   turn. An event leaves the log when every subscriber has received it.
 
-What finds no room is counted, and subscribers on the control socket are told how many events they
-lost.
+What can go wrong: a queue or the log is full, or a subscriber does not read. Then events are
+counted instead, and control connections learn how many they lost. Memory is bounded by the queues,
+the log, and the backlog of each connection.
 """
 
 import asyncio
@@ -34,24 +35,26 @@ from secretd.limits import Tuning
 from secretd.monitor.throttle import THROTTLED, Subscriber, Throttle
 
 TICK_EVENTS_PER_UID: Final = 20
-"""The same for each other uid."""
+"""Events of each untrusted uid that are sent at one tick."""
 
 DENIED_IDS_PER_UID: Final = 16
-"""Ids of which SECRET_DENIED is sent within DENIED_SECONDS, where one uid that is not trusted is
-refused many. Of further ones only the audit tells.
+"""Ids for which SECRET_DENIED is sent within DENIED_SECONDS for one untrusted uid; the audit counts
+further ones.
 """
 
 DENIED_SECONDS: Final = 1.0
-"""Seconds within which one refusal of an id to one uid that is not trusted is an event."""
+"""Seconds within which one refusal of an id to one untrusted uid is one event."""
 
 LOST_SECONDS: Final = 1.0
-"""Seconds between two SECRET_EVENTS_LOST for want of room in a queue, while it goes on."""
+"""Seconds between two SECRET_EVENTS_LOST while a queue stays full."""
 
 
 class SecretEvent(NamedTuple):
-    """An event. ``full`` is what control connections get, ``bare`` what client connections get;
-    ``origin``: what caused it, None where nothing that could be a subscriber did; ``number``: in
-    the order of publishing.
+    """An event.
+
+    ``full``: the text for control connections; ``bare``: the text for client connections.
+    ``origin``: the session that caused it, None without one. ``number``: its place in the order of
+    publishing.
     """
 
     number: int
@@ -63,9 +66,9 @@ class SecretEvent(NamedTuple):
 
 
 class Broadcaster:
-    """Collects events and sends them to the subscribers that may know.
+    """Collects events and sends them to the subscribers that may know them.
 
-    ``subscribers``: those that have turned events on.
+    ``subscribers``: the connections that have turned events on.
     """
 
     def __init__(self, access: Access, tuning: Tuning) -> None:
@@ -79,7 +82,7 @@ class Broadcaster:
         self._published = 0
         self._log: deque[SecretEvent] = deque()
         self._first = 1  # the number of the first event in the log
-        self._waiting: deque[Subscriber] = deque()  # that have not got all of the log
+        self._waiting: deque[Subscriber] = deque()  # those with unsent events in the log
         self._delivering = False  # `_deliver` is scheduled
         self._ticking = False
         self._overflowed = 0
@@ -97,13 +100,13 @@ class Broadcaster:
         self.subscribers[subscriber] = None
 
     def unsubscribe(self, subscriber: Subscriber) -> None:
-        """Send a connection no events any more."""
+        """Send a connection no further events."""
         self.subscribers.pop(subscriber, None)
         if not self.subscribers:
             self._forget()
 
     def _forget(self) -> None:
-        """Drop everything: there is no subscriber."""
+        """Drop all events: there is no subscriber left."""
         self._first = self._last + 1
         for queue in (self._log, self._trusted, self._by_uid, self._denied, self._waiting):
             queue.clear()
@@ -112,10 +115,10 @@ class Broadcaster:
     # --- in
 
     def accepts(self, name: str, object_id: str, uid: int | None, origin: object) -> bool:
-        """True if somebody may get such an event and there is room for it; else it is dropped or
-        counted.
+        """Return True if a subscriber may get such an event and there is room for it; otherwise
+        drop or count it.
 
-        ``uid``: of an untrusted peer that caused it, None for all others.
+        ``uid``: that of an untrusted peer that caused it, None for trusted peers.
         """
         if not self.subscribers or (len(self.subscribers) == 1 and self._is_only(origin)):
             return False
@@ -132,7 +135,7 @@ class Broadcaster:
         return next(iter(self.subscribers)).origin is origin
 
     def _is_news(self, uid: int, object_id: str) -> bool:
-        """True unless this refusal, or enough others, of a uid are events already."""
+        """Return False if this refusal, or enough others of the uid, are events already."""
         now = monotonic()
         if now > self._denied_until:
             self._denied.clear()
@@ -146,10 +149,7 @@ class Broadcaster:
     def publish(  # noqa: PLR0917 - the members of a SecretEvent
         self, name: str, object_id: str, full: bytes, bare: bytes, origin: object, uid: int | None
     ) -> None:
-        """Send an event at the next tick; `accepts` has said that there is room.
-
-        See SecretEvent.
-        """
+        """Send an event at the next tick, after `accepts` has returned True. See SecretEvent."""
         self._published += 1
         event = SecretEvent(self._published, name, object_id, full, bare, origin)
         if uid is None:
@@ -178,8 +178,9 @@ class Broadcaster:
         self._start()
 
     def _take(self, of_trusted: int, of_each: int) -> None:
-        """Move so many events of each queue to the log, unless that has much left to be sent: then
-        the queues fill, and count what is lost.
+        """Move events from each queue to the log, unless the log is too long.
+
+        A long log leaves them in the queues, which count what they cannot hold.
         """
         log = self._log
         if len(log) >= self._tuning.log_events:
@@ -193,7 +194,7 @@ class Broadcaster:
                 del self._by_uid[uid]
 
     def flush(self) -> None:
-        """Send everything now."""
+        """Send all events now."""
         self._take(len(self._trusted), self._tuning.queued_events_per_uid)
         self._start()
         while self._trusted or self._by_uid or self._waiting:
@@ -204,7 +205,7 @@ class Broadcaster:
     # --- from the log to the subscribers
 
     def _start(self) -> None:
-        """Begin to send what is new, or go on with what was begun."""
+        """Start to send new events, or continue."""
         self._report_lost()
         if not self._log:
             return
@@ -222,7 +223,7 @@ class Broadcaster:
         try:
             while self._waiting:
                 subscriber = self._waiting.popleft()
-                # It may have gone, or have turned events on anew, since it was noted.
+                # It may have ended, or subscribed again, since it was noted.
                 if subscriber not in self.subscribers or subscriber.position >= self._last:
                     continue
                 if batch is None or batch.after != subscriber.position:
@@ -239,15 +240,15 @@ class Broadcaster:
                 asyncio.get_running_loop().call_soon(self._deliver)
 
     def _trim(self) -> None:
-        """Forget what every subscriber has got."""
+        """Remove the events that every subscriber has received."""
         waiting = [s.position for s in self._waiting if s in self.subscribers]
         for _ in range(min(waiting, default=self._last) + 1 - self._first):
             self._log.popleft()
             self._first += 1
 
     def _report_lost(self) -> None:
-        """Count for the control connections what found no room: once it is over, and while it goes
-        on.
+        """Report lost events to the control connections: once the loss has ended, and regularly
+        meanwhile.
         """
         if not self._overflowed:
             return
@@ -265,11 +266,14 @@ class Broadcaster:
         return self._access.admits(peer) and self._access.may_read(peer, object_id)
 
     def _send(self, subscriber: Subscriber, batch: "_Batch") -> None:
-        """Send what this subscriber may know, has not done itself and does not get too often."""
+        """Send the events that this subscriber may know, did not cause and does not get too
+        often.
+        """
         peer, origin, wanted = subscriber.peer, subscriber.origin, subscriber.wanted
         control = peer.role is SocketRole.CONTROL
         if not self._access.admits(peer):
             return
+        # 1. The whole batch, as one text that control connections share.
         if (
             control
             and wanted is None
@@ -279,6 +283,7 @@ class Broadcaster:
         ):
             subscriber.send_events(batch.joined, len(batch.events))
             return
+        # 2. Otherwise each event by itself; of throttled ones only the latest.
         sent: list[bytes] = []
         latest: dict[tuple[str, str], bytes] = {}
         readable: dict[str, bool] = {}
@@ -297,6 +302,7 @@ class Broadcaster:
                 latest[name, object_id] = full if control else bare
             else:
                 sent.append(full if control else bare)
+        # 3. The throttle decides about these.
         for (name, object_id), text in latest.items():
             if subscriber.throttle is None:
                 subscriber.throttle = Throttle(subscriber, self._may_know, self._tuning)
@@ -307,9 +313,9 @@ class Broadcaster:
 
 
 class _Batch:
-    """The events behind a position, and what is the same for all subscribers of the control socket.
+    """The events after a position, with the text that all control connections share.
 
-    ``plain``: none of them is throttled.
+    ``plain``: True if none of them is throttled.
     """
 
     def __init__(self, after: int, events: list[SecretEvent]) -> None:

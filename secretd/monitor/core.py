@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What all connections share: the tree, the commands of each socket, access, deliveries, events.
 
-`Daemon` makes and holds them, and answers nothing itself: monitor does, one for each connection.
-server makes it.
+`Core` creates and holds them, and answers nothing itself: each connection's Monitor does. server
+creates it.
 """
 
 import asyncio
@@ -32,25 +32,25 @@ from secretd.wire.lexer import MAX_MESSAGE_BYTES
 from secretd.wire.messages import VersionInfo
 
 QEMU_VERSION: Final = (10, 0, 0)
-"""The QEMU whose answers ours are: what the greeting says."""
+"""The QEMU version that secretd follows, as the greeting says it."""
 
 CLIENT_MESSAGE_BYTES: Final = 6 << 10
-"""Bytes of one message on the client socket, where no command carries a secret: so little that its
-clients never compete for the room that large messages need."""
+"""Bytes of one message on the client socket, where no command carries a secret. It is so small that
+clients never compete for the room that large messages need.
+"""
 
 CLIENT_MESSAGE_TOKENS: Final = 128
-"""Tokens of one message on the client socket: what is made of them takes a microsecond or more for
-each, of the time that all share, and a command there has three arguments at most.
+"""Tokens of one message on the client socket. Each takes a microsecond or more of the loop's time,
+and a command there has three arguments at most.
 """
 
 
 class Core:
     """What all sessions share.
 
-    ``quit`` is called with the data of SHUTDOWN, as JSON text; it ends the daemon with all secrets.
-    ``start`` runs a coroutine that ends with the server at the latest. ``log_dropped`` returns how
-    many lines of the log were lost. ``stopping``: requests that were not begun are not answered any
-    more.
+    ``quit``: called with the data of SHUTDOWN as JSON text; it ends the daemon with all secrets.
+    ``start``: runs a coroutine that ends with the server at the latest. ``log_dropped``: returns
+    the number of lost log lines. ``stopping``: True once new requests are no longer answered.
     """
 
     def __init__(  # noqa: PLR0917 - what a server consists of
@@ -63,6 +63,7 @@ class Core:
         start: Callable[[Coroutine[object, object, None]], "asyncio.Task[None]"],
         tuning: Tuning,
     ) -> None:
+        # 1. The parts that the server supplies.
         self.tree = tree
         self.paths = Paths(tree)
         self.limits = tree.limits
@@ -77,12 +78,14 @@ class Core:
         self.stopping = False
         self.has_one_session: Callable[[], bool] = lambda: False
         self.log_dropped: Callable[[], int] = lambda: 0
+        # 2. The parts that depend on the tree.
         self.access = Access(tree, audit, tuning)
         self.broadcaster = Broadcaster(self.access, tuning)
         self.threads = BlockingCalls(tuning.stuck_seconds)
         self.deliveries = Deliveries(tree.scratch, self.threads, self.access.take_back, tuning)
-        # After the index of grants, which subscribed when access was made.
+        # This must follow the index of grants, which subscribed when access was created.
         tree.subscribe(decision=self._recheck_deliveries, removal=self.deliveries.withdraw)
+        # 3. The commands of each kind of socket.
         every = list(commands)
         self.tables = {
             SocketRole.CONTROL: Table(every, MAX_MESSAGE_BYTES),
@@ -93,7 +96,7 @@ class Core:
 
     @property
     def memory(self) -> Literal["secretmem", "mlock", "none"]:
-        """How well secrets are protected."""
+        """The protection level of secrets' memory."""
         return self.tree.journal.arena.level
 
     def _recheck_deliveries(self, _object_id: str) -> None:
@@ -102,12 +105,12 @@ class Core:
     def announce(self, name: str, object_id: str, peer: Peer | None, origin: object) -> None:
         """Publish an event about a secret.
 
-        ``peer`` caused it, None if none did; ``origin``: its session.
+        ``peer``: the peer that caused it, None without one; ``origin``: its session.
         """
         uid = None if peer is None or peer.trusted else peer.uid
         if not self.broadcaster.accepts(name, object_id, uid, origin):
             return
-        # An identifier is plain ASCII; what clients ask for may be anything, and is cut as in the audit.
+        # An identifier is plain ASCII; a requested id may be anything, and is cut as in the audit.
         shown = object_id[:AUDIT_ID_CHARACTERS] if name == "SECRET_DENIED" else object_id
         quoted = encoder.value(shown)
         bare = wire_event(name, f'{{"id": {quoted}}}')
@@ -117,7 +120,7 @@ class Core:
         self.broadcaster.publish(name, object_id, full, bare, origin, uid)
 
     def expire(self, object_id: str) -> None:
-        """The time of an object is over: end deliveries, wipe it, say so."""
+        """End the deliveries of an expired object, wipe it, and announce that."""
         kind = self.tree.delete(object_id)
         self.audit.append("expire", id=object_id, type=kind.info.name)
         if not kind.decides:
@@ -125,13 +128,13 @@ class Core:
 
 
 def wire_event(name: str, data: str) -> bytes:
-    """Return an event of now, its data as JSON text."""
+    """Return an event with the present time; ``data`` is JSON text."""
     now = time.time_ns() // 1000
     return wire.event(name, data, now // 1_000_000, now % 1_000_000)
 
 
 class Table:
-    """The commands of a socket, by name and by the type of a decoded request; the largest
+    """The commands of a socket, by name and by the type of a decoded request, and the largest
     message.
     """
 
@@ -147,5 +150,5 @@ class Table:
 
     @cached_property
     def schema(self) -> JSONText[list[SchemaInfo]]:
-        """What query-qmp-schema returns."""
+        """The result of query-qmp-schema."""
         return JSONText(encoder.value(schema(self._commands, EVENTS)))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The events that secretd sends: what their data is.
+"""The events that secretd sends, and their data.
 
-broadcast decides which connections get them, commands when they happen. The schema is made from
-here.
+broadcast decides which connections get them, and commands when they happen. The schema is derived
+from this module.
 """
 
 from typing import Final, Literal, NotRequired, TypedDict
@@ -28,7 +28,9 @@ class Shutdown(TypedDict):
 
 
 class PeerInfo(TypedDict):
-    """Who did it: SO_PEERCRED of the connection, and its systemd unit if it has one."""
+    """The peer that caused an event: SO_PEERCRED of its connection, and its systemd unit if it has
+    one.
+    """
 
     uid: int
     gid: int
@@ -37,14 +39,16 @@ class PeerInfo(TypedDict):
 
 
 class AboutSecret(TypedDict):
-    """What happened to the secret ``id``; on the control socket also who did it, if anybody did."""
+    """An event of the secret ``id``; on the control socket with the peer that caused it, if there
+    is one.
+    """
 
     id: str
     peer: NotRequired[PeerInfo]
 
 
 class EventsLost(TypedDict):
-    """How many events this connection did not get since it did not read."""
+    """The number of events that this connection lost because it did not read."""
 
     count: int
 
@@ -52,7 +56,7 @@ class EventsLost(TypedDict):
 EventName = Literal[
     "SECRET_ADDED", "SECRET_DELETED", "SECRET_EXPIRED", "SECRET_READ", "SECRET_DENIED"
 ]
-"""The events that `secret-events` can choose among."""
+"""The events that `secret-events` can select."""
 
 EVENTS: Final[dict[str, type]] = {
     "SHUTDOWN": Shutdown,

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The human monitor, as far as qmp-shell -H and habit need it (QEMU's monitor/hmp.c).
+"""The human monitor, as far as qmp-shell -H needs it (QEMU's monitor/hmp.c).
 
-One line in, text out. What a line asks for is done by the functions of the QMP commands, which
-commands hands in. A line may hold a secret: it stays where it was received.
+One line in, text out. The functions of the QMP commands execute the line; the command
+human-monitor-command calls this module. A line may hold a secret: it stays where it was received.
 """
 
 import itertools
@@ -19,14 +19,13 @@ from secretd.qapi.keyval import KeyvalError
 from secretd.qom.identifiers import with_hint
 
 QUOTED_BYTES: Final = 4
-"""Bytes of a line's own text that an error about it quotes: it may be of a secret.
-
-QEMU quotes all.
+"""Bytes of a line's own text that an error quotes, since they may belong to a secret. QEMU quotes
+all.
 """
 
 QUOTED_WORD_BYTES: Final = 7
-"""Bytes of an unknown command that is quoted whole; of a longer one, which may be part of a secret,
-as much as of anything else.
+"""Bytes of an unknown command that is quoted whole; a longer one may be part of a secret, and is
+cut like any text.
 """
 
 SECRETS_PER_LISTING: Final = 1000
@@ -50,8 +49,9 @@ _EXPECTED: Final = "string expected"
 
 
 class Word(NamedTuple):
-    """A command of the human monitor. ``run`` takes the session and a view of the rest of the line,
-    which has a byte to spare on each side.
+    """A command of the human monitor.
+
+    ``run``: takes the session and a view of the rest of the line, with a spare byte on each side.
     """
 
     names: tuple[str, ...]
@@ -61,18 +61,18 @@ class Word(NamedTuple):
 
     @property
     def line(self) -> str:
-        """What help says."""
+        """The command's line in the help."""
         return f"{'|'.join(self.names)} {self.arguments} -- {self.help}\n"
 
 
 class _Refused(Exception):
-    """The arguments are not as they should be; the text says how."""
+    """The arguments are wrong; the text says how."""
 
 
 def execute(monitor: Monitor, line: memoryview) -> Output:
-    """Carry out a line; return what it prints. ``line`` has a byte to spare on each side.
+    """Execute a line and return its output. ``line`` has a spare byte on each side.
 
-    Errors are part of the output, as in QEMU; they end in CR LF as all of it.
+    Errors are part of the output, as in QEMU; all lines end in CR LF.
     """
     try:
         printed = _dispatch(monitor, line)
@@ -118,7 +118,7 @@ def _dispatch(monitor: Monitor, line: memoryview) -> Output:
         start = _after_blanks(line, at)
         name, at = _name(line, start)
         word = _ABOUT.get(name)
-    # QEMU quotes the line from its very beginning, blanks included (monitor_parse_command()).
+    # QEMU quotes the line from its start, blanks included (monitor_parse_command()).
     before = _text(bytes(line[1:start]))
     if word is None:
         return _unknown(before, bytes(line[start:at]))
@@ -130,7 +130,7 @@ def _dispatch(monitor: Monitor, line: memoryview) -> Output:
 
 
 def _unknown(before: str, word: bytes) -> str:
-    """Say that there is no such command; ``before``: what stands in front of the word."""
+    """Return the error of an unknown command; ``before``: the text in front of the word."""
     shown = _text(word)
     if len(word) > QUOTED_WORD_BYTES:
         shown = f"{_text(word[:QUOTED_BYTES])}…"
@@ -138,12 +138,12 @@ def _unknown(before: str, word: bytes) -> str:
 
 
 def _after_blanks(line: memoryview, at: int) -> int:
-    """Return where something other than blanks stands, at the latest the byte to spare."""
+    """Return the position of the next character that is not blank, at the latest the spare byte."""
     return _BLANKS.match(line, at, len(line) - 1).end()  # type: ignore[union-attr]
 
 
 def _name(line: memoryview, at: int) -> tuple[str, int]:
-    """Return the name of a command, and where it ends: get_command_name()."""
+    """Return the name of a command, and its end: get_command_name()."""
     match = _NAME.match(line, at, len(line) - 1)
     assert match is not None
     return _text(match[0]), match.end()
@@ -154,7 +154,7 @@ def _help_of(table: Table, prefix: str = "") -> str:
 
 
 def _arguments(rest: memoryview, most: int) -> list[str]:
-    """Return the words of the rest of the line, at most so many: get_str() of monitor/hmp.c."""
+    """Return at most so many words of the rest of the line: get_str() of monitor/hmp.c."""
     found: list[str] = []
     at = 1
     while (at := _after_blanks(rest, at)) < len(rest) - 1:

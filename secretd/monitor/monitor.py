@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""One QMP session: which command a request means, its arguments, its reply (QEMU's monitor/qmp.c).
+"""One QMP session: the command of a request, its arguments, its reply (QEMU's monitor/qmp.c).
 
-A `Monitor` has the state of one connection: negotiation, and the descriptors it passed. Session
-state is which table a command is looked up in. It sees no socket; server feeds it requests and
-sends what it returns, commands carries them out. The only place where exceptions become replies.
+A `Monitor` has the state of one connection: negotiation, and the descriptors that it passed. The
+state decides in which table a command is looked up. It sees no socket: session feeds it requests
+and sends its replies, and monitor.commands executes them. Only this module turns exceptions into
+replies.
 """
 
 import logging
@@ -44,12 +45,14 @@ from secretd.wire.parser import Fault
 log = logging.getLogger("secretd")
 
 QUOTED_BYTES: Final = 1024
-"""Bytes of the sender's own text that an error quotes at most: it waits in locked memory until it
-is read. QEMU quotes all of it.
+"""Bytes of the sender's own text that an error quotes; they wait in locked memory until they are
+read. QEMU quotes all of them.
 """
 
 MAX_REPLY_BYTES: Final = 64 << 10
-"""Bytes of a reply: clients read lines, and some (go-qemu) none that are longer. QEMU: no limit."""
+"""Bytes of a reply: clients read lines, and some (go-qemu) accept no longer ones. QEMU has no
+limit.
+"""
 
 INTERNAL_ERROR: Final = "Internal error; the log of secretd has the details"
 
@@ -59,7 +62,7 @@ Reply: TypeAlias = "bytes | Locked | Coroutine[object, object, bytes]"
 class Monitor:
     """The session of ``peer``.
 
-    ``on_negotiated`` is called when the client leaves negotiation mode.
+    ``on_negotiated``: called when the client leaves negotiation mode.
     """
 
     def __init__(self, core: Core, peer: Peer, on_negotiated: Callable[[], None]) -> None:
@@ -95,30 +98,32 @@ class Monitor:
         return self.tree.scratch
 
     def greeting(self) -> bytes:
-        """Return the line that opens the session."""
+        """Return the first line of the session."""
         return wire.greeting(QEMU_VERSION, self.core.package, ["oob"])
 
     def negotiate(self, *, oob: bool) -> None:
-        """Leave negotiation mode; ``oob``: allow exec-oob from now on."""
+        """Leave negotiation mode; ``oob``: permit exec-oob from now on."""
         self.oob = oob
         self._on_negotiated()
         self.negotiated = True
 
     def announce(self, event: str, object_id: str) -> None:
-        """Tell the other sessions what this one did to a secret; its own has the reply."""
-        if self.core.broadcaster.subscribers:  # usually there is none
+        """Announce to the other sessions what this one did to a secret; its own client has the
+        reply.
+        """
+        if self.core.broadcaster.subscribers:  # usually there are none
             self.core.announce(event, object_id, self.peer, self)
 
     def note(self, event: str, object_id: str, kind: str, size: int | None = None) -> None:
-        """Write an audit record of what this session did to an object of a type, ``kind``."""
+        """Append an audit record of what this session did to an object of type ``kind``."""
         self.core.audit.append_object_event(event, self.subject, object_id, kind, size)
 
     def note_connection(self) -> None:
-        """Write an audit record of the peer."""
+        """Append an audit record of the connection."""
         self.core.audit.append("connect", self.subject)
 
     def check(self, object_id: str, action: str) -> Grant:
-        """Return leave to release a secret; see access.Access.check."""
+        """Return permission to release a secret; see access.decision.Access.check."""
         try:
             return self.core.access.check(self.peer, self.subject, object_id, action)
         except AccessDenied:
@@ -126,9 +131,7 @@ class Monitor:
             raise
 
     def pending_descriptor(self) -> Fd:
-        """Return the descriptor that was passed, unless all threads of its uid are stuck with
-        such.
-        """
+        """Return the passed descriptor. Raises LimitReached if all threads of its uid are stuck."""
         fd = self.pending.take()
         uid = self.peer.uid
         if not self.trusted and self.core.threads.stuck(uid):
@@ -141,7 +144,9 @@ class Monitor:
         return fd
 
     def take_descriptor(self) -> Fd:
-        """Return the descriptor that was passed, if there is room to keep it."""
+        """Return the passed descriptor, to be kept by the connection. Raises LimitReached without
+        room for it.
+        """
         fd = self.pending_descriptor()
         if len(self.named) + len(self.fdsets) >= DESCRIPTORS_PER_CONNECTION:
             fd.close()
@@ -153,8 +158,8 @@ class Monitor:
         return fd
 
     def receive(self, numbers: list[int]) -> None:
-        """Take over descriptors that came with a message; raises LimitReached if the peer brings
-        too many.
+        """Take over the descriptors of a message. Raises LimitReached if the peer passes too
+        many.
         """
         if self.trusted:
             self.pending.receive([Fd(number) for number in numbers])
@@ -166,11 +171,11 @@ class Monitor:
             raise fault
 
     def descriptors_fault(self, more: int = 1) -> LimitReached | None:
-        """Return the limit that so many descriptors more of this peer would go beyond, None if
-        there is none.
+        """Return the limit that ``more`` descriptors of this peer would exceed, None if there is
+        none.
 
-        What waits to be closed counts too. Asked before each recvmsg(2), so a message of SCM_MAX_FD
-        descriptors goes beyond a limit by less than that.
+        Descriptors that wait to be closed count too. The check runs before each recvmsg(2), so a
+        message exceeds a limit by less than SCM_MAX_FD.
         """
         threads, uid = self.core.threads, self.peer.uid
         try:
@@ -181,7 +186,7 @@ class Monitor:
         return None
 
     def _close_received(self, fd: int) -> None:
-        """Close what an untrusted peer has passed."""
+        """Close a descriptor that an untrusted peer passed."""
         self._descriptors.release(self.peer.uid)
         self.core.threads.close(self.peer.uid, fd)
 
@@ -192,9 +197,10 @@ class Monitor:
         self.fdsets.close()
 
     def handle(self, request: Request | Malformed | Struct) -> Reply:
-        """Carry out a request; return its reply, or a coroutine that ends with it."""
+        """Execute a request; return its reply, or a coroutine of it."""
         id_text: str | None = None
         try:
+            # 1. The command, its arguments and the id to echo.
             if isinstance(request, Struct):
                 command = self._by_request[type(request)]
                 raw_id, arguments = request.id, request.arguments  # type: ignore[attr-defined]
@@ -207,6 +213,7 @@ class Monitor:
             else:
                 id_text = request.id
                 command, arguments = self._find(request)
+            # 2. The peer's rights, and the work.
             if not self.trusted:
                 self._check_peer(command)
             if command.boxed:
@@ -215,6 +222,7 @@ class Monitor:
                 result = command.function(self)
             else:
                 result = command.function(self, *astuple(arguments))
+            # 3. The reply, now or later.
             if result is None:
                 return wire.EMPTY_RETURN if id_text is None else wire.success(None, id_text)
             if isinstance(result, CoroutineType):
@@ -225,7 +233,7 @@ class Monitor:
             return self._failure(error, id_text)
 
     def _find(self, request: Request) -> tuple[Command, Struct]:
-        """Return the command that the reference parser has read, and its arguments, or raise
+        """Return the command that the reference parser has read, and its arguments. Raises
         CommandError.
         """
         if not self.negotiated:
@@ -238,9 +246,7 @@ class Monitor:
         return command, check(command, request.arguments)
 
     def _check_peer(self, command: Command) -> None:
-        """What is asked of those who are neither uid 0 nor the daemon's own uid, at each
-        request.
-        """
+        """Check at each request of an untrusted peer that it may still use the socket."""
         if not self.core.access.admits(self.peer):
             raise AccessDenied(f"uid {self.peer.uid} may not use the control socket any more")
         if command.waits:
@@ -278,7 +284,7 @@ def _check_negotiation(name: str) -> None:
 
 
 def log_internal(error: Exception) -> None:
-    """Log an unknown exception: its type and place. Its own text may quote what it choked on."""
+    """Log an unknown exception by its type and place only: its text may quote its input."""
     place = "".join(traceback.format_tb(error.__traceback__)).rstrip()
     log.error("internal error: %s\n%s", type(error).__name__, place)
 

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What one session sends: replies in order, and events between them.
+"""The outgoing messages of one session: replies in order, and events between them.
 
-Replies of one read are collected and leave in one send, after the audit records that belong to
-them. Events go behind the replies that are due. A client that does not read its replies loses
-events, and learns how many it lost once it reads again. session is the only caller; broadcast sends
-events through it.
+The replies of one read are collected and leave in one send, after their audit records. Events
+follow the due replies. A client that does not read its replies loses events, and learns the number
+once it reads again. session calls this module, and broadcast sends events through it.
 """
 
 import asyncio
@@ -16,9 +15,9 @@ from secretd.net.transport import Transport
 
 
 class Outbox:
-    """The replies and events of a session that were not sent yet: ``replies``, of ``size`` bytes.
+    """The unsent replies of a session, ``size`` bytes in all.
 
-    ``held``: requests are being handled, and what is added is sent at the end of that.
+    ``held``: True while requests are being handled; additions are sent at its end.
     """
 
     def __init__(self, transport: Transport, audit: Audit, batch_bytes: int) -> None:
@@ -26,24 +25,24 @@ class Outbox:
         self._audit = audit
         self._batch_bytes = batch_bytes
         self.replies: list[bytes] = []
-        self.size = 0  # bytes in it
+        self.size = 0  # bytes of replies
         self._lost = 0  # events
         self.held = False
 
     def add(self, reply: bytes) -> None:
-        """Send a reply, together with others soon."""
+        """Send a reply, soon and together with others."""
         self.replies.append(reply)
         self.size += len(reply)
         if self.size >= self._batch_bytes:
             self.flush()
 
     def add_locked(self, reply: Locked) -> None:
-        """Send a reply from locked memory, behind all others."""
+        """Send a reply from locked memory, after all others."""
         self.flush()
         self._transport.send(reply)
 
     def flush(self) -> None:
-        """Send everything now."""
+        """Send all replies now."""
         replies = self.replies
         if replies:
             self._audit.end_turn()  # a reply leaves after the record of what it reports
@@ -56,7 +55,7 @@ class Outbox:
     # --- events
 
     def send_events(self, events: bytes, count: int) -> None:
-        """Send so many events, or count them as lost where the client does not read."""
+        """Send ``count`` events, or count them as lost if the client does not read."""
         if self._transport.backlogged:
             self._lost += count
             return
@@ -65,12 +64,12 @@ class Outbox:
             self.flush()
 
     def lose(self, count: int) -> None:
-        """Count so many events as lost, and report that soon."""
+        """Count ``count`` events as lost, and report that soon."""
         self._lost += count
         asyncio.get_running_loop().call_soon(self.report_lost)
 
     def report_lost(self) -> None:
-        """Report how many events were lost, if the client reads."""
+        """Report the number of lost events, if the client reads."""
         if self._lost and not self._transport.backlogged and not self._transport.is_closed:
             lost, self._lost = self._lost, 0
             self.send_events(wire_event("SECRET_EVENTS_LOST", f'{{"count": {lost}}}'), 1)

@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""One QMP session: a transport, a codec and a monitor tied together.
+"""One QMP session: it connects a transport, a codec and a monitor.
 
 Theory of operation. The transport calls `consume` with the bytes that have arrived. The session
-cuts requests out of them (wire.connection), has the monitor handle each, and collects the replies
+finds the requests in them (wire.connection), has the monitor handle each, and collects the replies
 in its `Outbox`. It stops when
 
 - the bytes end in the middle of a message: the transport keeps them and calls again with more;
 - a command has to wait (``_pending``): without `oob` the transport is paused until the reply is
   sent, so requests are answered in order. With `oob` the session reads on: out-of-band requests run
-  at once, others are queued as bytes in locked memory, and parsed again when it is their turn. So
-  no parsed request outlives the buffer that it is a view of;
+  at once, and others are queued as bytes in locked memory and parsed again in their turn. So no
+  parsed request outlives the buffer that it is a view of;
 - its `Turn` is over: other connections come first.
 
-An exception in handling ends this connection, and never the daemon. `closed` ends everything that
-the session still owns. The session decides nothing about commands (monitor does); server.server
-makes sessions.
+What can go wrong: an exception in handling ends this connection, and never the daemon. `closed`
+releases everything that the session still owns. The session decides nothing about commands (monitor
+does); server creates sessions.
 """
 
 import asyncio
@@ -42,8 +42,8 @@ from secretd.wire.lexer import NeedData
 from secretd.wire.messages import Malformed, Request
 
 QUEUED_REQUESTS: Final = 8
-"""Requests that may wait behind one that is being carried out, where the client has enabled oob;
-QEMU's QMP_REQ_QUEUE_LEN_MAX. Then the connection is not read.
+"""Requests that may wait behind a running one, where the client has enabled oob; QEMU's
+QMP_REQ_QUEUE_LEN_MAX. At this number the connection is not read.
 """
 
 _BRACE: Final = re.compile(rb"{")
@@ -52,7 +52,7 @@ _BRACE: Final = re.compile(rb"{")
 class Session:
     """The session of ``peer`` on ``transport``, whose receiver it is.
 
-    ``ended`` is called once, at its end.
+    ``ended``: called once, at its end.
     """
 
     def __init__(
@@ -78,14 +78,14 @@ class Session:
         self.first_needed = self._codec.first_needed
         self.shifted = self._codec.shifted
         self.drained = self.outbox.report_lost
-        # As a subscriber of events.
+        # Its part as a subscriber of events.
         self.origin: object = self.monitor
         self.monitor.on_events = self._subscribe
         self.wanted: Collection[str] | None = None
         self.since = self.position = 0
         self.throttle: Throttle | None = None
         self.send_events, self.lose = self.outbox.send_events, self.outbox.lose
-        # Commands that wait, and requests behind them.
+        # Waiting commands, and the requests behind them.
         self._pending: asyncio.Task[None] | None = None
         self._pending_oob: asyncio.Task[None] | None = None
         self._queue: deque[LockedBuffer | bytes | Locked] = deque()
@@ -96,7 +96,7 @@ class Session:
         self._codec.oob = self.monitor.oob
 
     def _subscribe(self, wanted: Collection[str] | None) -> None:
-        """Get these events from now on, all if None; none if there are none."""
+        """Subscribe to these events from now on; None for all, an empty collection for none."""
         self._unsubscribe()
         self.wanted = wanted
         if wanted is None or wanted:
@@ -115,13 +115,13 @@ class Session:
 
     @property
     def busy(self) -> bool:
-        """True while requests that were read are not answered yet."""
+        """True while a received request is not answered yet."""
         return self._pending is not None or self._pending_oob is not None or bool(self._queue)
 
     # --- requests
 
     def consume(self, view: memoryview, position: int, end: int) -> int:
-        """Carry out the requests in the view, in order; see Receiver and the module's text."""
+        """Execute the requests in the view, in order; see Receiver and the module's docstring."""
         core, audit, outbox, replies = self._core, self._audit, self.outbox, self._replies
         audit.in_turn = outbox.held = True
         turn = self._turn
@@ -132,7 +132,7 @@ class Session:
                 if isinstance(request, NeedData):
                     return position
                 reply = self._handle(request)
-                # The only request of a read, and its reply is ready: nearly always.
+                # Nearly always a read has one request, and its reply is ready.
                 if position == end and isinstance(reply, bytes) and isinstance(request, Struct):
                     replies.append(reply)
                     return CONSUMED
@@ -156,7 +156,7 @@ class Session:
 
     def _consume_meanwhile(self, view: memoryview, position: int, end: int) -> int:
         """While a command is pending: run out-of-band requests at once and queue the others
-        (`oob`).
+        (requires `oob`).
         """
         transport = self.transport
         if not self.monitor.oob:
@@ -184,13 +184,13 @@ class Session:
         return position
 
     def _answer(self, reply: Reply) -> None:
-        """Send a reply with others soon, or start to wait for it."""
+        """Send a reply soon, together with others, or start to wait for it."""
         if isinstance(reply, bytes):
             self.outbox.add(reply)
         elif isinstance(reply, Locked):
             self.outbox.add_locked(reply)
         elif self._pending is None:
-            # First, so that it is cancelled if the flush finds that the client has gone.
+            # Before the flush, so that it is cancelled if the flush finds a closed connection.
             self._pending = self._core.start(self._finish(reply))
             self.outbox.flush()
         else:
@@ -198,14 +198,14 @@ class Session:
             self.outbox.flush()
 
     def _enqueue(self, request: Request | Malformed | Struct, message: memoryview) -> bool:
-        """Queue a request; False if there is no locked memory for it."""
+        """Queue a request; return False if there is no locked memory for it."""
         if isinstance(request, Malformed):
-            # The words are ready; only a reply can come of it.
+            # Its reply is ready.
             reply = self.monitor.handle(request)
             assert isinstance(reply, bytes | Locked)
             self._queue.append(reply)
             return True
-        # Before its brace there may be what the parser skipped after an error.
+        # Bytes that the parser skipped after an error may precede its brace.
         match = _BRACE.search(message)
         assert match is not None
         message = message[match.start() :]
@@ -253,11 +253,11 @@ class Session:
             log_internal(error)
             try:
                 self.transport.close()
-            except Exception as again:  # noqa: BLE001 - it is closed as far as it can be
+            except Exception as again:  # noqa: BLE001 - closing has gone as far as possible
                 log_internal(again)
 
     def _continue(self) -> None:
-        """Carry out queued requests until one must wait, then read again.
+        """Execute queued requests until one must wait, then read again.
 
         An untrusted peer gets one request in each of its turns.
         """
@@ -325,8 +325,8 @@ class Session:
     def closed(self) -> None:
         """See Receiver: release everything that the session owns."""
         for task in filter(None, (self._pending, self._pending_oob)):
-            # Not before its first step, which was scheduled before: only in that step does it take
-            # over what it has to release (a descriptor, a buffer).
+            # Its first step was scheduled earlier, and runs first: in that step it takes over the
+            # descriptor or buffer that it has to release.
             asyncio.get_running_loop().call_soon(task.cancel)
         while self._queue:
             queued = self._queue.popleft()

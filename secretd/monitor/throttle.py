@@ -20,9 +20,9 @@ THROTTLED: Final = frozenset({"SECRET_READ", "SECRET_DENIED"})
 class Subscriber(Protocol):
     """A connection that has turned events on.
 
-    ``origin``: what events that it causes name as theirs; ``wanted``: the names of the events that
-    it gets, None for all; ``since``: the number of the last event before it turned them on;
-    ``position``: how far in the log it has got; ``throttle``: None where nothing was throttled yet.
+    ``origin``: the origin of the events that it causes. ``wanted``: the names of the events that it
+    gets, None for all. ``since``: the number of the last event before it subscribed. ``position``:
+    the number of the last event that it was sent. ``throttle``: None while nothing was throttled.
     """
 
     origin: object
@@ -33,14 +33,14 @@ class Subscriber(Protocol):
     throttle: "Throttle | None"
 
     def send_events(self, events: bytes, count: int) -> None:
-        """Send so many events, or count them as lost."""
+        """Send ``count`` events, or count them as lost."""
 
     def lose(self, count: int) -> None:
-        """Count so many events as lost."""
+        """Count ``count`` events as lost."""
 
 
 class Throttle:
-    """What one connection gets of the events that are throttled."""
+    """The throttled events of one connection."""
 
     def __init__(
         self,
@@ -51,20 +51,22 @@ class Throttle:
         self._seconds, self._ids = tuning.throttled_seconds, tuning.throttled_ids
         self._subscriber = subscriber
         self._may_know = may_know
-        # When the next one may be sent, by name and id.
+        # By name and id: the time at which the next event may be sent.
         self._next: dict[tuple[str, str], float] = {}
         self._held: dict[tuple[str, str], bytes] = {}
         self._counts: Counter[str] = Counter()
         self._timer: asyncio.TimerHandle | None = None
 
     def passes(self, name: str, object_id: str, event: bytes) -> bool:
-        """True if an event may be sent now; else it is kept, or lost if there are too many."""
+        """Return True if an event may be sent now; otherwise hold it, or lose it if there are too
+        many.
+        """
         key = (name, object_id)
         loop = asyncio.get_running_loop()
         if key in self._next:
             self._held[key] = event
             return False
-        # Each kind has room of its own: refusals of made-up names do not hide reads.
+        # Each kind has room of its own: refusals of invented names do not hide reads.
         if self._counts[name] >= self._ids:
             self._subscriber.lose(1)
             return False
@@ -78,9 +80,9 @@ class Throttle:
         loop = asyncio.get_running_loop()
         self._timer = None
         now = loop.time()
-        # A dictionary keeps the order in which they came, and all wait for the same time.
+        # The dictionary keeps the order of arrival, and all wait for the same time.
         for key, when in list(self._next.items()):
-            if key not in self._next:  # sending has ended the connection, and this with it
+            if key not in self._next:  # sending ended the connection, which closed this throttle
                 return
             if when > now:
                 self._timer = loop.call_at(when, self._due)
@@ -97,7 +99,7 @@ class Throttle:
             self._timer = loop.call_at(next(iter(self._next.values())), self._due)
 
     def close(self) -> None:
-        """Forget all."""
+        """Drop all held events, and the timer."""
         self._next.clear()
         self._held.clear()
         if self._timer is not None:

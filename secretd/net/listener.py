@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Listening sockets: bind, the checks of the directory, the socket file's life.
+"""Listening sockets: binding, the checks of the directory, and the life of the socket file.
 
-It accepts nothing; server.server does. core.sockets calls `listen`.
+It accepts nothing; server.server does. daemon.sockets calls `listen`.
 """
 
 import contextlib
@@ -24,8 +24,10 @@ PATH_BYTES: Final = 107
 
 
 class Listener:
-    """A listening socket. ``authz``: the id of the object that says who else may use a control
-    socket. ``owned``: its file is removed at the end; the service manager's is not.
+    """A listening socket.
+
+    ``authz``: the id of the object that admits further peers to a control socket. ``owned``: its
+    file is removed at the end; the service manager's is not.
     """
 
     def __init__(
@@ -43,7 +45,8 @@ class Listener:
         self.path = path
         self.owned = owned
         if role is not SocketRole.CONTROL or authz is not None or _is_open_to_others(path):
-            # Until a peer is admitted its descriptors could only be closed, and that may never return.
+            # Until a peer is admitted its descriptors could only be closed, and that may never
+            # return.
             permit_descriptors(sock, permit=False)
         self._inode = os.stat(path).st_ino if owned else -1
         self.mode = stat.S_IMODE(os.stat(path).st_mode) if owned else 0
@@ -51,7 +54,7 @@ class Listener:
 
     @property
     def is_reachable(self) -> bool:
-        """True while the socket's file is there and is the one that was made."""
+        """True while the socket's file exists and is the original one."""
         if not self.owned:
             return True
         try:
@@ -60,10 +63,10 @@ class Listener:
             return False
 
     def close(self, threads: BlockingCalls | None = None) -> None:
-        """Stop listening; remove the socket's file if it is still ours.
+        """Stop listening, and remove the socket's file if it is still ours.
 
-        Descriptors may lie in connections that were not accepted, and closing those may never
-        return: ``threads`` has one for it.
+        Unaccepted connections may hold descriptors, and closing those may never return: a thread of
+        ``threads`` does it.
         """
         if threads is None:
             self.sock.close()
@@ -79,14 +82,19 @@ class Listener:
 def _is_open_to_others(path: str) -> bool:
     try:
         return bool(os.stat(path).st_mode & 0o077)
-    except OSError:  # of a socket without a file
+    except OSError:  # a socket without a file
         return True
 
 
 def listen(
     path: str, role: SocketRole, mode: int, gid: int = -1, authz: str | None = None
 ) -> Listener:
-    """Bind and listen. A stale socket is replaced; a live one, or another file, is a UsageError."""
+    """Bind and listen on a path. A stale socket is replaced.
+
+    ``mode``, ``gid``: of the socket's file, -1 for no change of the group. ``authz``: see Listener.
+    Raises UsageError for a live socket, another kind of file, or a directory that other users can
+    change.
+    """
     if len(os.fsencode(path)) > PATH_BYTES:
         raise UsageError(f"{path}: the path of a socket may have {PATH_BYTES} bytes at most")
     if path.startswith("@"):
@@ -95,7 +103,8 @@ def listen(
     try:
         check_directory(os.path.dirname(os.path.abspath(path)))
         _remove_stale(path)
-        # The mode comes with the file: chmod(2) later would follow a link that was put in its place.
+        # The mode comes with the file: chmod(2) later would follow a link that was put in its
+        # place.
         umask = os.umask(0o777 & ~mode)
         try:
             sock.bind(path)
@@ -120,10 +129,9 @@ def listen(
 def check_directory(directory: str) -> None:
     """Raise UsageError if other users can replace files in a directory, or the directory itself.
 
-    Those that only the owner of a file can replace it in, such as /tmp, are taken (chmod(2), sticky
-    bit).
+    Directories with the sticky bit, such as /tmp, are accepted (chmod(2)).
     """
-    # In a user namespace root's own directories may belong to an id that is not mapped.
+    # In a user namespace root's directories may belong to an unmapped id.
     own = (0, os.getuid(), UIDS.overflow)
     while True:
         status = os.stat(directory)

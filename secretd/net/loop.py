@@ -2,15 +2,13 @@
 """An asyncio event loop that calls connection readers directly from epoll_wait(2), and shares time
 by uid.
 
-asyncio makes a list of what is ready, from that a queue of handles, and runs each in its context:
-some fifteen calls before the one that counts. A callback given to `Loop.watch` is called as soon as
-epoll reports its descriptor, and as long as that leaves asyncio nothing to do, epoll is asked again
-at once.
+asyncio builds a list of ready descriptors, queues handles for them, and runs each in its context:
+some fifteen calls before the reader. A callback given to `Loop.watch` is called as soon as epoll
+reports its descriptor. While asyncio has nothing scheduled, epoll is asked again at once.
 
-Work for peers that are not trusted goes through `Turns`: a little of it at a time, in turn by uid,
-between two looks at epoll. So neither the number of a uid's connections nor what they send delays
-the trusted, or another uid, by more than a few messages. transport uses this where it finds it, and
-`add_reader` on any other loop.
+Work for untrusted peers goes through `Turns`: a little at a time, in turn by uid, between two looks
+at epoll. So neither the number of a uid's connections nor the cost of their messages delays the
+trusted, or another uid, by more than a few messages. net.transport uses this loop.
 """
 
 import asyncio
@@ -30,12 +28,14 @@ _IN: Final = select.EPOLLIN
 _OUT: Final = select.EPOLLOUT
 
 _EVENTS: Final = 128
-"""What epoll_wait(2) tells at once; more comes with the next call."""
+"""Events that one epoll_wait(2) reports; more come with the next call."""
 
 
 class _Selector(selectors.BaseSelector):
-    """epoll(7), for descriptors by number. ``failed`` is told of what a watcher raised.
-    ``undisturbed``: nothing was given to asyncio to do since `select` was called.
+    """epoll(7), for descriptors by number.
+
+    ``failed``: called with the exception of a reader. ``undisturbed``: True while no callback or
+    timer has been scheduled since `select` was entered.
     """
 
     def __init__(self, failed: Callable[[Exception], None]) -> None:
@@ -47,7 +47,7 @@ class _Selector(selectors.BaseSelector):
         self.undisturbed = True
 
     def _update(self, fd: int) -> None:
-        """Have the kernel tell what is asked for."""
+        """Update the kernel's interest in a descriptor."""
         key = self._keys.get(fd)
         events = _IN if fd in self._watched else 0
         if key is not None:
@@ -55,7 +55,7 @@ class _Selector(selectors.BaseSelector):
                 _OUT if key.events & EVENT_WRITE else 0
             )
         if not events:
-            with contextlib.suppress(OSError):  # it was closed before
+            with contextlib.suppress(OSError):  # it was closed already
                 self._epoll.unregister(fd)
             return
         try:
@@ -64,7 +64,7 @@ class _Selector(selectors.BaseSelector):
             self._epoll.register(fd, events)
 
     def watch(self, fd: int, callback: Callable[[], object]) -> None:
-        """Call ``callback`` whenever there is something to read, or nothing will ever be."""
+        """Call ``callback`` whenever the descriptor is readable or hung up."""
         self._watched[fd] = callback
         self._update(fd)
 
@@ -106,8 +106,9 @@ class _Selector(selectors.BaseSelector):
         self._keys.clear()
 
     def select(self, timeout: float | None = None) -> list[tuple[SelectorKey, int]]:
-        """See BaseSelector. Calls those who watch, and returns the rest; goes on for as long as
-        there is none and nobody gives asyncio something to do.
+        """See BaseSelector. Calls the readers, and returns the other events.
+
+        It repeats while there are no other events and asyncio has nothing scheduled.
         """
         wait, deadline = -1.0, 0.0
         if timeout is not None:
@@ -117,6 +118,7 @@ class _Selector(selectors.BaseSelector):
         others: list[tuple[int, int]] = []
         self.undisturbed = True
         while True:
+            # 1. Call the readers; collect the events that asyncio asked for.
             for fd, events in poll(0 if turns else wait, _EVENTS):
                 callback, rest = watched.get(fd), events
                 if callback is not None and events != _OUT:
@@ -128,8 +130,10 @@ class _Selector(selectors.BaseSelector):
                         continue
                     rest = events & ~_IN
                 others.append((fd, rest))
+            # 2. Some work for untrusted peers.
             if turns:
                 turns.run()
+            # 3. Return if asyncio has something to do.
             ready = self._wanted(others) if others else []
             if ready or not self.undisturbed:
                 return ready
@@ -140,8 +144,8 @@ class _Selector(selectors.BaseSelector):
                     return ready
 
     def others_ready(self, fd: int) -> bool:
-        """True if asyncio has something to do, or there is something to read from any but one
-        descriptor.
+        """Return True if asyncio has something scheduled, or if another descriptor than ``fd`` is
+        readable.
         """
         return (
             not self.undisturbed
@@ -150,8 +154,8 @@ class _Selector(selectors.BaseSelector):
         )
 
     def _wanted(self, others: list[tuple[int, int]]) -> list[tuple[SelectorKey, int]]:
-        """Return of what epoll says what asyncio has asked for: as it is now, as watchers may
-        change it.
+        """Return the events that asyncio has asked for, as of now: readers may have changed
+        that.
         """
         ready = []
         for fd, events in others:
@@ -173,8 +177,8 @@ class Loop(asyncio.SelectorEventLoop):
         self.watch = selector.watch
         self.unwatch = selector.unwatch
 
-    # All that gives the loop something to do; from other threads and from signals it comes by a
-    # descriptor that asyncio reads.
+    # These methods schedule all work; other threads and signals arrive on a descriptor that
+    # asyncio reads.
 
     def call_soon(
         self,
@@ -214,7 +218,7 @@ def running_loop() -> Loop:
 
 
 async def turn(uid: int | None) -> None:
-    """Let others have their turn: return when it is that uid's, or the loop's where there is none."""
+    """Yield to others: return in the next turn of ``uid``, or of the loop if it is None."""
     loop = running_loop()
     come = loop.create_future()
 

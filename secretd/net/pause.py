@@ -20,7 +20,7 @@ class Pause(IntFlag):
     """The unfinished message fills its buffer, and there is no room for a larger one."""
 
 
-# As plain numbers: an operation of a flag costs as much as a system call.
+# Plain numbers: an operation on a flag costs as much as a system call.
 TURN: Final = int(Pause.TURN)
 BACKLOG: Final = int(Pause.BACKLOG)
 STARVED: Final = int(Pause.STARVED)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Receive space: the locked memory that connections receive into, and how they share it.
+"""Receive space: the locked memory into which connections receive, and how they share it.
 
-All connections receive into one buffer. What is left of it after a read, an unfinished message,
-moves to a buffer of the connection's own, its `Tail`. This module reads nothing and knows no
-messages (docs/design.md, "Fairness"); transport calls it.
+All connections receive into one buffer. The rest of a read, an unfinished message, moves to a
+buffer of the connection's own, its `Tail`. This module reads nothing and knows no messages
+(docs/design.md, "Fairness"); transport calls it.
 """
 
 import asyncio
@@ -17,48 +17,48 @@ from secretd.memory.arena import Arena, LockedBuffer
 from secretd.wire.lexer import MAX_MESSAGE_BYTES
 
 RECEIVE_BYTES: Final = 64 << 10
-"""Bytes of the receive buffer that all connections share: what one recvmsg(2) takes at most."""
+"""Bytes of the receive buffer that all connections share: the most that one recvmsg(2) receives."""
 
 ROOMY_BYTES: Final = 256 << 10
-"""Bytes of scratch memory that must be spare for a connection to take that much at once. With less
-it takes no more than always finds room, should some of it have to wait.
+"""Below this many spare bytes of scratch memory, a connection reads only as much as the reserved
+small-message space can hold.
 """
 
 FIRST_TAIL_BYTES: Final = 2 << 10
-"""Bytes of a connection's own buffer at first; it grows fourfold. Small, so that many clients that
-stop half-way through a message leave receive space for the others."""
+"""Bytes of a connection's own buffer at first; it grows fourfold. It is small, so that many clients
+that stop half-way through a message leave receive space for the others.
+"""
 
 LARGEST_TAIL_BYTES: Final = MAX_MESSAGE_BYTES + RECEIVE_BYTES
-"""Bytes one connection's unfinished message may take."""
+"""Bytes of one connection's unfinished message."""
 
 SMALL_TAIL_BYTES: Final = 8 << 10
 """Bytes of an unfinished message up to which there is nearly always room."""
 
 LARGE_TAILS_BYTES: Final = 1 << 20
-"""Bytes that all unfinished messages above SMALL_TAIL_BYTES may take together. One connection at a
-time may go beyond, so that those that have used it up do not all wait for each other.
+"""Bytes of all unfinished messages above SMALL_TAIL_BYTES together. One connection at a time may
+exceed it, so that those that have filled it do not all wait for each other.
 """
 
 TIGHT_BYTES: Final = LARGE_TAILS_BYTES // 2
-"""Bytes of unfinished messages above which a connection takes less at once, as ROOMY_BYTES says."""
+"""Bytes of unfinished messages above which a connection reads less at once, as with ROOMY_BYTES."""
 
 TAILS_BYTES: Final = LARGE_TAILS_BYTES + LARGEST_TAIL_BYTES + (512 << 10)
-"""Bytes that all unfinished messages may take together: also 64 to 256 small ones."""
+"""Bytes of all unfinished messages together, including 64 to 256 small ones."""
 
 
 class Account(NamedTuple):
-    """The quota that a connection's unfinished message counts in, and for which uid."""
+    """The quota in which a connection's unfinished message counts, and the uid."""
 
     quota: Quota
     uid: int
 
 
 class ReceiveSpace:
-    """The locked memory that connections receive into, shared by all.
+    """The locked memory into which connections receive, shared by all.
 
-    ``large`` is the buffer that all share. ``small`` is less of it: for a connection whose messages
-    are all small, and for any while little room is left for unfinished messages (TIGHT_BYTES,
-    ROOMY_BYTES).
+    ``large``: the shared buffer. ``small``: a part of it, for connections whose messages are all
+    small, and for all connections while little room is left (TIGHT_BYTES, ROOMY_BYTES).
     """
 
     def __init__(self, arena: Arena) -> None:
@@ -67,16 +67,16 @@ class ReceiveSpace:
         self.large = self.shared.view
         self.small = self.large[: SMALL_TAIL_BYTES - 1]
         self.held = 0  # bytes of connections' own buffers
-        self.starved: set[Tail] = set()  # that wait for room
+        self.starved: set[Tail] = set()  # those that wait for room
         self.unhandled: Counter[int] = Counter()
         """By uid: connections whose own buffer waits for their uid's turn, to be handled or to be
         filled.
         """
-        self._beyond: Tail | None = None  # the one that may go beyond LARGE_TAILS_BYTES
+        self._beyond: Tail | None = None  # the one that may exceed LARGE_TAILS_BYTES
 
     def allocate(self, size: int, tail: "Tail") -> LockedBuffer:
         """Return a buffer of ``size`` bytes. Raises LockedMemoryExhausted, or LimitReached if the
-        uid has enough.
+        uid's quota is used up.
         """
         small = size <= SMALL_TAIL_BYTES
         limit = TAILS_BYTES if small else LARGE_TAILS_BYTES
@@ -97,7 +97,7 @@ class ReceiveSpace:
         return buffer
 
     def free(self, buffer: LockedBuffer, tail: "Tail") -> None:
-        """Give a buffer back, and let the connections that wait for room try again."""
+        """Free a buffer, and let the connections that wait for room try again."""
         self.held -= buffer.size
         account = tail.account
         if account is not None:
@@ -108,21 +108,21 @@ class ReceiveSpace:
                 self.starved.pop().offer_room()
 
     def done(self, tail: "Tail") -> None:
-        """Let others go beyond LARGE_TAILS_BYTES, if this one did."""
+        """Let another connection exceed LARGE_TAILS_BYTES, if this one did."""
         if self._beyond is tail:
             self._beyond = None
 
     def close(self) -> None:
-        """Wipe and give back the shared buffer."""
+        """Wipe and free the shared buffer."""
         self.shared.free()
 
 
 class Tail:
     """The unfinished message of one connection, in a buffer of its own.
 
-    ``fill``: bytes in the buffer; ``position``: how far of them was read. ``on_room`` is called
-    when there may be room again for a message that has filled its buffer; ``on_timeout`` when its
-    time is over.
+    ``fill``: bytes in the buffer; ``position``: how many of them were read. ``on_room``: called
+    when there may be room again for a message that has filled its buffer. ``on_timeout``: called
+    when its time is over.
     """
 
     def __init__(
@@ -157,7 +157,9 @@ class Tail:
         try:
             self.buffer = self._space.allocate(size, self)
         except LockedMemoryExhausted:
-            self.buffer = self._space.allocate(len(rest), self)  # no room to grow: it will wait
+            self.buffer = self._space.allocate(
+                len(rest), self
+            )  # without room to grow: it will wait
         self.buffer.view[: len(rest)] = rest
 
     @property
@@ -166,7 +168,7 @@ class Tail:
         return self.buffer is not None and self.fill >= self.buffer.size
 
     def grow(self) -> bool:
-        """Move the message to a larger buffer; False if there is no room now."""
+        """Move the message to a larger buffer; return False if there is no room now."""
         before = self.buffer
         assert before is not None
         size = 4 * before.size
@@ -182,15 +184,13 @@ class Tail:
         return True
 
     def wait_for_room(self) -> None:
-        """Have ``on_room`` called once: when another connection gives room back, or after a
-        while.
-        """
+        """Call ``on_room`` once: when another connection frees room, or after a while."""
         self._space.starved.add(self)
         if self._retry is None:
             self._retry = self._loop.call_later(self._tuning.retry_room_seconds, self._room)
 
     def offer_room(self) -> None:
-        """There may be room again."""
+        """Report that there may be room again."""
         self._loop.call_soon(self._room)
 
     def _room(self) -> None:
@@ -201,12 +201,12 @@ class Tail:
         self._on_room()
 
     def start_clock(self) -> None:
-        """Begin to measure the time of the message, if there is one and it does not run already."""
+        """Start the clock of the message, if there is one and its clock does not run."""
         if self.buffer is not None and self._clock is None:
             self._clock = self._loop.call_later(self._tuning.unfinished_seconds, self._time_over)
 
     def stop_clock(self) -> None:
-        """Stop measuring: the message is finished, or another one."""
+        """Stop the clock: the message is finished, or is another one."""
         if self._clock is not None:
             self._clock.cancel()
             self._clock = None
@@ -216,13 +216,13 @@ class Tail:
         self._on_timeout()
 
     def count_as_unhandled(self, *, waiting: bool) -> None:
-        """Count whether it waits for its uid's turn, to be handled or to be filled."""
+        """Count whether the buffer waits for its uid's turn."""
         if self.account is not None and waiting != self._unhandled:
             self._unhandled = waiting
             self._space.unhandled[self.account.uid] += 1 if waiting else -1
 
     def close(self) -> None:
-        """Release everything; nothing is called any more."""
+        """Release everything; no callback is called any longer."""
         self.count_as_unhandled(waiting=False)
         self._space.starved.discard(self)
         self.stop_clock()
@@ -231,7 +231,7 @@ class Tail:
         self.drop()
 
     def drop(self) -> None:
-        """Wipe the buffer and give it back."""
+        """Wipe and free the buffer."""
         buffer, self.buffer = self.buffer, None
         self.fill = self.position = 0
         if buffer is not None:

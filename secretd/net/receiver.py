@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a Transport calls: the receiver of one connection's bytes, and what it sends back."""
+"""The receiver of one connection's bytes, as a Transport calls it, and what it sends back."""
 
 from typing import Final, NamedTuple, Protocol
 
@@ -7,11 +7,11 @@ from secretd.errors import LimitReached, LockedMemoryExhausted
 from secretd.memory.arena import LockedBuffer
 
 CONSUMED: Final = -1
-"""What `Receiver.consume` returns if it needs none of the bytes any more."""
+"""The result of `Receiver.consume` if none of the bytes are needed any longer."""
 
 
 class Locked(NamedTuple):
-    """Bytes to send that lie in locked memory and are wiped once sent."""
+    """Bytes to send from locked memory, which are wiped once sent."""
 
     buffer: LockedBuffer
     length: int
@@ -20,43 +20,45 @@ class Locked(NamedTuple):
 class Receiver(Protocol):
     """The receiver of a connection. Positions are offsets into the view of that call.
 
-    ``max_bytes``: of one message, as the receiver limits it.
+    ``max_bytes``: the receiver's limit of one message.
     """
 
     max_bytes: int
 
     @property
     def busy(self) -> bool:
-        """True while something that was read is not answered yet."""
+        """True while a received request is not answered yet."""
 
     def consume(self, view: memoryview, position: int, end: int) -> int:
-        """Handle the bytes from ``position`` to ``end``; return how far they were read, or
+        """Handle the bytes from ``position`` to ``end``; return the position reached, or
         CONSUMED.
         """
 
     def first_needed(self, position: int) -> int:
-        """Return the first byte that is still needed when reading got to ``position``."""
+        """Return the first byte that is still needed, once reading has reached ``position``."""
 
     def shifted(self, distance: int) -> None:
-        """The bytes still needed lie ``distance`` lower from now on."""
+        """Note that the needed bytes now lie ``distance`` bytes lower."""
 
     def accepts_descriptors(self) -> bool:
-        """True if the peer may pass a descriptor."""
+        """Return True if the peer may pass a descriptor."""
 
     def too_many_descriptors(self) -> None:
-        """Report that there is no room for descriptors in the connection, which is closed then."""
+        """Report that the peer has no room for the descriptors that it passes; the connection is
+        then closed.
+        """
 
     def descriptors(self, numbers: list[int]) -> bool:
-        """Take ownership of the descriptors of a message; False to close the connection."""
+        """Take ownership of the descriptors of a message; return False to close the connection."""
 
     def message_timed_out(self) -> None:
-        """Report that a message was not finished in time; the connection is closed then."""
+        """Report a message that was not finished in time; the connection is then closed."""
 
     def no_memory(self, error: LockedMemoryExhausted | LimitReached) -> None:
-        """Report that there is no room for an unfinished message; the connection is closed then."""
+        """Report that there is no room for an unfinished message; the connection is then closed."""
 
     def drained(self) -> None:
-        """The client has read the replies it was behind with."""
+        """Note that the client has read its backlog of replies."""
 
     def closed(self) -> None:
-        """The connection has ended. Called once."""
+        """Note that the connection has ended. Called once."""

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The outgoing half of a connection: send at once, or queue what the client does not take.
+"""The outgoing half of a connection: send at once, or queue the bytes that the client does not
+accept.
 
-A client that does not read holds a backlog; above BACKLOG_BYTES, or with a reply in locked memory
-in it, the connection is ``backlogged``, and the transport stops reading from it. transport is the
-only caller.
+A client that does not read holds a backlog. Above BACKLOG_BYTES, or with a reply in locked memory
+in it, the connection is ``backlogged``, and the transport stops reading from it. Only transport
+calls this module.
 """
 
 import asyncio
@@ -16,17 +17,19 @@ from secretd.memory.arena import LockedBuffer
 from secretd.net.receiver import Locked
 
 BACKLOG_BYTES: Final = 64 << 10
-"""Bytes of replies that may wait for a client that does not read; then we stop reading from it."""
+"""Bytes of replies that may wait for a client that does not read; above it the connection is not
+read.
+"""
 
-# As a plain number: joining two flags of an IntFlag takes longer than the bytes they send.
+# A plain number: joining two flags of an IntFlag takes longer than the send itself.
 _SEND: Final = int(socket.MSG_DONTWAIT) | int(socket.MSG_NOSIGNAL)
 
 
 class Sender:
     """Sends on one socket, which is borrowed.
 
-    ``failed`` is called if the socket cannot be written to; ``changed`` whenever the queue has
-    changed.
+    ``failed``: called if the socket cannot be written to. ``changed``: called whenever the queue
+    has changed.
     """
 
     def __init__(
@@ -45,11 +48,13 @@ class Sender:
 
     @property
     def waiting(self) -> bool:
-        """True if something could not be sent yet."""
+        """True if some bytes could not be sent yet."""
         return bool(self._queue)
 
     def send(self, data: bytes | Locked) -> None:
-        """Send, or queue what the client does not take now. Locked bytes are wiped once sent."""
+        """Send, or queue the bytes that the client does not accept now. Locked bytes are wiped once
+        sent.
+        """
         if self._closed:
             if isinstance(data, Locked):
                 data.buffer.free()
@@ -100,7 +105,7 @@ class Sender:
         self._changed()
 
     def close(self) -> None:
-        """Wipe and drop what was not sent."""
+        """Wipe and drop unsent bytes."""
         self._closed = True
         self._loop.remove_writer(self._fd)
         for _, owner in self._queue:

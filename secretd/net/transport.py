@@ -2,22 +2,21 @@
 """asyncio over AF_UNIX streams: bytes and descriptors in, bytes out, with back-pressure both ways.
 
 A `Transport` receives straight into locked memory, keeps an unfinished message in a `Tail`, and
-wipes what has been consumed. Its `Receiver` (monitor.session) cuts the messages. asyncio's own
-transports copy into the heap and carry no descriptors, hence this one.
+wipes consumed bytes. Its `Receiver` (monitor.session) finds the messages. asyncio's own transports
+copy into the heap and carry no descriptors.
 
 Theory of operation. A connection is in one of three states:
 
     state    known by       reads           answers         next
-    OPEN     _left == -1    what comes      everything      ENDING: the client has shut down its
+    OPEN     _left == -1    everything      everything      ENDING: the client has shut down its
                                                             side, or `finish` was called
-    ENDING   _left >= 0     _left bytes     what was read   CLOSED: all is answered and sent
+    ENDING   _left >= 0     _left bytes     read requests   CLOSED: all is answered and sent
     CLOSED   is_closed      nothing         nothing         -
 
 `close` enters CLOSED from every state. The connection is read while no `Pause` is in force; each
-pause has one owner, which resumes it. Requests that had arrived before a pause lie in the tail, and
-are handled when the last pause ends, before anything new is read. An untrusted connection is read
-and handled only in its uid's turns. A request usually costs epoll_wait, recvmsg and send, and no
-allocation but the reply.
+pause has one owner, which resumes it. Requests that arrived before a pause lie in the tail, and are
+handled before new bytes are read. An untrusted connection is read and handled only in its uid's
+turns. A request usually costs epoll_wait, recvmsg and send, and no allocation but the reply.
 """
 
 import contextlib
@@ -47,10 +46,9 @@ from secretd.net.sender import Sender
 class Transport:
     """One connection.
 
-    ``closer`` closes the socket, which may block for some peers. ``account``: the quota of its
-    unfinished message. ``uid``: of an untrusted peer; the receiver is asked whether there is room
-    for descriptors before each recvmsg(2) from it. ``others_ready()`` is True if there is something
-    else to do than to handle what this connection has sent.
+    ``closer``: closes the socket, which may block for some peers. ``account``: the quota of its
+    unfinished message. ``uid``: that of an untrusted peer; then the receiver is asked for room for
+    descriptors before each recvmsg(2). ``others_ready()``: True if other work waits.
     """
 
     def __init__(
@@ -75,12 +73,12 @@ class Transport:
         self.sender = Sender(sock, self.close, self._sender_changed)
         self.send = self.sender.send
         self.is_closed = False
-        self._left = -1  # bytes that are still read, in ENDING; -1 for no limit
+        self._left = -1  # bytes still to read, in ENDING; -1 for no limit
         self._paused = 0  # Pause
         self._watching = False  # the loop reports when the socket is readable
 
     def start(self, receiver: Receiver) -> None:
-        """Begin to read, for this receiver."""
+        """Start reading, for this receiver."""
         self._receiver = receiver
         self._small = receiver.max_bytes < SMALL_TAIL_BYTES
         self._update_watching()
@@ -93,7 +91,7 @@ class Transport:
         self._update_watching()
 
     def resume(self, reason: Pause) -> None:
-        """Take back a `pause`; handle at once what had arrived by then."""
+        """End a `pause`; handle the requests that had arrived by then."""
         if self.is_closed or (reason == Pause.BACKLOG and self.backlogged):
             return
         self._paused &= ~reason._value_
@@ -119,7 +117,7 @@ class Transport:
         self.later(self._next_turn)
 
     def later(self, work: Callable[[], None]) -> None:
-        """Do a piece of work for this connection when its turn comes."""
+        """Do a piece of work for this connection in its next turn."""
         if self._in_turn is None:
             self._loop.call_soon(work)
         else:
@@ -142,7 +140,7 @@ class Transport:
         self._watching = wanted
 
     def _wait_for_turn(self) -> None:
-        # Until then epoll must not report it again and again: others would be reported later for it.
+        # Until then epoll must not report it: each report would delay those of others.
         self._unwatch(self._fd)
         if self._tail.buffer is not None:
             self._tail.count_as_unhandled(waiting=True)
@@ -151,7 +149,7 @@ class Transport:
     def _readable_in_turn(self) -> None:
         if not self._paused & TURN:
             self._tail.count_as_unhandled(waiting=False)
-        if not self._watching:  # any more
+        if not self._watching:  # it was paused meanwhile
             return
         self._watch(self._fd, self._on_readable)
         account = self.account
@@ -161,13 +159,13 @@ class Transport:
             and self._space.unhandled[account.uid]
             and account.quota.held(account.uid) + SMALL_TAIL_BYTES > account.quota.limit
         ):
-            # What fills the uid's room is finished or handled in its next turns: receive later.
+            # The uid's next turns finish or handle what fills its room: receive later.
             self._wait_for_turn()
             return
         self._readable()
 
     def _readable(self) -> None:
-        # 1. Where to: behind the unfinished message, or into the buffer that all share.
+        # 1. Choose the buffer: behind the unfinished message, or the shared one.
         tail, space, left = self._tail, self._space, self._left
         start = tail.fill
         if start:
@@ -179,7 +177,7 @@ class Transport:
             view = free = space.large
         if left >= 0:
             free = free[:left]
-        # 2. A peer without room for descriptors may not bring any.
+        # 2. A peer without room for descriptors may not pass any.
         if self._in_turn is not None and not self._receiver.accepts_descriptors():
             allowed = self._without_descriptors(free)
             if allowed is None:
@@ -208,9 +206,9 @@ class Transport:
             self._close_if_done()
 
     def _without_descriptors(self, free: memoryview) -> memoryview | None:
-        """Return the room for bytes that come without descriptors, None if none do.
+        """Return the room for bytes that come without descriptors, None if there are none.
 
-        The connection is closed if descriptors come next.
+        If descriptors come next, the connection is closed.
         """
         try:
             count, descriptors = peek_and_wipe(self._sock, free)
@@ -224,13 +222,13 @@ class Transport:
         return None if count is None else free[: max(count, 1)]
 
     def _advance(self, view: memoryview, end: int) -> None:
-        # 1. Let the receiver handle it. As nearly always, it needs nothing of the shared buffer any more.
+        # 1. Let the receiver handle it; it nearly always consumes the whole shared buffer.
         tail = self._tail
         shared = not tail.fill
         try:
             position = self._receiver.consume(view, tail.position, end)
         except BaseException:
-            # Once closed, the connection's own buffer is wiped and gone.
+            # The connection's own buffer was wiped and freed when it closed.
             if shared or not self.is_closed:
                 wipe(view[:end])
             self.close()
@@ -240,7 +238,7 @@ class Transport:
             return
         if self.is_closed:
             return
-        # 2. Keep the rest, at the beginning of the connection's own buffer.
+        # 2. Keep the rest, at the start of the connection's own buffer.
         if position == CONSUMED:
             position = end
         first = self._receiver.first_needed(position)
@@ -266,19 +264,19 @@ class Transport:
             self._receiver.shifted(first)
         tail.fill = rest
         tail.position = position - first
-        # 3. It must be finished in time, and find room.
+        # 3. The message must be finished in time, and find room.
         if rest:
             self._start_timer()
             self._make_room()
 
     def _make_room(self) -> None:
-        """Where an unfinished message that was read fills its buffer, get a larger one or wait."""
+        """If an unfinished message fills its buffer, get a larger one or wait."""
         if not self._paused and self._tail.is_full and not self._tail.grow():
             self._tail.wait_for_room()
             self.pause(Pause.STARVED)
 
     def _on_room(self) -> None:
-        """There may be room again for an unfinished message that had to wait."""
+        """Try again to find room for an unfinished message."""
         if self.is_closed or not self._paused & STARVED:
             return
         if self._tail.grow():
@@ -299,23 +297,23 @@ class Transport:
 
     @property
     def backlogged(self) -> bool:
-        """True while the client has too many replies to read, or one that holds locked memory."""
+        """True while the client has too many unread replies, or one in locked memory."""
         return self.sender.backlogged
 
     def _sender_changed(self) -> None:
         if self.backlogged:
             self.pause(Pause.BACKLOG)
         elif self._paused & BACKLOG or (self._left >= 0 and not self.sender.waiting):
-            # Not from here: the caller of `send` may be in the middle of handling requests.
+            # Later: the caller of `send` may be in the middle of handling requests.
             self._loop.call_soon(self.resume, Pause.BACKLOG)
 
     # --- end
 
     def finish(self, *, read: bool) -> None:
-        """Close once everything is answered that was read or, with ``read``, that has arrived by
+        """Close once all read requests are answered; with ``read`` also those that have arrived by
         now.
         """
-        if self._paused & STARVED:  # it holds half a message, which has no room
+        if self._paused & STARVED:  # it holds half a message without room
             self.close()
             return
         self._end(unread_bytes(self._fd) if read and self._left else 0)
@@ -326,14 +324,14 @@ class Transport:
         self._update_watching()
 
     def _close_if_done(self) -> None:
-        # What was sent before the end is answered (as in QEMU); half a message is dropped.
+        # Requests before the end are answered, as in QEMU; half a message is dropped.
         if self._left or self._paused or self.is_closed:
             return
         if not (self.sender.waiting or self._receiver.busy):
             self.close()
 
     def close(self) -> None:
-        """End the connection now; wipe and drop what was not sent or not read."""
+        """End the connection now; wipe and drop unsent and unread bytes."""
         if self.is_closed:
             return
         self.is_closed = True
@@ -341,7 +339,7 @@ class Transport:
         self._unwatch(self._fd)
         self.sender.close()
         self._tail.close()
-        # The client sees the end now, even if close(2) has to wait for its turn; and sends no more.
+        # The client sees the end now, even if close(2) waits for its turn, and sends no more.
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
         try:

@@ -13,10 +13,10 @@ from secretd.limits import Tuning
 
 
 class Turns:
-    """Work that waits, in turn by uid, in each uid's own order. The same work waits once.
+    """Waiting work, in turn by uid, and in order within a uid. The same work waits only once.
 
-    ``failed`` is called with what work raises. ``seconds``: of work for peers that are not trusted
-    between two looks at epoll, where there is more.
+    ``failed``: called with the exception of a piece of work. ``seconds``: the time of work for
+    untrusted peers between two looks at epoll, while more waits.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class Turns:
         return bool(self._by_uid)
 
     def add(self, uid: int, work: Callable[[], None]) -> None:
-        """Do a piece of work for a uid when its turn comes."""
+        """Do a piece of work for a uid in its next turn."""
         self._by_uid.setdefault(uid, {})[work] = None
 
     def run(self) -> None:
@@ -53,12 +53,11 @@ class Turns:
 
 
 class Turn:
-    """How long one connection may handle its requests until it yields.
+    """The time for which one connection may handle its requests before it yields.
 
-    ``alone`` returns True while there is no other connection; ``others_ready`` looks whether one
-    has sent something; ``yield_turn`` lets them go first. ``began``: when it was first asked
-    whether the turn is over; 0.0 at the start of a turn. A connection with a single request never
-    asks.
+    ``alone()``: True while there is no other connection. ``others_ready()``: True if another one
+    has sent something. ``yield_turn()``: lets others go first. ``began``: the time of the first
+    check, 0.0 at the start of a turn. A connection with a single request never checks.
     """
 
     __slots__ = (
@@ -87,7 +86,7 @@ class Turn:
         self.began = self._looked = 0.0
 
     def yield_if_due(self) -> bool:
-        """Yield if the turn has lasted long enough or others are ready; True if so."""
+        """Yield if the turn has lasted long enough or others are ready; return True if so."""
         now = monotonic()
         if not self.began:
             self.began = self._looked = now

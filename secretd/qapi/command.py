@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Typed arguments: from a command's annotated function to checks in QEMU's words.
 
-The function is the single source. From its signature come a msgspec Struct of its arguments and one
-of the whole request; `check` fills the first from the reference parser's values (visitor does),
-and `FastDecoder` the second straight from the bytes. Both build the same Struct, so
-handlers see one type. Which commands exist is said in commands; this module knows none.
+The function is the single source. Its signature yields a msgspec Struct of its arguments and one of
+the whole request. `check` fills the first from the reference parser's values through qapi.visitor;
+`FastDecoder` fills the second straight from the bytes. Both build the same Struct, so handlers see
+one type. monitor.commands defines the commands; this module knows none.
 
 What an annotation means:
 
@@ -15,7 +15,7 @@ What an annotation means:
     list[...]        an array of one of these
     a Struct         an object with such members
     msgspec.Raw      a string that carries a secret: the JSON text of its content in locked memory,
-                     between double quotes, good only until the handler returns or awaits
+                     between double quotes, valid until the handler returns or awaits
     object           any JSON, undecoded (wire.parser.JSON)
     SensitiveAny     the same, where it may carry a secret
     … | UnsetType    optional; UNSET when not given
@@ -48,13 +48,12 @@ from secretd.wire.parser import JSON
 class Command(NamedTuple):
     """A QMP command.
 
-    ``function(monitor, *arguments)`` carries it out and returns JSON or a coroutine.
-
-    ``arguments`` are the alternatives by the value of ``tag_field``; an untagged Struct stands
-    under "". ``request``: the Struct of what the fast path may decode, None if it may decode
-    nothing of it. ``boxed``: the function takes the Struct itself. ``client``: allowed on the
-    client socket. ``oob``: may be executed out of band. ``waits``: it may have to wait for
-    something. ``returns``: the annotation of what it returns, None for nothing.
+    ``function(monitor, *arguments)`` executes it and returns JSON or a coroutine of it.
+    ``arguments``: the alternative Structs by the value of ``tag_field``; an untagged Struct stands
+    under "". ``request``: the Struct that the fast path may decode, None if it must decline.
+    ``boxed``: the function takes the Struct itself. ``client``: allowed on the client socket.
+    ``oob``: may run out of band. ``waits``: may have to wait. ``returns``: the annotation of the
+    result, None for nothing.
     """
 
     name: str
@@ -70,9 +69,7 @@ class Command(NamedTuple):
 
 
 class Commands:
-    """Commands by name: those of ``parts``, then those that decorated functions define, in
-    order.
-    """
+    """Commands by name, in order: those of ``parts``, then those of decorated functions."""
 
     def __init__(self, *parts: "Commands") -> None:
         self.by_name: dict[str, Command] = {}
@@ -87,7 +84,12 @@ class Commands:
         oob: bool = False,
         waits: bool = False,
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """Decorate a function: its first parameter is the monitor, the others are the arguments."""
+        """Return a decorator for a function whose first parameter is the monitor, and the others
+        the arguments.
+
+        ``client``, ``oob``, ``waits``, ``boxed``: see `Command`. Raises TypeError for an annotation
+        that QAPI does not have.
+        """
 
         def register(function: Callable[..., Any]) -> Callable[..., Any]:
             wire_name = name or function.__name__.replace("_", "-")
@@ -102,6 +104,7 @@ class Commands:
 def _command(
     function: Callable[..., Any], name: str, *, client: bool, oob: bool, waits: bool
 ) -> Command:
+    # 1. The Structs of the arguments, given as one parameter or made from several.
     hints = typing.get_type_hints(function)
     parameters: list[inspect.Parameter] = list(inspect.signature(function).parameters.values())[1:]
     boxed = len(parameters) == 1 and parameters[0].name == "arguments"
@@ -121,12 +124,13 @@ def _command(
                 omit_defaults=True,
             )
         ]
+    # 2. The command.
     return Command(
         name=name,
         function=function,
         tag_field=structs[0].__struct_config__.tag_field or "",
         arguments={struct.__struct_config__.tag or "": struct for struct in structs},
-        # A type that QAPI does not have is an error now, not when it is asked for.
+        # A type that QAPI does not have is an error at definition, not at the first request.
         request=_request(name, list(filter(_is_fast, structs))),
         boxed=boxed,
         client=client,
@@ -141,7 +145,7 @@ def _camel(name: str) -> str:
 
 
 def _request(name: str, structs: list[type[Struct]]) -> type[Struct] | None:
-    """Return the Struct of the whole message, for those alternatives that the fast path may
+    """Return the Struct of the whole message, for the alternatives that the fast path may
     decode.
     """
     if not structs:
@@ -149,7 +153,7 @@ def _request(name: str, structs: list[type[Struct]]) -> type[Struct] | None:
     config = structs[0].__struct_config__
     arguments: Any = structs[0]
     if config.tag is not None:
-        # msgspec wants the tag only of a union: with one type, add one that cannot be asked for.
+        # msgspec accepts the tag only in a union: with one type, add one that no request can name.
         nothing = msgspec.defstruct("Nothing", [], tag_field=config.tag_field, tag="\0")
         arguments = Union[(*structs, nothing)]
     optional = all(not member.required for struct in structs for member in members(struct))
@@ -168,9 +172,7 @@ def _request(name: str, structs: list[type[Struct]]) -> type[Struct] | None:
 
 
 def _returned(hint: Any) -> Any:
-    """Return what a handler's annotation says it returns, at once or after waiting; None for
-    nothing.
-    """
+    """Return the annotated result of a handler, at once or after waiting; None for nothing."""
     is_union = typing.get_origin(hint) in (types.UnionType, Union)
     for kind in typing.get_args(hint) if is_union else [hint]:
         origin = typing.get_origin(kind)
@@ -182,8 +184,10 @@ def _returned(hint: Any) -> Any:
 
 
 def _is_fast(struct: type[Struct]) -> bool:
-    """Numbers, arrays and objects have spellings that msgspec and QEMU judge differently: those are
-    for the reference only.
+    """Return True if the fast path may decode such arguments.
+
+    msgspec and QEMU judge some spellings of numbers, arrays and objects differently, so these need
+    the reference.
     """
     for member in members(struct):
         (kind,) = alternatives(member.hint)
@@ -193,7 +197,12 @@ def _is_fast(struct: type[Struct]) -> bool:
 
 
 def check(command: Command, arguments: dict[str, JSON], visitor: Visitor = JSON_VISITOR) -> Struct:
-    """Return the command's arguments Struct, or raise CommandError in QEMU's words."""
+    """Return the Struct of a command's arguments.
+
+    ``arguments``: the members by name, as wire.parser returns them. ``visitor``: the input visitor,
+    for JSON or keyval. Raises CommandError in the words of QEMU's qapi-visit-core.c and
+    qobject-input-visitor.c.
+    """
     struct = command.arguments.get("")
     if struct is not None:
         return check_members(visitor, "", arguments, struct, ())
@@ -206,5 +215,7 @@ def check(command: Command, arguments: dict[str, JSON], visitor: Visitor = JSON_
 
 
 def text_of(raw: Raw) -> memoryview:
-    """Return the content of a sensitive string, still in locked memory."""
+    """Return the content of a sensitive string, a borrowed view in locked memory, with its quotes
+    removed.
+    """
     return memoryview(raw)[1:-1]

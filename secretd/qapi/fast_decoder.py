@@ -23,10 +23,10 @@ _EMPTY: Final = Raw(b"")
 
 
 class FastDecoder:
-    """Decodes the line of one request where that is provably what the reference would do.
+    """Decodes the line of a request where the result provably equals the reference's.
 
-    Everything in doubt is declined: escapes, bytes outside ASCII, duplicate members (they have more
-    quotes than what was understood has when it is written again), ids that QEMU prints otherwise.
+    It declines everything in doubt: escapes, bytes outside ASCII, duplicate members (the line then
+    has more quotes than the decoded request written again), and ids that QEMU prints differently.
     """
 
     def __init__(self, commands: Iterable[Command]) -> None:
@@ -40,9 +40,10 @@ class FastDecoder:
         self._shapes: dict[int, re.Pattern[bytes]] = {}
 
     def __call__(self, line: memoryview) -> Struct | None:
-        """Return the request, or None to decline.
+        """Return the request Struct of a line in locked memory, or None to decline.
 
-        Raises nothing: msgspec's errors quote the text.
+        It raises nothing, since msgspec's errors quote the text. Views in the Struct are valid
+        until the caller moves or wipes the line.
         """
         try:
             request = self._decode(line)
@@ -71,7 +72,7 @@ class FastDecoder:
                 aside += len(text)
                 setattr(arguments, name, _EMPTY)
         encoded = self._encode(request)
-        # Nothing was left out, twice, escaped or spaced? Each of these only makes a line longer.
+        # Omitted, repeated, escaped or spaced parts only make a line longer.
         whole = len(encoded) + aside + 1 == len(line) and line[-1] == 0x0A
         if (
             not (whole and encoded.isascii() and b"\x7f" not in encoded)
@@ -85,7 +86,7 @@ class FastDecoder:
         return request  # type: ignore[no-any-return]
 
     def _shape(self, quotes: int) -> re.Pattern[bytes]:
-        """Return what a line with so many quotes, and nothing that needs thought, looks like."""
+        """Return the pattern of a plain line with so many quotes."""
         shape = self._shapes.get(quotes)
         if shape is None:
             shape = re.compile(_ORDINARY + rb'(?:"' + _ORDINARY + b"){%d}" % quotes)
@@ -94,7 +95,7 @@ class FastDecoder:
 
 
 def _sensitive(struct: type[Struct]) -> str | None:
-    """Return the name of the member that carries a secret; there is one at most."""
+    """Return the name of the member that carries a secret; there is at most one."""
     names = [member.name for member in members(struct) if Raw in alternatives(member.hint)]
     assert len(names) < 2, struct
     return names[0] if names else None

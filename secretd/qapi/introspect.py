@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The schema that query-qmp-schema returns (QEMU's qapi/introspect.json), from commands' functions.
 
-What a command takes and returns stands in its annotations (see secretd.qapi.command) and in the
-TypedDicts that it returns; nothing is written twice. As in QEMU, types other than the built-in ones
-have numbers for names, which mean nothing. monitor asks once for each socket.
+It is derived from the annotations of commands (see qapi.command) and the TypedDicts that they
+return; nothing is written twice. As in QEMU, types other than the built-in ones have meaningless
+numbers for names. monitor asks once for each socket.
 """
 
 import types
@@ -28,7 +28,7 @@ class SchemaInfoEnumMember(Struct, omit_defaults=True):
 
 
 class SchemaInfoObjectMember(Struct, omit_defaults=True):
-    """A member of an object. ``default`` is there, and null, if it is optional."""
+    """A member of an object. An optional member has ``default``, which is null."""
 
     name: str
     type: str
@@ -44,7 +44,7 @@ class SchemaInfoObjectVariant(Struct):
 
 
 class SchemaInfoAlternateMember(Struct):
-    """A type of an alternate, of which secretd has none."""
+    """A type of an alternate; secretd has no alternates."""
 
     type: str
 
@@ -76,7 +76,7 @@ class SchemaInfoArray(_SchemaInfo, tag="array", kw_only=True):
 
 
 class SchemaInfoObject(_SchemaInfo, tag="object", kw_only=True):
-    """An object, maybe with a tag that says which further members it has."""
+    """An object, optionally with a tag that selects further members."""
 
     members: list[SchemaInfoObjectMember]
     tag: str | UnsetType = UNSET
@@ -126,7 +126,11 @@ _FEATURES: Final = {Raw: ["sensitive"], SensitiveAny: ["sensitive"]}
 
 
 def schema(commands: Iterable[Command], events: Mapping[str, type]) -> list[dict[str, object]]:
-    """Return the SchemaInfo list of these commands and events, as JSON."""
+    """Return the SchemaInfo list of these commands and events, as JSON values.
+
+    ``events``: by name, the TypedDict of each event's data. The source of the form is
+    qapi/introspect.json.
+    """
     found = _Types()
     entries: list[SchemaInfo] = []
     for command in commands:
@@ -158,7 +162,7 @@ class _Types:
         self._count = 0
 
     def name(self, hint: Any) -> str:
-        """Return the name of an annotation's type, which is entered if it is new."""
+        """Return the name of an annotation's type, and enter a new one."""
         builtin = _BUILTIN.get(hint)
         if builtin is not None:
             name, json_type = builtin
@@ -178,7 +182,9 @@ class _Types:
         return self._add(SchemaInfoEnum(name="", members=members, values=list(values)))
 
     def _union(self, structs: tuple[type[Struct], ...]) -> str:
-        """An object with variants: members that all alternatives share, and by tag the others."""
+        """Enter an object with variants: the members that all alternatives share, and the others by
+        tag.
+        """
         tag = structs[0].__struct_config__.tag_field
         assert tag is not None
         fields = {str(s.__struct_config__.tag): _fields(s) for s in structs}
@@ -219,7 +225,7 @@ _Fields: TypeAlias = dict[str, tuple[Any, bool, list[str]]]
 
 
 def _fields(kind: type) -> _Fields:
-    """Return the members of a Struct or TypedDict: annotation, whether each must be, its
+    """Return the members of a Struct or TypedDict: annotation, whether it is required, and its
     features.
     """
     hints = typing.get_type_hints(kind, include_extras=True)

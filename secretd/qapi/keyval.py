@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The command line's ``secret,id=x,file=y`` and JSON (QEMU's util/keyval.c).
+"""The command line's ``secret,id=x,file=y``, or JSON, to arguments and back (QEMU's util/keyval.c).
 
-Text to arguments and back; what the arguments mean is said elsewhere. A text may hold a secret: it
-is read where it lies, and values stay views of it. daemon, argv and hmp call it.
+It does not know what the arguments mean. A text may hold a secret: it is read in place, and values
+stay views of it. daemon and monitor.hmp call this module.
 """
 
 import re
@@ -18,7 +18,7 @@ FRAGMENT_BYTES: Final = 127
 """Bytes of one fragment of a key, as in QEMU."""
 
 KEY_FRAGMENTS: Final = 16
-"""Fragments of a key; three are the most that any type has. QEMU: no limit."""
+"""Fragments of a key; no object type needs more than three. QEMU has no limit."""
 
 _NAME = rb"(?:__[A-Za-z0-9.-]*_)?[A-Za-z][A-Za-z0-9_-]*"  # parse_qapi_name()
 _FIRST: Final = re.compile(_NAME)
@@ -31,7 +31,7 @@ _Tree: TypeAlias = "dict[str, JSON]"
 
 
 class Value(Text):
-    """A value as it stands in the text. The byte before and the one after it are not part of it."""
+    """A value within the text. The bytes before and after it are not part of it."""
 
     __slots__ = ()
 
@@ -41,15 +41,16 @@ class Value(Text):
         return content.replace(b"\xc0\x80", b"\0").decode(errors="surrogateescape")
 
     def decode_in_place(self) -> memoryview:
-        """Return the value between two double quotes; nothing is escaped in it."""
+        """Return the value between two double quotes; keyval has no escapes."""
         self.view[self.start] = self.view[self.end - 1] = 0x22
         return self.view[self.start : self.end]
 
 
 class KeyvalError(UsageError):
-    """What is wrong with a text, in QEMU's words around a part of it. That part may be of a secret
-    (after a comma that should have been doubled), so it stays where it is until somebody asks for
-    the words.
+    """The fault of a text, in QEMU's words around a part of the text.
+
+    That part may belong to a secret (after a comma that should have been doubled), so it stays in
+    the text until a caller asks for the words.
     """
 
     def __init__(self, before: str, quote: memoryview | None = None, after: str = "") -> None:
@@ -57,7 +58,7 @@ class KeyvalError(UsageError):
         self._fault = Fault(before, quote, after)
 
     def words(self, most: int | None = None) -> str:
-        """Return the words, quoting so many bytes at most."""
+        """Return the words, with a quotation of at most ``most`` bytes, None for all."""
         before, quote, after = self._fault
         if quote is None:
             return before
@@ -71,7 +72,7 @@ class KeyvalError(UsageError):
 
 
 class Given(NamedTuple):
-    """The arguments of an option, what checks them, and whether help was asked for."""
+    """The arguments of an option, the visitor that checks them, and whether help was requested."""
 
     members: dict[str, JSON]
     visitor: Visitor
@@ -81,8 +82,8 @@ class Given(NamedTuple):
 def arguments(view: memoryview) -> Given:
     """Return the arguments of ``--object TEXT``: JSON if it starts with a brace, else keyval.
 
-    ``view`` has the text between two bytes to spare and is changed. Raises UsageError in QEMU's
-    words.
+    ``view``: the text between two spare bytes; it is changed in place. Raises UsageError in QEMU's
+    words (util/keyval.c, util/qemu-option.c).
     """
     if bytes(view[1:2]) != b"{":
         return _parse(view, "qom-type")
@@ -94,15 +95,16 @@ def arguments(view: memoryview) -> Given:
 
 
 def buffer(text: str) -> memoryview:
-    """Return a command line's text as `arguments` takes it."""
+    """Return a command line's text in the form that `arguments` takes."""
     return memoryview(bytearray(b"\0" + text.encode(errors="surrogateescape") + b"\0"))
 
 
 def parse(text: str, implied_key: str) -> dict[str, str]:
-    """Return the members of ``[VALUE,]KEY=VALUE,…`` where ``,,`` is a comma; the last of a key
-    wins.
+    """Return the members of ``[VALUE,]KEY=VALUE,…``; ``,,`` is a comma, and the last value of a key
+    counts.
 
-    Raises UsageError in QEMU's words, also for nested keys.
+    ``implied_key``: the key of a leading value without one. Raises UsageError in QEMU's words, also
+    for nested keys.
     """
     plain = {}
     for key, value in _parse(buffer(text), implied_key).members.items():
@@ -146,7 +148,7 @@ def _parse(view: memoryview, implied_key: str) -> Given:
 
 
 def _fragments(key: memoryview, *, complete: bool) -> list[str]:
-    """Return what stands between the dots of a key, or raise what is wrong with it.
+    """Return the fragments between the dots of a key. Raises KeyvalError.
 
     ``complete``: an equals sign follows. Names with a reverse domain have dots of their own.
     """
@@ -170,7 +172,7 @@ def _fragments(key: memoryview, *, complete: bool) -> list[str]:
 
 
 def _put(node: _Tree, path: list[str], value: Value | None) -> _Tree:
-    """Put a value, or without one see to it that there is an object, which is returned."""
+    """Put a value at a path, or without one ensure that an object is there; return that object."""
     fragment = path[-1]
     old = node.get(fragment)
     if old is not None and isinstance(old, dict) is not (value is None):
@@ -184,10 +186,12 @@ def _put(node: _Tree, path: list[str], value: Value | None) -> _Tree:
 
 
 def _value(view: memoryview, start: int, end: int) -> tuple[Value, int]:
-    """Return the value up to a single comma, its doubled ones made single, and where to go on."""
+    """Return the value up to a single comma, with its doubled commas undone, and the position after
+    it.
+    """
     into = at = start
     for match in _COMMAS.finditer(view, start, end):
-        # With the first comma of two; a single one ends the value.
+        # Up to and including the first comma of two; a single one ends the value.
         stop = match.end() - 1
         view[into : into + stop - at] = view[at:stop]
         into += stop - at
@@ -203,7 +207,7 @@ def _index(key: str) -> int | None:
 
 
 def _listified(node: _Tree, path: str) -> "_Tree":
-    """keyval_listify(): objects whose keys are all numbers become lists. The root never does."""
+    """keyval_listify(): turn objects whose keys are all numbers into lists, except the root."""
     done: _Tree = {}
     for key, value in qdict_items(node):
         done[key] = _listify(value, f"{path}{key}.") if isinstance(value, dict) else value
@@ -215,7 +219,7 @@ def _listify(node: _Tree, path: str) -> JSON:
     inner = _listified(node, path)
     indices = {key: _index(key) for key in inner}
     if None not in indices.values():
-        return _list(inner, indices, path)  # type: ignore[arg-type]  # no None, as was just seen
+        return _list(inner, indices, path)  # type: ignore[arg-type]  # it has no None, see above
     if any(index is not None for index in indices.values()):
         raise UsageError(f"Parameters '{path}*' used inconsistently")
     return inner

@@ -2,9 +2,9 @@
 """From parsed values to typed ones, in QEMU's words: its QAPI input visitors
 (qobject-input-visitor.c).
 
-`JSON_VISITOR` takes what the wire's parser made, `KEYVAL_VISITOR` what stands on a command line,
-where every scalar is text and paths are written with dots. A type is told by an annotation, as
-schema describes; `checker` makes a function of it. It knows no command and no object type.
+`JSON_VISITOR` takes the values of wire.parser. `KEYVAL_VISITOR` takes those of a command line,
+where every scalar is text and paths have dots. `checker` turns an annotation (see qapi.command)
+into a check. This module knows no command and no object type.
 """
 
 import re
@@ -27,8 +27,8 @@ SensitiveAny = NewType("SensitiveAny", object)
 """Any JSON, which may carry a secret."""
 
 ORDERED_NAMES: Final = 512
-"""Names of which the unexpected one is found as QEMU does; of more, the first is named. Who chooses
-the names chooses how long the search takes.
+"""Names among which the unexpected one is chosen as QEMU does; of more, the first is named. The
+client chooses the names, and so the time of the search.
 """
 
 _INT32: Final = range(-(1 << 31), 1 << 31)
@@ -44,7 +44,7 @@ _BOOLEANS: Final = {
 
 
 class Visitor:
-    """Checks JSON values. ``path`` is what an error calls the value, from the top."""
+    """Checks JSON values. ``path`` is the value's name in errors, from the top."""
 
     def member(self, path: str, name: str) -> str:
         """Return the path of an object's member."""
@@ -55,7 +55,7 @@ class Visitor:
         return f"{path}[{index}]"
 
     def text(self, path: str, value: JSON) -> Text:
-        """Return the string, or raise CommandError, as the others below."""
+        """Return the string, or raise CommandError, as the methods below do."""
         if not isinstance(value, Text):
             raise _wrong_type(path, "string")
         return value
@@ -75,7 +75,7 @@ class Visitor:
 
 
 class _KeyvalVisitor(Visitor):
-    """Checks what `keyval` parsed: dicts, lists and Text."""
+    """Checks the values of `keyval`: dicts, lists and Text."""
 
     def element(self, path: str, index: int) -> str:
         return f"{path}.{index}"
@@ -114,8 +114,8 @@ def _wrong_type(path: str, expected: str) -> CommandError:
 
 
 class Member(NamedTuple):
-    """A member of an object: its name on the wire, its Python name, its annotation, its check; must
-    it be?
+    """A member of an object: its name on the wire, its Python name, annotation and check, and
+    whether it is required.
     """
 
     wire_name: str
@@ -140,14 +140,14 @@ def members(struct: type[Struct]) -> list[Member]:
 
 
 def alternatives(hint: Any) -> list[Any]:
-    """Return the types of an annotation without the mark of what is optional."""
+    """Return the types of an annotation, without the mark of an optional member."""
     if typing.get_origin(hint) in (Union, types.UnionType):
         return [a for a in typing.get_args(hint) if a is not UnsetType]
     return [hint]
 
 
 def checker(hint: Any) -> Check:
-    """Return the check of an annotation."""
+    """Return the check of an annotation. Raises TypeError for one that QAPI does not have."""
     (kind,) = alternatives(hint)
     simple = _CHECKS.get(kind)
     if simple is not None:
@@ -184,7 +184,9 @@ _CHECKS: Final[dict[Any, Check]] = {
 
 
 def check_enum(name: str, text: str, choices: tuple[str, ...]) -> str:
-    """Return ``text`` if it is one of ``choices``, or raise what qapi-visit-core.c says."""
+    """Return ``text`` if it is one of ``choices``, or raise CommandError in the words of
+    qapi-visit-core.c.
+    """
     if text not in choices:
         raise CommandError(f"Parameter '{name}' does not accept value '{text}'")
     return text
@@ -193,7 +195,7 @@ def check_enum(name: str, text: str, choices: tuple[str, ...]) -> str:
 def _check_list(visitor: Visitor, path: str, value: JSON, of_element: Check) -> list[object]:
     if not isinstance(value, list):
         raise _wrong_type(path, "array")
-    # An array's element has no name of its own, and QEMU prints NULL.
+    # An array's element has no name of its own, so QEMU prints NULL.
     return [of_element(visitor, visitor.element(path, i), "null", e) for i, e in enumerate(value)]
 
 
@@ -210,10 +212,10 @@ def check_members(
     struct: type[Struct],
     visited: tuple[str, ...],
 ) -> Struct:
-    """Return the Struct of an object's members, or raise CommandError.
+    """Return the Struct of an object's members, or raise CommandError in QEMU's words.
 
-    Known members in schema order first, then what is unexpected. ``visited``: members that were
-    looked at before.
+    Known members are checked first, in schema order, then unexpected ones. ``visited``: members
+    that were looked up before. ``path``: the object's name in errors, "" at the top.
     """
     values: dict[str, object] = {}
     seen = list(visited)
@@ -232,9 +234,7 @@ def check_members(
 
 
 def _unexpected(given: dict[str, JSON], seen: list[str]) -> str:
-    """Which one QEMU names: the first that is left in the hash table it ticks off the members
-    in.
-    """
+    """Return the unexpected member that QEMU names: the first one left in its hash table."""
     if len(given) > ORDERED_NAMES:
         return next(name for name in given if name not in seen)
     table = GHashTable(name for name, _ in qdict_items(given))

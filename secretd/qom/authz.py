@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The object types `authz-simple`, `authz-list` and `authz-listfile`: QEMU's authz/*.c.
 
-What these objects are and how each judges a peer; access asks them. The tree calls it.
+They define these objects and how each judges a peer. The tree creates them, and access asks them.
 """
 
 import os
@@ -38,18 +38,16 @@ Policy = Literal["deny", "allow"]
 MatchFormat = Literal["exact", "glob"]
 
 LISTFILE_BYTES: Final = 1 << 20
-"""Bytes of a list file that is read again; of a larger one, nobody is allowed anything."""
+"""Bytes of a list file that is read again; a larger one allows no peer anything."""
 
 _WATCHED: Final = "watched"
 _LOADED: Final = "loaded"
-"""What the journal keeps beside the properties of an authz-listfile: the path to read again, or the
+"""The journal's name, beside the properties of an authz-listfile, for the path to read again or the
 list.
 """
 
 _SETTLED_NS: Final = 100_000_000
-"""Nanoseconds by which a file's time must lie back for it to tell that the file was not changed
-since.
-"""
+"""Nanoseconds after a file's last change from which an unchanged time proves unchanged content."""
 
 
 class Rule(Struct, forbid_unknown_fields=True):
@@ -81,8 +79,8 @@ class AuthZListFileOptions(ObjectOptions, tag="authz-listfile", kw_only=True):
 
 
 class Reach(NamedTuple):
-    """Which identities an authz object can allow: ``exact`` ones, and those that begin with one of
-    ``prefixes``, which is "" where it can be any.
+    """The identities that an authz object can allow: ``exact`` ones, and those with one of
+    ``prefixes``; the prefix "" stands for any.
     """
 
     exact: frozenset[str]
@@ -93,18 +91,18 @@ ANY: Final = Reach(frozenset(), frozenset(("",)))
 
 
 class Verdict(NamedTuple):
-    """What an authz object says of a peer, and in what words it says why."""
+    """An authz object's decision about a peer, and its reason."""
 
     allowed: bool
     why: str
 
 
 class Rules:
-    """Rules of which the first that fits any identity decides, and a policy where none does
+    """Rules and a policy: the first rule that matches any identity decides, else the policy
     (qauthz_list_is_allowed()).
     """
 
-    steady = True  # the verdict on a peer stays the same while the object does
+    steady = True  # the verdict on a peer changes only with the object
 
     def __init__(self, properties: Mapping[str, Any]) -> None:
         self._policy: str = properties.get("policy", "deny")
@@ -118,7 +116,7 @@ class Rules:
         ]
 
     def reach(self) -> Reach:
-        """Return which identities these rules can allow."""
+        """Return the identities that these rules can allow."""
         if self._policy == "allow":
             return ANY
         allowing = [(match, fits) for match, fits, policy in self._rules if policy == "allow"]
@@ -128,17 +126,19 @@ class Rules:
         )
 
     def judge(self, identities: frozenset[str]) -> Verdict:
-        """Say whether a peer with these identities is allowed."""
+        """Return whether a peer with these identities is allowed, and why."""
         for number, (match, fits, policy) in enumerate(self._rules):
             if match in identities if fits is None else any(map(fits, identities)):
                 return Verdict(policy == "allow", f"rule {number} ('{match}') says {policy}")
-        return Verdict(self._policy == "allow", f"no rule fits, and its policy says {self._policy}")
+        return Verdict(
+            self._policy == "allow", f"no rule matches, and its policy says {self._policy}"
+        )
 
 
 class FileRules:
     """The rules in a file, read again when it has changed.
 
-    One that cannot be used allows nobody anything.
+    An unusable file allows no peer anything.
     """
 
     steady = False
@@ -150,7 +150,7 @@ class FileRules:
         self._fault = ""
 
     def reach(self) -> Reach:
-        """The file may allow anybody at the next look."""
+        """Return any: the file may allow any identity at the next decision."""
         return ANY
 
     def judge(self, identities: frozenset[str]) -> Verdict:
@@ -180,8 +180,8 @@ class FileRules:
             return
         if not stat.S_ISREG(status.st_mode):
             raise CommandError("it is not a regular file")
-        # A file that was just written may be written again within the same tick of its clock. Whatever is
-        # written to it changes st_ctime, which nobody can set.
+        # A file that was just written may be written again within the same tick of its clock.
+        # Each write changes st_ctime, which no process can set.
         self._seen = now if time.time_ns() - status.st_ctime_ns > _SETTLED_NS else None
         self._rules = Rules(_parsed(self._filename, memoryview(self._read())))
 
@@ -196,28 +196,28 @@ class FileRules:
 
 
 class AuthZ(ObjectType):
-    """What all of them have in common."""
+    """The behaviour that all three types share."""
 
     decides = True
 
     def create(self, options: Any, loading: Loading) -> Content | Awaitable[Content]:
-        """Check the rules; there is nothing to load."""
+        """Check the rules; these types load nothing."""
         _check_patterns(msgspec.to_builtins(options))
         return super().create(options, loading)
 
     def set(self, name: str, value: JSON) -> dict[str, object]:
-        """Any property."""
+        """Accept a new value of any property."""
         changes = super().set(name, value)
         _check_patterns(changes)
         return changes
 
     def rules(self, properties: Mapping[str, Any]) -> Rules | FileRules:
-        """Return what judges peers by these properties, as the journal has them."""
+        """Return the judge for these properties, as the journal has them."""
         return Rules(properties)
 
 
 class AuthZSimple(AuthZ):
-    """One identity that is allowed."""
+    """One allowed identity."""
 
     info = TypeInfo(
         "authz-simple",
@@ -236,7 +236,7 @@ class AuthZSimple(AuthZ):
 
 
 class AuthZList(AuthZ):
-    """Rules of which the first that matches decides, and a policy where none does."""
+    """A list of rules with a policy."""
 
     info = TypeInfo(
         "authz-list",
@@ -251,8 +251,10 @@ class AuthZList(AuthZ):
 
 
 class AuthZListFile(AuthZ):
-    """An authz-list in a file of JSON. In QEMU 10 none can be made, since its type is called
-    otherwise than in object-add; both names are QEMU's.
+    """An authz-list in a JSON file.
+
+    QEMU 10 cannot create one, since object-add and its type use different names; both names are
+    kept here.
     """
 
     info = TypeInfo(
@@ -269,7 +271,7 @@ class AuthZListFile(AuthZ):
     def create(self, options: Any, loading: Loading) -> Content | Awaitable[Content]:
         """qauthz_list_file_complete(): the file must hold a list now, whatever it holds later.
 
-        Returns where the rules are: in the file, or as they were loaded.
+        Returns the place of the rules: the file, or the loaded list.
         """
         assert isinstance(options, AuthZListFileOptions)
         filename = options.filename
@@ -285,8 +287,8 @@ class AuthZListFile(AuthZ):
         return use_content(partial(loading.sources.file, filename), load, f"'{filename}'")
 
     def rules(self, properties: Mapping[str, Any]) -> Rules | FileRules:
-        """As it was made: another ``filename`` or ``refresh`` set later changes nothing, as in
-        QEMU.
+        """Return the judge of the file or list at creation: as in QEMU, setting ``filename`` or
+        ``refresh`` later has no effect.
         """
         if _LOADED in properties:
             return Rules(properties[_LOADED])
@@ -302,7 +304,7 @@ def _check_patterns(properties: Mapping[str, Any]) -> None:
 
 
 def _parsed(filename: str, text: memoryview) -> dict[str, Any]:
-    """Return the properties of the authz-list in a file's text, which ends in one byte to spare."""
+    """Return the properties of the authz-list in a file's text, which ends in one spare byte."""
     value = document(text)
     if isinstance(value, Fault):
         raise CommandError(value.before if value.quote is None else f"{value.before}…{value.after}")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The deadlines of objects, and the timer that fires at the next one.
 
-Time is CLOCK_BOOTTIME, which nothing can set and which runs while the machine sleeps. This module
-knows ids only: the tree sets deadlines, and the server ends the objects that are due.
+Time is CLOCK_BOOTTIME, which cannot be set and includes suspended time. This module knows ids only:
+the tree sets deadlines, and the server ends the due objects.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from secretd.limits import Tuning
 from secretd.linux import timerfd
 
 LIFETIME_SECONDS: Final = 100 * 366 * 86400
-"""Seconds that an object may be given at most: more than a machine runs."""
+"""The longest lifetime of an object in seconds: longer than any machine runs."""
 
 DEADLINE: Final = "deadline"
 """The journal's name for an object's deadline, beside its properties: nanoseconds of
@@ -33,20 +33,20 @@ def now() -> int:
 
 
 class Deadlines:
-    """The deadlines of those objects that have one, in nanoseconds of CLOCK_BOOTTIME."""
+    """The deadlines of objects, in nanoseconds of CLOCK_BOOTTIME."""
 
     def __init__(self, ended_per_turn: int = Tuning.ended_per_turn) -> None:
         self._ended_per_turn = ended_per_turn
         self._deadlines: dict[str, int] = {}
-        self._queue: list[tuple[int, str]] = []  # of which some may be void
+        self._queue: list[tuple[int, str]] = []  # some entries may be void
         self._fd = -1
         self._armed = 0
         self._end: Callable[[str], None] | None = None
 
     def set(self, object_id: str, deadline: int) -> None:
-        """Give an object a deadline, instead of the one it may have."""
+        """Set an object's deadline, replacing an earlier one."""
         self._deadlines[object_id] = deadline
-        if len(self._queue) > 2 * len(self._deadlines) + 100:  # most of it is void
+        if len(self._queue) > 2 * len(self._deadlines) + 100:  # most entries are void
             self._queue = [(when, known) for known, when in self._deadlines.items()]
             heapq.heapify(self._queue)
         else:
@@ -55,16 +55,16 @@ class Deadlines:
             self._arm(deadline)
 
     def forget(self, object_id: str) -> None:
-        """An object is gone."""
+        """Remove the deadline of a removed object."""
         self._deadlines.pop(object_id, None)
 
     def expired(self, object_id: str) -> bool:
-        """True if an object's time is over, whether or not it was ended already."""
+        """Return True if an object's deadline has passed, whether or not it was removed already."""
         deadline = self._deadlines.get(object_id)
         return deadline is not None and now() >= deadline
 
     def due(self) -> list[str]:
-        """Return the ids of all objects whose time is over."""
+        """Return the ids of all objects whose deadline has passed."""
         return [object_id for object_id in self._deadlines if self.expired(object_id)]
 
     def remaining(self, object_id: str) -> int | None:
@@ -73,7 +73,7 @@ class Deadlines:
         return None if deadline is None else max(0, -(-(deadline - now()) // _NS))
 
     def start(self, end: Callable[[str], None]) -> None:
-        """Call ``end`` with the id of each object whose time is over, from the running loop."""
+        """Call ``end`` in the running loop with the id of each object whose deadline has passed."""
         self._fd = timerfd.create()
         self._end = end
         asyncio.get_running_loop().add_reader(self._fd, self._due)

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The object type `secret-grant`: lets those whom an authz object allows read the secrets that a
-pattern names.
+"""The object type `secret-grant`: it lets peers read the secrets that a pattern names.
 
-What such an object is; access decides by them. As in QEMU (the ``tls-authz`` of a character device)
-the authz object is looked up at the time of use: it may be deleted and made anew, and while it is
-missing access is denied. The tree calls it.
+access decides by these objects, and the tree creates them. As in QEMU (the ``tls-authz`` of a
+character device) the authz object is looked up at the time of use. It may be deleted and added
+again; while it is missing, access is denied.
 """
 
 from collections.abc import Mapping
@@ -22,14 +21,16 @@ from secretd.systemd.credential_address import CREDENTIAL_ADDRESS_BYTES
 from secretd.wire.parser import JSON
 
 MAX_READS: Final = 1 << 31
-"""The most that ``max-reads`` takes."""
+"""The largest ``max-reads``."""
 
 READS: Final = "reads"
 """The property that counts the reads a grant with ``max-reads`` has allowed."""
 
 
 class SecretGrantOptions(ObjectOptions, tag="secret-grant", rename="kebab", kw_only=True):
-    """Ours: the pattern of ids, the id of the authz object, and what limits the grant."""
+    """secretd's own: the pattern of ids, the id of the authz object, and the limits of the
+    grant.
+    """
 
     secret: str
     authz: str
@@ -39,7 +40,7 @@ class SecretGrantOptions(ObjectOptions, tag="secret-grant", rename="kebab", kw_o
 
 
 class SecretGrant(ObjectType):
-    """Leave to read."""
+    """Permission to read."""
 
     info = TypeInfo(
         "secret-grant",
@@ -67,19 +68,19 @@ class SecretGrant(ObjectType):
     decides = True
 
     def create(self, options: Any, _loading: Loading) -> Content:
-        """Check the values; there is nothing to load."""
+        """Check the values; this type loads nothing."""
         assert isinstance(options, SecretGrantOptions)
         for name, value in super().stored(options).items():
             _check(name, value)
         return None
 
     def stored(self, options: ObjectOptions) -> dict[str, object]:
-        """What was given, and when it ends."""
+        """Return the given properties, and the deadline."""
         given = super().stored(options)
         return given | _deadline(given)
 
     def set(self, name: str, value: JSON) -> dict[str, object]:
-        """Any property but the count; ``expires-after`` counts from now."""
+        """Accept any property but the count; ``expires-after`` counts from now."""
         if name == READS:
             raise CommandError(f"Property 'secret-grant.{READS}' is not writable")
         changes = super().set(name, value)
@@ -102,8 +103,8 @@ def _check(name: str, value: object) -> None:
         raise CommandError("Parameter 'credential' expects a credential's name, without '/'")
     elif name == "credential" and len(str(value).encode()) > CREDENTIAL_ADDRESS_BYTES:
         raise CommandError(
-            f"Parameter 'credential' is longer than the {CREDENTIAL_ADDRESS_BYTES} bytes that systemd has "
-            "for it and the unit's name"
+            f"Parameter 'credential' is longer than the {CREDENTIAL_ADDRESS_BYTES} bytes that "
+            "systemd has for it and the unit's name"
         )
 
 
@@ -122,6 +123,6 @@ def _deadline(given: Mapping[str, object]) -> dict[str, object]:
 
 
 def used_up(record: ObjectRecord) -> bool:
-    """True if the grant has allowed all the reads that it may."""
+    """Return True if the grant has allowed all its reads."""
     limit, reads = record.properties.get("max-reads"), record.properties.get(READS, 0)
     return isinstance(limit, int) and isinstance(reads, int) and reads >= limit

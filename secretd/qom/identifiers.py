@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What an object's id may look like (QEMU's util/id.c), and the hint that people get."""
+"""The form of an object's id (QEMU's util/id.c), and the hint for people."""
 
 import re
 from typing import Final
@@ -24,5 +24,5 @@ def check_identifier(object_id: str) -> None:
 
 
 def with_hint(words: str) -> str:
-    """Return an error as people get it, beside whom programs get none (error_append_hint())."""
+    """Return an error with a hint for people; programs get none (error_append_hint())."""
     return f"{words}\n{_ID_HINT}" if words == _BAD_ID else words

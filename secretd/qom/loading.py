@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Loading an object's content: where it may come from, and what every type does with it.
+"""Loading an object's content: its source, and the steps that all types share.
 
-The one that creates an object brings `Sources`, which say what its ``file=`` and ``serial=`` may
-name; descriptors.source has those of connections and of the command line. The object types call
-this module.
+The creator of an object supplies a `SourceReader` for its ``file=`` and ``serial=``;
+descriptors.source has those of connections and of the command line. The object types call this
+module.
 """
 
 from collections.abc import Awaitable, Callable
@@ -22,10 +22,10 @@ async def then(outcome: Awaitable[T], use: Callable[[T], R]) -> R:
 
 
 class SourceReader(Protocol):
-    """Where the content of new objects comes from: what their maker may name.
+    """The reader of new objects' content, with the rights of their creator.
 
-    Both return the content between two spare bytes in scratch memory, and raise SourceError.
-    ``uid``: whose the objects are.
+    Both methods return the content between two spare bytes in scratch memory, and raise
+    SourceError. ``uid``: the creator's.
     """
 
     uid: int
@@ -34,11 +34,11 @@ class SourceReader(Protocol):
         """Read ``file=NAME``."""
 
     def key(self, serial: int) -> "LockedBuffer | Awaitable[LockedBuffer]":
-        """Read a key of the kernel's keyrings."""
+        """Read a key of the kernel's keyrings; ``serial`` is an int32."""
 
 
 class KeyLookup(Protocol):
-    """How a type finds the secret that its ``keyid`` names."""
+    """A type's way to the secret that its ``keyid`` names."""
 
     def __call__(self, keyid: str, uid: int, loading: str) -> memoryview:
         """Return the key's plaintext, borrowed. Raises CommandError; see ObjectTree.key."""
@@ -61,10 +61,10 @@ def use_content(
     use: Callable[[LockedBuffer], R],
     what: str,
 ) -> R | Awaitable[R]:
-    """Return ``use(content)`` of what ``read`` returns, at once or later; the content is freed
-    then.
+    """Return ``use(content)`` of the content that ``read`` returns, at once or later; then free the
+    content.
 
-    Raises CommandError, also later; ``what`` is what cannot be read, as errors print it.
+    ``what``: the source's name in errors. Raises CommandError, also later.
     """
     try:
         content = read()
@@ -92,5 +92,5 @@ def _unreadable(what: str, error: SourceError) -> CommandError:
 
 
 def printable(name: str) -> str:
-    """Return a file name as errors print it: what argv could not decode as U+FFFD."""
+    """Return a file name as errors print it, with U+FFFD for bytes that argv could not decode."""
     return name.encode(errors="surrogateescape").decode(errors="replace")

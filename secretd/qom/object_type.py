@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a type of objects is, and what is told of all of them (QEMU's TypeInfo and qom-list-types).
+"""Types of objects, and what qom-list-types says about them (QEMU's TypeInfo).
 
-Each type says its own in a file beside this one; which there are stands in qom.types. It holds no
-objects: the tree (qom.object) does, and calls it.
+Each type is defined in a file beside this one; registry lists them. The tree holds the objects, and
+calls this module.
 """
 
 from collections.abc import Awaitable, Collection, Mapping
@@ -39,8 +39,9 @@ class ObjectTypeInfo(TypedDict):
 
 
 class StoredInvalidValue(CommandError):
-    """A value is refused by words only, as some of QEMU's setters do: the property has it.
-    ``changes``: what to store.
+    """A refused value that the property keeps nevertheless, as some of QEMU's setters do.
+
+    ``changes``: the properties to store.
     """
 
     def __init__(self, desc: str, changes: dict[str, object]) -> None:
@@ -49,7 +50,9 @@ class StoredInvalidValue(CommandError):
 
 
 class TypeInfo(NamedTuple):
-    """A QOM type as qom-list-types shows it; ``ancestors`` are all it implements, itself too."""
+    """A QOM type as qom-list-types shows it; ``ancestors``: all types that it implements, including
+    itself.
+    """
 
     name: str
     parent: str | None
@@ -65,17 +68,16 @@ class ObjectOptions(Struct, tag_field="qom-type", forbid_unknown_fields=True, kw
 
 
 Content: TypeAlias = LockedBuffer | dict[str, object] | None
-"""What a type loads for an object: plaintext, or properties to store beside those given, or
+"""The content that a type loads for an object: plaintext, or further properties to store, or
 nothing.
 """
 
 
 class ObjectType:
-    """What can be made with object-add, said once for all objects of a type.
+    """A type of objects that object-add creates; subclasses override what differs.
 
-    ``number`` stands in the journal and never changes. ``defaults`` are the values of properties
-    that were not given. ``decides``: access depends on such objects. What one type does differently
-    it overrides.
+    ``number`` stands in the journal and never changes. ``defaults``: the values of properties that
+    were not given. ``decides``: access depends on such objects.
     """
 
     info: TypeInfo
@@ -85,11 +87,11 @@ class ObjectType:
     decides: bool = False
 
     def create(self, _options: Any, _loading: Loading) -> Content | Awaitable[Content]:
-        """Return the content that the options stand for, or raise CommandError."""
+        """Return the content that the options describe, at once or later. Raises CommandError."""
         return None
 
     def stored(self, options: ObjectOptions) -> dict[str, object]:
-        """Return the properties to store: what was given."""
+        """Return the properties to store: those that were given."""
         given = msgspec.to_builtins(options)
         return {name: given[name] for name, _ in self.info.properties if name in given}
 
@@ -99,7 +101,7 @@ class ObjectType:
         return properties[name] if name in properties else self.defaults[name]
 
     def set(self, name: str, value: JSON) -> dict[str, object]:
-        """Check a new value; return what to store of it."""
+        """Check a new value; return the properties to store."""
         (member,) = (m for m in members(self.options) if m.wire_name == name)
         return {name: msgspec.to_builtins(member.check(JSON_VISITOR, name, name, value))}
 
@@ -109,10 +111,10 @@ SECRET_COMMON_NAME: Final = "secret_common"  # noqa: S105 - a type's name
 
 
 class Types:
-    """All types: those that objects can be made of, and what is told of these and others.
+    """All types: those that objects can be created of, and their ancestors.
 
-    ``of``: the type by its options; ``numbered``: by the number that the journal knows it by;
-    ``secrets``: the numbers of those that are secrets.
+    ``of``: the type by its options; ``numbered``: the type by its number in the journal;
+    ``secrets``: the numbers of types of secrets.
     """
 
     def __init__(self, creatable: tuple[ObjectType, ...], infos: tuple[TypeInfo, ...]) -> None:
@@ -124,9 +126,9 @@ class Types:
         self._infos = {info.name: info for info in infos}
 
     def help(self, type_name: JSON) -> str:
-        """Return what ``--object TYPE,help`` prints (user_creatable_print_help())."""
+        """Return the output of ``--object TYPE,help`` (user_creatable_print_help())."""
         name = type_name.to_str() if isinstance(type_name, Text) else ""
-        # People type the names of object-add, of which one differs from the type's own.
+        # People type the names of object-add; one of them differs from the type's own.
         kinds = {kind.options.__struct_config__.tag: kind.info for kind in self.numbered.values()}
         info = kinds.get(name) or self._infos.get(name)
         if info is None:
@@ -165,5 +167,5 @@ class Types:
 def as_listed(
     properties: "list[tuple[str, str]] | tuple[tuple[str, str], ...]",
 ) -> list[ObjectPropertyInfo]:
-    """Return properties, name and type, as qom-list and qom-list-properties list them."""
+    """Return properties, name and type, in the form of qom-list and qom-list-properties."""
     return [{"name": name, "type": kind} for name, kind in properties]

@@ -2,7 +2,7 @@
 """Objects by path, and their properties: qom-list, qom-get, qom-set (QEMU's qom/object.c,
 qom-qmp-cmds.c).
 
-There are `/`, `/objects`, and in that what the tree has. commands calls it.
+The paths are `/`, `/objects`, and the tree's objects below it. monitor.commands calls this module.
 """
 
 from typing import Final
@@ -19,7 +19,7 @@ from secretd.wire.hash_order import GHashTable
 from secretd.wire.parser import JSON
 
 CHILDREN_PER_REPLY: Final = 1600
-"""Children that qom-list lists: more can in no case fit into a reply. QEMU: no limit."""
+"""Children that qom-list lists: more cannot fit into a reply. QEMU has no limit."""
 
 ROOT: Final = "/"
 OBJECTS: Final = "/objects"
@@ -34,7 +34,8 @@ class Paths:
     def resolve(self, path: str) -> tuple[str | None, bool]:
         """Return ROOT, OBJECTS or an id for a QOM path, and whether it is ambiguous.
 
-        object_resolve_path(): absolute, or a part of a path that fits in one place only.
+        object_resolve_path(): the path is absolute, or a part of a path that matches in one place
+        only.
         """
         parts = [part for part in path.split("/") if part]
         if path.startswith("/"):
@@ -75,7 +76,7 @@ class Paths:
                     f"Path '{path}' has {len(self._tree.journal)} children, more than the limit of "
                     f"{CHILDREN_PER_REPLY}; query-secrets lists any number of secrets in pieces"
                 )
-            # QEMU puts each before the last as it goes through a hash table.
+            # QEMU prepends each entry while it walks a hash table.
             names = reversed(list(GHashTable(self._tree.journal)))
             children = [(i, f"child<{self._info(i).name}>") for i in names]
         else:
@@ -103,7 +104,7 @@ class Paths:
         return kind.info.name if name == "type" else kind.get(record, name)
 
     def set(self, path: str, name: str, value: JSON) -> None:
-        """Carry out qom-set: the property changes, what was loaded stays."""
+        """Execute qom-set: the property changes, the loaded content stays."""
         node = self._node(path)
         if node in (ROOT, OBJECTS):
             if name == "type" or self._is_child(node, name):

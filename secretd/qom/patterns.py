@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""GLib's patterns (g_pattern_match_simple()): ``*`` is any text, ``?`` one character, all else
-itself.
+"""GLib's patterns (g_pattern_match_simple()): ``*`` is any text, ``?`` one character, others
+literal.
 
-In time that is bounded by the product of the lengths, whatever the pattern: users choose names of
-units that are matched against an administrator's patterns. Knows no ids and no identities.
+Matching time is bounded by the product of the lengths, whatever the pattern: users choose names of
+units that are matched against an administrator's patterns. This module knows no ids and no
+identities.
 """
 
 import re
@@ -12,29 +13,27 @@ from functools import lru_cache
 from typing import Final
 
 PATTERN_CHARACTERS: Final = 4096
-"""Characters of a pattern; the time that one takes is everybody's."""
+"""Characters of a pattern; longer ones would take too much of the loop's time."""
 
 Match = Callable[[str], bool]
 
 
 def is_pattern(text: str) -> bool:
-    """True if the text may match others than itself."""
+    """Return True if the text may match other texts than itself."""
     return "*" in text or "?" in text
 
 
 def literal_prefix(pattern: str) -> str:
-    """Return the text that everything a pattern matches begins with, in front of its first ``*`` or
-    ``?``.
-    """
+    """Return the part of a pattern before its first ``*`` or ``?``."""
     return re.split("[*?]", pattern, maxsplit=1)[0]
 
 
 @lru_cache(4096)
 def matcher(pattern: str) -> Match:
-    """Return the function that tells whether a text matches."""
+    """Return the function that returns True for a matching text."""
     if not is_pattern(pattern):
         return pattern.__eq__
-    # Between two asterisks each piece has a length of its own: the first place where it fits is the best.
+    # Each piece between two asterisks has a fixed length: its first match is the best.
     first, *middle = [_piece(part) for part in pattern.split("*")]
     if not middle:
         return lambda text: first.fullmatch(text) is not None

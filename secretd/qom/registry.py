@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The types of objects there are, in the order in which QEMU lists them.
+"""The types of objects, in the order in which QEMU lists them.
 
-Says nothing about what they do; that is said where each is defined. daemon and commands ask.
+Each type's behaviour is defined in its own module. daemon and monitor.commands use this list.
 """
 
 from typing import Final, TypeAlias
@@ -60,4 +60,4 @@ _INFOS: Final = (
 )
 
 TYPES: Final = Types(_CREATABLE, _INFOS)
-"""All of them."""
+"""All types of objects."""

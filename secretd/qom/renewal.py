@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Adding objects at start, where an earlier process may have left them.
 
-What the command line says is made at every start. An object that is already there and the same
-stays, with its deadline and counts; a file is read again each time. daemon.initial_objects calls
-it.
+The objects of the command line are added at every start. An existing equal object stays, with its
+deadline and counts; a file is read again each time. daemon.initial_objects calls this module.
 """
 
 from typing import Final
@@ -16,16 +15,17 @@ from secretd.qom.object_type import ObjectOptions, ObjectType
 from secretd.qom.tree import ObjectTree
 
 ACQUIRED: Final = frozenset({DEADLINE, READS})
-"""What the journal keeps of an object that was not given, but acquired since."""
+"""Properties in the journal that an object acquired after its creation."""
 
 
 def renew(
     tree: ObjectTree, options: ObjectOptions, loading: Loading, changes: dict[str, object]
 ) -> bool:
-    """Add an object, or replace a different one in one step; True unless the same object is there.
+    """Add an object, or replace a different one in one step; return False if an equal object
+    exists.
 
-    A failure leaves an existing object as it is. ``changes``: properties to store instead of those
-    given. The sources must answer at once. Raises CommandError.
+    A failure leaves an existing object unchanged. ``changes``: properties to store instead of the
+    given ones. The sources must answer at once. Raises CommandError.
     """
     known = options.id in tree.journal
     if not known:

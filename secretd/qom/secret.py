@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The object types `secret` and `secret_keyring`: QEMU's crypto/secret*.c.
 
-From ``data``, ``file`` or a key, raw or base64, in clear or encrypted under another secret, to
-plaintext in the arena. It opens nothing itself (qom.source does). The tree calls it.
+They turn ``data``, ``file`` or a key, raw or base64, in clear or encrypted under another secret,
+into plaintext in the arena. They open nothing themselves (descriptors.source does). The tree calls
+this module.
 """
 
 import os
@@ -28,7 +29,7 @@ from secretd.qom.object_type import (
 from secretd.wire.parser import JSON
 
 SECRET_BYTES: Final = 1 << 20
-"""Bytes of one secret: the most that systemd takes as a credential. QEMU: no limit."""
+"""Bytes of one secret: the most that systemd accepts as a credential. QEMU has no limit."""
 
 SecretFormat = Literal["raw", "base64"]
 _ANCESTORS: Final = ("secret_common", "object", "user-creatable", "interface")
@@ -97,7 +98,7 @@ class Secret(ObjectType):
         return _decode(loading, options, quoted)
 
     def stored(self, options: ObjectOptions) -> dict[str, object]:
-        """All that was given but ``data``: the journal is not locked memory."""
+        """Return all given properties but ``data``: the journal is not locked memory."""
         assert isinstance(options, SecretOptions)
         given: dict[str, object] = {}
         if options.format is not UNSET:
@@ -111,13 +112,15 @@ class Secret(ObjectType):
         return given
 
     def get(self, record: ObjectRecord, name: str) -> object:
-        """What the client gave; ``data`` is write-only, unlike in QEMU."""
+        """Return the client's value; ``data`` is write-only, unlike in QEMU."""
         if name == "data":
             raise CommandError("Property 'secret.data' is not readable")
         return super().get(record, name)
 
     def set(self, name: str, value: JSON) -> dict[str, object]:
-        """Any of the client's properties; a new ``data`` is checked for type and not kept."""
+        """Accept any of the client's properties; a new ``data`` is checked for type and not
+        kept.
+        """
         if name == "data":
             JSON_VISITOR.text(name, value)
             return {}
@@ -125,7 +128,7 @@ class Secret(ObjectType):
 
 
 class SecretKeyring(ObjectType):
-    """A secret from the kernel's keyrings, copied: it outlives the key."""
+    """A copy of a key in the kernel's keyrings, which outlives the key."""
 
     info = TypeInfo(
         "secret_keyring",
@@ -163,7 +166,9 @@ def _load(
     read: "Callable[[], LockedBuffer | Awaitable[LockedBuffer]]",
     what: str,
 ) -> LockedBuffer | Awaitable[LockedBuffer]:
-    """Return the plaintext of what ``read`` returns; ``what`` is what errors call it."""
+    """Return the plaintext of the content that ``read`` returns; ``what`` is the source's name in
+    errors.
+    """
     return use_content(read, lambda content: _decode(loading, options, content.view), what)
 
 
@@ -176,7 +181,7 @@ def check_size(size: int) -> None:
 def random_plaintext(arena: Arena, size: int) -> LockedBuffer:
     """Return ``size`` random bytes. Raises LockedMemoryExhausted."""
     plaintext = arena.allocate(size)
-    # urandom(4) straight into locked memory; os.urandom() would leave a copy in the heap.
+    # urandom(4), straight into locked memory: os.urandom() would leave a copy in the heap.
     fd = os.open("/dev/urandom", os.O_RDONLY | os.O_CLOEXEC)
     try:
         filled = 0
@@ -209,7 +214,7 @@ def _decode(loading: Loading, options: SecretCommonOptions, quoted: memoryview) 
 
 
 def _copy(arena: Arena, quoted: memoryview) -> LockedBuffer:
-    """Return what stands between the quotes, as it is."""
+    """Return a copy of the text between the quotes."""
     size = len(quoted) - 2
     if size > SECRET_BYTES:
         raise _too_large(size)

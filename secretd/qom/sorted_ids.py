@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A sorted list of ids, updated at each change in time that does not grow with the list.
+"""A sorted list of ids whose updates take time that does not grow with the list.
 
 It is a list of short lists: a change moves some hundred entries at most. So the time of a query
-tells nothing of earlier changes. The object tree keeps one.
+reveals nothing about earlier changes. The tree and the index of grants keep one each.
 """
 
 from bisect import bisect_left, bisect_right, insort
@@ -24,7 +24,7 @@ class SortedIds:
         self._last = [block[-1] for block in self._blocks]  # the last id of each block
 
     def add(self, object_id: str) -> None:
-        """Add an id that is not there."""
+        """Add an id that is not in the list."""
         blocks, last = self._blocks, self._last
         index = bisect_left(last, object_id)
         if index == len(last):
@@ -44,7 +44,7 @@ class SortedIds:
             last.insert(index, block[size - 1])
 
     def remove(self, object_id: str) -> None:
-        """Remove an id that is there."""
+        """Remove an id that is in the list."""
         blocks, last = self._blocks, self._last
         index = bisect_left(last, object_id)
         block = blocks[index]
@@ -55,7 +55,9 @@ class SortedIds:
             last[index] = block[-1]
 
     def after(self, object_id: str, count: int, *, included: bool = False) -> list[str]:
-        """Return the next ids behind one, at most so many; with ``included`` from itself on."""
+        """Return at most ``count`` ids after one, in order; with ``included`` starting with
+        itself.
+        """
         cut = bisect_left if included else bisect_right
         index = cut(self._last, object_id)
         found: list[str] = []
@@ -67,10 +69,10 @@ class SortedIds:
         return found
 
     def with_prefixes(self, after: str, prefixes: Collection[str]) -> Iterator[str | None]:
-        """Return the ids behind ``after`` that begin with one of ``prefixes``, in order and each
+        """Yield the ids after ``after`` that begin with one of ``prefixes``, in order and each
         once.
 
-        After each IDS_PER_LOOK ids it returns None: ids may be added and removed then.
+        After each IDS_PER_LOOK ids it yields None: ids may be added and removed then.
         """
         last = after
         for prefix in sorted(prefixes):

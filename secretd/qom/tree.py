@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The object tree: `/objects`, by id (QEMU's qom/object_interfaces.c).
 
-Objects are records of the journal, not Python objects. What a type can do is defined once for all
-of its objects, by an `ObjectType`. The tree decides nothing about access. The commands call it.
+Objects are records of the journal; an `ObjectType` defines the behaviour of all objects of a type.
+The tree decides nothing about access. monitor.commands calls it.
 """
 
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator
@@ -33,8 +33,7 @@ class ObjectTree:
     """All objects.
 
     Plaintext lies in the journal's arena; ``scratch`` is locked memory for intermediate results.
-    ``deciding``: the ids of the objects by which access decides. ``pinned``: the ids of objects
-    that cannot be deleted, since the daemon itself needs them.
+    ``pinned``: the ids of objects that cannot be deleted, since the daemon itself needs them.
     """
 
     def __init__(self, journal: Journal, scratch: Arena, types: Types) -> None:
@@ -62,22 +61,22 @@ class ObjectTree:
     ) -> None:
         """Subscribe to changes.
 
-        ``decision`` is called with the id of each object that access decides by, once it was added,
-        changed or removed; ``removal`` with the id of an object before its plaintext is wiped, and
-        must end everything that still reads it; ``count`` after an object was added or removed.
+        ``decision``: called with the id of each object that access decides by, after it was added,
+        changed or removed. ``removal``: called with the id of an object before its plaintext is
+        wiped; it must end every reader. ``count``: called after an object was added or removed.
         """
         self._on_decision += [] if decision is None else [decision]
         self._on_removal += [] if removal is None else [removal]
         self._on_count += [] if count is None else [count]
 
     def loading(self, sources: SourceReader) -> Loading:
-        """Return what objects of one origin are loaded with: its sources, and the tree's memory and
+        """Return the `Loading` for objects with these sources: the tree adds its memory and
         keys.
         """
         return Loading(self.journal.arena, self.scratch, sources, self.key)
 
     def _take_over(self) -> None:
-        """Know of the objects that an earlier process has left."""
+        """Count and index the objects that an earlier process left."""
         survey = self.journal.survey
         for uid, (count, size) in survey.held.items():
             self.limits.objects.count(uid, count)
@@ -96,7 +95,8 @@ class ObjectTree:
     # --- object-add, object-del
 
     def add(self, options: ObjectOptions, loading: Loading) -> Coroutine[Any, Any, int] | int:
-        """Add an object; user_creatable_add_type()'s order of checks. A failed add leaves nothing.
+        """Add an object in user_creatable_add_type()'s order of checks. A failed add leaves
+        nothing.
 
         Returns the plaintext's size in bytes, or a coroutine of it if a source must be waited for.
         Raises CommandError.
@@ -106,7 +106,7 @@ class ObjectTree:
         kind = self._types_by_options[type(options)]
         content = kind.create(options, loading)
         if isinstance(content, CoroutineType):
-            # The id is taken from now on, not only when the coroutine first runs.
+            # The id is reserved now, not only when the coroutine first runs.
             self._being_loaded.add(object_id)
             return self._add_later(options, kind, content, loading.sources.uid)
         return self.store_content(
@@ -133,7 +133,7 @@ class ObjectTree:
         plaintext: LockedBuffer | None,
         uid: int,
     ) -> None:
-        """Put another object in the place of one that exists, in one step."""
+        """Replace an existing object by another one, in one step."""
         try:
             before = self.journal.replace(object_id, kind.number, properties, plaintext, uid)
         except BaseException:
@@ -151,12 +151,12 @@ class ObjectTree:
         self._changed(object_id, kind, properties)
 
     def pin(self, object_id: str) -> None:
-        """Keep an object from being deleted, and from ending by itself."""
+        """Protect an object from deletion and expiry."""
         self.pinned.add(object_id)
         self.keep(object_id)
 
     def keep(self, object_id: str) -> None:
-        """Take back the lifetime of an existing object."""
+        """Remove the lifetime of an existing object."""
         record = self.journal.get(object_id)
         assert record is not None
         if DEADLINE in record.properties:
@@ -165,9 +165,7 @@ class ObjectTree:
             self.deadlines.forget(object_id)
 
     def end_due(self) -> list[str]:
-        """Delete those objects that an earlier process has left and whose time is over; return
-        their ids.
-        """
+        """Delete the objects that expired while no process ran; return their ids."""
         due = self.deadlines.due()
         for object_id in due:
             self.delete(object_id)
@@ -183,10 +181,9 @@ class ObjectTree:
             )
 
     def store(self, options: ObjectOptions, plaintext: LockedBuffer, uid: int) -> int:
-        """Take over plaintext (in the journal's arena) for an object of ``uid`` that passed
-        `check_new`.
+        """Store plaintext as an object of ``uid`` that passed `check_new`; return its bytes.
 
-        Returns its size in bytes.
+        The plaintext lies in the journal's arena, and is taken over.
         """
         kind = self._types_by_options[type(options)]
         return self.store_content(options.id, kind, kind.stored(options), plaintext, uid)
@@ -199,15 +196,17 @@ class ObjectTree:
         content: Content,
         uid: int,
     ) -> int:
-        """Add an object whose content was loaded; return its plaintext's size in bytes.
+        """Store an object with its loaded content; return its plaintext's size in bytes.
 
         Takes over the plaintext, also if it raises CommandError.
         """
+        # 1. Plaintext, or further properties.
         plaintext, size = None, 0
         if isinstance(content, LockedBuffer):
             plaintext, size = content, content.size
         elif content is not None:
             properties |= content
+        # 2. Check the limits and store.
         limits = self.limits
         try:
             if len(self._ids) >= limits.objects_in_all:
@@ -223,6 +222,7 @@ class ObjectTree:
             if plaintext is not None:
                 plaintext.free()
             raise
+        # 3. Count and notify.
         self._sorted.add(object_id)
         limits.objects.count(uid)
         limits.object_bytes.count(uid, bytes_held)
@@ -265,7 +265,7 @@ class ObjectTree:
         return self.types.numbered[number]
 
     def expire_after(self, object_id: str, seconds: int) -> None:
-        """Give an object that exists a lifetime from now."""
+        """Set the lifetime of an existing object, from now."""
         record = self.journal.get(object_id)
         assert record is not None
         deadline = now() + seconds * 1_000_000_000
@@ -273,14 +273,14 @@ class ObjectTree:
         self.deadlines.set(object_id, deadline)
 
     def replace_properties(self, object_id: str, properties: dict[str, object]) -> None:
-        """Store other properties of an object that exists."""
+        """Replace all properties of an existing object."""
         uid, before = self.journal.owner(object_id)
         self.journal.set_properties(object_id, properties)
         self.limits.object_bytes.release(uid, before)
         self.limits.object_bytes.count(*self.journal.owner(object_id))
 
     def change(self, object_id: str, changes: dict[str, object]) -> None:
-        """Change some properties of an object that exists; what it has loaded stays."""
+        """Change some properties of an existing object; its loaded content stays."""
         record = self.journal.get(object_id)
         assert record is not None
         properties = record.properties | changes
@@ -290,7 +290,7 @@ class ObjectTree:
         self._changed(object_id, self.types.numbered[record.type], changes)
 
     def is_secret(self, object_id: str) -> bool:
-        """True if there is a secret of that id whose time is not over."""
+        """Return True if there is an unexpired secret of that id."""
         kind = self.type_of(object_id)
         return (
             kind is not None
@@ -299,7 +299,7 @@ class ObjectTree:
         )
 
     def secret(self, object_id: str) -> tuple[str, int]:
-        """Return the type's name and the size in bytes of a secret that exists."""
+        """Return the type's name and the size in bytes of an existing secret."""
         summary = self.journal.summary(object_id)
         assert summary is not None
         return self.types.numbered[summary[0]].info.name, summary[1]
@@ -307,7 +307,7 @@ class ObjectTree:
     def secrets_after(
         self, object_id: str, prefixes: Collection[str] = ("",)
     ) -> Iterator[str | None]:
-        """Return the ids of the secrets behind ``object_id``, as `ids_after` does."""
+        """Yield the ids of the secrets after ``object_id``, as `ids_after` does."""
         found = self.ids_after(object_id, prefixes)
         return (each for each in found if each is None or self.is_secret(each))
 
@@ -346,5 +346,5 @@ class ObjectTree:
 
 
 def _length(properties: dict[str, object]) -> int:
-    """About how many bytes they take in the journal."""
+    """Return about how many bytes properties take in the journal."""
     return sum(len(str(value)) for value in properties.values())

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The credentials socket: what systemd's ``LoadCredential=NAME:/path/of/the/socket`` gets.
+"""The credentials socket, which serves systemd's ``LoadCredential=NAME:/path/of/the/socket``.
 
-systemd connects and waits for the secret and the end (systemd.exec(5)); it never writes a byte, and
-takes whatever came until the end, even nothing, for the whole credential. So the only way to refuse
-is to send more than it takes: then the unit fails, where it would start with an empty or cut secret
-otherwise. server accepts and calls `accept`; access decides; deliver writes.
+systemd connects and waits for the secret and the end (systemd.exec(5)). It never writes a byte, and
+takes all bytes before the end, even none, for the whole credential. So the only refusal is to send
+more than systemd accepts: then the unit fails, instead of starting with an empty or truncated
+secret. server accepts and calls `accept`; access decides; descriptors writes.
 
-A connection must not end because this process was killed, either. So the service manager is given
-it to keep as soon as it is accepted, and the next process refuses it: what it was sent already
-nobody knows.
+A killed process must not look like an end either. So each connection is stored with the service
+manager when it is accepted, and the next process refuses it, since it cannot know which bytes were
+sent.
 """
 
 import asyncio
@@ -38,7 +38,7 @@ from secretd.systemd.notify import KeptDescriptors
 log = logging.getLogger("secretd")
 
 STORED: Final = "credential-"
-"""What the names of connections in the descriptor store begin with."""
+"""The prefix of the names of connections in the descriptor store."""
 
 _REFUSAL: Final = bytes(64 << 10)
 _REFUSAL_TIMES: Final = CREDENTIAL_BYTES // len(_REFUSAL) + 1
@@ -48,8 +48,9 @@ Start = Callable[[Coroutine[object, object, None]], "asyncio.Task[None]"]
 
 
 class Credentials:
-    """The connections of the credentials socket. ``start`` runs what each of them waits for;
-    ``ended`` is called after each.
+    """The connections of the credentials socket.
+
+    ``start``: runs the coroutine of each connection. ``ended``: called after each.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class Credentials:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def accept(self, sock: socket.socket) -> None:
-        """Take over a connection that was accepted."""
+        """Take over an accepted connection."""
         self._number += 1
         name = f"{STORED}{self._number}"
         if self._store is not None and self._store.kept:
@@ -71,8 +72,8 @@ class Credentials:
         self._begin(self._serve(sock, name))
 
     def refuse(self, sock: socket.socket, name: str) -> None:
-        """Take over a connection that an earlier process had accepted, and the name it is kept
-        by.
+        """Take over a connection that an earlier process accepted; ``name``: its name in the
+        descriptor store.
         """
         log.warning("a unit's LoadCredential= was cut off by the end of secretd; the unit fails")
         self._number = max(self._number, int(name.removeprefix(STORED)))
@@ -88,13 +89,13 @@ class Credentials:
         self._ended()
 
     def stop(self) -> None:
-        """Leave those connections whose other end takes nothing to the next process."""
+        """Leave connections whose other end takes nothing to the next process."""
         for task in self._tasks:
             task.cancel()
 
     @property
     def busy(self) -> bool:
-        """True while a connection is served."""
+        """True while a connection is being served."""
         return bool(self._tasks)
 
     async def _serve(self, sock: socket.socket, name: str) -> None:
@@ -109,7 +110,7 @@ class Credentials:
         except asyncio.CancelledError:
             sock.close()
             raise
-        except Exception as error:  # noqa: BLE001 - systemd would take an end for the secret
+        except Exception as error:  # noqa: BLE001 - systemd would take the end for the secret
             log_internal(error)
             await self._refuse(sock, name, peer)
         else:
@@ -123,8 +124,8 @@ class Credentials:
         subject = Subject(peer.role.value, peer.info)
         if claimed is not None and len("".join(claimed).encode()) > CREDENTIAL_ADDRESS_BYTES:
             log.warning(
-                "credential '%s' of %s: their names have more than %d bytes together, so that systemd "
-                "cannot ask for it most of the time (Protocol error)",
+                "credential '%s' of %s: their names have more than %d bytes together, so that "
+                "systemd cannot ask for it most of the time (Protocol error)",
                 claimed.credential, claimed.unit, CREDENTIAL_ADDRESS_BYTES,
             )  # fmt: skip
         # A descriptor of its own: the connection continues if the delivery fails.
@@ -134,9 +135,9 @@ class Credentials:
         core.announce("SECRET_READ", grant.object_id, peer, self)
 
     def _say(self, claimed: CredentialAddress | None, peer: Peer, error: Exception) -> None:
-        """Log why a unit does not get a credential: the unit learns only that it failed."""
+        """Log why a unit gets no credential: the unit learns only that it failed."""
         if isinstance(error, PeerUnknown):
-            words = f"It cannot be told in full who has connected: {error}"
+            words = f"Cannot identify the peer completely: {error}"
             subject = Subject(peer.role.value, None)
             self._core.audit.append_refusal("credential", peer.uid, subject, reason=words)
         else:
@@ -153,7 +154,7 @@ class Credentials:
             self._core.announce("SECRET_DENIED", credential, peer, self)
 
     async def _refuse(self, sock: socket.socket, name: str, peer: Peer) -> None:
-        """Send more than a credential may have, however long it takes to be read."""
+        """Send more than a credential may have, however slowly it is read."""
         loop = asyncio.get_running_loop()
         try:
             with contextlib.suppress(OSError):
@@ -165,7 +166,7 @@ class Credentials:
         self._end(sock, name, peer)
 
     def _end(self, sock: socket.socket, name: str, peer: Peer) -> None:
-        # For the other end it ends here, whoever else keeps it.
+        # The other end sees the end now, even if the service manager still stores the connection.
         with contextlib.suppress(OSError):
             sock.shutdown(socket.SHUT_RDWR)
         close_connection(sock, peer, self._core.threads, self._core.tree.scratch)

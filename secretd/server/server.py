@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Sockets, all their sessions, and the orderly stop.
+"""The sockets, all their sessions, and the orderly stop.
 
-A `Listener` accepts on one socket; each connection becomes a `session.Session`. daemon builds the
-`Server` and runs it.
+A `Listener` accepts on one socket; each connection becomes a monitor.session.Session. daemon builds
+the `Server` and runs it.
 """
 
 import asyncio
@@ -36,13 +36,13 @@ from secretd.wire import messages as wire
 log = logging.getLogger("secretd")
 
 ACCEPTS_PER_TURN: Final = 32
-"""Connections accepted before others get their turn."""
+"""Connections that are accepted before others get their turn."""
 
 
 class Server:
     """All sockets and sessions of a process.
 
-    ``store``: what the service manager keeps, if there is one.
+    ``store``: the service manager's descriptor store, None without one.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Server:
         self._listeners: list[Listener] = []
         self._tasks = asyncio.TaskGroup()
         self._files: DirectoryWatch | None = None
-        with contextlib.suppress(OSError):  # too many are watched already; a reload looks, too
+        with contextlib.suppress(OSError):  # too many watches; SIGHUP also checks the files
             self._files = DirectoryWatch()
 
     def add(self, listener: Listener) -> None:
@@ -77,9 +77,7 @@ class Server:
             self._files.add(os.path.dirname(os.path.abspath(listener.path)))
 
     def make_again(self) -> None:
-        """Make the files of sockets again that were removed: nobody can reach the daemon
-        without.
-        """
+        """Restore the socket files that were removed; without them the daemon cannot be reached."""
         for number, listener in enumerate(self._listeners):
             if listener.is_reachable or self._stopped.is_set():
                 continue
@@ -88,20 +86,20 @@ class Server:
                     listener.path, listener.role, listener.mode, listener.gid, listener.authz
                 )
             except (UsageError, OSError) as error:
-                log.error("the file of a socket is gone and cannot be made again: %s", error)
+                log.error("the file of a socket was removed and cannot be restored: %s", error)
                 continue
             asyncio.get_running_loop().remove_reader(listener.sock.fileno())
             listener.close(self.core.threads)
             self._listeners[number] = fresh
             self._watch(fresh)
-            log.warning("%s was removed, and is made again", listener.path)
+            log.warning("%s was removed, and is restored", listener.path)
 
     def _files_changed(self, files: DirectoryWatch) -> None:
         files.clear()
         self.make_again()
 
     def _watch(self, listener: Listener) -> None:
-        # After a pause it may have been replaced, and its descriptor may be another's.
+        # During a pause the listener may have been replaced, and its descriptor reused.
         if not self._stopped.is_set() and any(listener is known for known in self._listeners):
             loop = asyncio.get_running_loop()
             loop.add_reader(listener.sock.fileno(), self._accept, listener)
@@ -169,12 +167,12 @@ class Server:
                 session.monitor.note_connection()
 
     def _turn_away(self, sock: socket.socket, peer: Peer, error: Exception) -> None:
-        """Say in one line why not, and close."""
+        """Send the reason in one line, and close."""
         words = str(error)
         if isinstance(error, LimitReached):
             self.core.limits.note_hit(error.limit)
         elif isinstance(error, PeerUnknown):
-            words = f"It cannot be told in full who has connected: {error}; connection refused"
+            words = f"Cannot identify the peer completely: {error}; connection refused"
         with contextlib.suppress(OSError):
             sock.send(wire.failure("GenericError", words, None))
         with contextlib.suppress(OSError):
@@ -184,7 +182,7 @@ class Server:
         close_connection(sock, peer, self.core.threads, self.core.tree.scratch)
 
     def start(self, coroutine: Coroutine[object, object, None]) -> asyncio.Task[None]:
-        """Run what a session waits for; it ends with the server at the latest."""
+        """Run a session's coroutine; it ends with the server at the latest."""
         return self._tasks.create_task(coroutine)
 
     def _forget(self, session: Session) -> None:
@@ -193,21 +191,19 @@ class Server:
         self._check_idle()
 
     def quit(self, data: str) -> None:
-        """Send what happened so far, then SHUTDOWN, to all on the control socket; end `run`."""
+        """Send the events so far, then SHUTDOWN to all control connections; end `run`."""
         self.core.broadcaster.flush()
         event = wire_event("SHUTDOWN", data)
         for session in list(self.sessions):
             if session.receives_shutdown:
                 session.send_events(event, 1)
         if self._store is not None:
-            self._store.give_up()  # before the reply, after which they must not come back
+            self._store.give_up()  # before the reply: the secrets must not return
         self.core.stopping = True
         self._stopped.set()
 
     def stop(self) -> None:
-        """End `run` when everything is answered that clients have sent; the second time, at
-        once.
-        """
+        """End `run` once all sent requests are answered; a second call ends it at once."""
         if self._stopped.is_set():
             self._idle.set()
         self._stopped.set()
@@ -215,7 +211,7 @@ class Server:
     async def run(self, ready: Callable[[], None]) -> None:
         """Serve until `stop` or `quit`; then close everything.
 
-        ``ready`` is called once all is open.
+        ``ready``: called once all sockets are open.
         """
         deadlines = self.core.tree.deadlines
         async with self._tasks:
@@ -241,7 +237,7 @@ class Server:
         self.space.close()
 
     async def _finish(self) -> None:
-        """Wait until everything is answered; waits for others have time limits."""
+        """Wait until everything is answered; every wait has a time limit."""
         for session in list(self.sessions):
             session.transport.finish(read=not self.core.stopping)
         self._check_idle()

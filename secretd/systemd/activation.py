@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Socket activation: the descriptors that the service manager passes (sd_listen_fds(3)).
 
-It only reads the environment and names the descriptors; daemon.inherited decides what they are for.
+This module only reads the environment and names the descriptors; daemon.inherited decides about
+their use.
 """
 
 import os
@@ -19,11 +20,11 @@ class Passed(NamedTuple):
 
 
 def passed() -> list[Passed]:
-    """Return what the service manager passed; the caller owns the descriptors.
+    """Return the descriptors that the service manager passed; the caller owns them.
 
-    They are closed on exec from now on, and the variables are gone from the environment, so that no
-    child takes them for its own (sd_listen_fds_with_names()). Names, not numbers, say what is what:
-    the order is another one at each start.
+    They are closed on exec from now on, and the variables are removed from the environment, so that
+    no child uses them (sd_listen_fds_with_names(3)). Names identify them, not numbers: the order
+    differs between starts.
     """
     pid, count = os.environ.pop("LISTEN_PID", ""), os.environ.pop("LISTEN_FDS", "")
     names = os.environ.pop("LISTEN_FDNAMES", "").split(":")

@@ -1,27 +1,28 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The address that systemd connects from for LoadCredential= (systemd.exec(5)), and its limits.
+"""The address from which systemd connects for LoadCredential= (systemd.exec(5)), and its limits.
 
-Any process can claim such an address: access.credential compares it with what the kernel says.
+Any process can claim such an address: access.credential compares it with the kernel's report.
 """
 
 import re
 from typing import Final, NamedTuple
 
 CREDENTIAL_BYTES: Final = 1 << 20
-"""What systemd takes for all credentials of a unit together, their names included
-(CREDENTIALS_TOTAL_SIZE_MAX)."""
+"""Bytes of all credentials of a unit together, including their names, that systemd accepts
+(CREDENTIALS_TOTAL_SIZE_MAX).
+"""
 
 CREDENTIAL_ADDRESS_BYTES: Final = 83
 """Bytes of a unit's and a credential's name together that always fit into the address: 107 less the
-NUL in front, 16 digits, "/unit/" and "/". systemd fails with longer ones before it connects.
+leading NUL, 16 digits, "/unit/" and "/". systemd fails with longer ones before it connects.
 """
 
 _ADDRESS: Final = re.compile(rb"\0[0-9a-f]{1,16}/unit/([^/\0-\x1f\x7f]+)/([^/\0-\x1f\x7f]+)")
 
 
 class CredentialAddress(NamedTuple):
-    """What a unit's LoadCredential= says in the address it connects from: anybody can claim
-    that.
+    """The unit and the credential's name in the address of a LoadCredential= connection, which any
+    process can claim.
     """
 
     unit: str
@@ -29,9 +30,8 @@ class CredentialAddress(NamedTuple):
 
 
 def credential_address(address: bytes | str) -> CredentialAddress | None:
-    """Read a peer's address: NUL, digits, ``/unit/UNIT/CREDENTIAL``.
-
-    None if it has another form.
+    """Parse a peer's address: NUL, digits, ``/unit/UNIT/CREDENTIAL``. Returns None for another
+    form.
     """
     match = _ADDRESS.fullmatch(address) if isinstance(address, bytes) else None
     if match is None:

@@ -2,8 +2,8 @@
 """Messages to the service manager (sd_notify(3)), and its descriptor store.
 
 systemd.service(5), FileDescriptorStoreMax=, describes the store. This module decides nothing and
-knows no secret; daemon.fd_store, daemon.status and server.credentials call it. No library: the
-protocol is a few lines, and documented as the interface.
+knows no secret; daemon.fd_store, daemon.status and server.credentials call it. It uses no library:
+the protocol is a few lines, and documented as stable.
 """
 
 import array
@@ -16,16 +16,14 @@ from collections.abc import Sequence
 from typing import Final, Self
 
 BARRIER_SECONDS: Final = 5.0
-"""Seconds that the service manager may take to work through its messages; usually it is a
-millisecond.
-"""
+"""Seconds for which a barrier waits for the service manager, which usually takes a millisecond."""
 
 
 class NotifySocket:
     """The service manager at the other end of $NOTIFY_SOCKET.
 
-    ``watchdog``: seconds within which it wants to hear from us, None for no limit.
-    ``barrier_seconds``: how long `barrier` waits.
+    ``watchdog``: the seconds within which it expects a sign of life, None for no limit.
+    ``barrier_seconds``: the longest wait of `barrier`.
     """
 
     def __init__(
@@ -42,9 +40,7 @@ class NotifySocket:
 
     @classmethod
     def from_environment(cls) -> Self | None:
-        """Return the one that started this process and wants to hear from it, None if there is
-        none.
-        """
+        """Return the service manager that started this process, None if there is none."""
         address = os.environ.pop("NOTIFY_SOCKET", "")
         usec, pid = os.environ.pop("WATCHDOG_USEC", ""), os.environ.pop("WATCHDOG_PID", "")
         if address[:1] not in ("/", "@"):
@@ -53,9 +49,10 @@ class NotifySocket:
         return cls(address, int(usec) / 1_000_000 if ours else None)
 
     def notify(self, *fields: str, fds: Sequence[int] = (), wait: bool = False) -> bool:
-        """Send what changed (sd_notify(3)); False if the message could not be sent.
+        """Send fields such as STATUS= (sd_notify(3)); return False if the message could not be
+        sent.
 
-        ``wait``: until there is room for the message. ``fds`` are borrowed.
+        ``fds`` are borrowed. ``wait``: wait for room in the socket.
         """
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         flags = 0 if wait else socket.MSG_DONTWAIT
@@ -66,46 +63,47 @@ class NotifySocket:
         return True
 
     def ready(self, status: str) -> None:
-        """Start or reload is over."""
+        """Report the end of a start or reload."""
         self.notify("READY=1", _status(status), wait=True)
 
     def reloading(self) -> None:
-        """A reload begins. systemd 253 waits in vain without the time."""
+        """Report the begin of a reload. systemd 253 needs the time with it."""
         usec = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
         self.notify("RELOADING=1", f"MONOTONIC_USEC={usec}", wait=True)
 
     def stopping(self, status: str) -> None:
-        """The end has begun."""
+        """Report the begin of the end."""
         self.notify("STOPPING=1", _status(status), wait=True)
 
     def status(self, text: str) -> bool:
-        """What `systemctl status` shows."""
+        """Set the status line of `systemctl status`; return False if the message could not be
+        sent.
+        """
         return self.notify(_status(text))
 
     def alive(self) -> None:
-        """The loop turns."""
+        """Send the watchdog a sign of life."""
         self.notify("WATCHDOG=1")
 
     # --- the descriptor store
 
     def keep(self, name: str, fds: Sequence[int], *, wait: bool = True) -> bool:
-        """Have descriptors kept for the next process, as ``name``.
+        """Store descriptors for the next process, under ``name``.
 
-        Whether they are only `probe` tells.
+        Returns False if the message could not be sent. Only `probe` shows whether they are stored.
         """
         return self.notify("FDSTORE=1", f"FDNAME={name}", fds=fds, wait=wait)
 
     def drop(self, name: str, *, wait: bool = True) -> None:
-        """Have what is kept as ``name`` closed."""
+        """Have the descriptors that are stored under ``name`` closed."""
         self.notify("FDSTOREREMOVE=1", f"FDNAME={name}", wait=wait)
 
     def probe(self, *, wait: bool = True) -> int:
-        """Have an end of a pipe kept, too; return the other end, which the caller owns.
+        """Store an end of a pipe; return the other end, which the caller owns.
 
-        systemd says nothing when its store is full, or when there is none: it closes what it was
-        given. So the pipe ends if there was no room for it, soon after systemd has worked through
-        its messages (it closes in the background), and what was to be kept before has its place if
-        the pipe stays.
+        systemd does not report a full or missing store: it closes what it was given, in the
+        background. So the pipe ends soon after systemd has handled its messages if there was no
+        room. If it stays open, everything that was stored before it has its place.
         """
         source, sink = os.pipe2(os.O_CLOEXEC)
         self.keep("probe", [sink], wait=wait)
@@ -113,8 +111,9 @@ class NotifySocket:
         return source
 
     def barrier(self) -> bool:
-        """Wait until the service manager has worked through all messages (sd_notify_barrier(3));
-        False if that takes longer than ``barrier_seconds``.
+        """Wait until the service manager has handled all messages (sd_notify_barrier(3)).
+
+        Returns False if that takes longer than ``barrier_seconds``.
         """
         source, sink = os.pipe2(os.O_CLOEXEC)
         try:
@@ -129,15 +128,15 @@ class NotifySocket:
             os.close(source)
 
     def close(self) -> None:
-        """Forget it."""
+        """Close the socket."""
         self._sock.close()
 
 
 class KeptDescriptors:
-    """The service manager's descriptor store, as far as the server uses it. daemon.fd_store
-    completes it.
+    """The service manager's descriptor store, as far as the server uses it; daemon.fd_store
+    implements it.
 
-    ``kept``: what is needed of an earlier process's descriptors is stored, as far as is known.
+    ``kept``: True if the descriptors of an earlier process are stored, as far as is known.
     """
 
     def __init__(self, manager: NotifySocket, *, kept: bool) -> None:
@@ -146,11 +145,11 @@ class KeptDescriptors:
 
     @abstractmethod
     def give_up(self) -> None:
-        """Have nothing stored any more, for good."""
+        """Store nothing any longer."""
 
 
 def has_ended(source: int) -> bool:
-    """True if no process has the other end of a pipe any more."""
+    """Return True if no process has the other end of a pipe open."""
     poll = select.poll()
     poll.register(source, 0)
     return bool(poll.poll(0))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The journal as standard error: whether it is, and the priority of each line (sd-daemon(3)).
+"""The journal as standard error: detection, and the priority of each line (sd-daemon(3)).
 
 daemon.log and the audit's sink use it.
 """
@@ -19,7 +19,7 @@ _PRIORITIES: Final = {
 
 
 def journal_on_stderr() -> bool:
-    """True if stderr is the journal: then each line may begin with its priority (sd-daemon(3))."""
+    """Return True if stderr is the journal, which reads a priority at the start of each line."""
     device, _, inode = os.environ.get("JOURNAL_STREAM", "").partition(":")
     with contextlib.suppress(OSError):
         status = os.fstat(2)
@@ -28,7 +28,7 @@ def journal_on_stderr() -> bool:
 
 
 class JournalFormatter(logging.Formatter):
-    """Lines as the journal takes them: each with its priority; whose they are it knows."""
+    """Formats lines for the journal: each with its priority, without the program's name."""
 
     def format(self, record: logging.LogRecord) -> str:
         """See logging.Formatter."""

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The server's side of a QMP connection, sans-IO: bytes in, requests out.
 
-A `Connection` finds where a message ends and whether it is a command object, with QEMU's words when
-it is not (monitor/qmp.c, qapi/qmp-dispatch.c). It does not know which commands exist and holds no
-bytes: the caller keeps the buffer and says what it moved. server feeds it; monitor answers.
+A `Connection` finds the end of each message and checks that it is a command object, with QEMU's
+words where it is not (monitor/qmp.c, qapi/qmp-dispatch.c). It knows no command and holds no bytes:
+the caller keeps the buffer and reports when bytes move. monitor.session calls it.
 
-The fast path is an optimisation that may only accept or decline: it is given one line at a time,
-and whatever it declines is read by the reference, wire.qjson.
+The fast path is an optimisation that may only accept or decline: it gets one line at a time, and
+the reference, wire.lexer, reads what it declines.
 """
 
 import re
@@ -27,7 +27,7 @@ from secretd.wire.parser import JSON, Fault, Text
 T = TypeVar("T")
 
 MAX_ID_BYTES: Final = 16 << 10
-"""Bytes of a command's id, as it is echoed. QEMU: no limit."""
+"""Bytes of a command's id, as it is echoed. QEMU has no limit."""
 
 _NEWLINE: Final = re.compile(rb"\n")
 _BLANK: Final = re.compile(rb"[ \t\r\n]*")
@@ -35,8 +35,9 @@ _BRACE: Final = 0x7B
 
 
 class Connection(Generic[T]):
-    """Requests out of a stream of bytes. ``fast`` takes the view of one line and returns the typed
-    request, or None to decline.
+    """Requests out of a stream of bytes.
+
+    ``fast``: takes the view of one line and returns the typed request, or None to decline.
     """
 
     def __init__(
@@ -49,22 +50,24 @@ class Connection(Generic[T]):
         self._streamer = Streamer(max_bytes, max_tokens)
         self.idle = True
         """True if no message is unfinished."""
-        self._declined = 0  # up to here the fast path has said no
+        self._declined = 0  # the fast path has declined everything up to here
         self.oob = False
         """Whether the client has enabled out-of-band execution."""
         self.first_needed = self._streamer.first_needed
 
     def shifted(self, distance: int) -> None:
-        """The bytes not yet consumed now lie ``distance`` lower in the view."""
+        """Note that the unconsumed bytes now lie ``distance`` bytes lower in the view."""
         self._streamer.shifted(distance)
         self._declined = 0
 
     def next(
         self, view: memoryview, position: int, end: int
     ) -> tuple[int, Request | Malformed | T | NeedData]:
-        """Read on from ``position``; return where it stopped and what it found.
+        """Read from ``position`` to ``end``; return the position reached and what was found.
 
-        The views inside a request are good until the caller moves or wipes the bytes.
+        That is the fast path's request, a `Request`, a `Malformed` (QMP spec, section "Protocol
+        Specification"), or NEED_DATA. Views inside a request are valid until the caller moves or
+        wipes the bytes.
         """
         if self.idle:
             first = view[position] if position < end else 0
@@ -99,13 +102,18 @@ class Connection(Generic[T]):
 
 
 def _check_object(message: JSON, *, oob: bool) -> Request | Malformed:
-    """qmp_dispatch_check_obj(): is it a command object? ``oob``: exec-oob is one of its members."""
+    """qmp_dispatch_check_obj(): return the request of a command object, or the fault.
+
+    ``oob``: exec-oob is a permitted member.
+    """
+    # 1. The id, which even an error echoes.
     if not isinstance(message, dict):
         return Malformed(Fault("QMP input must be a JSON object"))
     id_text = encoder.value(message["id"]) if "id" in message else None
     if id_text is not None and len(id_text) > MAX_ID_BYTES:
         words = f"QMP input member 'id' is longer than the limit of {MAX_ID_BYTES} bytes"
         return Malformed(Fault(words))
+    # 2. The members, in the order in which QEMU meets them.
     execute = ""
     wrong = ""
     for key, value in qdict_items(message):

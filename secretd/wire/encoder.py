@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """JSON as QEMU writes it: qobject/json-writer.c and qjson.c, members in QDict's order.
 
-ASCII only, separators ", " and ": ", lines that end in CRLF. Not for anything sensitive but
-`write_quoted`, which stays in the buffer it is given. wire.qmp calls it.
+The output is ASCII with separators ", " and ": "; a line ends in CRLF. Sensitive text may only go
+through `write_quoted`, which stays in the given buffer. wire.messages calls this module.
 """
 
 import re
@@ -21,7 +21,7 @@ _SHORT: Final = {
     "\r": "\\r",
     "\t": "\\t",
 }
-# What mod_utf8_codepoint() takes as one sequence, valid or not (util/unicode.c).
+# One sequence of mod_utf8_codepoint(), valid or not (util/unicode.c).
 _SEQUENCE: Final = re.compile(
     rb"[\xc0-\xdf][\x80-\xbf]?|[\xe0-\xef][\x80-\xbf]{0,2}|[\xf0-\xf7][\x80-\xbf]{0,3}"
     rb"|[\xf8-\xfb][\x80-\xbf]{0,4}|[\xfc\xfd][\x80-\xbf]{0,5}|.",
@@ -37,7 +37,7 @@ def _character(character: str) -> str:
     if 0x20 <= code < 0x7F:
         return character
     if 0xD800 <= code < 0xE000:
-        return "\\uFFFD"  # of a command line that was not UTF-8
+        return "\\uFFFD"  # from a command line that was not UTF-8
     if code < 0x10000:
         return f"\\u{code:04X}"
     code -= 0x10000
@@ -48,7 +48,7 @@ _ESCAPES_KEPT: Final = 4096
 
 
 class _Escapes(dict[int, str]):
-    """How characters are written, by their code: for str.translate(), which fills it."""
+    """The written forms of characters by code, filled by str.translate()."""
 
     def __missing__(self, code: int) -> str:
         written = _character(chr(code))
@@ -71,16 +71,16 @@ T = TypeVar("T")
 
 
 class JSONText(str, Generic[T]):
-    """The JSON text of a value of type T, which is sent as it is."""
+    """The JSON text of a value of type T, which is sent unchanged."""
 
     __slots__ = ()
 
 
 def value(data: object) -> str:
-    """Return the JSON text of None, bool, int, float, str, lists and dicts of them; and of what
-    wire.qjson parsed, unless that is sensitive. Members come in QDict's order.
+    """Return the JSON text of None, bool, int, float, str, lists and dicts of them, and of
+    insensitive values of wire.parser.
 
-    Iterative, since 1024 levels are more than Python's stack takes.
+    Members come in QDict's order. It is iterative, since 1024 levels exceed Python's stack.
     """
     parts: list[str] = []
     stack = [data]
@@ -128,15 +128,16 @@ def _scalar(data: object) -> str:
 
 
 def line(data: object) -> bytes:
-    """Return one message: the JSON text and CRLF."""
+    """Return one message as bytes: the JSON text and CRLF."""
     return value(data).encode("ascii") + b"\r\n"
 
 
 def write_quoted(quote: memoryview, into: memoryview) -> int:
-    """Write the sender's bytes as the inside of a JSON string; return the bytes written.
+    """Write the sender's bytes as the inside of a JSON string; return the number of bytes written.
 
-    As QEMU prints a C string: up to the first NUL, what is not UTF-8 as U+FFFD. ``into`` must hold
-    six bytes for each of ``quote``. Only single characters ever become Python objects.
+    As QEMU prints a C string, it stops at the first NUL and writes invalid UTF-8 as U+FFFD.
+    ``into`` must hold six bytes for each byte of ``quote``. Only single characters become Python
+    objects.
     """
     at = 0
     for match in _SEQUENCE.finditer(quote):
@@ -155,7 +156,7 @@ def write_quoted(quote: memoryview, into: memoryview) -> int:
 
 
 def _decoded(sequence: bytes) -> str:
-    """Return the character, U+FFFD for what is none (noncharacters too)."""
+    """Return the character of a sequence, U+FFFD for an invalid one and for noncharacters."""
     if sequence == b"\xc0\x80":
         return "\0"
     try:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The orders in which QEMU meets names: those of its two hash tables.
 
-QDict (qobject/qdict.c) decides the order of members in replies and which wrong member of a command
-is named; GLib's GHashTable which of several unexpected arguments is named and how qom-list lists.
-Programs that read replies as text see both. It knows nothing of what the names mean.
+QDict (qobject/qdict.c) decides the order of members in replies, and which wrong member of a command
+is named. GLib's GHashTable decides which of several unexpected arguments is named, and the order of
+qom-list. Programs that read replies as text see both. This module does not know what the names
+mean.
 """
 
 from array import array
@@ -26,7 +27,7 @@ list goes that fits into a reply.
 
 
 def _bytes(name: str) -> bytes:
-    """Return a name as QEMU holds it: NUL is C0 80."""
+    """Return a name as QEMU holds it, with NUL as C0 80."""
     return name.encode().replace(b"\0", b"\xc0\x80")
 
 
@@ -34,14 +35,14 @@ _TDB_SHIFTS: Final = tuple(index * 5 % 24 for index in range(24))
 
 
 def qdict_bucket(name: str) -> int:
-    """Where QDict keeps a member: tdb_hash() % 512."""
+    """Return QDict's bucket of a member: tdb_hash() % 512."""
     encoded = _bytes(name)
     number = 0x238F13AF * len(encoded) + sum(map(lshift, encoded, cycle(_TDB_SHIFTS)))
     return int(1103515243 * number + 12345 & 0xFFFFFFFF) % _QDICT_BUCKETS
 
 
 def qdict_items(members: Mapping[str, T]) -> list[tuple[str, T]]:
-    """Return the members as QDict lists them: by bucket, in a bucket the latest first."""
+    """Return the members in QDict's order: by bucket, and in a bucket the latest first."""
     items = list(members.items())
     if len(items) > 1:
         items.reverse()
@@ -49,10 +50,12 @@ def qdict_items(members: Mapping[str, T]) -> list[tuple[str, T]]:
     return items
 
 
-# The members of nearly all replies. What clients send is not kept: it is not known what it is.
+# The members of nearly all replies. Names from clients are not cached: they may be secrets.
 _NAMES: Final = (
-    "execute", "exec-oob", "arguments", "id", "qom-type", "name", "type", "parent", "abstract", "fd",
-    "fdset-id", "fds", "opaque", "size", "memory", "data", "iv", "meta-type", "arg-type", "ret-type",
+    "execute", "exec-oob", "arguments", "id", "qom-type", "name", "type", "parent", "abstract",
+    "fd",
+    "fdset-id", "fds", "opaque", "size", "memory", "data", "iv", "meta-type", "arg-type",
+    "ret-type",
     "members", "features", "default", "values", "tag", "variants", "case", "element-type",
     "json-type", "uid", "gid", "pid",
 )  # fmt: skip
@@ -60,9 +63,9 @@ _KNOWN: Final = {name: qdict_bucket(name) for name in _NAMES}
 
 
 class GHashTable:
-    """Where a GHashTable of g_str_hash() keeps names, since that is how it lists them.
+    """The places of names in a GHashTable of g_str_hash(), which decide the order of its listing.
 
-    All are entered first; some may be removed then.
+    All names are entered first; some may be removed then.
     """
 
     def __init__(self, names: Iterable[str]) -> None:
@@ -95,7 +98,7 @@ class GHashTable:
         self._resize_if_due()
 
     def _find(self, number: int, name: str) -> int:
-        """Return where the name is or would be."""
+        """Return the place of a name, or its future place."""
         index = number * 11 % (1 << 32) % self._modulus
         step = 0
         while (found := self._hashes[index]) != 0:
@@ -113,7 +116,7 @@ class GHashTable:
             self._occupied = self._count
 
     def _resize(self, shift: int) -> None:
-        """ghash.c's resize_map(): in place, what is in the way moves on."""
+        """ghash.c's resize_map(): in place, moving the entries that are in the way."""
         old, size = len(self._slots), 1 << shift
         self._modulus = _PRIMES[shift]
         slots = self._slots + [None] * (size - old)
@@ -136,9 +139,9 @@ class GHashTable:
 
 
 def _string_hash(name: str) -> int:
-    """g_str_hash(), moved out of the way of the marks for unused and removed."""
+    """g_str_hash(), moved away from the marks for unused and removed."""
     number = 5381
-    encoded = array("b", _bytes(name))  # of signed char
+    encoded = array("b", _bytes(name))  # signed char
     for start in range(0, len(encoded), len(_POWERS)):
         piece = encoded[start : start + len(_POWERS)]
         number *= pow(33, len(piece), 1 << 32)

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""QEMU's JSON dialect over views of locked memory: cutting messages out of a stream.
+"""QEMU's JSON dialect over views of locked memory: splitting a stream into messages.
 
-With wire.parser this is the reference for what is well-formed: a `Streamer` cuts bytes into tokens
-and messages as QEMU's json-lexer.c and json-streamer.c do, and has the parser read them. It does no
-I/O and knows nothing of QMP; wire.qmp calls it.
-
-Differences from QEMU's limits stand in docs/protocol.md.
+With wire.parser this is the reference for well-formed messages: a `Streamer` splits bytes into
+tokens and messages as QEMU's json-lexer.c and json-streamer.c do, and calls the parser. It does no
+I/O and knows nothing about QMP; wire.connection calls it. docs/protocol.md lists the differences
+from QEMU's limits.
 """
 
 import re
@@ -31,19 +30,20 @@ from secretd.wire.parser import (
 )
 
 MAX_MESSAGE_BYTES = 2 << 20
-"""Bytes of one message, from its first token to its last. QEMU: 64 MiB of token text
-(MAX_TOKEN_SIZE); ours lie in locked memory, and a secret that large comes by descriptor."""
+"""Bytes of one message, from its first token to its last. QEMU allows 64 MiB of token text
+(MAX_TOKEN_SIZE); here they lie in locked memory, and larger secrets come by descriptor.
+"""
 
 MAX_TOKENS = 16 << 10
-"""Tokens of one message. QEMU: 2 Mi (MAX_TOKEN_COUNT); each costs 8 bytes while the message waits
-for its end, and up to 200 once it is parsed.
+"""Tokens of one message. QEMU allows 2 Mi (MAX_TOKEN_COUNT); each takes 8 bytes while the message
+is unfinished, and up to 200 once it is parsed.
 """
 
 MAX_NESTING = 1024
 """Open brackets and braces of one message; QEMU's MAX_NESTING."""
 
-# Lexer states; QEMU's enum json_lexer_state. 0 is the error state, so that a byte no table lists is an
-# error by default. The parser's token kinds go on from 16.
+# Lexer states; QEMU's enum json_lexer_state. 0 is the error state, so that a byte no table lists is
+# an error by default. The parser's token kinds go on from 16.
 _ERROR = 0
 _RECOVERY = 1
 _DQ = 2
@@ -69,7 +69,7 @@ _START_SHIFT: Final = 28
 _OFFSET_MASK: Final = (1 << 28) - 1
 
 _LOOKAHEAD = 0x80
-"""Flag: the byte is not part of the token and is looked at again."""
+"""Flag: the byte is not part of the token, and is read again."""
 
 
 def _row(default: int, spans: dict[str | range, int]) -> bytes:
@@ -124,7 +124,7 @@ _TABLE: Final = {
     ),
 }
 
-# Where a state usually lasts for many bytes, one regular expression steps over them.
+# Where a state usually lasts for many bytes, one regular expression skips them.
 _RUNS: Final = {
     _DQ: re.compile(rb'[^"\\\x00-\x1f\xfe\xff]*(?:\\[\x20-\xfd][^"\\\x00-\x1f\xfe\xff]*){0,64}'),
     _SQ: re.compile(rb"[^'\\\x00-\x1f\xfe\xff]*(?:\\[\x20-\xfd][^'\\\x00-\x1f\xfe\xff]*){0,64}"),
@@ -145,21 +145,21 @@ NEED_DATA: Final = NeedData()
 
 
 class Streamer:
-    """Cuts a stream of bytes into messages, keeping its state between feeds.
+    """Splits a stream of bytes into messages, and keeps its state between calls.
 
     All positions are offsets into the view given to `next`. When the caller moves unfinished bytes,
-    it tells by how much with `moved`.
+    it calls `shifted`. ``max_bytes``, ``max_tokens``: the limits of one message.
     """
 
     def __init__(self, max_bytes: int = MAX_MESSAGE_BYTES, max_tokens: int | None = None) -> None:
         self._max_bytes = max_bytes
         self._max_tokens = MAX_TOKENS if max_tokens is None else max_tokens
         self._state = _START
-        self._token = 0  # where the unfinished token starts; only in the states of one
+        self._token = 0  # start of the unfinished token, in the states that have one
         self._reset()
 
     def _reset(self) -> None:
-        # Packed as `_pack` does, relative to _base: a message may have many, and waits for its end.
+        # Packed by `_pack`, relative to _base: an unfinished message may have many tokens.
         self._tokens = array("Q")
         self._base = 0
         self._braces = 0
@@ -167,20 +167,20 @@ class Streamer:
 
     @property
     def idle(self) -> bool:
-        """True between messages, where nothing has been taken in that matters to what follows."""
+        """True between messages, if no earlier byte influences the following ones."""
         return self._state == _START and not self._tokens
 
     @property
     def ending(self) -> int | None:
-        """The byte that does what the end of input does: completes a token, or shows that it is not
-        complete. None if no token is unfinished.
+        """A byte that acts like the end of input: it completes a token, or shows that it is
+        incomplete. None without an unfinished token.
         """
         if self._state in (_START, _RECOVERY):
             return None
         return 0x20 if _TABLE[self._state][0] & _LOOKAHEAD else 0
 
     def unfinished(self, view: memoryview) -> Fault:
-        """Return what is wrong where the input ends here: JSON_END_OF_INPUT of json-parser.c."""
+        """Return the fault if the input ends here: JSON_END_OF_INPUT of json-parser.c."""
         if not self._tokens:
             return Fault("Expecting a JSON value")
         try:
@@ -190,7 +190,7 @@ class Streamer:
         return fault
 
     def first_needed(self, position: int) -> int:
-        """Return the offset of the first byte still needed, where `next` has come to
+        """Return the offset of the first byte that is still needed, once `next` has reached
         ``position``.
         """
         if self._tokens:
@@ -198,23 +198,24 @@ class Streamer:
         return position if self._state in (_START, _RECOVERY) else self._token
 
     def shifted(self, distance: int) -> None:
-        """The bytes still needed now lie ``distance`` lower than before."""
+        """Note that the bytes still needed now lie ``distance`` bytes lower."""
         self._token -= distance
         self._base -= distance
 
     def next(
         self, view: memoryview, position: int, end: int
     ) -> tuple[int, "JSON | Fault | NeedData"]:
-        """Read from ``position`` until a message ends, something is wrong, or ``end``.
+        """Read from ``position`` until a message ends, a fault occurs, or ``end`` is reached.
 
-        Returns where it stopped and the parsed message, the `Fault`, or `NEED_DATA`.
+        Returns the position reached and the parsed message, the `Fault`, or `NEED_DATA`.
         """
         state = self._state
-        # Where the limit is crossed must not depend on the pieces in which the bytes arrive.
+        # The byte that crosses the limit must not depend on the pieces in which bytes arrive.
         bound = end
         if self._tokens or state not in (_START, _RECOVERY):
             bound = min(end, self.first_needed(position) + self._max_bytes)
         while position < bound:
+            # 1. Skip bytes that keep the state, then take one step of the table.
             run = _RUNS.get(state)
             if run is not None:
                 position = run.match(view, position, bound).end()  # type: ignore[union-attr]
@@ -229,6 +230,7 @@ class Streamer:
                     if not self._tokens:
                         bound = min(end, position + self._max_bytes)
                 position += 1
+            # 2. A fault, a token, or just another state.
             if following == _ERROR:
                 self._state = _RECOVERY
                 self._reset()
@@ -252,6 +254,7 @@ class Streamer:
 
     def _take(self, kind: int, view: memoryview, start: int, end: int) -> "JSON | Fault | NeedData":
         """json-streamer.c: count brackets, apply the limits, parse at the end of a message."""
+        # 1. Brackets and limits.
         if kind == LCURLY:
             self._braces += 1
         elif kind == RCURLY:
@@ -269,6 +272,7 @@ class Streamer:
         if fault is not None:
             self._reset()
             return fault
+        # 2. Keep the token; parse at the end of the message.
         if not tokens:
             self._base = start
         tokens.append(kind << _KIND_SHIFT | start - self._base << _START_SHIFT | end - self._base)
@@ -283,15 +287,15 @@ class Streamer:
 
 
 def _until_the_end(tokens: "array[int]", base: int) -> Iterator[tuple[int, int, int]]:
-    """Yield the tokens; asked for more, say that there are none."""
+    """Yield the tokens, then raise the fault of a missing one."""
     yield from _unpack(tokens, base)
     raise ParseError("premature EOI")
 
 
 def document(view: memoryview) -> "JSON | Fault":
-    """Return the one value of a text, or what is wrong: qobject_from_json().
+    """Return the one value of a text, or its fault: qobject_from_json().
 
-    The last byte of ``view`` is not part of the text; it may be changed.
+    The last byte of ``view`` is not part of the text, and may be changed.
     """
     end = len(view) - 1
     streamer = Streamer(len(view))

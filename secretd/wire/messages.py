@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The messages of QMP (QMP spec, section "Protocol Specification") as values and as bytes.
 
-It does not read a stream (wire.qmp does) and knows no command.
+It reads no stream (wire.connection does) and knows no command. monitor calls it.
 """
 
 from typing import NamedTuple, TypedDict
@@ -10,19 +10,21 @@ from secretd.wire import encoder
 from secretd.wire.parser import JSON, Fault
 
 DESC_BYTES = 48_000
-"""Bytes of the words of an error, escapes included. With an id of the longest, the reply stays
-under 64 KiB.
+"""Bytes of the words of an error, including escapes. Even with the longest id the reply stays under
+64 KiB.
 """
 
 LONGEST_ESCAPE = 12
-"""Bytes that a character may become in JSON."""
+"""Bytes that one character may need in JSON."""
 
 EMPTY_RETURN = b'{"return": {}}\r\n'
 
 
 class Request(NamedTuple):
-    """A well-formed command object. ``id`` is the JSON text of the member, None without one.
-    ``oob``: to be executed out of band, that is at once.
+    """A well-formed command object (QMP spec, section "Issuing Commands").
+
+    ``command``: its name. ``arguments``: the members by name, undecoded. ``id``: the JSON text of
+    the member, None without one. ``oob``: True for exec-oob, which runs at once.
     """
 
     command: str
@@ -32,14 +34,20 @@ class Request(NamedTuple):
 
 
 class Malformed(NamedTuple):
-    """What is not a command object, in QEMU's words. It keeps its place in the queue."""
+    """The fault of a message that is not a command object, in QEMU's words. It keeps its place in
+    the queue.
+    """
 
     fault: Fault
     id: str | None = None
 
 
 def greeting(qemu: tuple[int, int, int], package: str, capabilities: list[str]) -> bytes:
-    """Return the line a server opens with: version (major, minor, micro) and capabilities."""
+    """Return the server's first line (QMP spec, section "Server Greeting").
+
+    ``qemu``: QEMU's version as major, minor, micro. ``package``: the server's name.
+    ``capabilities``: those that the client may enable.
+    """
     return encoder.line(
         {"QMP": {"version": version(qemu, package), "capabilities": list(capabilities)}}
     )
@@ -54,20 +62,22 @@ class VersionTriple(TypedDict):
 
 
 class VersionInfo(TypedDict):
-    """What query-version returns (qapi/control.json)."""
+    """The result of query-version (qapi/control.json)."""
 
     qemu: VersionTriple
     package: str
 
 
 def version(qemu: tuple[int, int, int], package: str) -> VersionInfo:
-    """Return the VersionInfo."""
+    """Return the VersionInfo of a QEMU version (major, minor, micro) and a package."""
     major, minor, micro = qemu
     return {"qemu": {"major": major, "minor": minor, "micro": micro}, "package": package}
 
 
 def success(data: object, id_text: str | None) -> bytes:
-    """Return a success response; ``data`` None stands for an empty object."""
+    """Return a success response; ``data`` None stands for an empty object. ``id_text``: the id's
+    JSON text.
+    """
     if isinstance(data, encoder.JSONText):
         body: str = data
     else:
@@ -77,7 +87,7 @@ def success(data: object, id_text: str | None) -> bytes:
 
 
 def failure(error_class: str, desc: str, id_text: str | None) -> bytes:
-    """Return an error response. Words of unusual length are cut."""
+    """Return an error response; overlong words are cut. ``id_text``: the id's JSON text."""
     prefix = "" if id_text is None else f'"id": {id_text}, '
     text = encoder.string(desc)
     if len(text) > DESC_BYTES:
@@ -86,13 +96,15 @@ def failure(error_class: str, desc: str, id_text: str | None) -> bytes:
 
 
 def quoted_failure_size(fault: Fault) -> int:
-    """Return how many bytes `write_quoted_failure` may need."""
+    """Return the bytes that `write_quoted_failure` may need."""
     assert fault.quote is not None
     return 6 * (len(fault.quote) + len(fault.before) + len(fault.after)) + 64
 
 
 def write_quoted_failure(fault: Fault, into: memoryview) -> int:
-    """Write the error response that quotes the sender's bytes; return its length in bytes."""
+    """Write the error response that quotes the sender's bytes into a buffer; return its length in
+    bytes.
+    """
     assert fault.quote is not None
     head = (
         b'{"error": {"class": "GenericError", "desc": ' + encoder.string(fault.before)[:-1].encode()
@@ -105,6 +117,9 @@ def write_quoted_failure(fault: Fault, into: memoryview) -> int:
 
 
 def event(name: str, data: str, seconds: int, microseconds: int) -> bytes:
-    """Return an event, its data as JSON text; the time is since the epoch."""
+    """Return an event (QMP spec, section "Asynchronous events").
+
+    ``data``: JSON text. ``seconds``, ``microseconds``: the time since the epoch.
+    """
     time = f'{{"seconds": {seconds}, "microseconds": {microseconds}}}'
     return f'{{"timestamp": {time}, "event": "{name}", "data": {data}}}\r\n'.encode("ascii")

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A message's tokens to values over views of locked memory: QEMU's json-parser.c.
+"""From a message's tokens to values over views of locked memory: QEMU's json-parser.c.
 
 Values are dicts, lists, keywords, and `Text` and `Number`, which are offsets: only keys become str
-here. It does not cut messages out of a stream; wire.qjson does, and calls it.
+here. wire.lexer splits the stream into messages, and calls this module.
 """
 
 import re
 from collections.abc import Iterator
-from json.decoder import scanstring  # type: ignore[attr-defined]  # which typeshed leaves out
+from json.decoder import scanstring  # type: ignore[attr-defined]  # typeshed lacks it
 from typing import Final, NamedTuple, TypeAlias
 
 # Token kinds.
@@ -22,9 +22,10 @@ FLOAT: Final = 23
 KEYWORD: Final = 24
 STRING: Final = 25
 
-# What json-parser.c's parse_string() accepts between the quotes: modified UTF-8 (C0 80 is NUL) without
-# surrogates, noncharacters and overlong forms, and escapes of valid characters. The repeat is bounded,
-# since it keeps a history; possessive repeats would not, but Python 3.11.2 (Debian 12) gets them wrong.
+# What json-parser.c's parse_string() accepts between the quotes: modified UTF-8 (C0 80 is NUL)
+# without surrogates, noncharacters and overlong forms, and escapes of valid characters. The repeat
+# is bounded, since it keeps a history; possessive repeats would not, but Python 3.11.2 (Debian 12)
+# gets them wrong.
 _UTF8 = (
     rb"[\x20-\x5b\x5d-\x7f]+|\xc0\x80|[\xc2-\xdf][\x80-\xbf]"
     rb"|\xe0[\xa0-\xbf][\x80-\xbf]|[\xe1-\xec\xee][\x80-\xbf]{2}|\xed[\x80-\x9f][\x80-\xbf]"
@@ -50,7 +51,7 @@ _SHORT: Final = {0x62: b"\b", 0x66: b"\f", 0x6E: b"\n", 0x72: b"\r", 0x74: b"\t"
 
 
 class Text:
-    """A JSON string as it stands in the buffer, quotes included. It has no text form of its own."""
+    """A JSON string in the buffer, including its quotes. It has no text form of its own."""
 
     __slots__ = ("end", "start", "view")
 
@@ -64,8 +65,9 @@ class Text:
         content = bytes(self.view[self.start + 1 : self.end - 1]).replace(b"\xc0\x80", b"\0")
         if b"\\" not in content:
             return content.decode()
-        # Python's scanner undoes the escapes, given them as JSON has them: \' is QEMU's own, and a string
-        # between single quotes may have bare double ones. Between escaped backslashes each is plain.
+        # Python's scanner undoes the escapes, given them as JSON has them: \' is QEMU's own, and a
+        # string between single quotes may have bare double ones. Between escaped backslashes each
+        # is plain.
         pieces = (
             piece.replace(b"\\'", b"'").replace(b'\\"', b'"').replace(b'"', b'\\"')
             for piece in content.split(_BACKSLASH)
@@ -73,9 +75,9 @@ class Text:
         return str(scanstring(_BACKSLASH.join(pieces).decode() + '"', 0, False)[0])
 
     def decode_in_place(self) -> memoryview:
-        """Undo the escapes where the text stands; return the content between two double quotes.
+        """Undo the escapes in place; return the content between two double quotes, a borrowed view.
 
-        The content never grows, and the buffer is wiped once the message has been carried out.
+        The content never grows, and the buffer is wiped once the message has been handled.
         """
         view, at, read = self.view, self.start + 1, self.start + 1
         for match in _ESCAPE.finditer(view, self.start + 1, self.end - 1):
@@ -96,7 +98,7 @@ class Text:
 
 
 class Number:
-    """A JSON number as it stands in the buffer; `value` converts it."""
+    """A JSON number in the buffer; `value` converts it."""
 
     __slots__ = ("end", "integer", "start", "view")
 
@@ -124,8 +126,9 @@ JSON: TypeAlias = "bool | Number | Text | list[JSON] | dict[str, JSON] | None"
 
 
 class Fault(NamedTuple):
-    """What is wrong with a message: ``JSON parse error, …``. ``quote`` is the sender's own text,
-    still in locked memory; the reply is built around it there.
+    """The fault of a message: ``JSON parse error, …``.
+
+    ``quote`` is the sender's own text, still in locked memory; the reply is built around it there.
     """
 
     before: str
@@ -134,7 +137,7 @@ class Fault(NamedTuple):
 
 
 class ParseError(Exception):
-    """Ends the parsing of a message; ``fault`` is what is answered."""
+    """Ends the parsing of a message; ``fault`` is the answer."""
 
     def __init__(self, before: str, quote: memoryview | None = None, after: str = "") -> None:
         super().__init__()
@@ -142,15 +145,15 @@ class ParseError(Exception):
 
 
 def parse(view: memoryview, tokens: Iterator[tuple[int, int, int]]) -> JSON:
-    """json-parser.c: the value that the tokens make, or the first thing wrong with them.
+    """json-parser.c: return the value of the tokens. Raises ParseError with the first fault.
 
-    Iterative, since 1024 levels are more than Python's stack takes.
+    It is iterative, since 1024 levels exceed Python's stack.
     """
-    # The containers that are open, and for each object the key that waits for its value.
+    # The open containers, and for each object the key that waits for its value.
     stack: list[tuple[dict[str, JSON] | list[JSON], str | None]] = []
     kind, start, end = next(tokens)
     while True:
-        # A value is due.
+        # 1. A value is expected.
         value: JSON
         if kind in (LCURLY, LSQUARE):
             container: dict[str, JSON] | list[JSON] = {} if kind == LCURLY else []
@@ -162,7 +165,7 @@ def parse(view: memoryview, tokens: Iterator[tuple[int, int, int]]) -> JSON:
             value = container
         else:
             value = _scalar(view, kind, start, end)
-        # A value is complete: hand it to what holds it, close what it completes.
+        # 2. A value is complete: add it to its container, and close what it completes.
         while True:
             if not stack:
                 return value
@@ -207,7 +210,7 @@ def _scalar(view: memoryview, kind: int, start: int, end: int) -> JSON:
         for text, value in ((b"true", True), (b"false", False), (b"null", None)):
             if word == text:
                 return value
-        # vsnprintf() into message[1024] cuts what does not fit.
+        # vsnprintf() into message[1024] cuts the rest.
         raise ParseError("invalid keyword '", word[:1006], "'" if len(word) < 1006 else "")
     raise ParseError("expecting value")
 
@@ -220,7 +223,7 @@ def _check_string(view: memoryview, start: int, end: int) -> None:
         return
     if view[wrong] != 0x5C:
         raise ParseError("invalid UTF-8 sequence in string")
-    escape = _UNICODE_ESCAPE.match(view, wrong, end + 1)  # QEMU's text runs on over the quote
+    escape = _UNICODE_ESCAPE.match(view, wrong, end + 1)  # QEMU's text includes the quote
     if escape is None:
         raise ParseError("invalid escape sequence in string")
     raise ParseError("", view[wrong : escape.end()], " is not a valid Unicode character")

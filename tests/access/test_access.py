@@ -46,9 +46,7 @@ async def loaded(aqmp: AsyncClient) -> AsyncClient:
     return aqmp
 
 
-async def test_a_grant_lets_those_read_whom_its_authz_object_allows(
-    in_loop: Served, loaded: AsyncClient
-) -> None:
+async def test_a_grant_follows_its_authz_object(in_loop: Served, loaded: AsyncClient) -> None:
     """The secrets that its pattern names, and no others."""
     client = await in_loop.connect(role="client", uid=1000)
     other = await in_loop.connect(role="client", uid=1001, groups=(33,))
@@ -165,9 +163,7 @@ async def test_long_patterns_are_refused(
     )
 
 
-async def test_an_administrator_who_is_not_one_any_more_hears_nothing(
-    in_loop: Served, loaded: AsyncClient
-) -> None:
+async def test_a_former_administrator_gets_no_events(in_loop: Served, loaded: AsyncClient) -> None:
     """Of what happens."""
     await loaded.allow("admins", "uid:1000")
     admin = await (await in_loop.connect(role="admins", uid=1000)).watch()
@@ -197,7 +193,7 @@ async def test_the_numbers_of_descriptors_tell_nothing_of_others(
     assert await clients[0].ok("remove-fd", {"fdset-id": 1, "fd": 11}) == {}
 
 
-async def test_a_missing_secret_is_said_to_who_may_read_it(
+async def test_a_reader_learns_that_its_secret_is_missing(
     in_loop: Served, loaded: AsyncClient
 ) -> None:
     """And to nobody else."""
@@ -211,7 +207,7 @@ async def test_a_missing_secret_is_said_to_who_may_read_it(
     os.close(sink)
 
 
-async def test_every_change_counts_from_the_next_read_on_open_connections(
+async def test_changes_count_from_the_next_read_on_open_connections(
     in_loop: Served, loaded: AsyncClient
 ) -> None:
     """Adding, changing and deleting grants and authz objects; what is missing denies."""
@@ -402,14 +398,15 @@ async def test_a_unit_of_the_system_manager_is_not_one_of_a_user(
         directory = tmp_path / str(number)
         directory.mkdir()
         with cgroup(name) as path:
-            # The process connects to a socket of the test's; what it is there it is to the daemon too.
+            # The process connects to a socket of the test's; what it is there it is to the daemon
+            # too.
             with process_in(path, directory) as sock:
                 peer = identify(sock, SocketRole.CLIENT)
         may_read = partial(in_loop.server.core.access.may_read, peer, "web.key")
         assert may_read() is expected
 
 
-async def test_the_unit_is_told_to_administrators(in_loop: Served, loaded: AsyncClient) -> None:
+async def test_administrators_see_the_unit(in_loop: Served, loaded: AsyncClient) -> None:
     """In events and the audit."""
     with cgroup(f"/secretd-told-{os.getpid()}.slice/web.service") as path:
         with running_in(path, in_loop.client):
@@ -495,7 +492,8 @@ async def test_a_grants_properties_are_checked(in_loop: Served, loaded: AsyncCli
         ({"secret": ""}, "Parameter 'secret' expects an id, or a pattern of ids with '*' and '?'"),
         (
             {"credential": "c" * 84},
-            "Parameter 'credential' is longer than the 83 bytes that systemd has for it and the unit's name",
+            "Parameter 'credential' is longer than the 83 bytes that systemd has for it and the "
+            "unit's name",
         ),
         ({"credential": "a/b"}, "Parameter 'credential' expects a credential's name, without '/'"),
         ({"nope": 1}, "Parameter 'nope' is unexpected"),
@@ -567,7 +565,8 @@ async def test_what_was_taken_before_the_end_is_a_prefix_of_the_secret(
     """Wherever the delivery is when it is withdrawn: no byte is wrong, and none comes
     afterwards.
     """
-    # Nobody holds a write up here, but where all tests run at once a thread may have to wait for a processor.
+    # Nobody holds a write up here, but where all tests run at once a thread may have to wait for a
+    # processor.
     await loaded.allow("web", "uid:1000")
     clients = [await in_loop.connect(role="client", uid=1000)]
     if how != "revoke":
@@ -710,8 +709,10 @@ def client_commands() -> Iterator[str]:
 def test_the_client_sockets_commands_are_known() -> None:
     """A new one belongs into the tests below."""
     assert set(client_commands()) == {
-        "qmp_capabilities", "query-version", "query-commands", "query-qmp-schema", "add-fd", "remove-fd",
-        "query-fdsets", "getfd", "closefd", "secret-read", "query-secrets", "query-status", "secret-events",
+        "qmp_capabilities", "query-version", "query-commands", "query-qmp-schema", "add-fd",
+        "remove-fd",
+        "query-fdsets", "getfd", "closefd", "secret-read", "query-secrets", "query-status",
+        "secret-events",
     }  # fmt: skip
 
 
@@ -758,7 +759,7 @@ async def everything(client: AsyncClient, name: str) -> list[object]:
     return learned
 
 
-async def test_who_has_no_grant_learns_nothing(in_loop: Served, loaded: AsyncClient) -> None:
+async def test_a_peer_without_a_grant_learns_nothing(in_loop: Served, loaded: AsyncClient) -> None:
     """Neither content nor existence nor size: all answers are those for a secret that there is
     not.
     """
@@ -848,7 +849,7 @@ async def test_explain_says_whether_and_why(in_loop: Served, loaded: AsyncClient
     assert (await explain("web.key", "uid:33"))["grants"][1] == {
         "grant": "g2",
         "allowed": False,
-        "reason": "'web': no rule fits, and its policy says deny",
+        "reason": "'web': no rule matches, and its policy says deny",
     }
     await loaded.ok("qom-set", {"path": "g2", "property": "max-reads", "value": 1})
     client = await in_loop.connect(role="client", uid=1000)
@@ -863,7 +864,7 @@ async def test_explain_says_whether_and_why(in_loop: Served, loaded: AsyncClient
 
 @pytest.mark.slow
 @pytest.mark.tuning(kept_identities=5, kept_changes=3)
-async def test_peers_and_changes_that_are_forgotten_are_worked_out_anew(
+async def test_forgotten_peers_and_changes_are_computed_again(
     in_loop: Served, loaded: AsyncClient
 ) -> None:
     """What is remembered is bounded, and never stale."""

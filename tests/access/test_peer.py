@@ -154,8 +154,8 @@ def test_a_peer_that_has_ended_is_refused_in_words(daemon: Daemon, tmp_path: Pat
     client = Client(daemon.client, negotiate=False, sock=socket.socket(fileno=fds[0]))
     words = client.reply()["error"]["desc"]
     assert words == (
-        "It cannot be told in full who has connected: the process has ended, or is in a PID "
-        "namespace that we do not see; connection refused"
+        "Cannot identify the peer completely: the process has ended, or is in a PID namespace "
+        "that secretd does not see; connection refused"
     )
     assert client.line() == b""
     client.close()

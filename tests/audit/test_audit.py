@@ -78,7 +78,7 @@ def audited(tmp_path: Path, tuning: Tuning) -> Iterator[Daemon]:
 
 
 @pytest.mark.tuning(batch_bytes=100)
-def test_what_is_told_was_recorded_however_much_is_asked_at_once(
+def test_replies_leave_after_their_records(
     audited: Daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Replies that leave before the end of a turn do not leave before their records."""
@@ -100,7 +100,7 @@ def test_what_is_told_was_recorded_however_much_is_asked_at_once(
     assert not audited.errors
 
 
-def test_a_reply_that_was_waited_for_does_not_leave_before_its_record_either(
+def test_a_late_reply_does_not_leave_before_its_record(
     audited: Daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nor one that comes while something else is to be written soon."""
@@ -194,8 +194,10 @@ def test_each_thing_that_is_done_is_a_record(audited: Daemon, tmp_path: Path) ->
         {"event": "grant", "id": "g", "type": "secret-grant", **control},
         {"event": "read", "decision": "allow", "rule": "grant g", "id": "s", "size": 7,
          "door": "client", "peer": other},
-        {"event": "read", "decision": "allow", "rule": "control socket", "id": "s", "size": 7, **control},
-        {"event": "seal", "decision": "allow", "rule": "control socket", "id": "s", "size": 7, **control},
+        {"event": "read", "decision": "allow", "rule": "control socket", "id": "s", "size": 7,
+        **control},
+        {"event": "seal", "decision": "allow", "rule": "control socket", "id": "s", "size": 7,
+        **control},
         {"event": "read", "decision": "deny", "id": "k", "door": "client", "peer": other},
         {"event": "set", "id": "a", "type": "authz-simple", **control},
         {"event": "lifetime", "id": "k", "count": 1000, **control},
@@ -208,7 +210,7 @@ def test_each_thing_that_is_done_is_a_record(audited: Daemon, tmp_path: Path) ->
     assert stat.S_IMODE((tmp_path / "audit").stat().st_mode) == 0o600
 
 
-def test_what_is_no_identifier_is_not_recorded_and_a_long_one_is_cut(tmp_path: Path) -> None:
+def test_invalid_ids_are_not_recorded_and_long_ones_are_cut(tmp_path: Path) -> None:
     """It may be a secret that somebody typed by mistake."""
     audit = Audit(str(tmp_path / "a"))
 
@@ -361,7 +363,7 @@ def test_each_kind_of_stderr_is_written_to_in_its_own_way(tmp_path: Path) -> Non
         sinks._sink(9999, owned=False)
 
 
-def test_a_thread_that_is_stuck_keeps_nobody() -> None:
+def test_a_stuck_thread_blocks_no_caller() -> None:
     """What it cannot take is left to the audit, which counts it."""
     source, sink = os.pipe()
     batch = bytes(1 << 20)
@@ -402,7 +404,9 @@ def test_a_new_file_must_serve_as_the_old_one_did(
     (tmp_path / "a").rename(tmp_path / "a.1")
     with monkeypatch.context() as patch:
         patch.setattr(sinks, "_is_remote", lambda _device: True)
-        with pytest.raises(UsageError, match="it may block, so nothing can be required of it"):
+        with pytest.raises(
+            UsageError, match="it may block, so --audit-policy=require cannot use it"
+        ):
             reopen(audit)
     audit.append_release("read", PEER, "grant g", "s", 7)
     audit.stop()
@@ -475,7 +479,7 @@ def small_disk(path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(path)], check=True)
 
 
-def test_with_a_full_disk_nothing_is_released_where_that_is_required(tmp_path: Path) -> None:
+def test_a_full_disk_releases_nothing_under_require(tmp_path: Path) -> None:
     """By a real full file system: reads and seals fail in words, all else works; then they work
     again.
     """
@@ -525,7 +529,7 @@ def test_with_a_full_disk_nothing_is_released_where_that_is_required(tmp_path: P
         assert [n for n, _ in findings(disk / "audit")] == [1]
 
 
-def test_with_a_closed_pipe_nothing_is_released_where_that_is_required(tmp_path: Path) -> None:
+def test_a_closed_pipe_releases_nothing_under_require(tmp_path: Path) -> None:
     """Nor with one that nobody empties."""
     os.mkfifo(tmp_path / "fifo")
     source = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
@@ -564,7 +568,7 @@ def write_some(path: Path, count: int, key: memoryview | None = None) -> None:
 
 
 @pytest.mark.parametrize("key", [None, KEY], ids=["hash", "mac"])
-def test_a_file_that_nobody_touched_is_found_whole(tmp_path: Path, key: memoryview | None) -> None:
+def test_an_unchanged_file_verifies(tmp_path: Path, key: memoryview | None) -> None:
     """Over restarts and rotation too."""
     path, old = tmp_path / "a", tmp_path / "a.1"
     write_some(path, 5, key)
@@ -588,7 +592,7 @@ def test_a_file_that_nobody_touched_is_found_whole(tmp_path: Path, key: memoryvi
     assert findings(old, key=key) == []
     (begun,) = findings(path, key=key)
     assert begun[1].startswith("the chain begins with record ")
-    assert begun[1].endswith(": what came before is in another file, or missing")
+    assert begun[1].endswith(": earlier records are in another file or missing")
     lines = path.read_bytes().splitlines(keepends=True)
     assert list(chain.Verification(key, continues=True).findings(lines)) == []
     assert ("mac" in records(path)[0]) is (key is not None)
@@ -615,19 +619,19 @@ TAMPERED: dict[str, tuple[Callable[[list[bytes]], object], list[tuple[int, str]]
     ),
     "the first removed": (
         lambda x: x.pop(0),
-        [(1, "the chain begins in the middle, with record 2: what came before is missing")],
+        [(1, "the chain begins in the middle, with record 2: the earlier records are missing")],
     ),
     "reordered": (
         lambda x: x.insert(4, x.pop(5)),
         [
             (5, "record 5 is missing before record 6"),
-            (6, "record 5 stands after record 6: out of order, or there twice"),
+            (6, "record 5 follows record 6: out of order or repeated"),
             (7, "record 6 is missing before record 7"),
         ],
     ),
     "twice": (
         lambda x: x.insert(4, x[4]),
-        [(6, "record 5 stands after record 5: out of order, or there twice")],
+        [(6, "record 5 follows record 5: out of order or repeated")],
     ),
     "changed": (
         lambda x: x.__setitem__(4, x[4].replace(b"s3", b"s4")),
@@ -643,19 +647,19 @@ TAMPERED: dict[str, tuple[Callable[[list[bytes]], object], list[tuple[int, str]]
     ),
     "no record": (
         lambda x: x.insert(4, b"hello\n"),
-        [(5, "this is no audit record")],
+        [(5, "this is not an audit record")],
     ),
     "no JSON": (
         lambda x: x.insert(4, b'{"a":,"hash":"' + b"0" * 64 + b'"}\n'),
-        [(5, "this is no audit record")],
+        [(5, "this is not an audit record")],
     ),
     "brackets": (
         lambda x: x.insert(4, b'{"a":' + b"[" * 100_000 + b',"hash":"' + b"0" * 64 + b'"}\n'),
-        [(5, "this is no audit record")],
+        [(5, "this is not an audit record")],
     ),
     "another start": (
         lambda x: x.insert(4, x[0]),
-        [(5, "record 1 stands after record 4: out of order, or there twice")],
+        [(5, "record 1 follows record 4: out of order or repeated")],
     ),
 }
 
@@ -686,7 +690,7 @@ def test_a_chain_under_a_key_cannot_be_made_without_it(tmp_path: Path) -> None:
     assert findings(path, key=wrong) == [
         (n, f"record {n} was changed, or is under another key") for n in range(1, 6)
     ]
-    without = "from record 1 on they are under a key, and none was given"
+    without = "from record 1 on they are under a key; give it with --key or --key-file"
     assert findings(path) == [(1, without)]
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join((lines[0], *lines[2:])))
@@ -702,7 +706,9 @@ def test_a_chain_goes_from_hashes_to_a_key_and_not_back(tmp_path: Path) -> None:
     assert verification.unkeyed()
     write_some(path, 3, KEY)
     assert findings(path, key=KEY) == []
-    assert findings(path) == [(6, "from record 6 on they are under a key, and none was given")]
+    assert findings(path) == [
+        (6, "from record 6 on they are under a key; give it with --key or --key-file")
+    ]
     write_some(path, 1)
     assert findings(path, key=KEY) == [
         (n, f"record {n} is not under the key") for n in (11, 12, 13)
@@ -714,23 +720,23 @@ def test_another_files_chain_does_not_follow(tmp_path: Path) -> None:
     write_some(tmp_path / "a", 2)
     write_some(tmp_path / "b", 5)
     found = findings(tmp_path / "a", tmp_path / "b")
-    assert found[0] == (1, "record 1 stands after record 4: out of order, or there twice")
+    assert found[0] == (1, "record 1 follows record 4: out of order or repeated")
     lines = (tmp_path / "b").read_bytes().splitlines(keepends=True)
     lines[0] = lines[0].replace(b'"seq":1,', b'"seq":5,')
     (tmp_path / "b").write_bytes(lines[0])
     assert findings(tmp_path / "a", tmp_path / "b") == [
-        (1, "record 5 does not follow the line before")
+        (1, "record 5 does not follow the previous line")
     ]
 
 
-def test_a_line_that_was_cut_by_a_crash_is_ended_and_the_chain_goes_on(tmp_path: Path) -> None:
+def test_a_line_cut_by_a_crash_ends_and_the_chain_continues(tmp_path: Path) -> None:
     """It is told by verification, and nothing else is."""
     path = tmp_path / "a"
     write_some(path, 3)
     with open(path, "ab") as file:
         file.write(b'{"seq":6,"ti')
     write_some(path, 3)
-    assert findings(path) == [(6, "this is no audit record")]
+    assert findings(path) == [(6, "this is not an audit record")]
 
 
 def test_a_file_of_something_else_is_left_alone(tmp_path: Path) -> None:
@@ -768,7 +774,7 @@ def test_ids_are_cut_in_what_is_done_and_released_too(tmp_path: Path) -> None:
     assert {len(r["id"]) for r in kept} == {128}
 
 
-def test_a_file_that_was_opened_for_an_audit_that_has_ended_is_closed(tmp_path: Path) -> None:
+def test_a_file_opened_for_an_ended_audit_is_closed(tmp_path: Path) -> None:
     """As where SIGHUP and the end come together."""
     audit = Audit(str(tmp_path / "a"))
     audit.stop()

@@ -183,7 +183,7 @@ def test_the_client_connects_again(tmp_path: Path) -> None:
         daemon.stop()
 
 
-async def test_what_may_have_been_done_is_done_again_only_where_that_is_safe(
+async def test_only_safe_commands_are_repeated(
     daemon: Daemon,
 ) -> None:
     """An add is not; nor is a delete, since somebody may have added another of that id
@@ -237,7 +237,7 @@ async def test_a_socket_that_is_broken_already_is_made_anew(in_loop: Served) -> 
 
 
 @pytest.mark.slow
-async def test_a_socket_that_nobody_answers_on_is_not_waited_for_without_end(
+async def test_a_silent_socket_is_given_up(
     tmp_path: Path,
 ) -> None:
     """As systemd's, while secretd cannot start: neither until the time is over, nor once it is

@@ -60,7 +60,8 @@ def test_a_refusal_is_said_in_the_daemons_words(reachable: Path) -> None:
         "import concurrent.futures.thread, qemu.qmp.models, secretd.client.aio\n"
         "os.setresuid(1234, 1234, 1234)\n"
         "try: SyncClient(sys.argv[1]).connect()\nexcept ConnectError as error: print(error)\n"
-        "try: asyncio.run(Client(sys.argv[1]).connect())\nexcept ConnectError as error: print(error)\n"
+        "try: asyncio.run(Client(sys.argv[1]).connect())\nexcept ConnectError as error: "
+        "print(error)\n"
     )
     # Measuring coverage writes into a directory of root's, and complains on stderr.
     measured = ("COVERAGE_PROCESS_CONFIG", "COVERAGE_PROCESS_START")
@@ -78,7 +79,7 @@ def test_a_refusal_is_said_in_the_daemons_words(reachable: Path) -> None:
     assert done.stdout.splitlines() == [f"Refused by the server: {words}"] * 2
 
 
-def test_the_end_of_a_connection_is_noticed_before_a_command_is_sent(tmp_path: Path) -> None:
+def test_a_lost_connection_is_noticed_before_sending(tmp_path: Path) -> None:
     """So the first write after a restart is carried out, and once."""
     daemon = Daemon(tmp_path)
     try:
@@ -225,10 +226,10 @@ def test_what_is_no_qmp_is_said(tmp_path: Path) -> None:
     """A greeting of another kind, none, or an end."""
     for number, (answer, words) in enumerate(
         (
-            (b"SSH-2.0\n", "This is no QMP"),
+            (b"SSH-2.0\n", "This is not QMP"),
             (b'{"hello": 1}\n', "This is not a QMP server"),
-            (b"[]\n", "This is no QMP"),
-            (b"", "The connection was closed without a word"),
+            (b"[]\n", "This is not QMP"),
+            (b"", "The connection was closed without a greeting"),
         )
     ):
         path = str(tmp_path / str(number))
@@ -281,7 +282,10 @@ def drop_subscribers(daemon: Daemon) -> None:
 # --- a server that follows a script
 
 READY = b'{"return": {}}\n'
-EVENT = b'{"event": "SECRET_ADDED", "data": {"id": "%s"}, "timestamp": {"seconds": 1, "microseconds": 0}}\n'
+EVENT = (
+    b'{"event": "SECRET_ADDED", "data": {"id": "%s"}, "timestamp": {"seconds": 1, '
+    b'"microseconds": 0}}\n'
+)
 REFUSAL = b'{"error": {"class": "GenericError", "desc": "no"}}\n'
 
 
@@ -354,7 +358,7 @@ def test_a_delivery_without_an_end_is_given_up(tmp_path: Path) -> None:
     path = str(tmp_path / "s")
     with server(path, GREETING, READY, READY, b'{"return": {"size": 7}}\n'):
         with SyncClient(path, timeout=0.1) as client:
-            with pytest.raises(ConnectError, match=r"No end of the secret within 0\.1 seconds"):
+            with pytest.raises(ConnectError, match=r"The secret did not end within 0\.1 seconds"):
                 client.read("s")
 
 
@@ -370,7 +374,7 @@ def test_a_large_secret_that_is_refused_is_not_sent_whole(daemon: Daemon) -> Non
         assert [s.id for s in client.list()] == ["a"]
 
 
-def test_a_server_that_refuses_after_a_restart_is_not_tried_again(tmp_path: Path) -> None:
+def test_a_refusal_after_a_restart_ends_the_retries(tmp_path: Path) -> None:
     """Its words are the error; by both clients."""
     for number, method in enumerate(("sync", "asyncio")):
         path = str(tmp_path / str(number))
@@ -419,7 +423,7 @@ async def test_the_asyncio_client_says_why_it_was_refused(tmp_path: Path) -> Non
             assert isinstance(caught.value.exc, Refused) == (again is None)
 
 
-def test_a_name_that_the_package_does_not_have_is_an_attribute_error() -> None:
+def test_an_unknown_name_is_an_attribute_error() -> None:
     """Though its names are imported late."""
     with pytest.raises(AttributeError, match=r"module 'secretd\.client' has no attribute 'nope'"):
         _ = api.nope
@@ -464,7 +468,7 @@ def test_a_daemon_that_ends_while_it_is_given_a_secret_is_lost(tmp_path: Path) -
             client.add_bytes("a", memoryview(bytes(1 << 20)))
 
 
-def test_a_command_larger_than_the_sockets_buffer_is_sent_in_pieces(daemon: Daemon) -> None:
+def test_a_command_larger_than_the_buffer_is_sent_in_pieces(daemon: Daemon) -> None:
     """As room comes."""
     need_locked_memory(4 << 20)
     with SyncClient(daemon.control) as client:

@@ -21,6 +21,7 @@ def test_a_users_code_is_checked_by_the_types_of_the_client(tmp_path: Path) -> N
     code.write_text((ROOT / "tests/typing/uses.py").read_text())
     done = subprocess.run(
         [sys.executable, "-m", "mypy", "--strict", "--no-incremental", "--config-file=", str(code)],
-        env=os.environ | {"MYPYPATH": str(ROOT)}, cwd=tmp_path, capture_output=True, text=True, check=False,
+        env=os.environ | {"MYPYPATH": str(ROOT)}, cwd=tmp_path, capture_output=True, text=True,
+        check=False,
     )  # fmt: skip
     assert done.stdout == "Success: no issues found in 1 source file\n", done.stdout + done.stderr

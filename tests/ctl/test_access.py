@@ -45,13 +45,13 @@ def test_a_grant_is_made_explained_and_revoked(daemon: Daemon, run: Ctl, qmp: Cl
     out, _ = run("explain", "web.nope", "--as", "gid:7", status=1)
     assert out == (
         "gid:7 may read 'web.nope': no\n  there is no secret of that id\n"
-        f"  grant {name} does not: '{name}.authz': no rule fits, and its policy says deny\n"
+        f"  grant {name} does not: '{name}.authz': no rule matches, and its policy says deny\n"
     )
     found = json.loads(run("explain", "web.key", "--as", "uid:33", "--json")[0])
     assert (found["allowed"], found["exists"], found["grant"]) == (True, True, name)
     _, err = run("grant", "web.*", "--to", "unit:nginx", "--to", "uid:33", status=1)
     assert err == (
-        f"secretctl: '{name}' exists already; take it back first, or choose another with --id\n"
+        f"secretctl: '{name}' exists already; revoke it first, or choose another with --id\n"
     )
     assert run("revoke", name) == ("", "")
     assert client.secrets() == []
@@ -60,7 +60,7 @@ def test_a_grant_is_made_explained_and_revoked(daemon: Daemon, run: Ctl, qmp: Cl
     ]
     assert run("revoke", name, status=1)[1] == f"secretctl: there is no grant '{name}'\n"
     assert run("revoke", "web.key", status=1)[1] == (
-        "secretctl: 'web.key' is no grant; 'secretctl del' removes secrets\n"
+        "secretctl: 'web.key' is not a grant; 'secretctl del' removes secrets\n"
     )
 
 
@@ -126,7 +126,7 @@ def test_a_grant_that_has_expired_is_made_anew_or_cleaned_up(run: Ctl, qmp: Clie
     assert qmp.ok("qom-get", {"path": "i.authz", "property": "policy"}) == "deny"
 
 
-def test_somebody_is_explained_with_their_groups(run: Ctl, qmp: Client) -> None:
+def test_explain_includes_a_users_groups(run: Ctl, qmp: Client) -> None:
     """As their processes have them."""
     qmp.add("s", data="letmein")
     run("grant", "s", "--to", "group:root")
@@ -199,9 +199,12 @@ def test_names_become_what_the_daemon_calls_them(who: str, wanted: list[str]) ->
 @pytest.mark.parametrize(
     ("who", "words"),
     [
-        ("nginx", "'nginx': say who it is, such as unit:nginx.service, user:alice or gid:33"),
-        ("uid:", "say who it is"),
-        ("uid:root", "'uid:root': uid goes with a number, user and group with a name"),
+        (
+            "nginx",
+            "'nginx': expected a kind and a name, such as unit:nginx.service, user:alice or gid:33",
+        ),
+        ("uid:", "expected a kind and a name"),
+        ("uid:root", "'uid:root': uid needs a number, user and group a name"),
         ("user:no-such-user", "there is no user 'no-such-user'"),
         ("group:no-such-group", "'group:no-such-group': there is no group 'no-such-group'"),
         ("user-unit:no-such/x", "there is no user 'no-such'"),
@@ -209,7 +212,7 @@ def test_names_become_what_the_daemon_calls_them(who: str, wanted: list[str]) ->
         ("vm:x", "'vm:x': expected unit:NAME, user:NAME, group:NAME, uid:N, gid:N or"),
     ],
 )
-def test_who_is_not_known_is_said(who: str, words: str) -> None:
+def test_an_unknown_identity_is_an_error(who: str, words: str) -> None:
     """Nothing is guessed."""
     with pytest.raises(UsageError) as caught:
         identities.identities(who)
@@ -249,8 +252,9 @@ def test_an_audit_file_is_verified(
     asyncio.run(write())
     audit._flush()
     assert run("audit", "verify", str(path))[0] == (
-        f"6 records; the last is record 6 of {json.loads(path.read_text().splitlines()[5])['time']}: add\n"
-        "it has no end: secretd is running (--live asks it), or what came after is cut off\n"
+        "6 records; the last is record 6 of "
+        f"{json.loads(path.read_text().splitlines()[5])['time']}: add\n"
+        "it has no stop record: secretd is running (--live asks it), or the file was truncated\n"
     )
     audit.stop()
     out, err = run("audit", "verify", str(path))
@@ -282,7 +286,9 @@ def test_a_key_comes_from_the_daemon_or_a_file(tmp_path: Path, audited: tuple[Da
     out, _ = verify("audit", "verify", str(path), "--key-file", str(key_file), status=1)
     assert f"{path}:1: record 1 was changed, or is under another key" in out
     out, _ = verify("audit", "verify", str(path), status=1)
-    assert out.startswith(f"{path}:1: from record 1 on they are under a key, and none was given\n")
+    assert out.startswith(
+        f"{path}:1: from record 1 on they are under a key; give it with --key or --key-file\n"
+    )
     lines = path.read_bytes().splitlines(keepends=True)
     copy = tmp_path / "copy"
     copy.write_bytes(b"".join(lines[:2]))
@@ -295,7 +301,7 @@ def test_a_key_comes_from_the_daemon_or_a_file(tmp_path: Path, audited: tuple[Da
     made_up = f'"seq":{last.number + 1000},"time":"\\u001b]0;x","event":"add"'
     copy.write_text(chain.write(last.link, made_up, memoryview(bytearray(b"k" * 32)))[0])
     out, _ = verify("audit", "verify", str(copy), "--live", "--key", "k", status=1)
-    assert "those after that are made up" in out
+    assert "later ones are forged" in out
     assert "\x1b" not in out
     write = Audit(str(tmp_path / "plain"))
     write.stop()
@@ -321,8 +327,10 @@ def test_a_verification_is_json_for_programs(run: Ctl, tmp_path: Path) -> None:
     path.write_text("nonsense\n")
     found = json.loads(run("audit", "verify", str(path), "--json", status=1)[0])
     assert found["last"] is None
-    assert found["findings"] == [f"{path}:1: this is no audit record"]
-    assert run("audit", "verify", str(path), status=1)[0] == f"{path}:1: this is no audit record\n"
+    assert found["findings"] == [f"{path}:1: this is not an audit record"]
+    assert (
+        run("audit", "verify", str(path), status=1)[0] == f"{path}:1: this is not an audit record\n"
+    )
 
 
 def test_a_grant_whose_rules_are_gone_is_explained(run: Ctl, qmp: Client) -> None:

@@ -89,7 +89,7 @@ def test_what_is_there_already_can_be_skipped(run: Ctl, qmp: Client, tmp_path: P
     qmp.add("a", data="first")
     path = tmp_path / "s.jsonl"
     path.write_text(line("a") + line("b"))
-    assert run("import", "--skip-existing", str(path))[0] == "1 added, 1 there already\n"
+    assert run("import", "--skip-existing", str(path))[0] == "1 added, 1 exist already\n"
     assert qmp.read("a") == b"first"
 
 

@@ -81,7 +81,8 @@ def test_a_secret_is_asked_for_on_the_terminal_without_echo(
 ) -> None:
     """It does not show, and its newline does not count."""
     status, seen = in_terminal(
-        ["--socket", daemon.control, "add", "asked", *words], b"letmein\n", expect=b"Secret asked: ",
+        ["--socket", daemon.control, "add", "asked", *words], b"letmein\n",
+        expect=b"Secret asked: ",
         again=b"letmein\n",
     )  # fmt: skip
     assert status == 0
@@ -127,7 +128,7 @@ def test_secrets_are_generated_sealed_and_deleted(run: Ctl, qmp: Client) -> None
     assert qmp.read("again") == qmp.read("s")
     assert run("del", "s") == ("", "")
     assert run("del", "s", status=1) == (
-        "", "secretctl: object 's' not found\nsecretctl: 'secretctl list' shows what there is\n",
+        "", "secretctl: object 's' not found\nsecretctl: 'secretctl list' shows all secrets\n",
     )  # fmt: skip
     _, err = run("add", "s", "--file", "/nope", status=1)
     assert err == "secretctl: /nope: No such file or directory\n"
@@ -136,9 +137,9 @@ def test_secrets_are_generated_sealed_and_deleted(run: Ctl, qmp: Client) -> None
     _, err = run("add", "s", "--fd", "77", status=1)
     assert err == "secretctl: descriptor 77: Bad file descriptor\n"
     _, err = run("add", "s", "--iv", "AAAA", "--file", "/dev/null", status=1)
-    assert err == "secretctl: --iv goes with --keyid, the secret that it is encrypted under\n"
+    assert err == "secretctl: --iv needs --keyid, the secret that it is encrypted under\n"
     _, err = run("run", "--secret", "k", "--", "true", status=1)
-    assert err == "secretctl: {k} does not stand in the command\n"
+    assert err == "secretctl: {k} does not occur in the command\n"
 
 
 def test_a_secret_is_pushed_into_another_qmp_server(run: Ctl, qmp: Client, tmp_path: Path) -> None:
@@ -208,7 +209,7 @@ def test_a_command_is_run_with_secrets_as_descriptors(
     )
     assert done.returncode == 1
     assert done.stderr == (
-        "secretctl: No secret with id 'none'\nsecretctl: 'secretctl list' shows what there is\n"
+        "secretctl: No secret with id 'none'\nsecretctl: 'secretctl list' shows all secrets\n"
     )
 
 
@@ -244,7 +245,7 @@ def test_a_daemon_that_is_not_there_is_said_with_the_next_step(run: Ctl, tmp_pat
     assert err == (
         f"secretctl: cannot connect to {none}: No such file or directory; is it running?\n"
         "secretctl: start it with 'secretd', or name its socket with --socket; "
-        "'secretctl doctor' looks for the reason\n"
+        "'secretctl doctor' finds the reason\n"
     )
     (tmp_path / "file").touch()
     _, err = run("list", status=1, socket=str(tmp_path / "file"))
@@ -282,7 +283,7 @@ def test_an_interrupt_is_status_130(run: Ctl, monkeypatch: pytest.MonkeyPatch) -
 def test_usage_errors_are_status_2_and_say_where_help_is(run: Ctl) -> None:
     """From click, in one line and the next step."""
     assert run("add", status=2)[1] == (
-        "secretctl: missing argument 'ID'.\nsecretctl: 'secretctl add --help' tells how\n"
+        "secretctl: missing argument 'ID'.\nsecretctl: 'secretctl add --help' explains it\n"
     )
     assert "exclude each other" in run("add", "n", "--stdin", "--prompt", status=2)[1]
     assert (

@@ -81,7 +81,7 @@ def test_a_terminal_that_has_no_such_marks_gets_words(
         (None, "failed", "below"),
     ],
 )
-def test_each_level_of_memory_is_told(
+def test_each_level_of_memory_is_reported(
     monkeypatch: pytest.MonkeyPatch, level: str | None, state: str, mend: str
 ) -> None:
     """And how to get a better one."""
@@ -107,7 +107,7 @@ def test_each_level_of_memory_is_told(
         (64 << 10, 0, "ok"),
     ],
 )
-def test_how_much_may_be_locked_is_told(
+def test_the_memory_limit_is_reported(
     monkeypatch: pytest.MonkeyPatch, limit: int, uid: int, state: str
 ) -> None:
     """There is none for root."""
@@ -156,7 +156,7 @@ def test_the_socket_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(os, "stat", forbidden)
     finding = at(tmp_path / "s")
     monkeypatch.undo()
-    assert finding.found.endswith("lies where you may not look")
+    assert finding.found.endswith("is in a directory that you may not search")
 
 
 def test_units_are_looked_at_where_systemd_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -147,7 +147,7 @@ def test_it_starts_without_what_it_does_not_need() -> None:
     assert done.stdout == "[]\n"
 
 
-def test_a_connection_that_is_refused_names_who_may(
+def test_a_refused_connection_names_the_permitted_users(
     run: Ctl, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As the file's permissions have it."""

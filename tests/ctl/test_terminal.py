@@ -103,7 +103,7 @@ def test_what_cannot_be_exported_is_named_and_the_rest_follows(
     assert [json.loads(line)["id"] for line in out.splitlines()] == ["a", "z"]
     assert err.splitlines() == [
         "secretctl: none: No secret with id 'none'",
-        "secretctl: 'secretctl list' shows what there is",
+        "secretctl: 'secretctl list' shows all secrets",
         "secretctl: 2 exported, 1 not: the export is not complete",
     ]
     (tmp_path / "lines").write_text(out)
@@ -132,12 +132,14 @@ def prompted(
     first: bytes | list[bytes],
     second: bytes | list[bytes] | None = None,
 ) -> tuple[int, bytes]:
-    """Type at both prompts of `add asked`, in pieces if it is a list; return the status and what the
-    terminal showed.
+    """Type at both prompts of `add asked`, in pieces if it is a list.
+
+    Returns the status and the output of the terminal.
     """
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
-        ["setsid", "--ctty", "--wait", SECRETCTL, "--socket", daemon.control, "add", "asked", "--prompt"],
+        ["setsid", "--ctty", "--wait", SECRETCTL, "--socket", daemon.control, "add", "asked",
+        "--prompt"],
         stdin=theirs, stdout=theirs, stderr=theirs,
     )  # fmt: skip
     seen = b""
@@ -190,7 +192,7 @@ def unread(fd: int) -> int:
         (b"\x7fletmein\n", b"letmein"),
     ],
 )
-def test_what_is_typed_or_pasted_is_stored_whole(
+def test_typed_and_pasted_secrets_are_stored_whole(
     daemon: Daemon, qmp: Client, typed: bytes, stored: bytes
 ) -> None:
     """Of any length, with several lines, corrected; twice the same."""
@@ -205,7 +207,7 @@ def test_what_is_typed_or_pasted_is_stored_whole(
     [
         (b"letmein\n", b"letmeout\n", b"the two entries differ, so nothing was added"),
         (b"\n", None, b"nothing was typed, so nothing was added"),
-        (b"let\x1b[Dmein\n", None, b"a key that is no text was pressed"),
+        (b"let\x1b[Dmein\n", None, b"a key without a character was pressed"),
         (b"x" * ((1 << 20) + 1), None, b"more than 1,048,576 bytes were given"),
     ],
 )
@@ -266,7 +268,7 @@ def test_a_taken_id_is_never_answered_with_deletion(run: Ctl, qmp: Client, tmp_p
 # --- which daemon answers, and whether it does
 
 
-def test_a_qemu_is_told_from_secretd(run: Ctl, tmp_path: Path) -> None:
+def test_a_qemu_is_recognised(run: Ctl, tmp_path: Path) -> None:
     """By its greeting."""
     greeting = (
         b'{"QMP": {"version": {"qemu": {}, "package": "Debian 1:7.2"}, "capabilities": []}}\n'
@@ -355,7 +357,8 @@ def test_the_memfd_of_run_cannot_be_changed_or_opened_by_others(
     qmp.add("s", data="letmein")
     script = "stat -L -c %a $0; echo y > $0 || echo sealed; cat $0"
     done = subprocess.run(
-        [SECRETCTL, "--socket", daemon.control, "run", "--secret", "s", "--", "sh", "-c", script, "{s}"],
+        [SECRETCTL, "--socket", daemon.control, "run", "--secret", "s", "--", "sh", "-c", script,
+        "{s}"],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert done.stdout == "600\nsealed\nletmein"
@@ -419,7 +422,7 @@ def test_what_a_server_says_in_place_of_a_greeting_is_printed(run: Ctl, tmp_path
         assert "not for you" in run("doctor", status=1, socket=path)[0]
 
 
-def test_a_secret_for_a_server_that_does_not_take_it_is_not_pushed(
+def test_a_server_that_takes_no_secret_fails_the_push(
     run: Ctl, qmp: Client, tmp_path: Path
 ) -> None:
     """It refuses, stays silent, or hangs up."""
@@ -429,7 +432,8 @@ def test_a_secret_for_a_server_that_does_not_take_it_is_not_pushed(
     scripts: list[tuple[list[bytes], str]] = [
         ([b'{"error": {"desc": "busy"}}\n'], "busy"),
         ([b"\n"], "No answer within 0.3 seconds: waited for an answer on "),
-        ([greeting, ready, b""], "QEMU did not answer: The connection was closed; it may have the secret"),
+        ([greeting, ready, b""], "QEMU did not answer: The connection was closed; it may have "
+                                 "the secret"),
         ([greeting, ready, b"\n"], "QEMU did not answer: No answer within 0.3 seconds"),
     ]  # fmt: skip
     for number, (script, words) in enumerate(scripts):

@@ -48,7 +48,7 @@ def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return made
 
 
-def test_without_options_both_sockets_open_in_the_default_directory(
+def test_without_options_both_default_sockets_open(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Which is made, open to others where the client socket is to be reached, else private."""
@@ -64,7 +64,7 @@ def test_without_options_both_sockets_open_in_the_default_directory(
     sockets.default_sockets()
     assert directory.stat().st_mode & 0o777 == 0o700
     directory.chmod(0o755)
-    with pytest.raises(UsageError, match="others may enter it; run 'chmod 700"):
+    with pytest.raises(UsageError, match="other users may enter it; run 'chmod 700"):
         sockets.default_sockets()
 
 
@@ -172,7 +172,8 @@ def test_help_on_objects_ends_the_start(tmp_path: Path) -> None:
     done = run("--object", made, "--object", made, "--object", "help")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (
-        f"secretd: --object {made}: attempt to add duplicate property 'a' to object (type 'container')\n"
+        f"secretd: --object {made}: attempt to add duplicate property 'a' to object (type "
+        "'container')\n"
     )
     done = run("--object", "secret,id=1,file=/dev/null")
     assert done.stderr == (
@@ -359,7 +360,7 @@ def test_the_start_brings_along_nothing_that_is_not_needed() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_what_nobody_catches_is_logged_without_its_words(caplog: pytest.LogCaptureFixture) -> None:
+def test_uncaught_errors_are_logged_without_their_text(caplog: pytest.LogCaptureFixture) -> None:
     """Neither those of the exception nor the arguments of the call, which asyncio would quote."""
 
     def fail(text: str) -> None:

@@ -54,7 +54,7 @@ def test_a_pipe_that_is_full_loses_lines_and_says_so_later() -> None:
         ]
 
 
-def test_a_line_waits_while_another_writer_is_in_the_middle_of_one() -> None:
+def test_a_line_waits_for_another_writers_line() -> None:
     """The audit's, where both go to stderr."""
     with stderr_pipe() as pipe:
         handler = LogHandler()

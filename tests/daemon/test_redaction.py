@@ -36,7 +36,7 @@ def test_only_values_that_may_carry_a_secret_are_hidden(text: str, expected: str
     assert shown(text, ["/dev/fd/7"]) == expected
 
 
-def test_the_hint_about_commas_comes_only_where_one_may_be_missing() -> None:
+def test_the_comma_hint_needs_a_missing_comma() -> None:
     """A part without an equals sign behind the value of a sensitive member."""
     assert is_unfinished_value("secret,id=s,data=hunter,2")
     for text in ("secret,id=s,data=x,bogus=1", "secret,id=s,2", '{"data": "x"}', "secret"):

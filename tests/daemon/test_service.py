@@ -87,7 +87,7 @@ def test_secrets_survive_what_ends_the_process(
         ]  # fmt: skip
         with_client.close()
         said = started.end(number, -9 if number == signal.SIGKILL else 0)
-        assert "4 objects, 4 of them from before" in said
+        assert "4 objects, 4 of them kept from before" in said
         assert ("restore", 4) in [(r["event"], r.get("count")) for r in records(said)]
         assert not [r for r in records(said) if r["event"] == "add"]
     manager.wait_for_store(*KEPT)
@@ -156,8 +156,8 @@ def test_a_store_that_lost_its_room_still_has_what_it_had(
     client.close()
     said = started.end()
     assert (
-        "secretd: the service manager has no room for another descriptor; raise FileDescriptorStoreMax="
-        in said
+        "secretd: the service manager has no room for another descriptor; raise "
+        "FileDescriptorStoreMax=" in said
     )
     assert said.endswith("secretd: stopped; the service manager keeps 1 object\n")
     manager.room = 4
@@ -207,7 +207,7 @@ def test_a_service_manager_that_is_slow_at_start_is_asked_again(
     assert started.end().endswith("secretd: stopped; the service manager keeps 0 objects\n")
 
 
-def test_a_journal_that_lost_its_second_file_is_not_moved_to_another(
+def test_a_journal_without_its_second_file_is_not_moved(
     manager: Manager, role: Callable[[str], socket.socket], tmp_path: Path
 ) -> None:
     """Before that one is kept, whatever the start makes it do."""
@@ -235,7 +235,7 @@ def test_a_journal_that_lost_its_second_file_is_not_moved_to_another(
     started.end()
 
 
-def test_what_is_over_at_a_start_is_gone_before_the_command_line_is_looked_at(
+def test_expired_objects_end_before_the_command_line_is_read(
     manager: Manager, role: Callable[[str], socket.socket], tmp_path: Path
 ) -> None:
     """A key whose time has passed meanwhile is made anew, and what needs it has it."""
@@ -316,7 +316,7 @@ def test_the_audits_key_does_not_end_by_itself(
     started.end()
 
 
-def test_the_service_manager_is_told(
+def test_the_service_manager_gets_status_and_watchdog(
     manager: Manager, role: Callable[[str], socket.socket]
 ) -> None:
     """That the loop turns, how many secrets there are, of a reload and of the end."""
@@ -342,7 +342,7 @@ def test_the_service_manager_is_told(
     manager.wait(f"STATUS=0 secrets, {rest}")
 
 
-def test_a_status_that_could_not_be_told_is_told_later(
+def test_a_failed_status_is_sent_again(
     manager: Manager, role: Callable[[str], socket.socket]
 ) -> None:
     """The service manager may be busy."""
@@ -384,7 +384,7 @@ def test_a_status_that_could_not_be_told_is_told_later(
     manager.wait("READY=1")
 
 
-def test_sockets_of_the_command_line_are_opened_beside_those_passed(
+def test_command_line_sockets_open_beside_passed_ones(
     manager: Manager, role: Callable[[str], socket.socket], tmp_path: Path
 ) -> None:
     """What an option says of a passed socket's path is about that socket."""
@@ -420,16 +420,16 @@ def test_a_socket_has_the_role_that_its_name_says(
     control = role("control")
     said = refused(manager.start(sockets={"control.sock": control}, ready=False))
     assert said == (
-        "secretd: the service manager passed a socket as 'control.sock': FileDescriptorName= of a .socket "
-        "unit must be control, client or credentials\n"
+        "secretd: the service manager passed a socket as 'control.sock': FileDescriptorName= of a "
+        ".socket unit must be control, client or credentials\n"
     )
     one, two = socket.socketpair()
     null = os.open("/dev/null", os.O_RDONLY)
     for fd in (one.fileno(), null):
         said = refused(manager.start(extra=[("client", fd)], ready=False))
         assert (
-            said
-            == "secretd: what the service manager passed as 'client' is no listening AF_UNIX stream socket\n"
+            said == "secretd: what the service manager passed as 'client' is no listening AF_UNIX "
+            "stream socket\n"
         )
     assert not is_listening(null)
     one.close()
@@ -485,9 +485,9 @@ def test_what_was_left_and_cannot_be_taken_over_stays(
     os.pwrite(journal, b"\7", 8)
     said = refused(manager.start(sockets={"control": control}, ready=False))
     assert said == (
-        "secretd: what secretd held before cannot be taken over: the journal has format 7, not 1. It stays "
-        "with the service manager: mend this and the next start takes it over, or give all secrets up with "
-        "'systemctl stop'\n"
+        "secretd: what secretd held before cannot be taken over: the journal has format 7, not 1. "
+        "It stays with the service manager: repair this and the next start takes it over, or give "
+        "all secrets up with 'systemctl stop'\n"
     )
     os.pwrite(journal, b"\1", 8)
     arena = [each for each in manager.store if each[0] == "arena"]
@@ -539,7 +539,7 @@ def test_memory_that_is_not_locked_is_refused_where_it_must_be(
     assert "MEMORY IS NOT LOCKED" in started.end()
 
 
-def test_memory_that_is_too_little_for_what_else_is_needed_loses_nothing(
+def test_too_little_memory_at_a_start_loses_nothing(
     manager: Manager, role: Callable[[str], socket.socket]
 ) -> None:
     """What was kept stays, whatever the start fails at."""
@@ -583,7 +583,7 @@ def test_a_start_that_fails_keeps_what_was_kept(
     started.end()
 
 
-def test_objects_of_the_command_line_are_no_duplicates_of_themselves(
+def test_command_line_objects_do_not_duplicate_themselves(
     manager: Manager, role: Callable[[str], socket.socket], tmp_path: Path
 ) -> None:
     """They stay as they are, with what was counted, unless something about them is new."""
@@ -647,9 +647,11 @@ def test_best_effort_starts_without_what_cannot_be_had(
     said = refused(manager.start(*options, sockets={"control": control}, ready=False))
     assert said == (
         f"secretd: --object secret,id=master0,file={tmp_path}/master-key: Unable to read "
-        f"{tmp_path}/master-key: Failed to open file “{tmp_path}/master-key”: No such file or directory\n"
-        "systemd has set up no credential 'master-key' for this unit: see LoadCredentialEncrypted= there and "
-        "/etc/credstore.encrypted/master-key; --object-policy=best-effort starts without this object\n"
+        f"{tmp_path}/master-key: Failed to open file “{tmp_path}/master-key”: No such file or "
+        "directory\n"
+        "systemd has set up no credential 'master-key' for this unit: see "
+        "LoadCredentialEncrypted= there and /etc/credstore.encrypted/master-key; "
+        "--object-policy=best-effort starts without this object\n"
     )
     (tmp_path / "master-key").write_bytes(bytes(32))
     started = manager.start(*options, sockets={"control": control})
@@ -664,8 +666,8 @@ def test_best_effort_starts_without_what_cannot_be_had(
     said = started.end()
     assert "No such file or directory; started without it (--object-policy=best-effort)" in said
     assert (
-        "--object secret,id=x,keyid=nope,iv=AAAAAAAAAAAAAAAAAAAAAA==,data=…: No secret with id 'nope'"
-        in said
+        "--object secret,id=x,keyid=nope,iv=AAAAAAAAAAAAAAAAAAAAAA==,data=…: No secret with id "
+        "'nope'" in said
     )
     said = refused(
         manager.start(
@@ -679,7 +681,7 @@ def test_best_effort_starts_without_what_cannot_be_had(
     assert "Parameter 'format' does not accept value 'hex'" in said
 
 
-def test_without_a_service_manager_nothing_is_told(tmp_path: Path) -> None:
+def test_without_a_service_manager_nothing_is_sent(tmp_path: Path) -> None:
     """Sockets may be passed all the same, as systemd-socket-activate does."""
     with Manager(tmp_path) as manager:
         manager.path = ""

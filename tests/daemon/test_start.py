@@ -106,7 +106,8 @@ def test_output_to_a_closed_or_full_descriptor_is_an_error(
         (">/dev/full", "No space left on device"),
     ):
         done = subprocess.run(
-            ["sh", "-c", f'exec "$0" "$@" {redirect}', SECRETCTL, "--socket", daemon.control, verb, *words],
+            ["sh", "-c", f'exec "$0" "$@" {redirect}', SECRETCTL, "--socket", daemon.control, verb,
+            *words],
             stderr=subprocess.PIPE, text=True, check=False, timeout=60,
         )  # fmt: skip
         assert done.returncode == 1
@@ -218,7 +219,8 @@ def test_a_namespace_that_maps_one_uid_is_said_at_start(tmp_path: Path) -> None:
     """As in a rootless container."""
     need_program("unshare")
     process = subprocess.Popen(
-        ["unshare", "--user", "--map-root-user", SECRETD, "--control", str(tmp_path / "s"), "--audit=none"],
+        ["unshare", "--user", "--map-root-user", SECRETD, "--control", str(tmp_path / "s"),
+        "--audit=none"],
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     said = ready(process)
@@ -316,7 +318,7 @@ def test_variables_with_a_hidden_value_are_removed(monkeypatch: pytest.MonkeyPat
     assert environment == {b"SHORT": b"x", b"PATH": b"/usr/bin:/box"}
 
 
-def test_a_stderr_that_nobody_reads_stops_nothing(tmp_path: Path) -> None:
+def test_an_unread_stderr_stops_nothing(tmp_path: Path) -> None:
     """Neither what goes on, nor the end."""
     control = str(tmp_path / "s")
     process = run_secretd("--control", control, f"--audit={tmp_path / 'audit'}")

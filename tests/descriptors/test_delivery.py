@@ -238,7 +238,8 @@ REFUSED = {
               "The descriptor is of a kind that cannot be written to" + TAKES),
     "terminal": (terminal, "The descriptor is a character device" + TAKES),
     "datagram": (datagram, "The descriptor is a socket that is no end of a stream pair" + TAKES),
-    "unconnected": (unconnected, "The descriptor is a socket that is no end of a stream pair" + TAKES),
+    "unconnected": (unconnected,
+    "The descriptor is a socket that is no end of a stream pair" + TAKES),
     "inet": (inet, "The descriptor is a socket that is no end of a stream pair" + TAKES),
     "named socket": (named, "The descriptor is a socket that is no end of a stream pair" + TAKES),
 }  # fmt: skip
@@ -292,7 +293,7 @@ async def test_the_daemons_own_socket_is_refused(in_loop: Served, loaded: AsyncC
     )
 
 
-async def test_a_secret_that_does_not_exist_is_said_and_the_descriptor_closed(
+async def test_a_missing_secret_is_an_error_and_closes_the_descriptor(
     loaded: AsyncClient,
 ) -> None:
     """The reader sees the end at once."""
@@ -303,7 +304,7 @@ async def test_a_secret_that_does_not_exist_is_said_and_the_descriptor_closed(
     os.close(source)
 
 
-async def test_one_delivery_that_ends_leaves_another_of_the_same_secret_going(
+async def test_the_end_of_a_delivery_leaves_others_running(
     in_loop: Served, loaded: AsyncClient
 ) -> None:
     """Each has its own reader."""
@@ -417,7 +418,7 @@ def test_only_access_makes_a_grant() -> None:
         Grant(object(), peer, Subject("client", None), "s", None, memoryview(b"x"))
 
 
-async def test_a_descriptor_of_which_nothing_can_be_told_is_refused(
+async def test_an_unidentified_descriptor_is_refused(
     loaded: AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """FUSE tells other users nothing; statx(2) itself fails only for what is none."""

@@ -49,7 +49,7 @@ async def test_blocking_calls_run_in_a_bounded_number_of_threads() -> None:
     assert calls._queues == {}
 
 
-async def test_the_result_of_a_call_that_nobody_waits_for_is_discarded() -> None:
+async def test_the_result_of_an_abandoned_call_is_discarded() -> None:
     """Whatever it holds is released, once the call has ended; errors are dropped."""
     calls = BlockingCalls()
     go_on = threading.Event()
@@ -189,7 +189,7 @@ async def test_a_call_whose_turn_comes_too_late_is_not_made() -> None:
     assert made == ["unused"]
 
 
-def test_a_connection_that_cannot_be_looked_at_is_closed_in_a_thread() -> None:
+def test_an_unreadable_connection_is_closed_in_a_thread() -> None:
     """It may hold descriptors, where there is no memory to look."""
 
     class Starved(Arena):

@@ -43,13 +43,15 @@ for d in $CGROUPS; do mkdir -p "$d"; echo $$ > "$d/cgroup.procs"; done
 mount --make-rprivate /
 mount -t tmpfs -o mode=0755 tmpfs "$STATE"
 mkdir "$STATE/upper" "$STATE/work" "$STATE/tree"
-mount -t overlay overlay -o "lowerdir=$LOWER,upperdir=$STATE/upper,workdir=$STATE/work" "$STATE/tree"
+mount -t overlay overlay -o "lowerdir=$LOWER,upperdir=$STATE/upper,workdir=$STATE/work" \
+    "$STATE/tree"
 [ -z "$INSTALLED" ] || cp -R "$INSTALLED/." "$STATE/tree"
 : > "$STATE/tree/etc/machine-id"
 rm -rf "$STATE/tree/var/log/journal" "$STATE/tree/var/lib/systemd/credential.secret"
 for unit in $MASKED; do ln -sf /dev/null "$STATE/tree/etc/systemd/system/$unit"; done
 exec systemd-nspawn --quiet --boot --register=no --keep-unit --private-network --link-journal=no \
-    --machine="$NAME" --directory="$STATE/tree" --console=pipe --kill-signal=SIGRTMIN+3 --capability=all \
+    --machine="$NAME" --directory="$STATE/tree" --console=pipe --kill-signal=SIGRTMIN+3 \
+    --capability=all \
     --system-call-filter="@keyring memfd_secret bpf" --resolv-conf=off --timezone=off \
     --bind-ro="$CHECKOUT:/secretd" ${WHEELS:+--bind-ro="$WHEELS:/wheels"} \
     -- systemd.unit=basic.target systemd.log_target=journal-or-kmsg

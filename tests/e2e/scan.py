@@ -14,7 +14,8 @@ from typing import NamedTuple
 GROUPS = 8
 SECRET_BYTES = 4 * GROUPS
 
-# In base64 the marker is "cX", "F+" or "xf", by its alignment; two of them in a row are no accident.
+# In base64 the marker is "cX", "F+" or "xf", by its alignment; two of them in a row are no
+# accident.
 _PARTS = (
     re.compile(rb"~[0-9a-f]{2}q~"),
     re.compile(rb"~\0[0-9a-f]\0[0-9a-f]\0q\0~\0"),

@@ -30,7 +30,7 @@ def limited(level: str) -> list[str]:
 
 
 @pytest.mark.parametrize("level", ["secretmem", "mlock"])
-def test_100_000_secrets_fit_in_8_mib_and_the_one_too_many_is_refused(
+def test_100_000_secrets_fit_in_8_mib_and_one_more_fails(
     start: Callable[..., Process], level: str
 ) -> None:
     """Every one is reported locked; the error names the limit; all before it still work."""
@@ -74,7 +74,8 @@ def test_without_locked_memory_the_start_warns_or_is_refused(
     code = "import resource, sys; resource.setrlimit(resource.RLIMIT_MEMLOCK, (0, 0)); "
     code += "from secretd.daemon.main import main; sys.exit(main())"
     command = [
-        *(WITHOUT_IPC_LOCK if os.getuid() == 0 else []), str(Path(SECRETD).parent / "python"), "-c", code,
+        *(WITHOUT_IPC_LOCK if os.getuid() == 0 else []), str(Path(SECRETD).parent / "python"),
+        "-c", code,
     ]  # fmt: skip
     process = start(command=command)
     assert "memory             none: MEMORY IS NOT LOCKED" in process.said

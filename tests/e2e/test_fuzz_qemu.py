@@ -28,7 +28,7 @@ def test_no_difference_is_unexplained() -> None:
     assert done.stdout.count(": 0 differences unexplained") == 2
 
 
-def test_a_reference_that_dies_is_started_again_and_is_no_difference(
+def test_a_reference_that_dies_is_restarted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """As QEMU 10.0.2 dies of one write with more than eight parse errors, with oob."""

@@ -63,7 +63,8 @@ def hostile(
     role = "admins.sock" if act == "read" or role == "admins" else "client.sock"
     uid = UID if uid is None else uid
     process = subprocess.Popen(
-        [sys.executable, "-S", str(HOSTILE), str(daemon.directory / role), kind, act, str(uid), *more],
+        [sys.executable, "-S", str(HOSTILE), str(daemon.directory / role), kind, act, str(uid),
+        *more],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE,
     )  # fmt: skip
     assert process.stdout is not None
@@ -95,7 +96,7 @@ def served(daemon: Process) -> None:
 
 @pytest.mark.parametrize("act", ["write", "read", "drop"])
 @pytest.mark.parametrize("kind", ["mutex", "linger", "fuse"])
-def test_what_blocks_holds_up_nobody_else(
+def test_a_blocking_descriptor_delays_no_other(
     guarded: Process, tmp_path: Path, kind: str, act: str
 ) -> None:
     """Written to, read from, or passed and dropped, 253 at a time."""
@@ -179,7 +180,7 @@ def test_a_socket_whose_lock_is_held_stops_no_other_client(
     served(guarded)
 
 
-def test_a_stop_does_not_wait_for_descriptors_that_nobody_accepted(
+def test_a_stop_does_not_wait_for_unaccepted_descriptors(
     guarded: Process,
 ) -> None:
     """They lie in connections of the backlog; nor for a client that goes on sending."""

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """secretd is killed a hundred times at random moments, while clients add, read and delete.
 
-Under a real systemd, which keeps the arena and the journal. Where a kill can fall within what
-secretd does to its own memory, tests/journal/test_restore.py looks at every moment; here everything is
-real, the client too.
+Under a real systemd, which keeps the arena and the journal, with a real client.
+tests/journal/test_restore.py covers every moment of a kill within secretd's own writes.
 """
 
 import asyncio
@@ -134,8 +133,8 @@ async def kill(box: Box, times: int, rng: random.Random) -> None:
         seen.add(pid)
         delay = rng.uniform(0, 0.35) if rng.random() < 0.5 else rng.uniform(0.3, 1)
         await asyncio.sleep(delay)  # the random moment is what is tested
-        # systemd may have had a process of its own there; had secretd ended by itself, there would be
-        # more restarts than kills.
+        # systemd may have had a process of its own there; had secretd ended by itself, there would
+        # be more restarts than kills.
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
             times -= 1
@@ -172,7 +171,8 @@ def test_nothing_that_was_acknowledged_is_lost(killed: tuple[Box, int]) -> None:
     }
     held = sum(len(content(i)) for w in workers for i in w.there)
     print(
-        f"{restarts} restarts, {restarts + 1 - ready} of them before it was ready; {total}; {held} bytes held"
+        f"{restarts} restarts, {restarts + 1 - ready} of them before it was ready; {total}; "
+        f"{held} bytes held"
     )
     assert restarts == times
     assert restarts + 1 - ready >= times // 20  # kills that fell into a start

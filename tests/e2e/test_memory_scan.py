@@ -75,7 +75,7 @@ sys.stdin.read()
     assert found == [True] * 6
 
 
-def test_any_8_bytes_of_a_secret_are_known_and_5_random_ones_are_no_find() -> None:
+def test_8_bytes_of_a_secret_are_found_and_5_random_are_not() -> None:
     """Wherever it was cut, and whatever stands beside it."""
     text = secret(7).encode()
     for start in range(4):
@@ -162,8 +162,10 @@ def test_no_copy_of_any_secret_is_found_outside_of_the_arena(scene: Scene, tmp_p
     assert secret(0).encode() not in cmdline
     scene.check()
 
-    for add in (inline, escaped, by_hand, inline_base64, inline_aes, file_aes, path, path_base64, fdset,
-                fdset_pipe, byte_by_byte, slowly, human_monitor, human_monitor_json, keyring, queued,
+    for add in (inline, escaped, by_hand, inline_base64, inline_aes, file_aes, path, path_base64,
+    fdset,
+                fdset_pipe, byte_by_byte, slowly, human_monitor, human_monitor_json, keyring,
+                queued,
                 by_secretctl):  # fmt: skip
         for _ in range(EACH if add not in (keyring, by_secretctl) else 10):
             add(scene, tmp_path)
@@ -219,8 +221,8 @@ def escaped(scene: Scene, _tmp_path: Path) -> None:
 def by_hand(scene: Scene, _tmp_path: Path) -> None:
     object_id, text = scene.next()
     scene.client.send(
-        b"{ 'execute': 'object-add',\n 'arguments': { 'qom-type': 'secret', 'id': '%s', 'data': '%s' } }\n"
-        % (object_id.encode(), text.encode())
+        b"{ 'execute': 'object-add',\n 'arguments': { 'qom-type': 'secret', 'id': '%s', 'data': "
+        b"'%s' } }\n" % (object_id.encode(), text.encode())
     )
     assert scene.client.reply() == {"return": {}}
     scene.held[object_id] = text.encode()

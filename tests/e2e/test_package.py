@@ -141,7 +141,8 @@ def test_the_sdist_has_all_that_is_needed_to_go_on(dist: Path) -> None:
     for wanted in (
         "docs/tutorial.md", "docs/howto/luks.md", "docs/conf.py", "systemd/system/secretd.service",
         "systemd/user/secretd.service", "systemd/sysusers.d/secretd.conf", "scripts/install",
-        "tests/memory/test_memory.py", "tests/vectors", "requirements.lock", "SECURITY.md", "LICENSE",
+        "tests/memory/test_memory.py", "tests/vectors", "requirements.lock", "SECURITY.md",
+        "LICENSE",
         ".ci/run",
     ):  # fmt: skip
         assert any(n == wanted or n.startswith(f"{wanted}/") for n in names), wanted

@@ -49,7 +49,7 @@ def test_the_examples_of_the_proposal_run(
     assert process.connect().ok("qom-get", {"path": "sec0", "property": "type"}) == "secret"
 
 
-def test_a_value_on_the_command_line_is_gone_once_the_daemon_runs(
+def test_a_command_line_value_is_gone_once_the_daemon_runs(
     start: Callable[..., Process],
 ) -> None:
     """From /proc/PID/cmdline, with a warning that says what to use; the process stays the same."""
@@ -68,7 +68,7 @@ def test_a_value_on_the_command_line_is_gone_once_the_daemon_runs(
     assert client.ok("qom-get", {"path": "sec0", "property": "file"}) == ""
 
 
-def test_the_memfd_of_a_value_is_closed_and_the_environment_clean(
+def test_a_values_memfd_is_closed_and_the_environment_clean(
     start: Callable[..., Process],
 ) -> None:
     """Only root sees that of a process that is not dumpable."""
@@ -82,7 +82,8 @@ def test_the_memfd_of_a_value_is_closed_and_the_environment_clean(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--object", "secret,id=s"], "--object secret,id=s: Either 'file' or 'data' must be provided"),
+        (["--object", "secret,id=s"], "--object secret,id=s: Either 'file' or 'data' must be "
+                                      "provided"),
         (["--object", "secret,id=s,file=/nope"],
          "--object secret,id=s,file=/nope: Unable to read /nope: Failed to open file “/nope”: "
          "No such file or directory"),
@@ -91,12 +92,14 @@ def test_the_memfd_of_a_value_is_closed_and_the_environment_clean(
         (["--object", "secret,id=s,data=x,file=y"],
          "--object secret,id=s,data=…,file=y: 'file' and 'data' are mutually exclusive"),
         (["--object", "secret,id=s,data=hunter,2"],
-         "--object secret,id=s,data=…,…: Invalid parameter '2'; a comma in a value is written twice"),
+         "--object secret,id=s,data=…,…: Invalid parameter '2'; "
+         "a comma in a value is written twice"),
         (["--object", "secret,id=s,data=hunter,two"],
          "--object secret,id=s,data=…,…: Expected '=' after parameter 'two'; "
          "a comma in a value is written twice"),
         (["--object", '{"qom-type":"secret","id":"s","data":12345678}'],
-         "--object {\"qom-type\":\"secret\",\"id\":\"s\",\"data\":…}: Invalid parameter type for 'data', "
+         '--object {"qom-type":"secret","id":"s","data":…}: Invalid parameter type '
+         "for 'data', "
          "expected: string"),
         (["--object", "secret,id=s,data=hun,ter=two2"],
          "--object secret,id=s,data=…,ter=…: Parameter 'ter' is unexpected"),
@@ -161,8 +164,8 @@ def test_a_live_socket_is_not_taken_over(secretd: Process) -> None:
     )  # fmt: skip
     assert done.returncode == 1
     assert done.stderr == (
-        f"secretd: {secretd.control}: another process is listening there; stop it or choose another "
-        "path\n"
+        f"secretd: {secretd.control}: another process is listening there; stop it or choose "
+        "another path\n"
     )
     assert secretd.connect().cmd("query-name") == {"return": {}}
 

@@ -26,7 +26,8 @@ def luks_image(secretd: Process, tmp_path: Path, object_id: str) -> str:
     """An encrypted image made with a secret that only secretd holds."""
     image = str(tmp_path / f"{object_id}.luks")
     command = [
-        "qemu-img", "create", "-q", "--object", f"secret,id=sec0,file={{{object_id}}}", "-f", "luks",
+        "qemu-img", "create", "-q", "--object", f"secret,id=sec0,file={{{object_id}}}", "-f",
+        "luks",
         "-o", "key-secret=sec0,iter-time=100", image, "4M",
     ]  # fmt: skip
     # QEMU's PBKDF timing now and then says "Unable to get accurate CPU usage" on small machines.
@@ -43,7 +44,8 @@ def run(
 ) -> subprocess.CompletedProcess:
     """Run a command through `secretctl run`."""
     return subprocess.run(
-        [SECRETCTL, "--socket", secretd.control, "run", "--via", via, "--secret", object_id, "--", *command],
+        [SECRETCTL, "--socket", secretd.control, "run", "--via", via, "--secret", object_id, "--",
+        *command],
         capture_output=True, text=True, check=False, timeout=60,
     )  # fmt: skip
 
@@ -57,7 +59,7 @@ def qemu_io(object_id: str, image: str, action: str) -> list[str]:
 
 
 @pytest.mark.parametrize("via", ["memfd", "pipe"])
-def test_qemu_reads_and_writes_a_disk_whose_passphrase_only_secretd_holds(
+def test_qemu_uses_a_disk_whose_passphrase_secretd_holds(
     secretd: Process, tmp_path: Path, via: str
 ) -> None:
     """Unmodified qemu-img and qemu-io; the wrong secret fails."""
@@ -107,7 +109,7 @@ def qemu(tmp_path: Path) -> Iterator[Callable[..., Client]]:
         process.stderr.close()
 
 
-def test_a_running_qemu_takes_a_sealed_secret_and_opens_a_disk_with_it(
+def test_a_running_qemu_opens_a_disk_with_a_sealed_secret(
     secretd: Process, tmp_path: Path, qemu: Callable[..., Client]
 ) -> None:
     """The same master key in both; the plaintext never leaves secretd."""

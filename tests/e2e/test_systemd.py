@@ -148,7 +148,8 @@ def test_systemd_finds_nothing_wrong_with_the_units(box: Box) -> None:
         assert len(units) == 4
         done = box.run(
             "env", "XDG_RUNTIME_DIR=/run/user/0", "sh", "-c",
-            f"mkdir -p /run/user/0 && systemd-analyze verify {option} {' '.join(units)}", check=False,
+            f"mkdir -p /run/user/0 && systemd-analyze verify {option} {' '.join(units)}",
+            check=False,
         )  # fmt: skip
         ours = [line for line in (done.stdout + done.stderr).splitlines() if "secretd" in line]
         assert ours == []
@@ -286,8 +287,8 @@ def test_a_socket_with_another_name_is_refused_in_words(box: Box) -> None:
         box.run("systemctl", "start", "--no-block", "secretd")
         log_of(
             box,
-            "the service manager passed a socket as 'client.sock': FileDescriptorName= of a .socket unit "
-            "must be control, client or credentials",
+            "the service manager passed a socket as 'client.sock': FileDescriptorName= of a "
+            ".socket unit must be control, client or credentials",
         )
     finally:
         box.run("rm", "-r", "/etc/systemd/system/secretd-client.socket.d")
@@ -347,15 +348,15 @@ def test_what_was_sent_before_a_stop_is_answered(box: Box, tmp_path: Path) -> No
     other.close()
 
 
-def test_log_lines_have_priorities_and_audit_records_are_one_line_each(box: Box) -> None:
+def test_log_lines_have_priorities_and_records_one_line(box: Box) -> None:
     """So `journalctl -p warning` shows what went wrong, and the chain can be verified."""
     add(box, "a", "1", "some.service")
     assert load(box, "other", "a").returncode == FAILED
     log_of(box, "credential 'a' of other.service refused")
     (warning,) = box.journal("secretd", "--priority=warning")
     assert warning == (
-        "credential 'a' of other.service refused: no grant lets unit:other.service have it; the unit fails "
-        "with 243/CREDENTIALS"
+        "credential 'a' of other.service refused: no grant lets unit:other.service have it; the "
+        "unit fails with 243/CREDENTIALS"
     )
     (notice,) = box.journal("secretd", "--priority=notice..notice")
     assert json.loads(notice)["decision"] == "deny"
@@ -426,7 +427,8 @@ def test_a_unit_that_may_not_have_it_fails(box: Box) -> None:
         (
             "app",
             "huge",
-            "secret 'huge' has 1048573 bytes, which with the credential's name is more than the 1048576",
+            "secret 'huge' has 1048573 bytes, which with the credential's name is more than the "
+            "1048576",
         ),
     ):
         done = load(box, unit, name, command=started)
@@ -453,13 +455,14 @@ def test_units_made_of_templates_are_themselves(box: Box) -> None:
     log_of(box, "credential 'k' of tpl@b.service refused: no grant lets unit:tpl@b.service have it")
 
 
-def test_each_process_of_a_unit_fetches_it_and_reads_do_not_count(box: Box) -> None:
+def test_each_process_of_a_unit_fetches_it_without_a_count(box: Box) -> None:
     """It is asked for again with every ExecStartPre=; max-reads is for the client socket."""
     add(box, "k", "letmein")
     box.run("secretctl", "grant", "k", "--to", "unit:pre.service", "--max-reads", "1")
     box.write(
         "/etc/systemd/system/pre.service",
-        f"[Service]\nType=oneshot\nLoadCredential=k:{CREDENTIALS}\nExecStartPre=systemd-creds cat k\n"
+        f"[Service]\nType=oneshot\nLoadCredential=k:{CREDENTIALS}\nExecStartPre=systemd-creds cat "
+        "k\n"
         "ExecStartPre=systemd-creds cat k\nExecStart=systemd-creds cat k\n",
     )
     box.run("systemctl", "daemon-reload")
@@ -512,9 +515,9 @@ def test_a_forged_address_is_refused_and_audited(box: Box) -> None:
     assert forged(genuine, unit="app") == "7 7"
     refused = f"{(1 << 20) + (1 << 16)} 0"
     assert forged(genuine) == refused
-    log_of(box, "credential 'k' of app.service refused: it says that it is app.service, and is in ")
+    log_of(box, "credential 'k' of app.service refused: it claims to be app.service, and is in ")
     assert forged(genuine, unit="evil") == refused
-    log_of(box, "it says that it is app.service, and is in unit:evil.service")
+    log_of(box, "it claims to be app.service, and is in unit:evil.service")
     for address in (
         b"\0a/unit/app.service",
         b"\0a/unit/app.service/k/x",
@@ -524,7 +527,7 @@ def test_a_forged_address_is_refused_and_audited(box: Box) -> None:
         assert forged(address, unit="app") == refused
     log_of(
         box,
-        "a connection to the credentials socket was refused: the address it came from is not one of",
+        "a connection to the credentials socket was refused: the address it came from is not",
     )
     deny = [
         json.loads(ln)
@@ -534,7 +537,7 @@ def test_a_forged_address_is_refused_and_audited(box: Box) -> None:
     assert deny[0]["event"] == "credential"
     assert deny[0]["credential"] == "k"
     assert deny[0]["peer"]["uid"] == 0
-    assert deny[0]["reason"].startswith("it says that it is app.service, and is in ")
+    assert deny[0]["reason"].startswith("it claims to be app.service, and is in ")
 
 
 def test_others_than_the_service_manager_are_refused(box: Box) -> None:
@@ -578,8 +581,8 @@ def test_a_unit_started_before_secretd_waits_for_it(box: Box) -> None:
     box.run("chmod", "644", "/etc/secretd-test")
     arguments(
         box,
-        "--object secret,id=k,file=/etc/secretd-test --object authz-simple,id=a,identity=unit:app.service "
-        "--object secret-grant,id=g,secret=k,authz=a",
+        "--object secret,id=k,file=/etc/secretd-test --object "
+        "authz-simple,id=a,identity=unit:app.service --object secret-grant,id=g,secret=k,authz=a",
     )
     assert box.show("secretd", "ActiveState") == "inactive"
     began = time.monotonic()
@@ -596,7 +599,8 @@ def test_a_users_own_manager_has_one_of_its_own(box: Box) -> None:
     def as_user(*words: str, check: bool = True) -> "subprocess.CompletedProcess[str]":
         return box.run(
             "setpriv", "--reuid", uid, "--regid", uid, "--clear-groups", "env", "HOME=/home/tester",
-            f"XDG_RUNTIME_DIR=/run/user/{uid}", "sh", "-c", 'cd / && exec "$@"', "sh", *words, check=check,
+            f"XDG_RUNTIME_DIR=/run/user/{uid}", "sh", "-c", 'cd / && exec "$@"', "sh", *words,
+            check=check,
         )  # fmt: skip
 
     try:
@@ -692,7 +696,7 @@ def test_an_upgrade_loses_nothing(box: Box) -> None:
     box.run("sh", "-c", back)
 
 
-def test_a_secret_whose_time_is_over_meanwhile_does_not_come_back(box: Box) -> None:
+def test_a_secret_that_expired_meanwhile_stays_away(box: Box) -> None:
     """It is wiped before anything is answered."""
     drop_in(box, "[Service]\nRestartSec=1500ms\n")
     qmp = box.qmp()
@@ -731,7 +735,7 @@ def test_an_administrator_may_keep_them_over_a_stop(box: Box) -> None:
     qmp.close()
 
 
-def test_objects_of_the_command_line_are_renewed_only_where_they_changed(box: Box) -> None:
+def test_command_line_objects_are_renewed_if_they_changed(box: Box) -> None:
     """A start with what an earlier one left is no duplicate; another content replaces."""
     box.write("/etc/secretd-test", "one")
     box.run("chmod", "644", "/etc/secretd-test")
@@ -809,7 +813,8 @@ def test_an_unknown_format_is_refused_kept_and_said(box: Box) -> None:
         box.run("systemctl", "restart", "secretd", check=False)
         log_of(
             box,
-            "what secretd held before cannot be taken over: the journal has format 7, not 1. It stays",
+            "what secretd held before cannot be taken over: the journal has format 7, not 1. It "
+            "stays",
         )
         os.pwrite(journal.fileno(), b"\1", 8)
     qmp = box.qmp()
@@ -821,14 +826,16 @@ def test_a_unit_whose_credential_was_cut_off_by_a_kill_fails(box: Box) -> None:
     """It does not start with nothing: the next process refuses what it cannot know."""
     add(box, "k", "letmein", "app.service")
     drop_in(box, "[Service]\nRestartSec=1\n")
-    # The service manager as it would be between accept and answer: ask for it while secretd is stopped,
-    # let it accept, and kill it there.
+    # The service manager as it would be between accept and answer: ask for it while secretd is
+    # stopped, let it accept, and kill it there.
     (pid,) = box.processes("secretd.service")
     os.kill(pid, signal.SIGSTOP)
     asked = subprocess.Popen(
         [
-            "nsenter", "-t", box._init(), "-m", "-u", "-i", "-n", "-p", "-C", "--", "systemd-run", "--quiet",
-            "--wait", "--pipe", "--unit=app", f"--property=LoadCredential=k:{CREDENTIALS}", *SHOW, "k",
+            "nsenter", "-t", box._init(), "-m", "-u", "-i", "-n", "-p", "-C", "--", "systemd-run",
+            "--quiet",
+            "--wait", "--pipe", "--unit=app", f"--property=LoadCredential=k:{CREDENTIALS}", *SHOW,
+            "k",
         ],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
@@ -847,8 +854,8 @@ def test_a_master_key_comes_encrypted_by_the_hosts_key(box: Box) -> None:
     """The recipe of docs/systemd.md; a secret under it; what is said where it is missing."""
     box.run(
         "sh", "-c",
-        "mkdir -p /etc/credstore.encrypted && head -c 32 /dev/urandom > /run/key && systemd-creds encrypt "
-        "--name=master-key --with-key=host /run/key /etc/credstore.encrypted/master-key",
+        "mkdir -p /etc/credstore.encrypted && head -c 32 /dev/urandom > /run/key && systemd-creds "
+        "encrypt --name=master-key --with-key=host /run/key /etc/credstore.encrypted/master-key",
     )  # fmt: skip
     more = "LoadCredentialEncrypted=master-key:/etc/credstore.encrypted/master-key\n"
     words = "--object secret,id=master0,file=%d/master-key"
@@ -864,7 +871,8 @@ def test_a_master_key_comes_encrypted_by_the_hosts_key(box: Box) -> None:
     log_of(box, "Unable to read ")
     log_of(
         box,
-        "systemd has set up no credential 'master-key' for this unit: see LoadCredentialEncrypted= there",
+        "systemd has set up no credential 'master-key' for this unit: see "
+        "LoadCredentialEncrypted= there",
     )
     box.run("systemctl", "stop", "secretd")
     arguments(box, f"{words} --object-policy=best-effort", "SetCredential=other:x\n")

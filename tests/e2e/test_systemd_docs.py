@@ -93,7 +93,7 @@ def test_five_commands_lead_from_nothing_to_a_units_first_secret(box: Box) -> No
     assert left == ""
 
 
-def test_every_message_that_the_page_explains_is_one_that_is_said() -> None:
+def test_the_page_explains_only_messages_of_the_code() -> None:
     """Its tables quote secretd word for word."""
     code = "".join(path.read_text() for path in sorted((ROOT / "secretd").rglob("*.py")))
     code = re.sub(r'"\s*f?"', "", code)  # strings that go on in the next line

@@ -17,7 +17,7 @@ READ = (*SECRETCTL, "--socket", CLIENT, "read", "web.key")
 CTL = (*SECRETCTL, "--socket", CONTROL)
 DENIED = (
     "secretctl: Reading secret 'web.key' is not permitted\n"
-    "secretctl: root can let you: secretctl grant web.key --to user:NAME\n"
+    "secretctl: root can permit it: secretctl grant web.key --to user:NAME\n"
 )
 
 

@@ -159,7 +159,8 @@ def arguments(rng: random.Random) -> tuple[str, dict[str, object]]:
     if command == "object-add":
         given = {"qom-type": pick(QOM_TYPES), "id": pick(IDS)}
         some = {
-            "data": pick(DATA), "format": pick(["raw", "base64", "base64", "hex"]), "keyid": pick(IDS),
+            "data": pick(DATA), "format": pick(["raw", "base64", "base64", "hex"]),
+            "keyid": pick(IDS),
             "iv": pick(BASE64), "file": pick(["/nope", "/", "x"]), "identity": pick(STRINGS),
             "policy": pick(["allow", "deny", "x"]), "rules": pick(RULES),
         }  # fmt: skip

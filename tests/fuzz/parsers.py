@@ -2,8 +2,8 @@
 """What others can hand to secretd, made at random: messages, --object texts, a journal, addresses.
 
 hypothesis makes the input, mostly by mutating what lies in tests/corpora, and makes it small where
-something is wrong. scripts/dev/fuzz runs it for as long as one likes; tests/fuzz/test_fuzzing.py runs the
-corpora and some hundred more at each check. What was found once is added to the corpora.
+something is wrong. scripts/dev/fuzz runs it for any time; tests/fuzz/test_fuzzing.py runs the
+corpora and some hundred more at each check. Each finding is added to the corpora.
 """
 
 import argparse

@@ -101,7 +101,7 @@ def test_the_journal_is_compacted_when_most_of_it_is_dead(arena: Arena) -> None:
     journal.close()
 
 
-def test_changing_properties_over_and_over_keeps_every_object_whole(arena: Arena) -> None:
+def test_repeated_property_changes_keep_objects_whole(arena: Arena) -> None:
     """Compaction in the middle of a change does not spoil another record."""
     journal = Journal(arena, tuning=Tuning(dead_bytes=1 << 10))
     for number in range(50):

@@ -30,10 +30,13 @@ def tree(tmp_path: Path) -> Path:
 
 
 PATHS = (
-    "d/file", "d//file", "./d/./e/../file", "to-file", "to-dir/file", "d/up", "d", "d/", ".", "..", "/",
-    "d/file/", "d/file/x", "loop", "nowhere", "nothing", "slash", "n38", "n39", "n40", "n44", "to-dir/",
+    "d/file", "d//file", "./d/./e/../file", "to-file", "to-dir/file", "d/up", "d", "d/", ".", "..",
+    "/",
+    "d/file/", "d/file/x", "loop", "nowhere", "nothing", "slash", "n38", "n39", "n40", "n44",
+    "to-dir/",
     "to-dir/e/..",
-    "/proc/self/status", "/proc/self/fd/{fd}", "/proc/self/exe", "/proc/self/cwd/d/file", "/proc/mounts",
+    "/proc/self/status", "/proc/self/fd/{fd}", "/proc/self/exe", "/proc/self/cwd/d/file",
+    "/proc/mounts",
     "/proc/{pid}/root", "/dev/fd/{fd}", "", "x" * 300,
 )  # fmt: skip
 

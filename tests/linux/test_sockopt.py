@@ -49,7 +49,7 @@ def test_a_socket_that_was_reset_may_hold_descriptors() -> None:
         assert sockopt.holds_descriptors(ours, memoryview(bytearray(4096)))
 
 
-def test_a_peek_tells_the_bytes_and_whether_descriptors_come_with_them() -> None:
+def test_a_peek_finds_bytes_and_descriptors() -> None:
     """And the end; where there is nothing it says so."""
     ours, theirs = socket.socketpair()
     view = memoryview(bytearray(10))

@@ -43,7 +43,7 @@ def test_one_that_comes_and_goes_alone_costs_no_window_each_time(any_arena: Aren
         assert any_arena.mapped == mapped
 
 
-def test_buffers_of_all_sizes_hold_their_bytes_and_are_zero_when_reused(any_arena: Arena) -> None:
+def test_buffers_hold_their_bytes_and_are_zero_when_reused(any_arena: Arena) -> None:
     """No two buffers overlap, and nothing of an earlier owner is left."""
     rng = random.Random(1)
     held: list[tuple[LockedBuffer, bytes]] = []
@@ -251,7 +251,8 @@ def test_a_closed_arena_can_be_closed_again() -> None:
 def test_dumps_are_forbidden() -> None:
     """PR_GET_DUMPABLE and RLIMIT_CORE afterwards."""
     done = in_subprocess(
-        "import ctypes, resource; from secretd.linux.locked_pages import forbid_dumps; forbid_dumps();"
+        "import ctypes, resource; from secretd.linux.locked_pages import forbid_dumps; "
+        "forbid_dumps();"
         "print(ctypes.CDLL(None).prctl(3), resource.getrlimit(resource.RLIMIT_CORE))"
     )
     assert done.stdout == f"0 (0, {resource.getrlimit(resource.RLIMIT_CORE)[1]})\n"

@@ -126,7 +126,8 @@ async def test_secrets_are_added_in_every_encoding(aqmp: AsyncClient, tmp_path: 
         ({"file": "/dev/fd/0"},
          "Unable to read /dev/fd/0: Failed to open file “/dev/fd/0”: No such file or directory"),
         ({"file": "/dev/fdset/7"},
-         "Unable to read /dev/fdset/7: Failed to open file “/dev/fdset/7”: No such file or directory"),
+         "Unable to read /dev/fdset/7: Failed to open file “/dev/fdset/7”: No such file or "
+         "directory"),
         ({"data": "x", "keyid": "nope"}, "No secret with id 'nope'"),
         ({"data": "x", "keyid": "new"}, "Secret with id 'new' has no data"),
         ({"data": "x", "keyid": "short"}, "Key should be 32 bytes in length"),
@@ -536,7 +537,7 @@ async def test_a_fifo_holds_up_only_the_connection_that_asked(
         await asyncio.sleep(0)
 
 
-async def test_a_connection_that_ends_while_its_source_is_read_leaves_nothing(
+async def test_a_connection_that_ends_during_a_read_leaves_nothing(
     in_loop: Served, tmp_path: Path
 ) -> None:
     """The thread finishes by itself; what it read is wiped."""
@@ -732,7 +733,7 @@ async def test_of_very_many_unexpected_arguments_one_is_named(aqmp: AsyncClient)
     assert await aqmp.fail("query-name", names) == "Parameter 'n0' is unexpected"
 
 
-async def test_keys_are_for_who_may_name_files(in_loop: Served, aqmp: AsyncClient) -> None:
+async def test_keys_need_the_right_to_name_files(in_loop: Served, aqmp: AsyncClient) -> None:
     """The daemon reads them with its own rights, as it does files."""
     source_ = next(iter(in_loop.server.sessions)).monitor.loading.sources
     source_._trusted = False

@@ -36,7 +36,7 @@ async def test_the_other_connections_learn_what_one_does(
     assert aqmp.events == []
 
 
-async def test_every_way_to_add_or_delete_is_told(
+async def test_every_way_to_add_or_delete_is_an_event(
     in_loop: Served, aqmp: AsyncClient, tmp_path: Path
 ) -> None:
     """From a file, generated, by the human monitor; but not what fails and what is no secret."""
@@ -59,7 +59,7 @@ async def test_every_way_to_add_or_delete_is_told(
     ]
 
 
-async def test_neither_the_client_socket_nor_who_has_not_negotiated_gets_them(
+async def test_events_need_negotiation_and_the_control_socket(
     in_loop: Served, aqmp: AsyncClient
 ) -> None:
     """Events come after negotiation, as in QEMU."""
@@ -74,7 +74,7 @@ async def test_neither_the_client_socket_nor_who_has_not_negotiated_gets_them(
 
 
 @pytest.mark.slow
-async def test_who_does_not_read_loses_events_and_is_told_how_many(
+async def test_an_unread_connection_loses_events_and_learns_the_count(
     in_loop: Served, aqmp: AsyncClient
 ) -> None:
     """The daemon keeps few; others are not held up."""
@@ -99,9 +99,7 @@ async def test_who_does_not_read_loses_events_and_is_told_how_many(
     assert (await lazy.event())["data"]["id"] == "t"
 
 
-async def test_who_comes_later_is_not_told_what_was_before(
-    in_loop: Served, aqmp: AsyncClient
-) -> None:
+async def test_a_new_connection_gets_no_earlier_events(in_loop: Served, aqmp: AsyncClient) -> None:
     """However short the time since; and an end by a signal does not lose what is on its way."""
     first = await (await in_loop.connect()).watch()
     await aqmp.add("before", data="x")
@@ -113,7 +111,7 @@ async def test_who_comes_later_is_not_told_what_was_before(
     assert await late.line() == b""
 
 
-async def test_the_end_is_told_to_all(in_loop: Served, aqmp: AsyncClient) -> None:
+async def test_shutdown_reaches_all_connections(in_loop: Served, aqmp: AsyncClient) -> None:
     """SHUTDOWN also to who asked for it, before the reply, as in QEMU."""
     other = await (await in_loop.connect()).watch()
     assert (await aqmp.cmd("quit"))["event"] == "SHUTDOWN"
@@ -147,7 +145,7 @@ async def refused(client: AsyncClient, name: str) -> None:
     os.close(sink)
 
 
-async def test_reads_and_refusals_are_told_on_the_control_socket(
+async def test_reads_and_refusals_are_events_on_the_control_socket(
     in_loop: Served, granted: AsyncClient
 ) -> None:
     """With who it was; not to who did it."""
@@ -170,7 +168,7 @@ async def test_reads_and_refusals_are_told_on_the_control_socket(
 
 
 @pytest.mark.slow
-async def test_the_client_socket_is_told_of_what_it_may_read_and_of_nothing_else(
+async def test_client_connections_get_events_of_readable_secrets(
     in_loop: Served, granted: AsyncClient
 ) -> None:
     """Without who did it."""
@@ -202,7 +200,7 @@ async def test_the_client_socket_is_told_of_what_it_may_read_and_of_nothing_else
 
 @pytest.mark.slow
 @pytest.mark.tuning(throttled_seconds=0.3, events_seconds=1000.0)
-async def test_reads_of_one_secret_are_told_once_a_second(
+async def test_reads_of_one_secret_are_events_once_a_second(
     in_loop: Served, granted: AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first at once, the last at the end of the second; each secret for itself."""
@@ -298,7 +296,7 @@ async def test_the_time_of_an_event_tells_nothing_of_others(
 
 @pytest.mark.slow
 @pytest.mark.tuning(throttled_seconds=0.2)
-async def test_what_was_held_back_is_not_told_after_a_revocation(
+async def test_a_held_event_is_not_sent_after_a_revocation(
     in_loop: Served, granted: AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Though it happened before."""
@@ -412,7 +410,7 @@ async def test_events_can_be_chosen_by_name(in_loop: Served, aqmp: AsyncClient) 
 
 
 @pytest.mark.slow
-async def test_a_flood_of_refusals_leaves_room_for_the_events_of_others(
+async def test_a_flood_of_refusals_leaves_room_for_other_events(
     in_loop: Served, granted: AsyncClient
 ) -> None:
     """One uid that is refused thousands of names takes 16 of them a second; nothing else is lost or
@@ -491,7 +489,7 @@ async def test_many_subscribers_are_served_in_slices(
 
 
 @pytest.mark.tuning(slice_seconds=0.0)
-async def test_turning_events_on_anew_during_a_delivery_stops_it_for_nobody(
+async def test_subscribing_again_during_a_delivery_stops_no_other(
     in_loop: Served, aqmp: AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All get the next event, and nothing is kept any more."""
@@ -562,7 +560,7 @@ async def test_everything_is_sent_at_the_end(in_loop: Served, granted: AsyncClie
 
 
 @pytest.mark.tuning(throttled_seconds=0.05)
-async def test_a_connection_that_ends_while_it_is_told_gets_no_more(
+async def test_a_connection_that_ends_during_an_event_gets_no_more(
     in_loop: Served, granted: AsyncClient
 ) -> None:
     """What was held back for it is dropped."""

@@ -101,7 +101,7 @@ async def test_behind_eight_requests_nothing_is_read(oob: AsyncClient, stuck: St
 
 
 @pytest.mark.parametrize("junk", [b"@abc ", b"@'abc ", b'@ "\xc3 ', b"01 x\t"])
-async def test_what_is_skipped_after_an_error_is_not_part_of_what_waits(
+async def test_skipped_bytes_are_not_part_of_the_queue(
     oob: AsyncClient, stuck: Stuck, junk: bytes
 ) -> None:
     """One error for the junk, and the request behind it in its turn."""
@@ -130,8 +130,8 @@ async def test_a_secret_in_the_queue_is_added_in_its_turn(oob: AsyncClient, stuc
     """It waits in locked memory, also where it is large or in escapes."""
     for object_id, data in ((b"a", b"letme\\u0069n"), (b"b", b"x" * 100_000)):
         await oob.send(
-            b'{"execute": "object-add", "arguments": {"qom-type": "secret", "id": "%s", "data": "%s"}}\n'
-            % (object_id, data)
+            b'{"execute": "object-add", "arguments": {"qom-type": "secret", "id": "%s", "data": '
+            b'"%s"}}\n' % (object_id, data)
         )
     assert (await oob.ask(LIST))["return"] == []
     await stuck.release()
@@ -144,7 +144,8 @@ async def test_a_client_that_leaves_takes_its_queue_along(
     oob: AsyncClient, stuck: Stuck, in_loop: Served
 ) -> None:
     """Nothing of it is carried out, and no locked memory stays (the daemon's end checks that)."""
-    await oob.send(name(1) + b"{]'\x01" + b'{"execute": "object-add", "arguments": {"qom-type": "secret",'
+    await oob.send(name(1) + b"{]'\x01" + b'{"execute": "object-add", "arguments": {"qom-type": '
+                                          b'"secret",'
              b' "id": "late", "data": "x"}}')  # fmt: skip
     assert (await oob.ask(LIST))["id"] == "oob"
     oob.close()
@@ -221,7 +222,7 @@ async def answer(client: AsyncClient) -> bytes:
 
 
 @pytest.mark.parametrize("seed", range(40))
-async def test_whatever_comes_meanwhile_is_answered_as_if_nothing_were_stuck(
+async def test_requests_behind_a_stuck_one_are_answered_alike(
     oob: AsyncClient, stuck: Stuck, aqmp: AsyncClient, seed: int
 ) -> None:
     """The same answers in the same order, of good and bad messages in any mixture."""
@@ -242,7 +243,7 @@ async def test_whatever_comes_meanwhile_is_answered_as_if_nothing_were_stuck(
 
 @pytest.mark.slow
 @pytest.mark.tuning(look_seconds=1000.0)
-async def test_who_does_not_read_what_it_asks_out_of_band_is_not_read_either(
+async def test_a_client_that_reads_no_oob_replies_is_not_read(
     in_loop: Served,
     aqmp: AsyncClient,
     oob: AsyncClient,

@@ -190,7 +190,7 @@ def test_a_client_that_resets_ends_no_more_than_its_connection(daemon: Daemon, q
     assert daemon.call(lambda: connections.held(1000)) == 0
 
 
-def test_requests_that_come_while_others_are_queued_come_after_them(
+def test_later_requests_come_after_queued_ones(
     daemon: Daemon, qmp: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With oob, when the command before them has ended and they wait for the uid's turn."""

@@ -29,7 +29,7 @@ def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
         yield a, b
 
 
-def test_who_watches_is_called_for_each_thing_to_read(
+def test_a_reader_is_called_for_each_readable_event(
     pair: tuple[socket.socket, socket.socket],
 ) -> None:
     """Until it ends that; the end of the other side is something to read too."""
@@ -88,7 +88,7 @@ def test_one_descriptor_can_be_watched_and_written_to(
     run(main())
 
 
-def test_who_watches_can_end_it_for_another(
+def test_a_reader_can_remove_another(
     pair: tuple[socket.socket, socket.socket],
 ) -> None:
     """Both are ready in the same turn, and the one that comes first closes the other."""
@@ -113,7 +113,7 @@ def test_who_watches_can_end_it_for_another(
     run(main())
 
 
-def test_an_error_in_who_watches_is_told_and_the_loop_goes_on(
+def test_an_error_in_a_reader_is_reported_and_the_loop_goes_on(
     pair: tuple[socket.socket, socket.socket],
 ) -> None:
     """As asyncio does with callbacks."""

@@ -35,9 +35,7 @@ async def test_a_reset_is_the_end_where_bytes_are_looked_at_first(
     assert transport.is_closed
 
 
-async def test_a_turn_that_comes_while_the_connection_yields_changes_nothing(
-    in_loop: Served, aqmp: AsyncClient
-) -> None:
+async def test_a_turn_during_a_yield_changes_nothing(in_loop: Served, aqmp: AsyncClient) -> None:
     """The next one counts."""
     transport = transport_of(in_loop)
     transport.pause(Pause.TURN)

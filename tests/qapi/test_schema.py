@@ -127,7 +127,8 @@ def test_the_fast_path_declines_what_is_in_doubt(line: bytes) -> None:
 
 
 WORDS = [
-    "execute", "arguments", "id", "object-add", "object-del", "getfd", "fdname", "qom-type", "secret",
+    "execute", "arguments", "id", "object-add", "object-del", "getfd", "fdname", "qom-type",
+    "secret",
     "data", "file", "format", "raw", "base64", "keyid", "iv", "x", "query-version", "secret-read",
     "qom-get", "path", "property", "typename", "",
 ]  # fmt: skip
@@ -206,7 +207,8 @@ def test_fast_path_and_reference_are_one_behaviour(
     ("command", "arguments", "words"),
     [
         ("object-add", "{}", "Parameter 'qom-type' is missing"),
-        ("object-add", '{"qom-type": 5}', "Invalid parameter type for 'qom-type', expected: string"),
+        ("object-add", '{"qom-type": 5}',
+        "Invalid parameter type for 'qom-type', expected: string"),
         ("object-add", '{"qom-type": "nope"}', "Parameter 'qom-type' does not accept value 'nope'"),
         ("object-add", '{"qom-type": "secret"}', "Parameter 'id' is missing"),
         ("object-add", '{"qom-type": "secret", "id": null}',
@@ -218,15 +220,20 @@ def test_fast_path_and_reference_are_one_behaviour(
         ("object-add", '{"qom-type": "secret", "id": "a", "loaded": true}',
          "Parameter 'loaded' is unexpected"),
         ("query-name", '{"x": 1}', "Parameter 'x' is unexpected"),
-        ("remove-fd", '{"fdset-id": 1.0}', "Invalid parameter type for 'fdset-id', expected: integer"),
+        ("remove-fd", '{"fdset-id": 1.0}', "Invalid parameter type for 'fdset-id', expected: "
+                                           "integer"),
         ("remove-fd", '{"fdset-id": 9223372036854775808}',
          "Invalid parameter type for 'fdset-id', expected: integer"),
-        ("remove-fd", '{"fdset-id": "1"}', "Invalid parameter type for 'fdset-id', expected: integer"),
-        ("qom-list-types", '{"abstract": 1}', "Invalid parameter type for 'abstract', expected: boolean"),
-        ("qmp_capabilities", '{"enable": "oob"}', "Invalid parameter type for 'enable', expected: array"),
+        ("remove-fd", '{"fdset-id": "1"}', "Invalid parameter type for 'fdset-id', expected: "
+                                           "integer"),
+        ("qom-list-types", '{"abstract": 1}', "Invalid parameter type for 'abstract', expected: "
+                                              "boolean"),
+        ("qmp_capabilities", '{"enable": "oob"}', "Invalid parameter type for 'enable', "
+                                                  "expected: array"),
         ("qmp_capabilities", '{"enable": [5]}',
          "Invalid parameter type for 'enable[0]', expected: string"),
-        ("qmp_capabilities", '{"enable": ["nope"]}', "Parameter 'null' does not accept value 'nope'"),
+        ("qmp_capabilities", '{"enable": ["nope"]}',
+        "Parameter 'null' does not accept value 'nope'"),
     ],
 )  # fmt: skip
 def test_wrong_arguments_are_named_in_qemus_words(command: str, arguments: str, words: str) -> None:

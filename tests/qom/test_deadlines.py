@@ -140,7 +140,7 @@ async def test_a_grant_with_a_lifetime_ends(
     assert [e["event"] for e in client.events] == []
 
 
-async def test_deadlines_are_kept_in_order_and_many_at_once_leave_others_their_turn() -> None:
+async def test_many_deadlines_at_once_leave_others_their_turn() -> None:
     """An earlier one moves the timer; what was forgotten or changed does not end."""
     ended: list[str] = []
     deadlines = Deadlines(ended_per_turn=10)

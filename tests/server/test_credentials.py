@@ -99,7 +99,7 @@ def test_a_users_unit_is_that_of_the_user(daemon: Daemon, qmp: Client) -> None:
         ("app.service", "x1", "it could be more than one secret: 'x1', 'x3'"),
         ("app.service", "authz", "there is no secret 'authz'"),
         ("app.service", "ended", "no grant lets unit:app.service have it"),
-        ("other.service", "a", "it says that it is other.service, and is in unit:app.service"),
+        ("other.service", "a", "it claims to be other.service, and is in unit:app.service"),
     ],
 )
 def test_what_is_refused_gets_too_much(
@@ -176,7 +176,7 @@ def test_the_audits_key_is_no_credential(
 
 
 @pytest.mark.slow
-def test_what_is_given_is_audited_and_told(tmp_path: Path, app: str) -> None:
+def test_a_credential_is_audited_and_an_event(tmp_path: Path, app: str) -> None:
     """With the rule, the secret and the name it was asked by; the control socket hears of both."""
     daemon = Daemon(tmp_path, make_audit=lambda: Audit(str(tmp_path / "audit")))
     try:
@@ -211,19 +211,19 @@ def test_other_addresses_and_other_uids_are_refused(
     for bad in (b"\0x/unit/app.service/a", b"\0a/unit/app.service", b""):
         assert len(fetch(daemon, app, bad)) == REFUSED
     assert warnings(caplog) == 3 * [
-        "a connection to the credentials socket was refused: the address it came from is not one of "
-        "LoadCredential="
+        "a connection to the credentials socket was refused: the address it came from is not one "
+        "of LoadCredential="
     ]
     caplog.clear()
     assert len(fetch(daemon, app, address("app.service", "a"), uid=1001)) == REFUSED
     assert warnings(caplog) == [
-        "credential 'a' of app.service refused: uid 1001 is not that of the service manager; the unit fails "
-        "with 243/CREDENTIALS"
+        "credential 'a' of app.service refused: uid 1001 is not that of the service manager; the "
+        "unit fails with 243/CREDENTIALS"
     ]
     assert fetch(daemon, app, address("app.service", "a")) == b"letmein"
 
 
-def test_who_cannot_be_told_is_refused(
+def test_an_unidentified_peer_is_refused(
     daemon: Daemon,
     qmp: Client,
     app: str,
@@ -237,11 +237,12 @@ def test_who_cannot_be_told_is_refused(
     assert len(fetch(daemon, app, address("app.service", "a"))) == REFUSED
     (said,) = warnings(caplog)
     assert said.startswith(
-        "credential 'a' of app.service refused: It cannot be told in full who has connected: the process has"
+        "credential 'a' of app.service refused: Cannot identify the peer completely: the process "
+        "has"
     )
 
 
-def test_on_old_kernels_root_is_told_by_its_number(
+def test_on_old_kernels_root_is_identified_by_pid(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before 6.5 there is no SO_PEERPIDFD. That is good enough for root, and for nobody else."""
@@ -408,7 +409,7 @@ def test_an_error_of_our_own_is_a_refusal_too(
     assert fetch(daemon, app, address("app.service", "a")) == b"letmein"
 
 
-def test_one_that_goes_away_disturbs_nobody(daemon: Daemon, qmp: Client, app: str) -> None:
+def test_a_unit_that_goes_away_disturbs_no_other(daemon: Daemon, qmp: Client, app: str) -> None:
     """In the middle of a refusal, or of its secret: that is no read."""
     fd = os.memfd_create("x")
     os.write(fd, b"x" * 1_000_000)

@@ -190,7 +190,8 @@ async def test_unfinished_bytes(
             await asyncio.sleep(0)
     await held[3].send(b'{"execute"')
     assert (await held[3].reply())["error"]["desc"] == (
-        "uid 1000 has 6144 bytes of unfinished messages, and the limit is 6144 (unfinished-bytes-per-uid)"
+        "uid 1000 has 6144 bytes of unfinished messages, and the limit is 6144 "
+        "(unfinished-bytes-per-uid)"
     )
     assert await held[3].line() == b""
     other = await in_loop.connect(role="client", uid=B)
@@ -333,7 +334,7 @@ async def test_objects_in_all(in_loop: Served, aqmp: AsyncClient) -> None:
 
 
 @pytest.mark.tuning(delivery_seconds=0.05)
-async def test_the_size_of_a_secret_and_the_time_of_a_delivery_are_counted(
+async def test_limits_of_size_and_delivery_time_are_counted(
     in_loop: Served, aqmp: AsyncClient, monkeypatch: pytest.MonkeyPatch, tmp_path: object
 ) -> None:
     """As all limits are."""
@@ -368,7 +369,7 @@ async def test_the_size_of_a_secret_and_the_time_of_a_delivery_are_counted(
     os.close(sink)
 
 
-async def test_a_client_without_a_share_cannot_begin_but_may_go_on_elsewhere(
+async def test_a_quota_is_returned_when_a_connection_ends(
     in_loop: Served,
 ) -> None:
     """What it holds is given back when its connection ends."""

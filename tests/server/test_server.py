@@ -193,7 +193,7 @@ def test_large_messages_grow_and_leave_no_memory_behind(daemon: Daemon, qmp: Cli
     assert daemon.call(lambda: daemon.scratch.held) == before
 
 
-def test_a_message_over_the_limit_is_refused_and_the_next_answered(qmp: Client) -> None:
+def test_a_too_large_message_is_refused_and_the_next_answered(qmp: Client) -> None:
     """2 MiB, in QEMU's words."""
     qmp.send(b'{"execute":"' + b"x" * ((2 << 20) + 1) + b"\n\xff\n")
     assert qmp.reply()["error"]["desc"] == "JSON token size limit exceeded"
@@ -237,7 +237,7 @@ def send_until_starved(starving: Daemon, large: Client) -> bytes:
     return message[sent:]
 
 
-def test_when_receive_space_is_used_up_large_messages_wait_for_it(starving: Daemon) -> None:
+def test_large_messages_wait_for_receive_space(starving: Daemon) -> None:
     """Small ones go on; the large one continues when another connection frees its space."""
     other = starving.connect()
     other.send(b'{"x": "' + b"y" * 3000)
@@ -378,7 +378,7 @@ def test_a_starved_connection_is_closed_when_its_time_is_up(starving: Daemon) ->
         assert large.line() == b""
 
 
-def test_a_connection_without_any_room_is_told_and_closed(starving: Daemon) -> None:
+def test_a_connection_without_room_gets_an_error_and_is_closed(starving: Daemon) -> None:
     """Nothing else can be done with bytes that have nowhere to lie."""
     client = starving.connect()
     starving.scratch.starved = True
@@ -398,7 +398,7 @@ def test_an_error_that_quotes_the_sender_is_cut(qmp: Client) -> None:
 
 
 @pytest.mark.slow
-def test_quoted_errors_to_a_client_that_does_not_read_are_kept_and_sent(daemon: Daemon) -> None:
+def test_quoted_errors_wait_for_a_client_that_does_not_read(daemon: Daemon) -> None:
     """They wait in locked memory, which is freed when they are sent or the client leaves."""
     for leaves in (False, True):
         client = daemon.connect()
@@ -456,7 +456,7 @@ def test_descriptors_without_bytes_to_spare_do_not_leak(daemon: Daemon, qmp: Cli
 
 
 @pytest.mark.slow
-def test_clients_that_misbehave_together_disturb_nobody(daemon: Daemon, qmp: Client) -> None:
+def test_clients_that_misbehave_together_disturb_no_other(daemon: Daemon, qmp: Client) -> None:
     """Silent, half-way, flooding, never reading, passing many descriptors, closing at any byte."""
     rng = random.Random(7)
     qmp.add("s", data="x")
@@ -549,7 +549,7 @@ def test_only_root_and_the_own_uid_may_name_a_path(daemon: Daemon, qmp: Client) 
         pass
 
 
-def test_an_internal_error_is_answered_and_logged_without_its_text(
+def test_internal_errors_are_logged_without_their_text(
     daemon: Daemon, qmp: Client, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """No reply is lost, and no secret reaches the log."""
@@ -647,7 +647,7 @@ def test_a_peer_that_is_gone_at_accept_is_forgotten(
         patch.setattr(server, "identify", gone)
         with socket.socket(socket.AF_UNIX) as sock:
             sock.connect(daemon.control)
-            assert b"It cannot be told in full who has connected: the process" in sock.recv(500)
+            assert b"Cannot identify the peer completely: the process" in sock.recv(500)
             assert sock.recv(1) == b""
     with monkeypatch.context() as patch:
         patch.setattr(Sender, "send", lambda self, _data: self._failed())
@@ -712,7 +712,7 @@ def test_a_uid_with_too_many_descriptors_is_shut_out(daemon: Daemon, qmp: Client
     assert daemon.connect(role="client", uid=1000).ok("query-version")
 
 
-def test_a_failure_in_a_connection_that_closed_itself_touches_no_freed_memory(
+def test_a_failure_after_a_close_touches_no_freed_memory(
     daemon: Daemon, qmp: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its own buffer is gone by then."""
@@ -733,7 +733,7 @@ def test_a_failure_in_a_connection_that_closed_itself_touches_no_freed_memory(
     daemon.errors.clear()
 
 
-def test_a_failure_behind_a_command_that_waited_ends_that_connection_only(
+def test_a_failure_after_a_wait_ends_only_its_connection(
     daemon: Daemon, qmp: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It happens in a task, and must not take the server's other tasks with it."""
@@ -849,7 +849,7 @@ def test_what_was_sent_before_a_stop_is_answered(
     assert ended(qmp)
 
 
-def test_what_waits_for_somebody_is_answered_after_a_stop(daemon: Daemon) -> None:
+def test_a_waiting_request_is_answered_after_a_stop(daemon: Daemon) -> None:
     """And what is queued behind it, out of band or not; half a message is not."""
     qmp = daemon.connect(negotiate=False)
     qmp.reply()
@@ -989,7 +989,7 @@ def test_paths_that_cannot_be_bound_are_named(tmp_path: Path) -> None:
         listen(str(tmp_path / "no" / "s"), SocketRole.CONTROL, 0o600)
 
 
-def test_a_socket_file_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
+def test_another_processs_socket_file_stays(tmp_path: Path) -> None:
     """At the end only what is still ours is removed."""
     path = str(tmp_path / "s")
     first = listen(path, SocketRole.CLIENT, 0o666)
@@ -1002,9 +1002,7 @@ def test_a_socket_file_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
     assert not os.path.exists(path)
 
 
-def test_a_client_that_left_before_its_command_had_to_wait_leaves_nothing(
-    daemon: Daemon, tmp_path: Path
-) -> None:
+def test_a_client_that_left_before_a_wait_leaves_nothing(daemon: Daemon, tmp_path: Path) -> None:
     """Its going is noticed when the replies before are sent; the wait ends then, not at its time
     limit.
     """

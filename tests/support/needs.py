@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a test needs of this machine: without it the test is skipped, or fails if parts are required."""
+"""What a test needs of this machine.
+
+Without it the test is skipped, or fails if real parts are required.
+"""
 
 import os
 import resource

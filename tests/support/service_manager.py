@@ -142,7 +142,8 @@ class Manager:
         fds = [fd for _, fd in passed]
         process = subprocess.Popen(
             [
-                *prefix, sys.executable, "-S", "-c", START, str(len(fds)), *map(str, fds), SECRETD, *options
+                *prefix, sys.executable, "-S", "-c", START, str(len(fds)), *map(str, fds), SECRETD,
+                *options
             ],
             pass_fds=fds, env=environment, stderr=subprocess.PIPE, text=True, cwd=self.directory,
         )  # fmt: skip

@@ -7,7 +7,8 @@ vectors, each with a connection of its own and no objects at its start:
     = the name of the vector
     # a remark
     @file NAME b'…'     makes $dir/NAME; also @dir NAME, @fifo NAME, @link NAME TARGET, @socket NAME
-    @key NAME b'…'      makes a key of this user's keyring: $NAME is its serial, $NAME.hex the same as %08x;
+    @key NAME b'…'      makes a key of this user's keyring: $NAME is its serial, $NAME.hex the
+                        same as %08x;
                         @revoke NAME
     @no-negotiation     qmp_capabilities is not sent beforehand
     @enable NAME        qmp_capabilities enables this capability
@@ -18,8 +19,9 @@ vectors, each with a connection of its own and no objects at its start:
     -> <memfd b'…'> …   is sent with a descriptor: memfd; pipe, a filled one's read end
     <- {"return": …}    is answered by QEMU 10; without the CR LF at the end
     <7 {"return": …}    is answered by QEMU 7.2, where that is different
-    != FIELD JSON | ROW secretd's value of one field of the answer above (FIELD like error.desc); ROW is the
-                        beginning of the row under "Differences from QEMU" in docs/protocol.md
+    != FIELD JSON | ROW secretd's value of one field of the answer above (FIELD like error.desc);
+                        ROW is the beginning of the row under "Differences from QEMU" in
+                        docs/protocol.md
 
 In what is sent and answered $dir is the vector's directory; $fd1, $fd2 … are numbers of
 descriptors, the same wherever the same name stands; $seconds and $microseconds any number.

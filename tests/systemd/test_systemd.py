@@ -82,7 +82,7 @@ def test_the_service_manager_is_the_one_that_started_us(environment: pytest.Monk
         manager.close()
 
 
-def test_what_is_told_is_told_as_systemd_wants_it(tmp_path: Path) -> None:
+def test_messages_have_systemds_form(tmp_path: Path) -> None:
     """At an address in the file system or an abstract one."""
     with Other(tmp_path) as other:
         manager = NotifySocket(other.path)
@@ -137,7 +137,7 @@ def test_what_is_kept_is_known(tmp_path: Path) -> None:
         os.close(fd)
 
 
-def test_a_service_manager_that_does_nothing_is_not_waited_for_without_end(
+def test_a_silent_service_manager_is_given_up(
     tmp_path: Path,
 ) -> None:
     """Then nothing counts as kept; nor with one that is not there."""

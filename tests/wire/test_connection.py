@@ -17,7 +17,7 @@ def first(data: bytes) -> object:
     return Connection(lambda _line: None).next(view, 0, len(view))[1]
 
 
-def test_a_command_object_gives_command_arguments_and_the_text_of_its_id() -> None:
+def test_a_command_object_has_command_arguments_and_id() -> None:
     """Arguments stay in the buffer; the id is ready to be echoed."""
     request = first(b'{"execute": "x", "arguments": {"a": "b"}, "id": {"k": [1, "\\u00e9"]}}')
     assert isinstance(request, Request)
@@ -109,7 +109,7 @@ def test_messages_have_qemus_bytes() -> None:
     }
 
 
-def test_an_error_that_quotes_the_sender_is_built_in_the_given_buffer() -> None:
+def test_a_quoting_error_is_built_in_the_given_buffer() -> None:
     """The sender's bytes, escaped: control bytes, quotes, UTF-8, NUL as the end of a C string."""
     quote = b'"a\\\n\x01\xc3\xa9\xf0\x9f\x98\x80\xff\xc0\x80z\0rest'
     fault = Fault("stray '", memoryview(quote), "'")

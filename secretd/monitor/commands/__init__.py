@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The commands: one short typed function each, grouped as QEMU's qapi/*.json.
 
-The signature is the schema (qapi.command), the docstring the documentation. A function takes the
-session's Monitor and returns JSON, None for an empty object, or a coroutine if it must wait; it
-raises CommandError. These functions only say which part of the daemon does the work. The commands
+The signature is the schema (qapi.command), and the docstring the documentation. A function takes
+the session's Monitor and returns JSON, None for an empty object, or a coroutine if it must wait; it
+raises CommandError. These functions call the part of the daemon that does the work. The commands
 are those of QEMU 10's qapi/ unless their docstring says that they are secretd's own.
 """
 

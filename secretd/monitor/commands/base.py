@@ -26,11 +26,11 @@ RunState = Literal[
     "finish-migrate", "restore-vm", "running", "save-vm", "shutdown", "suspended", "watchdog",
     "guest-panicked", "colo",
 ]  # fmt: skip
-"""QEMU's states of a guest (qapi/run-state.json), of which secretd has one."""
+"""QEMU's states of a guest (qapi/run-state.json); secretd is always running."""
 
 
 class NameInfo(TypedDict):
-    """What query-name returns (qapi/machine.json)."""
+    """The result of query-name (qapi/machine.json)."""
 
     name: NotRequired[str]
 
@@ -45,7 +45,7 @@ def qmp_capabilities(monitor: Monitor, enable: list[Literal["oob"]] | UnsetType 
 
 @command(client=True)
 def query_version(monitor: Monitor) -> JSONText[VersionInfo]:
-    """Return the version of QEMU whose answers these are, and secretd's own as package."""
+    """Return the version of QEMU that secretd follows, and its own as package."""
     return monitor.core.version
 
 
@@ -57,7 +57,7 @@ def query_commands(monitor: Monitor) -> list[CommandInfo]:
 
 @command(client=True)
 def query_qmp_schema(monitor: Monitor) -> JSONText[list[SchemaInfo]]:
-    """Return what this socket's commands take and return, and the events."""
+    """Return the schema of this socket's commands and of the events."""
     return monitor.table.schema
 
 
@@ -68,7 +68,7 @@ def query_name(_monitor: Monitor) -> NameInfo:
 
 
 class StatusInfo(TypedDict):
-    """What query-status returns (qapi/run-state.json)."""
+    """The result of query-status (qapi/run-state.json)."""
 
     running: bool
     status: RunState
@@ -76,7 +76,7 @@ class StatusInfo(TypedDict):
 
 @command(client=True)
 def query_status(_monitor: Monitor) -> StatusInfo:
-    """Return that secretd runs, which is what clients ask to see whether a server answers."""
+    """Return that secretd runs: many clients use this to check that a server answers."""
     return {"status": "running", "running": True}
 
 
@@ -84,6 +84,6 @@ def query_status(_monitor: Monitor) -> StatusInfo:
 def quit(monitor: Monitor) -> None:  # noqa: A001 - QEMU's name
     """Stop the daemon in order.
 
-    Its secrets end, even where a service manager keeps them otherwise.
+    Its secrets end, even where a service manager would keep them.
     """
     monitor.core.quit('{"guest": false, "reason": "host-qmp-quit"}')

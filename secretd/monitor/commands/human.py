@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The command human-monitor-command (qapi/misc.json); monitor.hmp carries it out."""
+"""The command human-monitor-command (qapi/misc.json); monitor.hmp executes it."""
 
 from collections.abc import Awaitable
 from typing import Final
@@ -17,9 +17,9 @@ command: Final = Commands()
 def human_monitor_command(
     monitor: Monitor,
     command_line: Raw,
-    cpu_index: int | UnsetType = UNSET,  # noqa: ARG001 - there is no CPU, whichever is meant
+    cpu_index: int | UnsetType = UNSET,  # noqa: ARG001 - secretd has no CPU
 ) -> str | Awaitable[str]:
-    """Carry out a line of the human monitor and return what it prints."""
+    """Execute a line of the human monitor and return its output."""
     text = memoryview(command_line)
     with monitor.scratch.allocate(len(text)) as line:
         line.view[:] = text

@@ -8,8 +8,8 @@ from secretd.monitor.monitor import Monitor
 from secretd.net.loop import turn
 
 SECRETS_PER_REPLY: Final = 400
-"""Secrets that query-secrets lists in one reply, with SECRETS_BYTES for their ids. Some 100 bytes
-each beside the id, so that the line stays under MAX_REPLY_BYTES.
+"""Secrets that query-secrets lists in one reply, with SECRETS_BYTES for their ids. Each takes some
+100 bytes besides the id, so the line stays under MAX_REPLY_BYTES.
 """
 
 SECRETS_BYTES: Final = 16 << 10
@@ -29,7 +29,7 @@ SecretInfo = TypedDict(
 
 
 async def fill_later(page: "Page", found: Iterator[str | None]) -> list[SecretInfo]:
-    """Look through many secrets of which few may be listed, a little at a time."""
+    """Search many secrets of which few may be listed, a block at a time."""
     monitor = page.monitor
     done = False
     while not done:
@@ -47,7 +47,7 @@ class Page:
         self._room = SECRETS_BYTES
 
     def fill(self, found: Iterator[str | None]) -> bool:
-        """List what was found until the page is full or nothing is left; False where others should
+        """List found secrets until the page is full or none is left; return False to let others
         have their turn.
         """
         tree, memory = self.monitor.tree, self.monitor.core.memory

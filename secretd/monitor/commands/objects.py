@@ -23,7 +23,7 @@ command: Final = Commands()
 
 @command(waits=True)
 def object_add(monitor: Monitor, arguments: AnyOptions) -> Awaitable[None] | None:
-    """Make an object."""
+    """Create an object."""
     size = monitor.tree.add(arguments, monitor.loading)
     if isinstance(size, int):
         added(monitor, arguments, size)
@@ -32,7 +32,7 @@ def object_add(monitor: Monitor, arguments: AnyOptions) -> Awaitable[None] | Non
 
 
 def added(monitor: Monitor, options: ObjectOptions, size: int) -> None:
-    """Record and announce an object that was added, of ``size`` bytes."""
+    """Record and announce a new object of ``size`` bytes."""
     kind = monitor.tree.types.of[type(options)]
     name = kind.info.name
     if kind.decides:
@@ -44,7 +44,7 @@ def added(monitor: Monitor, options: ObjectOptions, size: int) -> None:
 
 @command()
 def object_del(monitor: Monitor, id: str) -> None:  # noqa: A002 - the wire's name
-    """Remove an object; a secret's plaintext is wiped before the reply."""
+    """Delete an object; a secret's plaintext is wiped before the reply."""
     kind = monitor.tree.delete(id)
     name = kind.info.name
     monitor.note("revoke" if name == "secret-grant" else "delete", id, name)
@@ -71,7 +71,7 @@ def qom_set(
     property: str,  # noqa: A002
     value: SensitiveAny,
 ) -> None:
-    """Change a property; what an object has loaded stays."""
+    """Change a property; the object's loaded content stays."""
     paths = monitor.core.paths
     try:
         paths.set(path, property, value)  # type: ignore[arg-type]  # JSON by the schema

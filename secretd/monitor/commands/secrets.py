@@ -23,17 +23,17 @@ from secretd.wire.encoder import JSONText
 command: Final = Commands()
 
 GRANTS_PER_REPLY: Final = 100
-"""Grants that secret-explain tells of."""
+"""Grants that secret-explain lists."""
 
 
 class Delivered(TypedDict):
-    """What secret-read returns: how many bytes were written."""
+    """The result of secret-read: the number of bytes written."""
 
     size: int
 
 
 class Sealed(TypedDict):
-    """What secret-seal returns, both in base64; ``size``: bytes that were written to a descriptor
+    """The result of secret-seal, in base64; ``size``: bytes that were written to a descriptor
     instead.
     """
 
@@ -43,7 +43,7 @@ class Sealed(TypedDict):
 
 
 class ConsideredGrant(TypedDict):
-    """What a secret-grant says of a client, and why."""
+    """The verdict of a secret-grant about a client, with its reason."""
 
     grant: str
     allowed: bool
@@ -51,7 +51,7 @@ class ConsideredGrant(TypedDict):
 
 
 class Explanation(TypedDict):
-    """What secret-explain returns. ``grant``: the one by which the client may read the secret."""
+    """The result of secret-explain. ``grant``: one that lets the client read the secret."""
 
     allowed: bool
     exists: bool
@@ -66,8 +66,10 @@ def secret_read(
     fdname: str | UnsetType = UNSET,
     format: Literal["raw", "base64"] | UnsetType = UNSET,  # noqa: A002
 ) -> JSONText[Delivered] | Coroutine[Any, Any, JSONText[Delivered]]:
-    """Write a secret to a descriptor: the one that getfd called ``fdname``, or the one passed with
-    this command. The descriptor is closed; the reply comes after the last byte was accepted.
+    """Write a secret to a descriptor: the one that getfd called ``fdname``, or the one that was
+    passed with this command.
+
+    The descriptor is closed; the reply comes after the last byte was accepted.
     """
     fd = monitor.pending_descriptor() if fdname is UNSET else monitor.named.take(fdname)
     delivery = monitor.core.deliveries.release(
@@ -89,9 +91,9 @@ def secret_events(
     enable: bool,
     events: list[EventName] | UnsetType = UNSET,
 ) -> None:
-    """Turn events about secrets on for this connection, or off.
+    """Turn events about secrets on or off for this connection.
 
-    ``events``: only those of these names.
+    ``events``: only events of these names.
     """
     assert monitor.on_events is not None
     if not enable:
@@ -108,9 +110,11 @@ def secret_seal(
     fdname: str | UnsetType = UNSET,
 ) -> Sealed | Coroutine[Any, Any, Sealed]:
     """Return a secret encrypted under another, as QEMU's object-add takes it with keyid, iv and
-    format=base64. Both in base64; the IV is fresh each time. With ``fdname`` the data goes to the
-    descriptor that getfd called so, and its size in bytes is returned: a reply has no room for more
-    than some 48,000.
+    format=base64.
+
+    Data and IV are base64; the IV is fresh each time. With ``fdname`` the data goes to the
+    descriptor that getfd called so, and its size in bytes is returned: a reply has room for some
+    48,000.
     """
     fd = None if fdname is UNSET else monitor.named.take(fdname)
     try:
@@ -136,7 +140,7 @@ def secret_seal(
 
 @command()
 def secret_generate(monitor: Monitor, id: str, size: int) -> None:  # noqa: A002
-    """Make a secret of ``size`` random bytes, which nobody has seen."""
+    """Add a secret of ``size`` random bytes, generated inside secretd."""
     check_size(size)
     tree = monitor.tree
     tree.check_new(id)
@@ -149,9 +153,10 @@ def secret_generate(monitor: Monitor, id: str, size: int) -> None:  # noqa: A002
 def query_secrets(
     monitor: Monitor, after: str | UnsetType = UNSET
 ) -> list[SecretInfo] | Coroutine[Any, Any, list[SecretInfo]]:
-    """List the secrets by id: type, size in bytes, how well their memory is protected. On the
-    client socket only those that the caller may read. A reply holds SECRETS_PER_REPLY at most;
-    ``after`` goes on behind that id, until the list is empty.
+    """List the secrets by id: type, size in bytes, and protection of their memory.
+
+    On the client socket the list has only secrets that the caller may read. A reply holds
+    SECRETS_PER_REPLY at most; ``after`` continues after that id, until the list is empty.
     """
     found = monitor.core.access.readable_after(monitor.peer, "" if after is UNSET else after)
     page = Page(monitor)
@@ -160,7 +165,7 @@ def query_secrets(
 
 @command()
 def secret_expire(monitor: Monitor, id: str, after: int | UnsetType = UNSET) -> None:  # noqa: A002
-    """Wipe a secret ``after`` so many seconds from now, whatever was said before; without it
+    """Wipe a secret ``after`` so many seconds from now, replacing an earlier lifetime; without it
     never.
     """
     monitor.tree.plaintext(id)
@@ -177,8 +182,9 @@ def secret_expire(monitor: Monitor, id: str, after: int | UnsetType = UNSET) -> 
 
 @command()
 def secret_explain(monitor: Monitor, id: str, peer: list[str]) -> Explanation:  # noqa: A002
-    """Say whether a client with the identities ``peer`` may read a secret on the client socket, and
-    what each secret-grant that names the secret says.
+    """Return whether a client with the identities ``peer`` may read a secret on the client socket.
+
+    ``grants`` lists the verdict of each secret-grant that names the secret.
     """
     considered = monitor.core.access.explain(frozenset(peer), id)
     allowed = next((c for c in considered if c.allowed), None)

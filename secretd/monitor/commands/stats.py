@@ -11,7 +11,7 @@ command: Final = Commands()
 
 
 class StatInfo(TypedDict):
-    """A figure, as query-stats and query-stats-schemas of QEMU have them (qapi/stats.json)."""
+    """A figure, as QEMU's query-stats and query-stats-schemas have them (qapi/stats.json)."""
 
     name: str
     type: Literal["instant", "cumulative"]
@@ -28,9 +28,7 @@ class StatsResult(TypedDict):
 
 @command()
 def query_secret_stats(monitor: Monitor) -> list[StatsResult]:
-    """Return how much is held of what is limited, what the limits are, how often each was hit, and
-    what the audit has written.
-    """
+    """Return current use, limits and hits of all limited resources, and the counts of the audit."""
     audit = monitor.core.audit
     written = (
         Stat("audit-records", "cumulative", None, audit.records),
