@@ -123,7 +123,7 @@ class Server:
 
 
 def wait_for(path: str, seconds: float = 30) -> None:
-    """Wait until somebody listens."""
+    """Wait until a server listens."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         with socket.socket(socket.AF_UNIX) as sock, contextlib.suppress(OSError):
@@ -638,7 +638,7 @@ def steady(machine: Machine) -> Iterator[Row]:
 
 def fair(machine: Machine) -> Iterator[Row]:
     """One client asks one thing at a time while another sends all it can. Both are on another
-    processor than the server, which then has no time to let somebody else run on its own.
+    processor than the server, which then has no time to let others run.
     """
     server = machine.secretd()
     seconds = str(2 * machine.seconds)

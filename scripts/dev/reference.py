@@ -256,7 +256,7 @@ _AUDIT = {
     "type": "of the object",
     "size": "of the secret, in bytes",
     "door": "by which socket; or the command line",
-    "peer": "who: uid, gid, pid and unit as the kernel told when they connected",
+    "peer": "uid, gid, pid and unit of the peer, as the kernel reported them at connect time",
     "reason": "in words",
     "count": "how many",
     "of": "the number of the record that this one takes back",

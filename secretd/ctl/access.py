@@ -32,10 +32,9 @@ def authz_id(grant_name: str) -> str:
 
 @verb(
     "grant", argument("secret", shell_complete=complete_ids),
-    option("--to", multiple=True, required=True, metavar="WHO", help=IDENTITY),
-    option("--id", "name", metavar="GRANT", help="the grant's id (default: derived from SECRET "
-                                                 "and --to)"),
-    option("--for", "duration", metavar="TIME", help=TIME),
+    option("--to", multiple=True, required=True, metavar="IDENTITY", help=IDENTITY),
+    option("--id", "name", metavar="GRANT", help="the grant's id (default: from SECRET and --to)"),
+    option("--for", "duration", metavar="TIME", help=f"end the grant after a time {TIME}"),
     option("--max-reads", type=int, metavar="N", help="limit the number of reads"),
     option("--credential", metavar="NAME", help="the name that systemd units know it by"),
     examples=(
@@ -134,7 +133,7 @@ def revoke(common: Common, name: str) -> None:
 
 @verb(
     "explain", argument("object_id", metavar="ID", shell_complete=complete_ids),
-    option("--as", "peer", multiple=True, required=True, metavar="WHO", help=IDENTITY),
+    option("--as", "peer", multiple=True, required=True, metavar="IDENTITY", help=IDENTITY),
     examples=("secretctl explain disk0 --as unit:backup.service",),
 )  # fmt: skip
 def explain(common: Common, object_id: str, peer: tuple[str, ...]) -> int:

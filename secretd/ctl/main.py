@@ -51,7 +51,7 @@ class Sections(click.Group):
                 formatter.write_dl(rows)
 
 
-_TIMEOUT = "give up after S seconds without an answer (default: wait, and say for what)"
+_TIMEOUT = "give up after S seconds without an answer (default: no limit)"
 _SOCKET = "secretd's socket (default: $SECRETD_SOCKET, else the control or client socket)"
 
 

@@ -219,7 +219,7 @@ def generate(common: Common, object_id: str, size: int) -> None:
 
 @verb(
     "expire", argument("object_id", metavar="ID", shell_complete=complete_ids),
-    option("--after", metavar="TIME", help=TIME),
+    option("--after", metavar="TIME", help=f"wipe it after a time {TIME}"),
     flag("--never", help="remove the lifetime: the secret stays until it is deleted"),
     examples=("secretctl expire disk0 --after 8h", "secretctl expire disk0 --never"),
 )  # fmt: skip

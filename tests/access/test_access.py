@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Who may read what: grants and authz objects, and that who may not learns nothing."""
+"""Access: grants and authz objects, and refusals that reveal nothing."""
 
 import asyncio
 import base64
@@ -68,7 +68,7 @@ async def test_a_grant_follows_its_authz_object(in_loop: Served, loaded: AsyncCl
 async def test_a_list_of_what_one_may_read_is_made_of_what_is_granted(
     in_loop: Served, loaded: AsyncClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Exact ids, patterns that overlap, lists in files; nobody else's secrets are looked at."""
+    """Exact ids, patterns that overlap, lists in files; no other secrets are looked up."""
     client = await in_loop.connect(role="client", uid=1000)
     (tmp_path / "list").write_text('{"rules": [{"match": "uid:1000", "policy": "allow"}]}')
     await loaded.ok(
@@ -196,7 +196,7 @@ async def test_the_numbers_of_descriptors_tell_nothing_of_others(
 async def test_a_reader_learns_that_its_secret_is_missing(
     in_loop: Served, loaded: AsyncClient
 ) -> None:
-    """And to nobody else."""
+    """And to no other peer."""
     client = await in_loop.connect(role="client", uid=1000)
     await loaded.allow("web", "uid:1000")
     await loaded.grant("g", "web.*", "web")
@@ -277,7 +277,7 @@ async def test_the_first_rule_that_fits_any_identity_decides(
 async def test_a_list_in_a_file_is_read_again_when_it_changes(
     in_loop: Served, loaded: AsyncClient, tmp_path: Path
 ) -> None:
-    """At the next read. What cannot be used allows nobody anything."""
+    """At the next read. An unusable list allows nothing."""
     client = await in_loop.connect(role="client", uid=1000)
     file = tmp_path / "list"
 
@@ -408,7 +408,7 @@ async def test_a_unit_of_the_system_manager_is_not_one_of_a_user(
 
 async def test_administrators_see_the_unit(in_loop: Served, loaded: AsyncClient) -> None:
     """In events and the audit."""
-    with cgroup(f"/secretd-told-{os.getpid()}.slice/web.service") as path:
+    with cgroup(f"/secretd-unit-{os.getpid()}.slice/web.service") as path:
         with running_in(path, in_loop.client):
             while len(in_loop.server.sessions) < 2:
                 await asyncio.sleep(0)
@@ -540,7 +540,7 @@ async def test_a_grants_properties_are_checked(in_loop: Served, loaded: AsyncCli
 async def test_withdrawing_ends_a_running_delivery(
     in_loop: Served, loaded: AsyncClient, end: tuple[str, dict]
 ) -> None:
-    """Whatever takes the permission away: nothing more is written, and the client is told."""
+    """Whatever takes the permission away: nothing more is written, and the client gets an error."""
     await loaded.ok("secret-generate", {"id": "big", "size": 1 << 20})
     await loaded.ok("object-add", {"qom-type": "authz-simple", "id": "web", "identity": "uid:1000"})
     await loaded.grant("g", "big", "web", **{"max-reads": 1})
@@ -565,7 +565,7 @@ async def test_what_was_taken_before_the_end_is_a_prefix_of_the_secret(
     """Wherever the delivery is when it is withdrawn: no byte is wrong, and none comes
     afterwards.
     """
-    # Nobody holds a write up here, but where all tests run at once a thread may have to wait for a
+    # Nothing blocks a write here, but where all tests run at once a thread may have to wait for a
     # processor.
     await loaded.allow("web", "uid:1000")
     clients = [await in_loop.connect(role="client", uid=1000)]
@@ -769,7 +769,7 @@ async def test_a_peer_without_a_grant_learns_nothing(in_loop: Served, loaded: As
     await loaded.grant("h", "exi*", "others")
     client = await in_loop.connect(role="client", uid=1000)
     assert await everything(client, "exists") == await everything(client, "nothin")
-    # Somebody with a grant for something else learns no more.
+    # A peer with a grant for another secret learns no more.
     await loaded.allow("mine", "uid:1000")
     await loaded.grant("m", "web.*", "mine")
     assert await everything(client, "exists") == await everything(client, "nothin")
@@ -777,7 +777,7 @@ async def test_a_peer_without_a_grant_learns_nothing(in_loop: Served, loaded: As
 
 
 class Watched:
-    """What is looked up while somebody is refused."""
+    """The look-ups during a refusal."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
         self.seen: list[str] = []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Who a peer is: uids, groups and units, by what the kernel really says."""
+"""Peers: uids, groups and units, as the real kernel reports them."""
 
 import os
 import socket
@@ -131,7 +131,7 @@ def test_a_process_that_has_ended_is_not_known(
 
 
 def test_a_peer_that_has_ended_is_refused_in_words(daemon: Daemon, tmp_path: Path) -> None:
-    """It may have left its socket to somebody else."""
+    """It may have passed its socket to another process."""
     code = (
         "import os,socket,sys; s=socket.socket(socket.AF_UNIX); s.set_inheritable(True)\n"
         "d=s.fileno(); t=socket.socket(fileno=os.dup(int(sys.argv[2])))\n"
@@ -225,7 +225,7 @@ def test_cgroups_outside_ours_or_none_give_no_unit(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_cgroup_that_is_not_found_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody's time is spent on looking for it without end."""
+    """The search has a limit."""
     mount = units._mount()
     need(mount is not None, "there are no version 2 cgroups")
     assert mount is not None

@@ -150,7 +150,7 @@ def test_each_record_has_its_own_time_however_late_it_is_written(
 
 
 def test_each_thing_that_is_done_is_a_record(audited: Daemon, tmp_path: Path) -> None:
-    """With who did it, by which rule, and what it was done to."""
+    """With the peer, the rule and the object."""
     need_root()
     qmp = audited.connect()
     me = {"uid": os.getuid(), "gid": os.getgid(), "pid": os.getpid()}
@@ -211,7 +211,7 @@ def test_each_thing_that_is_done_is_a_record(audited: Daemon, tmp_path: Path) ->
 
 
 def test_invalid_ids_are_not_recorded_and_long_ones_are_cut(tmp_path: Path) -> None:
-    """It may be a secret that somebody typed by mistake."""
+    """It may be a secret that was typed by mistake."""
     audit = Audit(str(tmp_path / "a"))
 
     def act() -> None:
@@ -224,7 +224,7 @@ def test_invalid_ids_are_not_recorded_and_long_ones_are_cut(tmp_path: Path) -> N
 
 
 async def test_refusals_of_one_uid_are_one_record_and_a_count(tmp_path: Path) -> None:
-    """So that nobody can fill the disk for the others."""
+    """So that no uid can fill the disk for the others."""
     audit = Audit(str(tmp_path / "a"), tuning=Tuning(refusals_seconds=0.01, refusals_uids=2))
     for _ in range(1000):
         for uid in (1000, 1001, 1002, 1003):
@@ -268,7 +268,7 @@ def test_without_an_audit_nothing_is_kept() -> None:
 
 
 def test_a_full_pipe_never_blocks_and_what_is_dropped_is_counted() -> None:
-    """And told in the next record that can be written; flags of the pipe stay as they were."""
+    """The next written record has the count; flags of the pipe stay as they were."""
     source, sink = os.pipe()
     saved = os.dup(2)
     os.dup2(sink, 2)
@@ -530,7 +530,7 @@ def test_a_full_disk_releases_nothing_under_require(tmp_path: Path) -> None:
 
 
 def test_a_closed_pipe_releases_nothing_under_require(tmp_path: Path) -> None:
-    """Nor with one that nobody empties."""
+    """Nor with one that is never emptied."""
     os.mkfifo(tmp_path / "fifo")
     source = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
     audit = Audit(str(tmp_path / "fifo"), require=True)
@@ -730,7 +730,7 @@ def test_another_files_chain_does_not_follow(tmp_path: Path) -> None:
 
 
 def test_a_line_cut_by_a_crash_ends_and_the_chain_continues(tmp_path: Path) -> None:
-    """It is told by verification, and nothing else is."""
+    """Verification reports it, and nothing else."""
     path = tmp_path / "a"
     write_some(path, 3)
     with open(path, "ab") as file:
@@ -752,7 +752,7 @@ def test_a_file_of_something_else_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_nothing_is_recorded_twice_or_lost_when_there_is_no_peer(tmp_path: Path) -> None:
-    """Somebody who cannot be told who they are is refused too."""
+    """A peer that cannot be identified is refused too."""
     audit = Audit(str(tmp_path / "a"))
     inside(lambda: audit.append_refusal("connect", -1, Subject("client", None), reason="x"))
     audit.stop()
@@ -760,7 +760,7 @@ def test_nothing_is_recorded_twice_or_lost_when_there_is_no_peer(tmp_path: Path)
 
 
 def test_ids_are_cut_in_what_is_done_and_released_too(tmp_path: Path) -> None:
-    """Also outside of a turn, where somebody was waited for."""
+    """Also outside of a turn, after a wait."""
     audit = Audit(str(tmp_path / "a"))
 
     def act() -> None:

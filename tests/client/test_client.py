@@ -136,7 +136,7 @@ def test_the_default_directory_depends_on_the_user(monkeypatch: pytest.MonkeyPat
 def test_a_directory_is_trusted_if_root_or_this_user_owns_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Elsewhere somebody could have put a socket of their own."""
+    """Elsewhere another user could have placed a socket."""
     assert paths.is_trusted(str(tmp_path))
     assert not paths.is_trusted(str(tmp_path / "none"))
     (tmp_path / "link").symlink_to(tmp_path)
@@ -186,7 +186,7 @@ def test_the_client_connects_again(tmp_path: Path) -> None:
 async def test_only_safe_commands_are_repeated(
     daemon: Daemon,
 ) -> None:
-    """An add is not; nor is a delete, since somebody may have added another of that id
+    """An add is not; nor is a delete, since another client may have added another of that id
     meanwhile.
     """
     async with Client(daemon.control) as client:
@@ -228,7 +228,7 @@ async def test_it_is_tried_as_often_as_it_takes(
 
 
 async def test_a_socket_that_is_broken_already_is_made_anew(in_loop: Served) -> None:
-    """Though the client has not been told yet that it is."""
+    """Before the client has noticed it."""
     async with Client(in_loop.control) as client:
         await client.generate("a", 32)
         client._connection.qmp._writer.transport.get_extra_info("socket")._sock.shutdown(2)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The types of secretd.client, as the code of those who use it sees them."""
+"""The types of secretd.client, as its users' code sees them."""
 
 import os
 import subprocess

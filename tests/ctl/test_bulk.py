@@ -135,7 +135,7 @@ def test_progress_is_shown_on_a_terminal(daemon: Daemon, qmp: Client, tmp_path: 
 
 
 def test_events_are_printed_as_they_happen(daemon: Daemon, qmp: Client) -> None:
-    """For people with who did it; for programs as JSON; a pipe that ends, ends it."""
+    """With the peer for people, as JSON for programs; the end of the pipe ends it."""
     for words in ([], ["--json"]):
         process = subprocess.Popen(
             [SECRETCTL, "--socket", daemon.control, "watch", *words],
@@ -149,7 +149,7 @@ def test_events_are_printed_as_they_happen(daemon: Daemon, qmp: Client) -> None:
             assert process.stderr is not None
             told = process.stdout.readline()
             process.stdout.close()
-            while process.poll() is None:  # until it finds that nobody reads
+            while process.poll() is None:  # until it finds that the reader has gone
                 qmp.add("b", data="x")
                 qmp.ok("object-del", {"id": "b"})
             assert process.returncode == 1

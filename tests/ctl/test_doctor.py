@@ -134,7 +134,7 @@ def test_a_kernel_without_pidfds_of_peers_is_a_warning(monkeypatch: pytest.Monke
 
 
 def test_the_socket_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Missing, no socket, in somebody else's directory, where one may not look."""
+    """Missing, no socket, in another user's directory, in one without permission."""
 
     def at(path: Path) -> Finding:
         (finding,) = found(

@@ -74,7 +74,7 @@ def test_tables_are_drawn_on_a_terminal_and_plain_in_a_pipe(daemon: Daemon, qmp:
         try:
             while chunk := os.read(ours, 1000):
                 drawn += chunk
-        except OSError:  # EIO: nobody has the terminal open any more
+        except OSError:  # EIO: no process has the terminal open
             pass
         assert process.wait() == 0
     os.close(ours)
@@ -137,7 +137,7 @@ def test_the_script_for_each_shell_is_one_that_it_takes(
 
 
 def test_it_starts_without_what_it_does_not_need() -> None:
-    """Drawing is for terminals, cryptography and the daemon's modules for nobody here."""
+    """It needs rich on terminals only, and never cryptography or the daemon's modules."""
     code = (
         "import sys; from secretd.ctl import main\n"
         "heavy = {'rich', 'cryptography', 'secretd.monitor.monitor', 'secretd.audit.log'}\n"

@@ -299,7 +299,7 @@ def test_the_audits_options_are_checked(tmp_path: Path, arena: Arena) -> None:
 
 
 def test_a_control_socket_for_others_has_a_mode_for_others() -> None:
-    """Who may use it is decided at accept; a mode that is given counts."""
+    """Peers are checked at accept; a given mode counts."""
     spec = sockets.socket_spec(SocketRole.CONTROL, "/x,authz=admins")
     assert (spec.authz, spec.mode) == ("admins", 0o666)
     spec = sockets.socket_spec(SocketRole.CONTROL, "/x,authz=admins,mode=0660")
@@ -343,7 +343,7 @@ def test_an_object_that_cannot_be_replaced_stays(
 
 
 def test_the_start_brings_along_nothing_that_is_not_needed() -> None:
-    """What asyncio, msgspec and shutil only import where they find it; who wants it later gets
+    """What asyncio, msgspec and shutil only import where they find it; a later import gets
     it.
     """
     code = (

@@ -115,7 +115,7 @@ def failing(kind: type[target.Target], limit: int, error: int) -> Callable[..., 
 def test_a_reader_that_leaves_is_counted_by_what_it_took(
     audited: Daemon, limited: Client, tmp_path: Path
 ) -> None:
-    """A pipe and a pair that nobody reads any more take nothing; the client may leave as well."""
+    """A pipe and a pair without a reader take nothing; the client may leave as well."""
     client = audited.connect(role="client", uid=UID)
     for make in (pipe, pair):
         ours, theirs = make()

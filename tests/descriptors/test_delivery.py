@@ -269,7 +269,7 @@ async def test_what_cannot_take_a_secret_is_refused_in_words(
 async def test_a_regular_file_and_an_opath_pipe_are_refused(
     loaded: AsyncClient, tmp_path: Path
 ) -> None:
-    """They are written to by nobody, and keep their offset."""
+    """They are never written to, and keep their offset."""
     with open(tmp_path / "f", "wb") as file:
         file.write(b"abc")
         file.flush()
@@ -333,7 +333,7 @@ async def test_the_end_of_a_delivery_leaves_others_running(
 async def test_deleting_ends_a_running_delivery(
     in_loop: Served, loaded: AsyncClient, form: str
 ) -> None:
-    """The client is told, and nothing more of the secret is written."""
+    """The client gets an error, and nothing more of the secret is written."""
     source, sink = os.pipe()
     await loaded.send(
         b'{"execute":"secret-read","arguments":{"id":"big","format":"%s"}}' % form.encode(), (sink,)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Descriptors: who owns them and what they are."""
+"""Descriptors: their owners and kinds."""
 
 import os
 import socket

@@ -60,7 +60,7 @@ SOCKETS = {
 
 
 def linger(kind: str = "linger") -> int:
-    """A socket whose close waits for data to be sent that nobody takes."""
+    """A socket whose close waits for data that is never received."""
     family, protocol, address = SOCKETS[kind]
     listener = socket.socket(family, socket.SOCK_STREAM, protocol)
     listener.bind(address)
@@ -84,7 +84,7 @@ HELD: dict[str, int] = {}
 
 
 def let_go() -> bytes:
-    """Release the mutex; return all that is written to the pipe until nobody has it any more."""
+    """Release the mutex; return all that is written to the pipe until its last writer has gone."""
     os.write(HELD["master"], b"\n" * 4)
     while any("wait_woken" in state or "tty" in state for state in wchans()):
         pass
@@ -176,7 +176,7 @@ def ask(sock: socket.socket, command: str, arguments: dict, fds: list[int]) -> N
 
 
 def knock(path: str, fd: int) -> None:
-    """Connect, pass the descriptor before anybody has looked, and hang up; many times."""
+    """Connect, pass the descriptor before the accept, and hang up; many times."""
     for _ in range(600):
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as sock:
             sock.settimeout(5)

@@ -17,7 +17,7 @@ SCRIPT = (
 
 def test_200_clients_at_once_disturb_no_other_and_leak_nothing(secretd: Process) -> None:
     """Silent, half-way, flooding, never reading, 253 descriptors a message, closing at any byte."""
-    need_root()  # who else may count the descriptors of a process that is not dumpable?
+    need_root()  # only root may count the descriptors of a process that is not dumpable
     rng = random.Random(11)
     good = [secretd.connect() for _ in range(5)]
     good[0].add("s", data="letmein")

@@ -43,7 +43,7 @@ def killed(
 
 
 def content(object_id: str) -> bytes:
-    """What the secret of an id is: nobody else's, and of a size that it tells."""
+    """The secret of an id: unlike all others, and with its size in it."""
     return hashlib.shake_128(object_id.encode()).digest(SIZES[int(object_id.rpartition("-")[2])])
 
 
@@ -52,7 +52,7 @@ HELD = 500_000
 
 
 class Worker:
-    """A client that does one thing after the other, and what it was told of each."""
+    """A client that does one thing after the other, and the answer to each."""
 
     def __init__(self, path: str, name: str, seed: int) -> None:
         self._client = Client(path)
@@ -89,7 +89,7 @@ class Worker:
         try:
             await self._client.add_bytes(object_id, memoryview(content(object_id)))
         except ExecInterruptedError:
-            # Whether it was done nobody said: but it is there whole, or not at all.
+            # Without an answer it may have been done: it is there whole, or not at all.
             self.interrupted += 1
             try:
                 await self._check(object_id)

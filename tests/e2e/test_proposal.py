@@ -157,7 +157,7 @@ def test_a_wrong_option_is_named_without_its_value(
 
 
 def test_a_live_socket_is_not_taken_over(secretd: Process) -> None:
-    """A second daemon says who is in the way; the first goes on."""
+    """A second daemon names the conflict; the first continues."""
     done = subprocess.run(
         [SECRETD, "--control", secretd.control],
         capture_output=True, text=True, check=False, timeout=20,

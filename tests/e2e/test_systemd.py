@@ -325,7 +325,7 @@ def test_a_reload_reopens_the_audit(box: Box) -> None:
 
 
 def test_what_was_sent_before_a_stop_is_answered(box: Box, tmp_path: Path) -> None:
-    """Also what waits for somebody: here a source that comes slowly, and what stands behind it."""
+    """Also waiting requests: here a slow source, and the request behind it."""
     qmp = box.qmp()
     source, sink = os.pipe()
     added = qmp.ok("add-fd", None, (source,))

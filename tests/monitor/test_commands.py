@@ -594,7 +594,7 @@ async def test_a_read_that_never_returns_is_given_up(
 
     def read_path(*_args: object, **_keywords: object) -> object:
         returns.wait(20)
-        raise CommandError("nobody hears this")
+        raise CommandError("never sent")
 
     monkeypatch.setattr(source, "read_path", read_path)
     assert (await aqmp.add("s", file="/dead/file"))["error"]["desc"] == (

@@ -19,7 +19,7 @@ from tests.support.needs import need_root
 async def test_the_other_connections_learn_what_one_does(
     in_loop: Served, aqmp: AsyncClient
 ) -> None:
-    """Added and deleted, with who did it; never a value. Who did it has the reply."""
+    """Added and deleted, with the peer; never a value. The causing connection has the reply."""
     other = await (await in_loop.connect()).watch()
     before = int(time.time())
     assert await aqmp.add("s", data="letmein") == {"return": {}}
@@ -112,7 +112,7 @@ async def test_a_new_connection_gets_no_earlier_events(in_loop: Served, aqmp: As
 
 
 async def test_shutdown_reaches_all_connections(in_loop: Served, aqmp: AsyncClient) -> None:
-    """SHUTDOWN also to who asked for it, before the reply, as in QEMU."""
+    """SHUTDOWN also reaches its own connection, before the reply, as in QEMU."""
     other = await (await in_loop.connect()).watch()
     assert (await aqmp.cmd("quit"))["event"] == "SHUTDOWN"
     assert await aqmp.reply() == {"return": {}}
@@ -133,7 +133,7 @@ async def granted(in_loop: Served, aqmp: AsyncClient) -> AsyncClient:
     return aqmp
 
 
-async def told(client: AsyncClient, count: int) -> list[tuple[str, str]]:
+async def received(client: AsyncClient, count: int) -> list[tuple[str, str]]:
     events = [await client.event() for _ in range(count)]
     return [(e["event"], e["data"]["id"]) for e in events]
 
@@ -148,7 +148,7 @@ async def refused(client: AsyncClient, name: str) -> None:
 async def test_reads_and_refusals_are_events_on_the_control_socket(
     in_loop: Served, granted: AsyncClient
 ) -> None:
-    """With who it was; not to who did it."""
+    """With the peer; the causing connection gets none."""
     watching = await (await in_loop.connect()).watch()
     client = await in_loop.connect(role="client", uid=1000)
     await client.read("web.a")
@@ -171,19 +171,22 @@ async def test_reads_and_refusals_are_events_on_the_control_socket(
 async def test_client_connections_get_events_of_readable_secrets(
     in_loop: Served, granted: AsyncClient
 ) -> None:
-    """Without who did it."""
+    """Without the peer."""
     client = await (await in_loop.connect(role="client", uid=1000)).watch()
     stranger = await (await in_loop.connect(role="client", uid=1002)).watch()
     other = await in_loop.connect(role="client", uid=1001)
     await granted.ok("object-del", {"id": "db"})
     await granted.add("db", data="x")
     await granted.add("web.c", data="x")
-    assert await told(client, 1) == [("SECRET_ADDED", "web.c")]
+    assert await received(client, 1) == [("SECRET_ADDED", "web.c")]
     await refused(stranger, "db")
     await refused(stranger, "web.b")
     await other.read("web.a")
     await granted.read("db")
-    assert sorted(await told(client, 2)) == [("SECRET_DENIED", "web.b"), ("SECRET_READ", "web.a")]
+    assert sorted(await received(client, 2)) == [
+        ("SECRET_DENIED", "web.b"),
+        ("SECRET_READ", "web.a"),
+    ]
     await granted.ok("secret-expire", {"id": "web.c", "after": 1})
     await granted.ok("object-del", {"id": "web.b"})
     event = await client.event()
@@ -212,24 +215,24 @@ async def test_reads_of_one_secret_are_events_once_a_second(
     await client.read("web.b")
     await granted.read("web.b")
     in_loop.server.core.broadcaster.flush()
-    assert await told(watching, 2) == [("SECRET_READ", "web.a"), ("SECRET_READ", "web.b")]
+    assert await received(watching, 2) == [("SECRET_READ", "web.a"), ("SECRET_READ", "web.b")]
     assert await watching.ok("query-name") == {}
     assert watching.events == []
-    assert await told(watching, 1) == [("SECRET_READ", "web.a")]
+    assert await received(watching, 1) == [("SECRET_READ", "web.a")]
     while any(s.throttle and s.throttle._next for s in in_loop.server.sessions):
         await asyncio.sleep(0)
     assert await watching.ok("query-name") == {}
     assert watching.events == []
     await client.read("web.a")
     in_loop.server.core.broadcaster.flush()
-    assert await told(watching, 1) == [("SECRET_READ", "web.a")]
+    assert await received(watching, 1) == [("SECRET_READ", "web.a")]
 
 
 @pytest.mark.tuning(throttled_ids=5)
 async def test_what_cannot_be_throttled_is_lost_and_counted(
     in_loop: Served, granted: AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Somebody who asks for a thousand names fills no memory, and hides no event of others for
+    """A client that asks for a thousand names fills no memory, and hides no event of others for
     long.
     """
     client = await in_loop.connect(role="client", uid=1002)
@@ -249,7 +252,7 @@ async def test_what_cannot_be_throttled_is_lost_and_counted(
     assert (got, lost) == (5, 11)  # of the 16 that one uid may cause within a second
     # None of it concerned the client socket, which loses nothing and hears of nothing.
     await granted.read("web.a")
-    assert await told(theirs, 1) == [("SECRET_READ", "web.a")]
+    assert await received(theirs, 1) == [("SECRET_READ", "web.a")]
 
 
 @pytest.mark.tuning(queued_events=3)
@@ -263,7 +266,7 @@ async def test_what_finds_no_room_is_counted_on_the_control_socket(
     burst(in_loop, 10)
     names = [(await watching.event())["event"] for _ in range(4)]
     assert names.count("SECRET_EVENTS_LOST") == 1
-    assert await told(client, 3) == [("SECRET_ADDED", f"web.{n}") for n in range(3)]
+    assert await received(client, 3) == [("SECRET_ADDED", f"web.{n}") for n in range(3)]
     assert await client.ok("query-version")
     assert client.events == []
 
@@ -306,7 +309,7 @@ async def test_a_held_event_is_not_sent_after_a_revocation(
         await granted.read("web.a")
         in_loop.server.core.broadcaster.flush()
     await granted.ok("object-del", {"id": "g"})
-    assert await told(client, 1) == [("SECRET_READ", "web.a")]
+    assert await received(client, 1) == [("SECRET_READ", "web.a")]
     while any(s.throttle and s.throttle._next for s in in_loop.server.sessions):
         await asyncio.sleep(0)
     assert await client.ok("query-version")
@@ -323,7 +326,7 @@ async def test_a_connection_that_ends_takes_its_throttle_along(
     for _ in range(2):
         await client.read("web.a")
         in_loop.server.core.broadcaster.flush()
-    assert await told(watching, 2) == [("SECRET_READ", "web.a")] * 2
+    assert await received(watching, 2) == [("SECRET_READ", "web.a")] * 2
     watching.close()
     while len(in_loop.server.sessions) > 2:
         await asyncio.sleep(0)
@@ -349,7 +352,7 @@ async def test_many_events_are_spread_over_ticks_and_none_is_lost(
 
     session.send_events = watched
     burst(in_loop, 50)
-    assert await told(watching, 50) == [("SECRET_ADDED", f"web.{n}") for n in range(50)]
+    assert await received(watching, 50) == [("SECRET_ADDED", f"web.{n}") for n in range(50)]
     assert max(sent) == 2
     assert sum(sent) == 50
 
@@ -555,7 +558,7 @@ async def test_everything_is_sent_at_the_end(in_loop: Served, granted: AsyncClie
     broadcaster.flush()
     assert not broadcaster._log
     for each in watching:
-        names = [await told(each, 1) for _ in range(12)]
+        names = [await received(each, 1) for _ in range(12)]
         assert [("SECRET_READ", "web.a")] in names
 
 

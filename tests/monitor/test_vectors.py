@@ -165,6 +165,6 @@ def test_every_difference_has_its_row_and_its_reason() -> None:
 
 
 def test_there_are_enough_transcripts() -> None:
-    """So that nobody loses a file."""
+    """So that no file gets lost."""
     steps = [step for path in FILES for vector in load(path) for step in vector.steps]
     assert len(steps) >= 1780

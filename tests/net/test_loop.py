@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The event loop: who watches is called at once, and all else is as on asyncio's own."""
+"""The event loop: readers are called at once, and all else is as on asyncio's own."""
 
 import asyncio
 import os
@@ -121,8 +121,8 @@ def test_an_error_in_a_reader_is_reported_and_the_loop_goes_on(
 
     async def main() -> None:
         loop = asyncio.get_running_loop()
-        told: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-        loop.set_exception_handler(lambda _loop, context: told.put_nowait(context))
+        reported: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        loop.set_exception_handler(lambda _loop, context: reported.put_nowait(context))
         watch, unwatch = loop.watch, loop.unwatch
 
         def fail() -> None:
@@ -131,7 +131,7 @@ def test_an_error_in_a_reader_is_reported_and_the_loop_goes_on(
 
         watch(a.fileno(), fail)
         b.send(b"x")
-        assert isinstance((await told.get())["exception"], ValueError)
+        assert isinstance((await reported.get())["exception"], ValueError)
 
     run(main())
 
@@ -208,7 +208,7 @@ def test_what_a_watcher_asks_of_asyncio_is_done_while_more_comes(
 def test_what_a_watcher_changes_holds_for_what_came_with_it(
     pair: tuple[socket.socket, socket.socket],
 ) -> None:
-    """Who waits for writing is who does so when it is told, not who did when epoll said so."""
+    """Only descriptors that are waited for at the time of the call are reported."""
     a, b = pair
     loop = Loop()
     selector = loop._waiting

@@ -245,7 +245,7 @@ def test_an_unidentified_peer_is_refused(
 def test_on_old_kernels_root_is_identified_by_pid(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before 6.5 there is no SO_PEERPIDFD. That is good enough for root, and for nobody else."""
+    """Before 6.5 there is no SO_PEERPIDFD. That is good enough for root only."""
     monkeypatch.setattr(peercred, "SO_PEERPIDFD", 999)
     with cgroup(f"{SLICE}/old.service") as path, process_in(path, tmp_path) as sock:
         assert identify(sock, SocketRole.CREDENTIALS).unit == "unit:old.service"
@@ -455,7 +455,7 @@ def test_one_of_which_nothing_was_taken_is_withheld(tmp_path: Path, app: str) ->
 def test_one_that_is_on_its_way_at_the_end_is_left(
     tmp_path: Path, app: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To the service manager, which keeps it; here nobody does."""
+    """To the service manager, which stores it; here there is none."""
     daemon = Daemon(tmp_path, tuning=Tuning(stop_seconds=0.01))
     try:
         qmp = daemon.connect()

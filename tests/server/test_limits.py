@@ -272,7 +272,7 @@ async def admin(in_loop: Served, aqmp: AsyncClient) -> AsyncClient:
 async def test_objects_of_an_administrator(
     in_loop: Served, aqmp: AsyncClient, admin: AsyncClient
 ) -> None:
-    """Who is neither root nor the daemon's own uid; deleting makes room, whoever deletes."""
+    """Not of root or the daemon's own uid; every deletion makes room."""
     in_loop.tree.limits.objects.limit = 3
     for name in "abc":
         assert await admin.add(name, data="x") == {"return": {}}

@@ -150,7 +150,7 @@ def test_a_client_that_does_not_read_stalls_only_itself(daemon: Daemon, qmp: Cli
 def test_unfinished_messages_are_limited_in_time(
     daemon: Daemon, qmp: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The client is told; one that finishes messages now and then is not affected."""
+    """The client gets an error; one that finishes messages now and then is not affected."""
     slow = daemon.connect()
     slow.send(NAME + b'{"execute":')
     assert slow.reply() == {"return": {}}
@@ -203,7 +203,7 @@ def test_a_too_large_message_is_refused_and_the_next_answered(qmp: Client) -> No
 
 
 class StarvedArena(Arena):
-    """An arena that has no room for large buffers while told so."""
+    """An arena that has no room for large buffers while the test says so."""
 
     starved: bool | str = False
 
@@ -293,7 +293,7 @@ def test_large_messages_of_many_clients_at_once_all_arrive(daemon: Daemon, qmp: 
 def test_one_that_pipelines_lets_another_that_waits_go_first(
     daemon: Daemon, qmp: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It looks for that between two requests, and who is there and wants nothing is no reason to
+    """It checks between two requests, and an idle connection is no reason to
     stop.
     """
     other = daemon.connect()
@@ -514,7 +514,7 @@ def test_quit_stops_the_daemon_in_order(daemon: Daemon, qmp: Client) -> None:
 
 
 def test_the_control_socket_is_for_root_and_the_own_uid(daemon: Daemon) -> None:
-    """Others are told and closed; the client socket lets them in, as they are."""
+    """Others get an error and are closed; the client socket admits them."""
     client = daemon.connect(negotiate=False, uid=1000)
     assert client.reply()["error"]["desc"] == (
         "uid 1000 may not use the control socket; connect to the client socket"
@@ -835,7 +835,7 @@ def ended(client: Client) -> bool:
 def test_what_was_sent_before_a_stop_is_answered(
     daemon: Daemon, qmp: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All of it, though it takes many turns; who has nothing to wait for is closed at once."""
+    """All of it, though it takes many turns; an idle connection is closed at once."""
     idle = daemon.connect()
 
     def send_and_stop() -> None:
@@ -896,7 +896,7 @@ def test_a_stop_does_not_wait_for_ever(daemon: Daemon, qmp: Client, hurry: bool)
     added = qmp.ok("add-fd", None, (fd,))
     os.close(fd)
     qmp.add("s", file=f"/dev/fd/{added['fd']}")
-    source, sink = os.pipe()  # it takes a part, and nobody reads
+    source, sink = os.pipe()  # it takes a part, and there is no reader
     qmp.send(b'{"execute":"secret-read","arguments":{"id":"s"}}', (sink,))
     os.close(sink)
     while not daemon.call(lambda: only_session(daemon).busy):
@@ -1019,7 +1019,7 @@ def test_a_client_that_left_before_a_wait_leaves_nothing(daemon: Daemon, tmp_pat
     while daemon.call(lambda: daemon.server.sessions or daemon.tree._being_loaded):
         pass
     while not daemon.server.core.threads.idle():
-        with contextlib.suppress(OSError):  # ENXIO while nobody reads it
+        with contextlib.suppress(OSError):  # ENXIO without a reader
             os.close(os.open(tmp_path / "fifo", os.O_WRONLY | os.O_NONBLOCK))
     assert daemon.connect().add("s", data="x") == {"return": {}}
 

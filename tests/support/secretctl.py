@@ -66,7 +66,7 @@ def in_terminal(
         os.write(ours, again)
         while True:
             seen += os.read(ours, 1000)
-    except OSError:  # EIO: nobody has the terminal open any more
+    except OSError:  # EIO: no process has the terminal open
         pass
     finally:
         os.close(ours)

@@ -336,7 +336,7 @@ def play(vector: Vector, peer: Peer, scene: Scene, *, server: str) -> None:
         peer.send(json.dumps(message).encode(), [])
         _expect(vector, "qmp_capabilities", scene, Reply('{"return": {}}'), peer.line(), server)
     if vector.has("quits"):
-        # In one piece: what comes later would find nobody.
+        # In one piece: later bytes would find no reader.
         peer.send(b"".join(scene.message(step.text)[0] for step in vector.steps), [])
         for step in vector.steps:
             _check_step(vector, step, peer, scene, server)

@@ -119,7 +119,7 @@ def kept(manager: NotifySocket) -> bool:
 
 
 def test_what_is_kept_is_known(tmp_path: Path) -> None:
-    """Though nobody says that there is no room."""
+    """Though the service manager does not report a full store."""
     one, two, three = (os.memfd_create("x") for _ in range(3))
     with Other(tmp_path, room=3) as other:
         manager = NotifySocket(other.path)
