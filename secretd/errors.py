@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The exceptions of secretd, and the QMP error classes that they stand for.
 
-Handlers raise them; only monitor turns them into replies. The client that caused an error receives
+Handlers raise them. monitor.monitor turns them into replies; session and server report why they
+close a connection. The client that caused an error receives
 its ``desc`` word for word, so a ``desc`` never holds a value that the schema marks sensitive.
 
     SecretdError
      ├── CommandError              class GenericError: the words of the reply
      │    ├── CommandNotFound      class CommandNotFound
      │    ├── DeviceNotFound       class DeviceNotFound
-     │    ├── AccessDenied         class GenericError: access.check() refused
+     │    ├── AccessDenied         class GenericError: the peer may not do this
      │    ├── LimitReached         class GenericError: names the limit and its value
-     │    └── LockedMemoryExhausted   class GenericError: names the limit and how to raise it
+     │    └── LockedMemoryExhausted   class GenericError: names the limit
      ├── PeerUnknown               the kernel does not identify the peer completely
      ├── SourceError               why a file, descriptor or key cannot be read
      ├── StateError                why the state of an earlier process cannot be used
@@ -46,7 +47,7 @@ class DeviceNotFound(CommandError):
 
 
 class AccessDenied(CommandError):
-    """The peer may not do this; the error does not reveal whether the object exists."""
+    """The peer may not do this; what a client receives does not reveal whether an object exists."""
 
 
 class LimitReached(CommandError):
@@ -61,7 +62,9 @@ class LimitReached(CommandError):
 
 
 class LockedMemoryExhausted(CommandError):
-    """No locked memory is left within RLIMIT_MEMLOCK."""
+    """No locked memory is left within RLIMIT_MEMLOCK, or unfinished messages fill their share of
+    it.
+    """
 
 
 class PeerUnknown(SecretdError):

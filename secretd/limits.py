@@ -38,7 +38,9 @@ OBJECTS_PER_UID: Final = 10_000
 """Objects of one uid that an authz object admits to the control socket."""
 
 OBJECT_BYTES_PER_UID: Final = 2 << 20
-"""Bytes of plaintext of one such uid: a quarter of the memory that an ordinary process may lock."""
+"""Bytes of plaintext and records of one such uid: a quarter of what an ordinary process may
+lock.
+"""
 
 
 @dataclass(frozen=True)
@@ -105,13 +107,17 @@ class Tuning:
     between is sent at its end.
     """
     throttled_ids: int = 256
-    """Ids that are throttled at a time on one connection; events of further ids are lost."""
+    """Ids that are throttled at a time, for each event name, on one connection; events of further
+    ids are lost.
+    """
 
     # The index of grants (access.grant_index)
     kept_identities: int = 1 << 18
     """Identities, over all peers, whose grants the index keeps."""
     kept_changes: int = 4096
-    """Changes of grants to patterns and list files after which the index is rebuilt."""
+    """Changes of grants whose authz object has patterns or a list file; with more, the entries of
+    all peers are dropped.
+    """
 
     # The journal (journal.journal)
     journal_bytes: int = 64 << 10

@@ -35,8 +35,8 @@ class CredentialMapping:
         if claimed is None:
             raise AccessDenied("the address it came from is not one of LoadCredential=")
         unit, name = claimed
-        # 1. The claim: the kernel must report the same unit, and a service manager's uid. A user's
-        # own manager has that user's uid, and so has root's.
+        # 1. The claim: the kernel must report the same unit, and uid 0 (the system's or root's
+        # manager) or the daemon's own uid in a user unit (the manager of that user).
         if peer.unit not in (f"unit:{unit}", f"user-unit:{peer.uid}/{unit}"):
             raise AccessDenied(f"it claims to be {unit}, and is in {peer.unit or 'no unit'}")
         if peer.uid != 0 and not (peer.trusted and peer.unit.startswith("user-unit:")):

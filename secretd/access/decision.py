@@ -9,12 +9,12 @@ Theory of operation. Every request for plaintext goes through `Access.check`. It
 refuses. Delivery and sealing accept nothing but a `Grant`, which carries the plaintext, so no code
 can bypass the decision.
 
-- On the control socket everything is allowed: the peer is an administrator.
+- On the control socket everything is allowed, except the audit's key to untrusted peers.
 - On the other sockets a secret-grant must match the id, and its authz object must allow the peer.
 - A running delivery holds its `Grant`. When a grant or authz object changes, `holds` is asked
   again, and deliveries that are no longer permitted are withdrawn.
-- A limited grant counts a read before the delivery starts. `take_back` returns the count if no byte
-  was taken, unless the grant was changed meanwhile.
+- A limited grant counts a read before the delivery starts. `take_back` subtracts it if no byte was
+  taken, unless the grant was changed meanwhile.
 
 What can go wrong: an answer, or its time, may reveal the existence of a secret. So a refusal looks
 only at the grants of that peer, never at the secret and never at grants to others.
@@ -40,7 +40,7 @@ from secretd.systemd.credential_address import CredentialAddress
 
 
 class Grant:
-    """Permission to release one secret to one peer, made by `Access.check` only.
+    """Permission to release one secret to one peer, made by `Access` only.
 
     ``peer``, ``subject``: the peer, and its form in the audit. ``object_id``: the secret.
     ``plaintext``: a borrowed view, valid until the secret is removed. ``rule``: the id of the
@@ -151,11 +151,13 @@ class Access:
     async def credential(
         self, peer: Peer, subject: Subject, claimed: CredentialAddress | None
     ) -> Grant:
-        """Return permission to give a unit the secret that its LoadCredential= asks for.
+        """Return permission to give a unit the secret that its LoadCredential= asks for; max-reads
+        does not count it.
 
         ``claimed``: the unit and name in the peer's address, which any process can forge. See
         `CredentialMapping.find`. Raises AccessDenied with the reason, which is for the
-        administrator.
+        administrator, and CommandError if the audit record cannot be written under
+        --audit-policy=require.
         """
         name = claimed.credential if claimed else ""
         try:
@@ -171,10 +173,11 @@ class Access:
         return Grant(_KEY, peer, subject, object_id, rule, plaintext)
 
     def take_back(self, grant: Grant, reason: str) -> None:
-        """Undo a read that delivered nothing: record it as withheld and return its count.
-
-        ``reason`` goes into the record. A grant that was changed or added again meanwhile keeps its
+        """Undo a read that delivered nothing: record it as withheld, and subtract it from the
         count.
+
+        ``reason`` goes into the record. The count of a grant that was changed or added again
+        meanwhile stays.
         """
         self._audit.append("withheld", grant.subject, id=grant.object_id, reason=reason)
         rule = grant.terms
@@ -187,8 +190,8 @@ class Access:
             self._count(rule.id, -1)
 
     def may_read(self, peer: Peer, object_id: str) -> bool:
-        """Return True if `check` would permit a read. It writes no record, so events and lists use
-        it.
+        """Return True if the control socket or a grant permits a read. It writes no record: events
+        use it.
         """
         return (
             peer.role is SocketRole.CONTROL

@@ -137,8 +137,7 @@ class Verification:
             if out_of_place := self._out_of_place(number):
                 return out_of_place
             return (
-                f"from record {number} on they are under a key; give it with --key or --key-file"
-                * first
+                f"the records from {number} on need a key; give it with --key or --key-file" * first
             )
         if record.keyed:
             self._keyed = True

@@ -23,7 +23,7 @@ def release(  # noqa: PLR0917 - the members that each of these records has
 ) -> str:
     """Return the record of a release of a secret by a rule.
 
-    ``credential``: the requested name, "" if it was the id.
+    ``credential``: the name that a unit requested, "" for a read or seal.
     """
     if len(object_id) > AUDIT_ID_CHARACTERS:
         object_id = object_id[:AUDIT_ID_CHARACTERS]

@@ -2,7 +2,8 @@
 """The audit log: numbered, linked records of what peers did with secrets, or were refused.
 
 `Audit` numbers records, links them (chain) and writes them (sinks), all records of one turn of the
-loop in one write. access appends releases and refusals, and monitor everything else.
+loop in one write. access appends releases
+and refusals, server refused connections, daemon.process events of the start, and monitor the rest.
 
 Writing never waits. A record without room stays in a queue; beyond the queue's limit records are
 dropped, and the next record carries their count. Under ``--audit-policy=require`` a secret is
@@ -72,7 +73,7 @@ class Audit:
         self.head = chain.GENESIS
         if target == "none":
             if require:
-                raise UsageError("--audit-policy=require needs --audit")
+                raise UsageError("--audit-policy=require cannot be used with --audit=none")
             return
         self._sink = open_sink(target)
         if require and not self._sink.certain:
@@ -113,7 +114,7 @@ class Audit:
     # --- events
 
     def start(self, version: str, objects: int) -> None:
-        """Append the record of the start; ``objects``: the number that was taken over."""
+        """Append the record of the start; ``objects``: the number of objects that exist then."""
         self._started = True
         self.append("start", version=version, objects=objects)
         self._written()
@@ -174,7 +175,7 @@ class Audit:
     ) -> None:
         """Append the record of a release, which must not happen if this raises CommandError.
 
-        ``rule`` permits it. ``credential``: the requested name, if it is not the id.
+        ``rule`` permits it. ``credential``: the name that a unit requested, "" for a read or seal.
         """
         if self._sink is None:
             return

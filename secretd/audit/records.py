@@ -44,8 +44,8 @@ class AuditRecord(Struct, omit_defaults=True, rename="kebab"):
 ORDINARY: Final = 0
 REFUSAL: Final = 1
 FIRST: Final = 2
-"""The importance of the first record of a file or a run. These are plain numbers, since each record
-is compared with them.
+"""Kinds of records, by which log chooses the journal's priority; FIRST also gets ``prev``. Plain
+numbers, since each record is compared with them.
 """
 
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The targets of audit lines: a file, a pipe, a socket, or a thread for targets that may block.
 
-Writing to a `Sink` never waits. It does not know what the lines say; log opens and uses one.
+Writing to a `Sink` never waits. It does not know what the lines say; audit.log and daemon.log use
+it.
 """
 
 import contextlib
@@ -37,7 +38,7 @@ class Sink(Protocol):
         """Return its fstat(2) result."""
 
     def close(self) -> None:
-        """Close it."""
+        """Close the descriptor if it is owned, after at most a second for queued lines."""
 
 
 class FileSink:

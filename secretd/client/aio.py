@@ -177,7 +177,8 @@ class Client:
     async def read(self, object_id: str, *, format: Format = "raw") -> LockedBuffer:  # noqa: A002
         """Return a secret in locked memory; free it, or use it as a context manager, to wipe it.
 
-        ``format``: "raw" or "base64". Raises ExecuteError and ConnectError.
+        ``format``: "raw" or "base64". Raises ExecuteError, ConnectError, StateError, and
+        ExecInterruptedError if all repetitions failed.
         """
         types.check_text(object_id)
         return await self._connection.again(
@@ -209,7 +210,8 @@ class Client:
         """Make the daemon write a secret to ``fd`` (borrowed); return its size in bytes.
 
         ``fd``: the write end of a pipe, an end of a stream socket pair, or a memfd, whose memory is
-        allocated here. Raises ExecuteError and ConnectError.
+        allocated here. Raises ExecuteError, ConnectError, StateError, and ExecInterruptedError if
+        it may have been written.
         """
         types.check_text(object_id)
         give_memory(fd, format)

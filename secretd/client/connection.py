@@ -131,7 +131,9 @@ class Connection:
                         raise
 
     async def _unless_closed(self, waited: Coroutine[Any, Any, object], deadline: float) -> None:
-        """Wait until the deadline, or until the client is closed. Raises ConnectError then."""
+        """Await ``waited``. Raises ConnectError if the deadline passes, or the client is closed,
+        first.
+        """
         task = asyncio.ensure_future(waited)
         closed = asyncio.ensure_future(self._closed.wait())
         try:

@@ -63,8 +63,8 @@ class Collected:
 def give_memory(fd: int, form: Format) -> None:
     """Allocate a memfd's pages, so that they belong to this process.
 
-    secretd does not allocate them for untrusted peers. Does nothing to other descriptors. Raises
-    OSError.
+    secretd does not allocate them for untrusted peers. Does nothing to other descriptors, and
+    ignores errors: the daemon reports missing memory.
     """
     with contextlib.suppress(OSError):
         fcntl.fcntl(fd, _F_GET_SEALS)

@@ -9,8 +9,8 @@ SYSTEM_CLIENT_SOCKET = "/run/secretd/client.sock"
 
 
 def default_socket() -> str:
-    """Return $SECRETD_SOCKET, else the control socket's default path if this user may use it, else
-    the client socket's.
+    """Return $SECRETD_SOCKET, else the first socket that this user may use of the control socket,
+    the client socket and the system's client socket, else the control socket's path.
     """
     given = os.environ.get("SECRETD_SOCKET")
     if given:

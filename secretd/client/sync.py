@@ -197,7 +197,8 @@ class SyncClient:
     def read(self, object_id: str, *, format: Format = "raw") -> LockedBuffer:  # noqa: A002
         """Return a secret in locked memory; free it, or use it as a context manager, to wipe it.
 
-        ``format``: "raw" or "base64". Raises ExecuteError and ConnectError.
+        ``format``: "raw" or "base64". Raises ExecuteError, ConnectError, and ExecInterruptedError
+        if all repetitions failed.
         """
 
         def once(channel: Channel) -> LockedBuffer:
@@ -213,7 +214,8 @@ class SyncClient:
         """Make the daemon write a secret to ``fd`` (borrowed); return its size in bytes.
 
         ``fd``: the write end of a pipe, an end of a stream socket pair, or a memfd, whose memory is
-        allocated here. Raises ExecuteError and ConnectError.
+        allocated here. Raises ExecuteError, ConnectError, and ExecInterruptedError if it may have
+        been written.
         """
         types.check_text(object_id)
         give_memory(fd, format)

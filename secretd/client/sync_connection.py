@@ -3,7 +3,8 @@
 errors.
 
 A lost connection is retried for ``retry_seconds``. A command that was not sent yet is then sent. A
-command that was sent is repeated if it changes nothing, and raises ExecInterruptedError otherwise.
+command that was sent is repeated if running it twice does no harm, and raises ExecInterruptedError
+otherwise.
 """
 
 import re
@@ -19,7 +20,7 @@ RETRY_SECONDS: Final = 30.0
 """Seconds for which a lost connection is retried before that is an error."""
 
 SAME_FAILURES: Final = 4
-"""Fresh connections that a command may end before that is an error."""
+"""Lost connections, each after the same command was sent, that are an error."""
 
 SAFE: Final = re.compile("query-.*|qom-(list|get).*|secret-(seal|explain|expire|events)")
 """Commands that may run twice."""

@@ -94,7 +94,9 @@ def grant(
 
 
 def _check_credential(name: str, named: list[str]) -> None:
-    """Raise UsageError for a unit that systemd could not ask for."""
+    """Raise UsageError if the names of a unit and the credential are too long together for
+    systemd.
+    """
     for unit in (n.rpartition("/")[2].removeprefix("unit:") for n in named if "unit:" in n):
         size = len((unit + name).encode())
         if size > CREDENTIAL_ADDRESS_BYTES:

@@ -86,8 +86,8 @@ def _import(common: Common, file: str, fd: int, *, skip_existing: bool) -> int:
 
 
 def _lines(fd: int, buffer: LockedBuffer) -> Iterator[memoryview]:
-    """Yield the lines, each in locked memory until the next one is requested; blank lines are
-    skipped.
+    """Yield the lines, each in locked memory until the next one is requested; a blank line is
+    empty.
     """
     view, fill, ended = buffer.view, 0, False
     while not ended:

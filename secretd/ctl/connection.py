@@ -56,8 +56,9 @@ def client_of(common: Common) -> SyncClient:
     """Return the client of all verbs."""
     if common.socket is None and not os.environ.get("SECRETD_SOCKET"):
         path = default_socket()
-        if path != paths.control_path():
-            note(f"no control socket at {paths.control_path()}; asking the client socket {path}")
+        control = paths.control_path()
+        if path != control:
+            note(f"no usable control socket at {control}; asking the client socket {path}")
     return _Client(
         common.socket,
         retry_seconds=RETRY_SECONDS if common.timeout is None else common.timeout,

@@ -16,7 +16,7 @@ from secretd.ctl.verb import argument, verb
 
 @verb("status")
 def status(common: Common) -> None:
-    """Print the version, socket and memory of the daemon."""
+    """Print the daemon's version, socket, secrets and level."""
     with client_of(common) as client:
         secrets = client.list()
         facts = {

@@ -110,5 +110,5 @@ def _rules(client: SyncClient) -> Iterator[Finding]:
                     "rules",
                     "warning",
                     f"'{entry['name']}' denies '{match}', which a process can drop",
-                    "allow by what it must have instead; only a denial of uid:N is certain",
+                    "permit an identity that the process must have; only denying uid:N is certain",
                 )

@@ -83,8 +83,8 @@ def push(
         qemu = Channel(qmp, common.timeout, say_waiting)
     except Refused as error:
         raise UsageError(f"{qmp}: {error}") from None
-    except TimeoutError as error:
-        raise UsageError(str(error)) from None
+    except (Lost, TimeoutError) as error:
+        raise UsageError(f"{qmp}: {error}") from None
     except OSError as error:
         return fail(f"cannot connect to {qmp}: {error.strerror}; is QEMU running?")
     try:
@@ -106,7 +106,7 @@ def push(
         multiple=True,
         metavar="ID[=NAME]",
         required=True,
-        help="for {NAME}, or {ID}",
+        help="the secret for {NAME} in the command (default: {ID})",
         shell_complete=complete_ids,
     ),
     option(

@@ -26,7 +26,7 @@ _SO_PEERPIDFD: Final = 77
 _UNITS: Final = ("secretd-control.socket", "secretd-client.socket", "secretd-credentials.socket")
 
 COMMAND_SECONDS: Final = 0.4
-"""Seconds that systemctl may take for one answer."""
+"""Seconds that systemctl or journalctl may take for one answer."""
 
 
 def _python(_common: Common) -> Iterator[Finding]:
@@ -108,7 +108,7 @@ def _files(_common: Common) -> Iterator[Finding]:
 
 
 def _sockets(common: Common) -> Iterator[Finding]:
-    # 1. Does it exist, and may this user connect?
+    # 1. Does it exist, and is it a socket?
     path = common.socket or default_socket()
     directory = os.path.dirname(os.path.abspath(path))
     try:
@@ -157,12 +157,12 @@ def _namespace(_common: Common) -> Iterator[Finding]:
             "user namespace",
             "warning",
             words,
-            "secretd refuses peers with such ids, and no rule can name them",
+            "a secretd in this namespace refuses peers with such ids, and no rule can name them",
         )
 
 
 def _systemctl(*words: str) -> str:
-    """Return the output of systemctl; "" if it does not answer soon."""
+    """Return the output of a command such as systemctl; "" if it does not answer soon."""
     try:
         shown = subprocess.run(
             [*words], capture_output=True, text=True, check=False, timeout=COMMAND_SECONDS

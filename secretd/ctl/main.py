@@ -103,7 +103,7 @@ def main() -> int:
     try:
         status: int | None = cli.main(prog_name="secretctl", standalone_mode=False)
         sys.stdout.flush()
-    except click.Abort:  # Ctrl-C, or an output without a reader
+    except click.Abort:  # Ctrl-C, or the end of input at a question
         return INTERRUPTED
     except click.UsageError as error:
         return _usage(error)

@@ -64,9 +64,9 @@ def add(
 ) -> None:
     """Add a secret.
 
-    Without a source it is asked for on the terminal. The content comes from a file, a descriptor,
-    standard input or a prompt, raw or in base64, in clear or encrypted under another secret. It is
-    never an argument, which every user could read.
+    Without a source it is read from standard input, or asked for if that is a terminal. The content
+    comes from a file, a descriptor, standard input or a prompt, raw or in base64, in clear or
+    encrypted under another secret. It is never an argument, which every user could read.
     """
     if sum((file is not None, fd is not None, stdin, prompt)) > 1:
         raise click.UsageError("--file, --fd, --stdin and --prompt exclude each other")
@@ -135,7 +135,7 @@ def _check_end(last: int | None, format: Format) -> None:  # noqa: A002
         warn("the secret ends in a newline, which is kept; 'printf %s' writes none")
 
 
-# --- read, list, status, del, seal, generate
+# --- read, list, del, generate, expire
 
 
 @verb(

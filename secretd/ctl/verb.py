@@ -34,14 +34,14 @@ def verb(
             click.Option(
                 ["--socket"],
                 metavar="PATH",
-                help="as before the verb",
+                help="secretd's socket; see 'secretctl --help'",
                 type=click.Path(readable=False),
             ),
             click.Option(
                 ["--timeout"],
                 metavar="S",
                 type=click.FloatRange(min=0.001),
-                help="as before the verb",
+                help="give up after S seconds without an answer",
             ),
         ]
         epilog = "\b\nExamples:\n" + "\n".join(f"  {e}" for e in examples) if examples else None
@@ -102,9 +102,7 @@ def _carry_out(function: Verb, given: dict[str, Any]) -> int:
             return cannot_connect(error, common)
         if isinstance(error, api.ExecuteError):
             return fail(str(error))
-        return fail(
-            f"the connection was lost before the answer: {error}; it may have been carried out"
-        )
+        return fail(f"the connection was lost before the answer: {error}; the command may have run")
 
 
 def _check_socket(path: str | None) -> None:

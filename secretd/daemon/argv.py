@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The command line before everything else: the values of ``--object …data=`` leave argv.
 
-It creates no objects and knows no other option; daemon.main calls it first.
+It creates no objects and knows no other option; daemon.process calls it before it parses options.
 """
 
 import os

@@ -26,9 +26,9 @@ log = logging.getLogger("secretd")
 class InitialObjects:
     """Creates the objects of ``--object``, one after the other.
 
-    ``hidden``: descriptors with values of data=. ``required``: fail the start if an object's
-    content is missing. ``made``: the ids of the created objects, without equal ones of an earlier
-    process.
+    ``hidden``: descriptors with values of data=. ``required``: fail the start if an object cannot
+    be added, instead of logging that. ``made``: the ids of the created objects, without equal ones
+    of an earlier process.
     """
 
     def __init__(self, tree: ObjectTree, hidden: list[int], *, required: bool = True) -> None:
@@ -110,8 +110,8 @@ def parse(tree: ObjectTree, text: str) -> ObjectOptions | None:
 
 
 def _credential_hint(options: ObjectOptions) -> str:
-    """Return a hint for a missing credential of secretd's own unit, which systemd starts
-    without.
+    """Return a hint if the file is a missing credential of secretd's own unit: systemd starts the
+    unit all the same.
     """
     directory = os.environ.get("CREDENTIALS_DIRECTORY")
     file = getattr(options, "file", None)

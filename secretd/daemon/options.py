@@ -63,14 +63,14 @@ def parser() -> QuietParser:
         action="append",
         default=[],
         metavar="SPEC",
-        help="open one for systemd's units",
+        help="open a credentials socket, for LoadCredential= of systemd's units",
     )
     add("--object", action="append", default=[], metavar="SPEC", help="add an object at start")
     add(
         "--object-policy",
         choices=("best-effort", "require"),
         default="require",
-        help="best-effort: start without objects whose content is missing (default: require)",
+        help="best-effort: start without objects that cannot be added (default: require)",
     )
     add(
         "--memory-lock",

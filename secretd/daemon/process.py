@@ -256,7 +256,7 @@ def _audit(tree: ObjectTree, options: argparse.Namespace) -> Audit:
     key = None
     if key_id is not None:
         if options.audit == "none":
-            raise UsageError("--audit-key needs --audit")
+            raise UsageError("--audit-key cannot be used with --audit=none")
         try:
             size = len(tree.plaintext(key_id))
         except CommandError as error:

@@ -34,7 +34,9 @@ _JSON_MEMBER: Final = re.compile(r'("(?:[^"\\]|\\.)*"\s*:\s*)("(?:[^"\\]|\\.)*"|
 
 
 class Part(NamedTuple):
-    """A part of ``KEY=VALUE,…``, as it was typed; ``key`` is "" for a value without one."""
+    """A part of ``KEY=VALUE,…``, as it was typed; ``key`` is "" only for a first part without
+    ``=``.
+    """
 
     key: str
     text: str

@@ -38,7 +38,9 @@ _MODES: Final = {SocketRole.CONTROL: 0o600, SocketRole.CLIENT: 0o666, SocketRole
 
 
 def socket_spec(role: SocketRole, text: str) -> SocketSpec:
-    """Parse PATH[,mode=OCTAL][,group=NAME]. Raises UsageError."""
+    """Parse PATH[,mode=OCTAL][,group=NAME], and [,authz=ID] for a control socket. Raises
+    UsageError.
+    """
     option = f"--{role.value} {text}"
     try:
         # Unlike the name of a type, a path may contain commas.

@@ -64,8 +64,8 @@ def _kind(fd: int) -> Kind:
 
 @lru_cache(1)
 def _memfd_device() -> tuple[int, int]:
-    """Return the device of the kernel's own tmpfs. Any other file system of an unlinked file may be
-    full.
+    """Return the device of the kernel's own tmpfs, where memfds lie. An unlinked file on another
+    tmpfs resembles a memfd, but its file system may be full.
     """
     fd = os.memfd_create("secretd-device", os.MFD_CLOEXEC)
     try:

@@ -3,8 +3,8 @@
 passed.
 
 Every read may block (a FIFO without a writer, a network file system), so over QMP it runs in a
-thread with a time limit; for the command line it is called directly. qom.secret asks for a source
-by name, and `ConnectionSources` knows which descriptors a name can mean.
+thread with a time limit; for the command line it is called directly. qom.secret and qom.authz
+ask for a source by name, and `ConnectionSources` knows which descriptors a name can mean.
 """
 
 import asyncio
@@ -81,7 +81,10 @@ class ConnectionSources:
         self._trusted = trusted
 
     async def file(self, name: str) -> LockedBuffer:
-        """Return the content with room for a quote on each side. Raises SourceError."""
+        """Return the content with room for a quote on each side.
+
+        Raises SourceError, and AccessDenied if an untrusted peer names a path.
+        """
         fd = self._descriptor(name)
         if fd is not None:
             # A duplicate, so that the connection cannot close the number meanwhile.
@@ -96,7 +99,10 @@ class ConnectionSources:
         )
 
     async def key(self, serial: int) -> LockedBuffer:
-        """Return a key's payload in the same form. The kernel may wait for the key's creator."""
+        """Return a key's payload in the same form. The kernel may wait for the key's creator.
+
+        Raises SourceError, and AccessDenied for an untrusted peer.
+        """
         if not self._trusted:
             raise AccessDenied("Only uid 0 and the daemon's own uid may name a key")
         return await self._run(partial(read_key, serial, self._scratch))

@@ -3,7 +3,7 @@
 
 A target is written without changing the flags or the offset of the client's open file description.
 Opening a target never waits; writing may, where a client holds what the kernel needs for it.
-deliveries calls this module.
+deliveries and server.credentials call this module.
 """
 
 import errno

@@ -154,8 +154,8 @@ class ThreadedDelivery(Delivery):
             return True
 
     def _wait(self) -> None:
-        """Wait until the descriptor is writable or the delivery is withdrawn, which its time limit
-        also does.
+        """Wait until the descriptor is writable or the delivery is withdrawn, as it is at its time
+        limit.
         """
         with self._copying:
             if self._bell < 0:

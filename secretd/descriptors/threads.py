@@ -2,8 +2,9 @@
 """Threads for calls that a client can make block, a few for each uid.
 
 close(2), open(2) and read(2) on descriptors and paths of others may never return (docs/design.md,
-"Descriptors are hostile"). This module knows nothing about secrets. monitor closes through it, and
-descriptors.source reads.
+"Descriptors are hostile"). This module knows nothing about secrets. monitor, server and
+net.listener close through it, descriptors.source reads, deliveries writes, and daemon.process
+reopens the audit file.
 """
 
 import asyncio

@@ -2,15 +2,15 @@
 """The property store of the objects: an append-only, checksummed journal in an ordinary memfd.
 
 A record holds everything about an object but its plaintext, and names the slot in the arena. Only
-qom adds, reads and removes records; daemon stores the descriptors.
+qom adds, changes and removes records; daemon stores the descriptors.
 
 Theory of operation. Each object is whole or absent at every moment, whenever the process is killed.
-Adding fills the slot, then the record, then its state byte (live). Removing clears the state byte
-(dead), then wipes the slot. Replacing writes a second live record, then marks the first one dead;
+Adding fills the slot, then the record, then its state byte (live). Removing sets the state byte to
+dead, then wipes the slot. Replacing writes a second live record, then marks the first one dead;
 `restore` lets the later one count. Python keeps only a dict from id to offset. There are two files:
 compaction copies the live records into the other one, whose magic comes last, and the complete file
 of the later generation counts. What can go wrong: memory is exhausted, and nothing has changed; or
-a file is damaged, and `restore` raises StateError and changes nothing. layout has the formats.
+a file is damaged, `restore` raises StateError and changes no object. layout has the formats.
 """
 
 import os
@@ -76,8 +76,7 @@ class Journal:
         self.survey = LoadSummary()
         self._dead = 0
         self._end = FILE.size
-        # By the number of bytes after a record's numbers
-        self._packs: dict[int, Callable[..., bytes]] = {}
+        self._packs: dict[int, Callable[..., bytes]] = {}  # by the bytes after a record's numbers
         if kept is None:
             self._spare = -1
             self._fd = new_file()
@@ -95,8 +94,7 @@ class Journal:
     def restore(cls, arena_fd: int, journal_fds: Sequence[int]) -> Self:
         """Return the journal and arena of an earlier process; takes over the descriptors.
 
-        Raises StateError or LockedMemoryExhausted; other holders of the descriptors then see no
-        change.
+        Raises StateError or LockedMemoryExhausted; every object then stays as it was.
         """
         header, files = open_files(arena_fd, journal_fds)
         arena = Arena(LEVELS[header.level], window=header.window, fd=arena_fd)
@@ -132,7 +130,7 @@ class Journal:
         return self._spare >= 0
 
     def filenos(self) -> tuple[int, int]:
-        """The descriptors of both files, borrowed."""
+        """The descriptors of both files, borrowed; creates the second one if necessary."""
         if not self.paired:
             self._spare = new_file()
         return self._fd, self._spare
@@ -313,7 +311,9 @@ class Journal:
     # --- files
 
     def _note_windows(self, count: int) -> None:
-        """Record how many windows are used: the next process wipes their unused parts."""
+        """Record how many windows were ever used: the next process wipes what is not in use
+        there.
+        """
         struct.pack_into("<I", self._map, WINDOWS_OFFSET, count)
 
     def _compact_if_due(self) -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 r"""The layout of the journal's files, and the choice between two files.
 
-It opens and writes nothing; journal.journal does.
+It opens and writes nothing; journal.files and journal.journal do.
 
 Layout (little-endian)
     file     magic "secretd\0", u32 format, u32 bytes of this header, u64 generation (from 1),
@@ -9,7 +9,7 @@ Layout (little-endian)
              u32 windows of the arena that were ever used, u32 unused, u64 end of the records;
              then records, then zeros
     record   u32 length, u32 crc32 of what follows but the state byte, u8 state, u8 type,
-             u16 id length, u32 slot size in bytes, u64 slot offset in the arena's file,
+             u16 id length, u32 bytes of plaintext, u64 its offset in the arena's file,
              u32 uid of the peer that added it, id, properties as a JSON object; padded to 8 bytes
 """
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Reading the records that an earlier process wrote.
 
-`load` checks every record and fills in the LoadResult. journal.journal calls it at the start.
+`load` checks every live record and fills in the LoadResult. journal.journal calls it at the start.
 """
 
 import math
@@ -62,7 +62,7 @@ def _read(result: LoadResult, data: bytes) -> None:
             if count < SHORT_RUN:
                 singles = _SINGLES
             elif len(result.offsets) < result.survey.count:
-                # The run contains a superseded record; re-read record by record to find it.
+                # An id occurs twice: re-read the file one by one to find the superseded record.
                 result.begin()
                 singles = math.inf
                 continue
@@ -107,7 +107,7 @@ def _read_one(result: LoadResult, data: bytes) -> bool:
 
 
 def _supersede(result: LoadResult, data: bytes, object_id: str) -> None:
-    """Mark the earlier record dead: the process ended while it replaced it by a later one."""
+    """Remove the earlier record of an id from the result; `load` marks it dead in the file."""
     old = result.offsets[object_id]
     length, _, _, kind, _, size, slot, uid = RECORD.unpack_from(data, old)
     result.superseded.append(old)

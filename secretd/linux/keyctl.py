@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """keyctl(2)'s KEYCTL_READ, which Python lacks, through ctypes and straight into locked memory.
 
-qom.secret's secret_keyring calls it.
+descriptors.source calls it, for secret_keyring.
 """
 
 import ctypes

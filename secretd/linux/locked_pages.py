@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Pages of locked memory from the kernel: memfd_secret(2), mlock(2), madvise(2), and wiping.
+"""Pages of locked memory from the kernel: memfd_secret(2), mlock(2), madvise(2).
 
 Code sees memoryviews of a mapping, made with PyMemoryView_FromMemory. An `mmap` object would return
-copies when sliced, and keeps a duplicate of the descriptor. memory decides what lies where.
+copies when sliced, and keeps a duplicate of the descriptor. memory decides what lies where, and
+wipes.
 """
 
 import ctypes
@@ -46,7 +47,8 @@ _view_of.argtypes = [ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int]
 
 
 def forbid_dumps() -> None:
-    """Make this process write no core file and refuse ptrace and /proc/PID/mem to other users.
+    """Make this process write no core file, and refuse ptrace and /proc/PID/mem without
+    CAP_SYS_PTRACE.
 
     prctl(2) PR_SET_DUMPABLE, setrlimit(2) RLIMIT_CORE.
     """

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Socket options and questions that Python's socket module lacks; none of them waits for a peer.
 
-`domain` asks by number, since creating a Python socket calls getsockname(2), which takes the lock
-of a TCP socket. The others decide whether peers may send descriptors (SO_PASSRIGHTS, Linux 6.16),
-and find unread descriptors in a connection. net, descriptors and server call this module.
+`domain` takes a descriptor's number, since creating a Python socket calls getsockname(2), which
+takes the lock of a TCP socket. The others decide whether peers may send descriptors (SO_PASSRIGHTS,
+Linux 6.16), and find unread descriptors in a connection. net, descriptors and server call this
+module.
 """
 
 import contextlib
@@ -81,7 +82,7 @@ def peek(sock: socket.socket, into: memoryview) -> tuple[int, bool]:
 
 
 def holds_descriptors(sock: socket.socket, scratch: memoryview) -> bool:
-    """Return True if a connection that was shut down has unread descriptors.
+    """Return True if a connection that was shut down has unread descriptors, or may have some.
 
     ``scratch``: the view through which the unread bytes pass.
     """

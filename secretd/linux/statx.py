@@ -2,8 +2,8 @@
 """statx(2), which Python lacks, through ctypes: questions about a descriptor that never wait.
 
 fstat(2) on a file of FUSE or a network file system asks the server and waits. With
-AT_STATX_DONT_SYNC the kernel answers from its own knowledge. descriptors.kinds and the targets call
-this module.
+AT_STATX_DONT_SYNC the kernel answers from its own knowledge. descriptors.kinds and
+descriptors.target call this module.
 """
 
 import ctypes

@@ -2,7 +2,7 @@
 """Which ids this process's user namespace maps (user_namespaces(7)).
 
 The kernel shows every id without a mapping as one overflow id, so that id names no peer.
-access.peer and secretctl's doctor call it.
+access.peer, net.listener, daemon.process and secretctl's doctor call it.
 """
 
 from typing import Final, NamedTuple

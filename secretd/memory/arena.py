@@ -13,11 +13,11 @@ buffer of its own.
 - `allocate` prefers freed slots, then fresh ones, then a new window. `free` wipes before it returns
   the slot.
 - A window is spare (mapped, all zeros, unused), or has a slab or a large buffer. A window that
-  becomes empty is spare or unmapped.
+  becomes empty is spare or unmapped; one empty slab is kept.
 - After a takeover `adopt` maps what is in use and wipes everything else.
 
-What can go wrong: RLIMIT_MEMLOCK is reached, and `allocate` raises LockedMemoryExhausted before it
-changes anything. A thread may still hold a view when the arena is closed: such a window is wiped,
+What can go wrong: RLIMIT_MEMLOCK is reached, and `allocate` raises LockedMemoryExhausted and no
+buffer has changed. A thread may still hold a view when the arena is closed: such a window is wiped,
 and stays mapped until the process ends.
 
 Why no copy stays behind: code sees memoryviews of the mapping (linux.locked_pages makes them),
@@ -66,7 +66,7 @@ class _Slab:
         self.zeros = bytes(size)
         self.count = self.room = len(view) // size
         self.fresh = 0  # slots from here on were never used
-        self.freed: list[int] = []  # offsets of used slots that are free again
+        self.freed: list[int] = []  # offsets in the window of slots that are free again
 
     def adopt(self, used: set[int]) -> None:
         """Mark the slots in use, given by their offsets in the file, and wipe all others."""
@@ -129,7 +129,7 @@ class Arena:
     ``level``: the protection of the file's pages. ``held``: bytes that are handed out; ``spare``:
     bytes that are mapped and unused. Buffers of a window or more get windows of their own. ``fd``:
     the file of an earlier process's arena, owned; call `adopt` then. ``on_window``: a callback with
-    the number of windows of the file in use, before one is used for the first time.
+    the number of windows of the file that were ever used, before one is used for the first time.
     """
 
     def __init__(
@@ -175,7 +175,7 @@ class Arena:
         """
         self.held = plan.held
         self._taken = plan.taken
-        # First, one window at a time, so that it needs no more locked memory than before.
+        # Wipe unused windows first, one at a time: that needs no more locked memory than before.
         for index, taken in enumerate(plan.taken):
             if not taken:
                 view = self._map(index, 1)
@@ -183,7 +183,7 @@ class Arena:
                 self._unmap(index, view)
         for index, count in plan.windows():
             self._views[index] = self._map(index, count)
-        # The rest of each slot in use was never written, and holds zeros.
+        # The rest of each slot in use holds zeros: `free` wipes whole slots.
         for index, (slot, begins) in plan.slots.items():
             slab = self._slabs[index] = _Slab(index << self._shift, slot, self._views[index])
             slab.adopt(begins)
@@ -295,7 +295,7 @@ class Arena:
             os.close(fd)
 
     def _release_idle(self, instead: _Slab | None = None) -> None:
-        """Release the window of the kept idle slab, and keep another instead."""
+        """Release the idle slab's window, or else a spare one; keep ``instead`` idle."""
         slab, self._idle = self._idle, instead
         if slab is not None:
             index = slab.base >> self._shift

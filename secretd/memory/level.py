@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The protection level of locked memory.
 
-daemon.process and the clients choose it once, when the process starts.
+daemon.inherited, the clients and secretctl choose it once, when the process starts.
 """
 
 from secretd.errors import LockedMemoryExhausted, MemoryLockError

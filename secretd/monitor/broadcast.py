@@ -12,7 +12,7 @@ Theory of operation. An event passes three places:
    each other uid has a small one of its own, and its refusals are reduced before. So a flooding uid
    fills only its own queue.
 2. At each tick of a clock, a fair share of every queue moves to the log, where each event has a
-   number. Fixed ticks keep the time of one event from revealing others.
+   position. Fixed ticks keep the time of one event from revealing others.
 3. Each subscriber has a position in the log. `_deliver` sends to one subscriber after the other the
    events after its position, for ``slice_seconds`` at a time, and then lets requests have their
    turn. An event leaves the log when every subscriber has received it.
@@ -43,7 +43,7 @@ further ones.
 """
 
 DENIED_SECONDS: Final = 1.0
-"""Seconds within which one refusal of an id to one untrusted uid is one event."""
+"""Seconds within which all refusals of one id to one untrusted uid make only one event."""
 
 LOST_SECONDS: Final = 1.0
 """Seconds between two SECRET_EVENTS_LOST while a queue stays full."""
@@ -90,7 +90,7 @@ class Broadcaster:
 
     @property
     def _last(self) -> int:
-        """The number of the last event in the log."""
+        """The position of the last event in the log, which is not its SecretEvent.number."""
         return self._first + len(self._log) - 1
 
     def subscribe(self, subscriber: Subscriber) -> None:
@@ -118,7 +118,8 @@ class Broadcaster:
         """Return True if a subscriber may get such an event and there is room for it; otherwise
         drop or count it.
 
-        ``uid``: that of an untrusted peer that caused it, None for trusted peers.
+        ``uid``: that of an untrusted peer that caused it, None for a trusted peer or without a
+        peer.
         """
         if not self.subscribers or (len(self.subscribers) == 1 and self._is_only(origin)):
             return False

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The events that secretd sends, and their data.
 
-broadcast decides which connections get them, and commands when they happen. The schema is derived
+broadcast decides which connections get them; commands, monitor, core and server cause
+them. The schema is derived
 from this module.
 """
 
@@ -48,7 +49,9 @@ class AboutSecret(TypedDict):
 
 
 class EventsLost(TypedDict):
-    """The number of events that this connection lost because it did not read."""
+    """The number of lost events: the client did not read, a queue was full, or too many ids were
+    throttled.
+    """
 
     count: int
 

@@ -154,7 +154,10 @@ def _help_of(table: Table, prefix: str = "") -> str:
 
 
 def _arguments(rest: memoryview, most: int) -> list[str]:
-    """Return at most so many words of the rest of the line: get_str() of monitor/hmp.c."""
+    """Return the words of the rest of the line: get_str() of monitor/hmp.c.
+
+    Raises _Refused if there are more than ``most``.
+    """
     found: list[str] = []
     at = 1
     while (at := _after_blanks(rest, at)) < len(rest) - 1:

@@ -2,9 +2,9 @@
 """One QMP session: the command of a request, its arguments, its reply (QEMU's monitor/qmp.c).
 
 A `Monitor` has the state of one connection: negotiation, and the descriptors that it passed. The
-state decides in which table a command is looked up. It sees no socket: session feeds it requests
-and sends its replies, and monitor.commands executes them. Only this module turns exceptions into
-replies.
+socket's role decides in which table a command is looked up. It sees no socket: session feeds it
+requests and sends its replies, and monitor.commands executes them. Only this module turns
+exceptions into replies.
 """
 
 import logging
@@ -246,7 +246,9 @@ class Monitor:
         return command, check(command, request.arguments)
 
     def _check_peer(self, command: Command) -> None:
-        """Check at each request of an untrusted peer that it may still use the socket."""
+        """Check an untrusted peer at each request: it may use the socket, and may wait if the
+        command waits.
+        """
         if not self.core.access.admits(self.peer):
             raise AccessDenied(f"uid {self.peer.uid} may not use the control socket any more")
         if command.waits:

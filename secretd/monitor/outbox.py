@@ -15,7 +15,7 @@ from secretd.net.transport import Transport
 
 
 class Outbox:
-    """The unsent replies of a session, ``size`` bytes in all.
+    """The unsent replies and events of a session, in order; ``size``: the bytes of the replies.
 
     ``held``: True while requests are being handled; additions are sent at its end.
     """
@@ -42,7 +42,7 @@ class Outbox:
         self._transport.send(reply)
 
     def flush(self) -> None:
-        """Send all replies now."""
+        """Send all replies and events now."""
         replies = self.replies
         if replies:
             self._audit.end_turn()  # a reply leaves after the record of what it reports

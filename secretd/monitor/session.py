@@ -198,7 +198,7 @@ class Session:
             self.outbox.flush()
 
     def _enqueue(self, request: Request | Malformed | Struct, message: memoryview) -> bool:
-        """Queue a request; return False if there is no locked memory for it."""
+        """Queue a request; return False if locked memory or the uid's quota is used up."""
         if isinstance(request, Malformed):
             # Its reply is ready.
             reply = self.monitor.handle(request)

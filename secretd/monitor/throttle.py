@@ -22,7 +22,8 @@ class Subscriber(Protocol):
 
     ``origin``: the origin of the events that it causes. ``wanted``: the names of the events that it
     gets, None for all. ``since``: the number of the last event before it subscribed. ``position``:
-    the number of the last event that it was sent. ``throttle``: None while nothing was throttled.
+    the number of the last event up to which it was served. ``throttle``: None while nothing was
+    throttled.
     """
 
     origin: object

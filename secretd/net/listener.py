@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Listening sockets: binding, the checks of the directory, and the life of the socket file.
 
-It accepts nothing; server.server does. daemon.sockets calls `listen`.
+It accepts nothing; server.server does. daemon.sockets and server.server call `listen`.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ LISTEN_BACKLOG: Final = 128
 """Connections that may wait to be accepted."""
 
 PATH_BYTES: Final = 107
-"""Bytes of a socket's path (unix(7): sun_path with its NUL)."""
+"""Bytes of a socket's path (unix(7): the 108 bytes of sun_path less its NUL)."""
 
 
 class Listener:

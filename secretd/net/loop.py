@@ -144,7 +144,7 @@ class _Selector(selectors.BaseSelector):
                     return ready
 
     def others_ready(self, fd: int) -> bool:
-        """Return True if asyncio has something scheduled, or if another descriptor than ``fd`` is
+        """Return True if asyncio or Turns has work, or if another descriptor than ``fd`` is
         readable.
         """
         return (

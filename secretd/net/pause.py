@@ -9,7 +9,7 @@ class Pause(IntFlag):
     """Reasons not to read from a connection, nor to handle what it has sent."""
 
     BUSY = 1
-    """The session waits for a command, or its queue of requests is full."""
+    """The session waits for a command, or cannot queue another request."""
     ASIDE = 2
     """The session waits for an out-of-band command."""
     TURN = 4

@@ -36,8 +36,9 @@ SMALL_TAIL_BYTES: Final = 8 << 10
 """Bytes of an unfinished message up to which there is nearly always room."""
 
 LARGE_TAILS_BYTES: Final = 1 << 20
-"""Bytes of all unfinished messages above SMALL_TAIL_BYTES together. One connection at a time may
-exceed it, so that those that have filled it do not all wait for each other.
+"""Bytes of all unfinished messages up to which one may get more than SMALL_TAIL_BYTES. One
+connection at a time may exceed it, so that those that have filled it do not all wait for each
+other.
 """
 
 TIGHT_BYTES: Final = LARGE_TAILS_BYTES // 2

@@ -87,8 +87,9 @@ class Commands:
         """Return a decorator for a function whose first parameter is the monitor, and the others
         the arguments.
 
-        ``client``, ``oob``, ``waits``, ``boxed``: see `Command`. Raises TypeError for an annotation
-        that QAPI does not have.
+        ``name``: the command's, by default the function's with '-' for '_'. ``client``, ``oob``,
+        ``waits``: see `Command`. A sole parameter ``arguments`` gets the Struct itself. The
+        decorator raises TypeError for an annotation that QAPI does not have.
         """
 
         def register(function: Callable[..., Any]) -> Callable[..., Any]:

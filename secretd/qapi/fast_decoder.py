@@ -72,7 +72,8 @@ class FastDecoder:
                 aside += len(text)
                 setattr(arguments, name, _EMPTY)
         encoded = self._encode(request)
-        # Omitted, repeated, escaped or spaced parts only make a line longer.
+        # Repeats, escapes, spaces and members that the encoder omits only make the line longer than
+        # its re-encoding, so equal lengths prove that there are none.
         whole = len(encoded) + aside + 1 == len(line) and line[-1] == 0x0A
         if (
             not (whole and encoded.isascii() and b"\x7f" not in encoded)

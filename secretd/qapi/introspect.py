@@ -2,8 +2,8 @@
 """The schema that query-qmp-schema returns (QEMU's qapi/introspect.json), from commands' functions.
 
 It is derived from the annotations of commands (see qapi.command) and the TypedDicts that they
-return; nothing is written twice. As in QEMU, types other than the built-in ones have meaningless
-numbers for names. monitor asks once for each socket.
+return; nothing is written twice. As in QEMU, enumerations and objects have meaningless numbers for
+names, and arrays "[ELEMENT]". monitor asks once for each socket.
 """
 
 import types
@@ -162,7 +162,7 @@ class _Types:
         self._count = 0
 
     def name(self, hint: Any) -> str:
-        """Return the name of an annotation's type, and enter a new one."""
+        """Return the name of an annotation's type; enter the type if it is new."""
         builtin = _BUILTIN.get(hint)
         if builtin is not None:
             name, json_type = builtin

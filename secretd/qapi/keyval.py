@@ -31,7 +31,7 @@ _Tree: TypeAlias = "dict[str, JSON]"
 
 
 class Value(Text):
-    """A value within the text. The bytes before and after it are not part of it."""
+    """A value within the text. As with Text, start and end include one extra byte on each side."""
 
     __slots__ = ()
 
@@ -83,7 +83,7 @@ def arguments(view: memoryview) -> Given:
     """Return the arguments of ``--object TEXT``: JSON if it starts with a brace, else keyval.
 
     ``view``: the text between two spare bytes; it is changed in place. Raises UsageError in QEMU's
-    words (util/keyval.c, util/qemu-option.c).
+    words (util/keyval.c, and qobject/json-parser.c for JSON).
     """
     if bytes(view[1:2]) != b"{":
         return _parse(view, "qom-type")

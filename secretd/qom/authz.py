@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The object types `authz-simple`, `authz-list` and `authz-listfile`: QEMU's authz/*.c.
 
-They define these objects and how each judges a peer. The tree creates them, and access asks them.
+This module defines these objects and how each judges a peer. The tree creates them, and access
+asks them.
 """
 
 import os
@@ -42,8 +43,8 @@ LISTFILE_BYTES: Final = 1 << 20
 
 _WATCHED: Final = "watched"
 _LOADED: Final = "loaded"
-"""The journal's name, beside the properties of an authz-listfile, for the path to read again or the
-list.
+"""The journal's names, beside the properties of an authz-listfile: of the path to read again, and
+of the loaded list.
 """
 
 _SETTLED_NS: Final = 100_000_000
@@ -201,7 +202,7 @@ class AuthZ(ObjectType):
     decides = True
 
     def create(self, options: Any, loading: Loading) -> Content | Awaitable[Content]:
-        """Check the rules; these types load nothing."""
+        """Check the lengths of the patterns; only AuthZListFile loads something."""
         _check_patterns(msgspec.to_builtins(options))
         return super().create(options, loading)
 

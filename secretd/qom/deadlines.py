@@ -55,11 +55,13 @@ class Deadlines:
             self._arm(deadline)
 
     def forget(self, object_id: str) -> None:
-        """Remove the deadline of a removed object."""
+        """Remove an object's deadline, if it has one."""
         self._deadlines.pop(object_id, None)
 
     def expired(self, object_id: str) -> bool:
-        """Return True if an object's deadline has passed, whether or not it was removed already."""
+        """Return True if an object's deadline has passed, even if the timer has not ended it
+        yet.
+        """
         deadline = self._deadlines.get(object_id)
         return deadline is not None and now() >= deadline
 

@@ -2,8 +2,8 @@
 """Loading an object's content: its source, and the steps that all types share.
 
 The creator of an object supplies a `SourceReader` for its ``file=`` and ``serial=``;
-descriptors.source has those of connections and of the command line. The object types call this
-module.
+descriptors.source has those of connections and of the command line. The object types, the tree and
+monitor.commands call this module.
 """
 
 from collections.abc import Awaitable, Callable
@@ -24,8 +24,8 @@ async def then(outcome: Awaitable[T], use: Callable[[T], R]) -> R:
 class SourceReader(Protocol):
     """The reader of new objects' content, with the rights of their creator.
 
-    Both methods return the content between two spare bytes in scratch memory, and raise
-    SourceError. ``uid``: the creator's.
+    Both methods return the content between two spare bytes in scratch memory. They raise
+    SourceError, and AccessDenied if the creator may not name the source. ``uid``: the creator's.
     """
 
     uid: int

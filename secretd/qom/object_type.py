@@ -111,7 +111,7 @@ SECRET_COMMON_NAME: Final = "secret_common"  # noqa: S105 - a type's name
 
 
 class Types:
-    """All types: those that objects can be created of, and their ancestors.
+    """All types: those that objects can be created of, and others that qom-list-types shows.
 
     ``of``: the type by its options; ``numbered``: the type by its number in the journal;
     ``secrets``: the numbers of types of secrets.

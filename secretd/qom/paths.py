@@ -32,7 +32,7 @@ class Paths:
         self._tree = tree
 
     def resolve(self, path: str) -> tuple[str | None, bool]:
-        """Return ROOT, OBJECTS or an id for a QOM path, and whether it is ambiguous.
+        """Return ROOT, OBJECTS, an id, or None for a QOM path, and whether it is ambiguous.
 
         object_resolve_path(): the path is absolute, or a part of a path that matches in one place
         only.

@@ -42,7 +42,7 @@ AnyOptions: TypeAlias = (
     | SecretKeyringOptions
     | SecretGrantOptions
 )
-"""The arguments of object-add: ObjectOptions of qapi/qom.json, the types by name as there."""
+"""The arguments of object-add: ObjectOptions of qapi/qom.json, with the types in its order."""
 
 _INFOS: Final = (
     SECRET_COMMON,

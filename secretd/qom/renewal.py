@@ -15,7 +15,9 @@ from secretd.qom.object_type import ObjectOptions, ObjectType
 from secretd.qom.tree import ObjectTree
 
 ACQUIRED: Final = frozenset({DEADLINE, READS})
-"""Properties in the journal that an object acquired after its creation."""
+"""Properties in the journal that were computed and not given; they do not count in the
+comparison.
+"""
 
 
 def renew(

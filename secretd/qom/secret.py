@@ -2,8 +2,8 @@
 """The object types `secret` and `secret_keyring`: QEMU's crypto/secret*.c.
 
 They turn ``data``, ``file`` or a key, raw or base64, in clear or encrypted under another secret,
-into plaintext in the arena. They open nothing themselves (descriptors.source does). The tree calls
-this module.
+into plaintext in the arena. descriptors.source opens the sources. The tree and monitor.commands
+call this module.
 """
 
 import os
@@ -150,7 +150,7 @@ class SecretKeyring(ObjectType):
         return _load(loading, options, partial(loading.sources.key, options.serial), name)
 
     def set(self, name: str, value: JSON) -> dict[str, object]:
-        """As qcrypto_secret_prop_set_key(), which stores a 0 and reports it then."""
+        """As qcrypto_secret_prop_set_key(): a 0 is stored, and then reported as an error."""
         changes = super().set(name, value)
         if changes == {"serial": 0}:
             raise StoredInvalidValue(_NO_SERIAL, changes)

@@ -181,9 +181,9 @@ class ObjectTree:
             )
 
     def store(self, options: ObjectOptions, plaintext: LockedBuffer, uid: int) -> int:
-        """Store plaintext as an object of ``uid`` that passed `check_new`; return its bytes.
+        """Store plaintext (in the journal's arena, taken over); return its size in bytes.
 
-        The plaintext lies in the journal's arena, and is taken over.
+        The id has passed `check_new`; ``uid``: the owner.
         """
         kind = self._types_by_options[type(options)]
         return self.store_content(options.id, kind, kind.stored(options), plaintext, uid)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The sockets, all their sessions, and the orderly stop.
 
-A `Listener` accepts on one socket; each connection becomes a monitor.session.Session. daemon builds
-the `Server` and runs it.
+The `Server` accepts on each Listener. A connection becomes a monitor.session.Session, or goes to
+server.credentials. daemon builds the `Server` and runs it.
 """
 
 import asyncio

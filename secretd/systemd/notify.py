@@ -113,7 +113,8 @@ class NotifySocket:
     def barrier(self) -> bool:
         """Wait until the service manager has handled all messages (sd_notify_barrier(3)).
 
-        Returns False if that takes longer than ``barrier_seconds``.
+        Returns False if that takes longer than ``barrier_seconds``, or if the message could not be
+        sent.
         """
         source, sink = os.pipe2(os.O_CLOEXEC)
         try:
@@ -136,7 +137,7 @@ class KeptDescriptors:
     """The service manager's descriptor store, as far as the server uses it; daemon.fd_store
     implements it.
 
-    ``kept``: True if the descriptors of an earlier process are stored, as far as is known.
+    ``kept``: True if everything that the next process needs is stored, as far as is known.
     """
 
     def __init__(self, manager: NotifySocket, *, kept: bool) -> None:

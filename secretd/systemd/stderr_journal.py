@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The journal as standard error: detection, and the priority of each line (sd-daemon(3)).
 
-daemon.log and the audit's sink use it.
+daemon.log and audit.log use it.
 """
 
 import contextlib

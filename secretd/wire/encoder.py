@@ -2,7 +2,8 @@
 """JSON as QEMU writes it: qobject/json-writer.c and qjson.c, members in QDict's order.
 
 The output is ASCII with separators ", " and ": "; a line ends in CRLF. Sensitive text may only go
-through `write_quoted`, which stays in the given buffer. wire.messages calls this module.
+through `write_quoted`, which stays in the given buffer. wire.messages, wire.connection,
+monitor.core and daemon.argv call this module.
 """
 
 import re

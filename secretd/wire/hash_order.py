@@ -21,8 +21,9 @@ _MIN_SHIFT: Final = 3  # HASH_TABLE_MIN_SHIFT of GLib's ghash.c
 _PRIMES: Final = (
     1, 2, 3, 7, 13, 31, 61, 127, 251, 509, 1021, 2039, 4093, 8191, 16381, 32749, 65521
 )  # fmt: skip
-"""GLib's prime_mod[]: what a hash is taken modulo of, by the table's log2 size. Further than any
-list goes that fits into a reply.
+"""GLib's prime_mod[]: the modulus for a hash, by the log2 of the table's size.
+
+It covers more names than any reply can list.
 """
 
 

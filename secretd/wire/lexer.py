@@ -159,7 +159,7 @@ class Streamer:
         self._reset()
 
     def _reset(self) -> None:
-        # Packed by `_pack`, relative to _base: an unfinished message may have many tokens.
+        # Packed by `_take`, relative to _base: an unfinished message may have many tokens.
         self._tokens = array("Q")
         self._base = 0
         self._braces = 0

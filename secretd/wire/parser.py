@@ -65,9 +65,8 @@ class Text:
         content = bytes(self.view[self.start + 1 : self.end - 1]).replace(b"\xc0\x80", b"\0")
         if b"\\" not in content:
             return content.decode()
-        # Python's scanner undoes the escapes, given them as JSON has them: \' is QEMU's own, and a
-        # string between single quotes may have bare double ones. Between escaped backslashes each
-        # is plain.
+        # Python's scanner knows JSON's escapes only: rewrite QEMU's \' and the bare double quotes
+        # of single-quoted strings, piece by piece between escaped backslashes.
         pieces = (
             piece.replace(b"\\'", b"'").replace(b'\\"', b'"').replace(b'"', b'\\"')
             for piece in content.split(_BACKSLASH)
@@ -126,7 +125,7 @@ JSON: TypeAlias = "bool | Number | Text | list[JSON] | dict[str, JSON] | None"
 
 
 class Fault(NamedTuple):
-    """The fault of a message: ``JSON parse error, …``.
+    """The fault of a message or text: the words ``before`` and ``after`` a quotation of it.
 
     ``quote`` is the sender's own text, still in locked memory; the reply is built around it there.
     """

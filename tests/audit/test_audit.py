@@ -260,7 +260,7 @@ def test_without_an_audit_nothing_is_kept() -> None:
     reopen(audit)
     audit.stop()
     assert (audit.records, audit.dropped, audit.target) == (0, 0, "none")
-    with pytest.raises(UsageError, match="--audit-policy=require needs --audit"):
+    with pytest.raises(UsageError, match="--audit-policy=require cannot be used with --audit=none"):
         Audit("none", require=True)
 
 
@@ -690,7 +690,7 @@ def test_a_chain_under_a_key_cannot_be_made_without_it(tmp_path: Path) -> None:
     assert findings(path, key=wrong) == [
         (n, f"record {n} was changed, or is under another key") for n in range(1, 6)
     ]
-    without = "from record 1 on they are under a key; give it with --key or --key-file"
+    without = "the records from 1 on need a key; give it with --key or --key-file"
     assert findings(path) == [(1, without)]
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join((lines[0], *lines[2:])))
@@ -707,7 +707,7 @@ def test_a_chain_goes_from_hashes_to_a_key_and_not_back(tmp_path: Path) -> None:
     write_some(path, 3, KEY)
     assert findings(path, key=KEY) == []
     assert findings(path) == [
-        (6, "from record 6 on they are under a key; give it with --key or --key-file")
+        (6, "the records from 6 on need a key; give it with --key or --key-file")
     ]
     write_some(path, 1)
     assert findings(path, key=KEY) == [

@@ -287,7 +287,7 @@ def test_a_key_comes_from_the_daemon_or_a_file(tmp_path: Path, audited: tuple[Da
     assert f"{path}:1: record 1 was changed, or is under another key" in out
     out, _ = verify("audit", "verify", str(path), status=1)
     assert out.startswith(
-        f"{path}:1: from record 1 on they are under a key; give it with --key or --key-file\n"
+        f"{path}:1: the records from 1 on need a key; give it with --key or --key-file\n"
     )
     lines = path.read_bytes().splitlines(keepends=True)
     copy = tmp_path / "copy"

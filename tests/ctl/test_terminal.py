@@ -324,8 +324,8 @@ def test_the_client_socket_does_not_answer_unnamed(
     assert main() == 0
     _, err = run._capfd.readouterr()
     assert (
-        err
-        == f"secretctl: no control socket at {control}; asking the client socket {daemon.client}\n"
+        err == f"secretctl: no usable control socket at {control}; asking the client socket "
+        f"{daemon.client}\n"
     )
     monkeypatch.setattr("sys.argv", ["secretctl", "doctor"])
     assert main() == 0

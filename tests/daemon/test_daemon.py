@@ -277,8 +277,11 @@ def test_the_audits_options_are_checked(tmp_path: Path, arena: Arena) -> None:
             {"audit_key": "short"},
             "--audit-key=short: the secret has 15 bytes; 16 at least are needed",
         ),
-        ({"audit_key": "k", "audit": "none"}, "--audit-key needs --audit"),
-        ({"audit": "none", "audit_policy": "require"}, "--audit-policy=require needs --audit"),
+        ({"audit_key": "k", "audit": "none"}, "--audit-key cannot be used with --audit=none"),
+        (
+            {"audit": "none", "audit_policy": "require"},
+            "--audit-policy=require cannot be used with --audit=none",
+        ),
         ({"audit": "/nope/x"}, "--audit=/nope/x: No such file or directory"),
     ):
         with pytest.raises(UsageError) as caught:

@@ -113,8 +113,8 @@ def secret_seal(
     format=base64.
 
     Data and IV are base64; the IV is fresh each time. With ``fdname`` the data goes to the
-    descriptor that getfd called so, and its size in bytes is returned: a reply has room for some
-    48,000.
+    descriptor that getfd called so, and the reply has the size of the base64 text in bytes. A reply
+    has room for secrets of up to some 48,000 bytes only.
     """
     fd = None if fdname is UNSET else monitor.named.take(fdname)
     try:
@@ -165,8 +165,8 @@ def query_secrets(
 
 @command()
 def secret_expire(monitor: Monitor, id: str, after: int | UnsetType = UNSET) -> None:  # noqa: A002
-    """Wipe a secret ``after`` so many seconds from now, replacing an earlier lifetime; without it
-    never.
+    """Wipe a secret ``after`` seconds from now, replacing an earlier lifetime; without ``after`` it
+    never expires.
     """
     monitor.tree.plaintext(id)
     if after is UNSET:
