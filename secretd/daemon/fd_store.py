@@ -43,7 +43,6 @@ class DescriptorStore(KeptDescriptors):
         self._given_up = False
         if not restored:
             self._forget()
-        if not (restored and journal.paired):
             if self._offer(wait=True) and manager.barrier() and not has_ended(self._source):
                 self.kept = True
             else:
@@ -55,10 +54,8 @@ class DescriptorStore(KeptDescriptors):
         Returns False if the messages could not be sent.
         """
         self.holds = True
-        # A file that may not be stored must not become the current one.
-        self._journal.compaction_allowed = False
         sent = self.manager.keep(ARENA, [self._journal.arena.fileno()], wait=wait)
-        sent = self.manager.keep(JOURNAL, self._journal.filenos(), wait=wait) and sent
+        sent = self.manager.keep(JOURNAL, [self._journal.fileno()], wait=wait) and sent
         self._source = self.manager.probe(wait=wait)
         return sent
 
@@ -75,7 +72,6 @@ class DescriptorStore(KeptDescriptors):
         def stays() -> None:
             self.close()
             self.kept = self._was_kept = True
-            self._journal.compaction_allowed = True
             self._said = False
             changed()
 
@@ -97,7 +93,6 @@ class DescriptorStore(KeptDescriptors):
             # Store nothing, rather than a part that the next process could not use.
             self._forget()
             self.holds = False
-            self._journal.compaction_allowed = True
         if self._said:
             return
         self._said = True

@@ -6,12 +6,14 @@ read in the same way, or decline by returning fewer than SHORT_RUN.
 """
 
 import struct
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Final
+from itertools import compress
+from typing import Any, Final
 from zlib import crc32
 
 from secretd.errors import StateError
-from secretd.journal.layout import LENGTH, LIVE, NO_SLOT, RECORD, UNCHECKED
+from secretd.journal.layout import GONE, LENGTH, LIVE, NO_SLOT, RECORD, UNCHECKED
 from secretd.journal.load_result import LoadResult, damaged
 
 _RUN: Final = 512
@@ -20,11 +22,12 @@ _RUN: Final = 512
 SHORT_RUN: Final = 8
 """Records below which a run does not pay."""
 
+_FINISHED: Final = (LIVE, GONE)
 _SHAPES: Final = 64  # cached lengths of records
 
 
 def read_run(result: LoadResult, data: bytes) -> int:
-    """Read records that resemble the next one: live, of its length, type and uid, with a plaintext.
+    """Read records of one length: dead ones, and live ones of one type and uid with a plaintext.
 
     Most journals consist of such runs, and this takes a third of the time. Returns the number of
     records read.
@@ -35,20 +38,45 @@ def read_run(result: LoadResult, data: bytes) -> int:
     count = min(_RUN, (len(data) - begin) // length) if length >= RECORD.size else 0
     if count < SHORT_RUN:
         return 0
-    # 2. How many of them are alike?
+    # 2. How many of them are alike? Of the dead ones only length and state count.
     whole, checked = _shape(length)
     chunk = data[begin : begin + count * length]
-    columns = list(zip(*whole.iter_unpack(chunk), strict=True))
-    lengths, _, states, kinds, _, _, _, uids, _ = columns
-    alike = ((lengths, length), (states, LIVE), (kinds, kinds[0]), (uids, uids[0]))
-    if any(column.count(value) < count for column, value in alike):
-        count = next(i for i in range(count) if any(column[i] != value for column, value in alike))
-        columns = [column[:count] for column in columns]
-    _, crcs, _, _, id_lengths, sizes, slots, _, texts = columns
-    if count < SHORT_RUN or NO_SLOT in slots:
+    rows = list(whole.iter_unpack(chunk))
+    lengths, _, states, *_ = zip(*rows, strict=True)
+    if lengths.count(length) < count or states.count(LIVE) + states.count(GONE) < count:
+        count = next(i for i, row in enumerate(rows) if row[0] != length or row[2] not in _FINISHED)
+    alive = [state == LIVE for state in states[:count]]
+    rows = list(compress(rows, alive))
+    offsets = list(compress(range(begin, begin + count * length, length), alive))
+    kind, uid = (rows[0][3], rows[0][7]) if rows else (0, 0)
+    for index, row in enumerate(rows):
+        if row[3] != kind or row[7] != uid:
+            count = (offsets[index] - begin) // length
+            del rows[index:], offsets[index:], alive[count:]
+            break
+    if count < SHORT_RUN:
         return 0
-    # 3. Their checksums and ids.
-    (bodies,) = zip(*checked.iter_unpack(chunk[: count * length]), strict=True)
+    if rows:
+        bodies = compress(checked.iter_unpack(chunk[: count * length]), alive)
+        if not _read_live(result, rows, [body for (body,) in bodies], offsets):
+            return 0
+    # 3. The result.
+    result.end = begin + count * length
+    result.dead += (count - len(rows)) * length
+    return count
+
+
+def _read_live(
+    result: LoadResult,
+    rows: Sequence[tuple[Any, ...]],
+    bodies: Sequence[bytes],
+    offsets: Sequence[int],
+) -> bool:
+    """Read live records that are alike; return False, and change nothing, where one is not."""
+    lengths, crcs, _, kinds, id_lengths, sizes, slots, uids, texts = zip(*rows, strict=True)
+    if NO_SLOT in slots:
+        return False
+    # 1. Their checksums and ids.
     if tuple(map(crc32, bodies)) != crcs:
         raise StateError("a record's checksum is wrong")
     # Only zeros follow an identifier without properties.
@@ -63,19 +91,18 @@ def read_run(result: LoadResult, data: bytes) -> int:
             for object_id, text, size in zip(ids, texts, id_lengths, strict=True)
             if any(text[size : size + 1])
         )
-    # 4. The result.
-    result.end = begin + count * length
-    result.offsets.update(zip(ids, range(begin, result.end, length), strict=True))
-    if sizes.count(sizes[0]) == count:
+    # 2. The result.
+    result.offsets.update(zip(ids, offsets, strict=True))
+    if sizes.count(sizes[0]) == len(sizes):
         result.buffers[sizes[0]] += slots
     else:
         for size, slot in zip(sizes, slots, strict=True):
             result.buffers[size].append(slot)
     result.survey.by_type[kinds[0]] += ids
     held = result.survey.held[uids[0]]
-    held[0] += count
-    held[1] += sum(sizes) + count * length
-    return count
+    held[0] += len(ids)
+    held[1] += sum(sizes) + len(ids) * lengths[0]
+    return True
 
 
 @lru_cache(_SHAPES)

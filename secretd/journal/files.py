@@ -32,10 +32,9 @@ class ObjectRecord(NamedTuple):
 
 
 class JournalFiles(NamedTuple):
-    """Both files, the second -1 if there is none, and the mapping of the first."""
+    """The file and its mapping."""
 
     fd: int
-    spare: int
     mapping: mmap.mmap
 
 
@@ -45,8 +44,9 @@ def new_file() -> int:
 
 
 def open_files(arena_fd: int, journal_fds: Sequence[int]) -> tuple[Header, JournalFiles]:
-    """Open an earlier process's files: the one that counts, and another to compact into.
+    """Open an earlier process's file.
 
+    Earlier releases had two; the one of the later generation counts, and the others are emptied.
     Takes over the descriptors of the journal. Raises StateError; then all descriptors are closed,
     and the files are unchanged.
     """
@@ -59,30 +59,26 @@ def open_files(arena_fd: int, journal_fds: Sequence[int]) -> tuple[Header, Journ
         for each in (arena_fd, *journal_fds):
             os.close(each)
         raise
-    others = [other for other in journal_fds if other != fd]
-    spare = others.pop() if others else -1
-    for other in others:
-        os.close(other)
-    return header, JournalFiles(fd, spare, mapping)
+    for other in journal_fds:
+        if other != fd:
+            os.ftruncate(other, 0)
+            os.close(other)
+    return header, JournalFiles(fd, mapping)
 
 
-def begin(fd: int, size: int, generation: int, windows: int, arena: Arena) -> mmap.mmap:
-    """Start a file of ``size`` bytes, without its magic, and map it. Raises OSError.
-
-    ``windows``: the number of the arena's windows that were ever used.
-    """
-    os.ftruncate(fd, 0)
+def begin(fd: int, size: int, arena: Arena) -> mmap.mmap:
+    """Start a file of ``size`` bytes, without its magic, and map it. Raises OSError."""
     os.ftruncate(fd, size)
     mapping = mmap.mmap(fd, size)
     mapping[: FILE.size] = FILE.pack(
         b"",
         FORMAT,
         FILE.size,
-        generation,
+        1,
         os.fstat(arena.fileno()).st_ino,
         arena.window,
         LEVELS.index(arena.level),
-        windows,
+        0,
         0,
         FILE.size,
     )

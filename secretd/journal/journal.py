@@ -7,18 +7,22 @@ qom adds, changes and removes records; daemon stores the descriptors.
 Theory of operation. Each object is whole or absent at every moment, whenever the process is killed.
 Adding fills the slot, then the record, then its state byte (live). Removing sets the state byte to
 dead, then wipes the slot. Replacing writes a second live record, then marks the first one dead;
-`restore` lets the later one count. Python keeps only a dict from id to offset. There are two files:
-compaction copies the live records into the other one, whose magic comes last, and the complete file
-of the later generation counts. What can go wrong: memory is exhausted, and nothing has changed; or
-a file is damaged, `restore` raises StateError and changes no object. layout has the formats.
+`restore` lets the later one count. Python keeps a dict from id to offset, and the offsets of dead
+records by length: a new object takes the place of a dead record of its length, which stays dead
+until the new record is whole. Only an object under a free id may, since of two live records the
+later one counts. What dead bytes remain, compaction removes, a few records with each change. What
+can go wrong: memory is exhausted, and nothing has changed; or the file is damaged, `restore` raises
+StateError and changes no object. layout has the formats.
 """
 
 import os
 import struct
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final, Self
 from zlib import crc32
 
+from secretd.journal.compaction import RECORDS_PER_CHANGE, Compaction
 from secretd.journal.files import (
     JournalFiles,
     ObjectRecord,
@@ -44,7 +48,6 @@ from secretd.journal.layout import (
     UNCHECKED,
     WINDOWS_OFFSET,
     WRITTEN,
-    Header,
 )
 from secretd.journal.load_result import LoadResult, LoadSummary
 from secretd.journal.loader import load
@@ -69,25 +72,25 @@ class Journal:
         tuning: Tuning = Tuning(),  # noqa: B008 - it cannot be changed
     ) -> None:
         self.arena = arena
-        self._initial_bytes, self._dead_bytes = tuning.journal_bytes, tuning.dead_bytes
-        self.compaction_allowed = True
+        self._dead_bytes = tuning.dead_bytes
         self._offsets: dict[str, int] = {}
         self.ids = self._offsets.keys()
         self.survey = LoadSummary()
         self._dead = 0
+        self._freed: dict[int, array[int]] = {}  # offsets of dead records by length
+        self._compaction: Compaction | None = None
         self._end = FILE.size
         self._packs: dict[int, Callable[..., bytes]] = {}  # by the bytes after a record's numbers
         if kept is None:
-            self._spare = -1
             self._fd = new_file()
             try:
-                self._map = begin(self._fd, self._initial_bytes, 1, 0, arena)
+                self._map = begin(self._fd, tuning.journal_bytes, arena)
             except BaseException:
                 os.close(self._fd)
                 raise
             self._map[: len(MAGIC)] = MAGIC
         else:
-            self._fd, self._spare, self._map = kept
+            self._fd, self._map = kept
         arena.on_window = self._note_windows
 
     @classmethod
@@ -99,12 +102,8 @@ class Journal:
         header, files = open_files(arena_fd, journal_fds)
         arena = Arena(LEVELS[header.level], window=header.window, fd=arena_fd)
         journal = cls(arena, files)
-        # Compaction would continue in a file that is not stored.
-        journal.compaction_allowed = files.spare >= 0
         try:
             arena.adopt(plan(arena.window, header.windows, journal._load(header.end)))
-            if files.spare >= 0:
-                os.ftruncate(files.spare, 0)
         except BaseException:
             journal.leave()
             raise
@@ -124,16 +123,9 @@ class Journal:
         """Bytes of the journal in use."""
         return self._end
 
-    @property
-    def paired(self) -> bool:
-        """True once there is a second file."""
-        return self._spare >= 0
-
-    def filenos(self) -> tuple[int, int]:
-        """The descriptors of both files, borrowed; creates the second one if necessary."""
-        if not self.paired:
-            self._spare = new_file()
-        return self._fd, self._spare
+    def fileno(self) -> int:
+        """The descriptor of the file, borrowed."""
+        return self._fd
 
     def add(
         self,
@@ -155,11 +147,13 @@ class Journal:
             size, slot = 0, NO_SLOT
         else:
             size, slot = plaintext.size, plaintext.offset
-        offset = self._append(object_id, type_number, properties, size, slot, uid)
+        offset, length = self._write(
+            object_id, type_number, properties, size, slot, uid, reuse=True
+        )
         self._offsets[object_id] = offset
         if plaintext is not None:
             plaintext.disown()
-        return size + self._end - offset
+        return size + length
 
     def set_properties(self, object_id: str, properties: dict[str, object]) -> None:
         """Replace an object's properties; its plaintext stays."""
@@ -167,10 +161,10 @@ class Journal:
         old = self._offsets[object_id]
         record = self._read(old)
         # For a moment two live records share one slot: the later one counts.
-        self._offsets[object_id] = self._append(
+        self._offsets[object_id], _ = self._write(
             object_id, record.type, properties, record.size, record.slot, record.uid
         )
-        self._mark_dead(old)
+        self._bury(old, LENGTH.unpack_from(self._map, old)[0])
 
     def replace(
         self,
@@ -187,26 +181,24 @@ class Journal:
         size, slot = (0, NO_SLOT) if plaintext is None else (plaintext.size, plaintext.offset)
         self._compact_if_due()
         old = self._offsets[object_id]
-        length, _, _, _, _, old_size, old_slot, old_uid = RECORD.unpack_from(self._map, old)
-        new = self._append(object_id, type_number, properties, size, slot, uid)
+        old_length, _, _, _, _, old_size, old_slot, old_uid = RECORD.unpack_from(self._map, old)
+        new, length = self._write(object_id, type_number, properties, size, slot, uid)
         self._offsets[object_id] = new
         if plaintext is not None:
             plaintext.disown()
-        self._mark_dead(old)
+        self._bury(old, old_length)
         if old_slot != NO_SLOT:
             self.arena.free(old_slot, old_size)
-        return old_uid, old_size + length, size + self._end - new
+        return old_uid, old_size + old_length, size + length
 
     def remove(self, object_id: str) -> tuple[int, int, int]:
         """Remove an object and wipe its plaintext.
 
-        Returns its type's number, the uid that added it, and its size in bytes: plaintext and
-        record.
+        Returns its type's number, the uid that added it, and its bytes: plaintext and record.
         """
         offset = self._offsets.pop(object_id)
         length, _, _, kind, _, size, slot, uid = RECORD.unpack_from(self._map, offset)
-        self._map[offset + STATE_OFFSET] = GONE
-        self._dead += length
+        self._bury(offset, length)
         if slot != NO_SLOT:
             self.arena.free(slot, size)
         return kind, uid, size + length
@@ -217,9 +209,7 @@ class Journal:
         return None if offset is None else self._read(offset)
 
     def summary(self, object_id: str) -> tuple[int, int] | None:
-        """Return an object's type number and plaintext size in bytes, or None; cheaper than
-        `get`.
-        """
+        """Return an object's type number and plaintext size in bytes, or None."""
         offset = self._offsets.get(object_id)
         if offset is None:
             return None
@@ -227,16 +217,12 @@ class Journal:
         return fields[3], fields[5]
 
     def owner(self, object_id: str) -> tuple[int, int]:
-        """Return the uid that added an existing object, and its size in bytes: plaintext and
-        record.
-        """
+        """Return the uid that added an existing object, and its bytes: plaintext and record."""
         fields = RECORD.unpack_from(self._map, self._offsets[object_id])
         return fields[7], fields[5] + fields[0]
 
     def content(self, object_id: str) -> tuple[int, int, int] | None:
-        """Return an object's type number, plaintext size in bytes and offset for `Arena.view`, or
-        None.
-        """
+        """Return an object's type number, bytes of plaintext and offset for `Arena.view`."""
         offset = self._offsets.get(object_id)
         if offset is None:
             return None
@@ -262,10 +248,8 @@ class Journal:
     def _close_files(self) -> None:
         self._map.close()
         os.close(self._fd)
-        if self._spare >= 0:
-            os.close(self._spare)
 
-    def _append(  # noqa: PLR0917 - a record's members
+    def _write(  # noqa: PLR0917 - a record's members
         self,
         object_id: str,
         type_number: int,
@@ -273,7 +257,14 @@ class Journal:
         size: int,
         slot: int,
         uid: int,
-    ) -> int:
+        *,
+        reuse: bool = False,
+    ) -> tuple[int, int]:
+        """Write a live record; return its offset and length in bytes.
+
+        ``reuse``: it may take the place of a dead one; otherwise it is the last one of the file.
+        """
+        # 1. Its bytes.
         encoded_id = object_id.encode()
         content = encoded_id + encode_properties(properties) if properties else encoded_id
         rest = (RECORD.size + len(content) + 7 & ~7) - RECORD.size
@@ -284,20 +275,37 @@ class Journal:
             pack = self._packs[rest] = struct.Struct(CHECKED.format(rest)).pack
         checked = pack(type_number, len(encoded_id), size, slot, uid, content)
         length = RECORD.size + rest
-        mapping, offset = self._map, self._end
+        mapping = self._map
+        # 2. In the place of a dead one. Its length stays, and its state is "dead" until the end.
+        if reuse and (freed := self._freed.get(length)):
+            offset = freed.pop()
+            mapping[offset : offset + length] = (
+                UNCHECKED.pack(length, crc32(checked), GONE) + checked
+            )
+            mapping[offset + STATE_OFFSET] = LIVE
+            self._dead -= length
+            return offset, length
+        # 3. At the end. The bytes behind the end are zeros.
+        offset = self._end
         end = offset + length
         if end > len(mapping):
             mapping.resize(max(2 * len(mapping), end))
-        # Bytes after the end are zeros, since the file only grows.
         mapping[offset:end] = UNCHECKED.pack(length, crc32(checked), WRITTEN) + checked
         mapping[offset + STATE_OFFSET] = LIVE
         END.pack_into(mapping, END_OFFSET, end)
         self._end = end
-        return offset
+        return offset, length
 
-    def _mark_dead(self, offset: int) -> None:
+    def _bury(self, offset: int, length: int) -> None:
+        """Mark a record dead."""
         self._map[offset + STATE_OFFSET] = GONE
-        self._dead += LENGTH.unpack_from(self._map, offset)[0]
+        self._dead += length
+        if self._compaction is None or offset < self._compaction.gap:
+            freed = self._freed.get(length)
+            if freed is None:
+                self._freed[length] = array("Q", (offset,))
+            else:
+                freed.append(offset)
 
     def _read(self, offset: int) -> ObjectRecord:
         length, _, _, kind, id_length, size, slot, uid = RECORD.unpack_from(self._map, offset)
@@ -311,36 +319,28 @@ class Journal:
     # --- files
 
     def _note_windows(self, count: int) -> None:
-        """Record how many windows were ever used: the next process wipes what is not in use
-        there.
-        """
+        """Record how many windows were ever used; the next process wipes what is not in use."""
         struct.pack_into("<I", self._map, WINDOWS_OFFSET, count)
 
     def _compact_if_due(self) -> None:
-        """If most bytes are dead, copy the live records into the other file and continue there.
+        """While most bytes are dead, and until the pass ends, compact a few records.
 
         Earlier offsets are invalid then.
         """
-        if self._dead <= max(self._dead_bytes, self._end // 2) or not self.compaction_allowed:
-            return
-        fd = self.filenos()[1]
-        header = Header(*FILE.unpack_from(self._map))
-        size = max(self._initial_bytes, 2 * (self._end - self._dead))
-        fresh = begin(fd, size, header.generation + 1, header.windows, self.arena)
-        offsets = {}
-        end = FILE.size
-        for object_id, offset in self._offsets.items():
-            length = struct.unpack_from("<I", self._map, offset)[0]
-            fresh[end : end + length] = self._map[offset : offset + length]
-            offsets[object_id] = end
-            end += length
-        struct.pack_into("<Q", fresh, END_OFFSET, end)
-        fresh[: len(MAGIC)] = MAGIC
-        self._map.close()
-        self._fd, self._spare, self._map = fd, self._fd, fresh
-        self._offsets.update(offsets)
-        self._end, self._dead = end, 0
-        os.ftruncate(self._spare, 0)
+        compaction = self._compaction
+        if compaction is None:
+            if self._dead <= max(self._dead_bytes, self._end // 2):
+                return
+            self._freed.clear()  # the pass visits these
+            compaction = self._compaction = Compaction(self._offsets, FILE.size)
+        for _ in range(RECORDS_PER_CHANGE):
+            end = compaction.step(self._map, self._end)
+            # Copies to the end leave dead originals, and the cut removes the gap.
+            self._dead += end - self._end
+            self._end = end
+            if compaction.ended:
+                self._compaction = None
+                return
 
     def _load(self, end: int) -> dict[int, list[int]]:
         """Find all records; return the offsets of all plaintexts by size. Raises StateError."""

@@ -26,7 +26,7 @@ from tests.support.service_manager import (
 pytestmark = pytest.mark.slow  # it starts processes, or tries many cases
 
 WITHOUT_IPC_LOCK = ("setpriv", "--bounding-set=-ipc_lock", "--inh-caps=-ipc_lock")
-KEPT = ("arena", "journal", "journal")
+KEPT = ("arena", "journal")
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def test_a_store_without_room_is_an_error_that_is_logged(
 ) -> None:
     """And secrets end with the process then; also where it turns out a little later."""
     control = role("control")
-    with Manager(tmp_path, room=3, late=late) as manager:
+    with Manager(tmp_path, room=2, late=late) as manager:
         started = manager.start(sockets={"control": control})
         manager.wait(f"STATUS=0 secrets, memory: {ARENA_LEVEL}, not kept over restarts")
         said = started.end()
@@ -132,38 +132,6 @@ def test_a_store_without_room_is_an_error_that_is_logged(
         )
         assert said.endswith("secretd: stopped; all secrets are wiped\n")
         manager.wait_for_store()
-
-
-def test_a_store_that_lost_its_room_still_has_what_it_had(
-    manager: Manager, role: Callable[[str], socket.socket]
-) -> None:
-    """The journal stays with the file that is kept, and gets its second one when there is room
-    again.
-    """
-    control = role("control")
-    started = manager.start(sockets={"control": control})
-    client = qmp(control)
-    client.add("a", data="letmein")
-    client.close()
-    started.end(signal.SIGKILL, -9)
-    spare = next(e for e in manager.store if e[0] == "journal" and not os.fstat(e[1]).st_size)
-    manager.store.remove(spare)
-    os.close(spare[1])
-    manager.room = 2
-    started = manager.start(sockets={"control": control})
-    client = qmp(control)
-    assert client.read("a") == b"letmein"
-    client.close()
-    said = started.end()
-    assert (
-        "secretd: the service manager has no room for another descriptor; raise "
-        "FileDescriptorStoreMax=" in said
-    )
-    assert said.endswith("secretd: stopped; the service manager keeps 1 object\n")
-    manager.room = 4
-    started = manager.start(sockets={"control": control})
-    manager.wait_for_store(*KEPT)  # the probe has gone: it is sure
-    assert "has no room" not in started.end()
 
 
 def test_a_store_that_was_emptied_gets_everything_again(
@@ -205,34 +173,6 @@ def test_a_service_manager_that_is_slow_at_start_is_asked_again(
     manager.room = 16
     manager.wait(f"STATUS=0 secrets, memory: {ARENA_LEVEL}, kept over restarts")
     assert started.end().endswith("secretd: stopped; the service manager keeps 0 objects\n")
-
-
-def test_a_journal_without_its_second_file_is_not_moved(
-    manager: Manager, role: Callable[[str], socket.socket], tmp_path: Path
-) -> None:
-    """Before that one is kept, whatever the start makes it do."""
-    control = role("control")
-    started = manager.start(sockets={"control": control})
-    client = qmp(control)
-    for _ in range(80):
-        client.add("big", data="x")
-        client.ok("qom-set", {"path": "big", "property": "file", "value": "f" * 6000})
-        client.ok("object-del", {"id": "big"})
-    client.add("a", data="letmein")
-    client.close()
-    started.end(signal.SIGKILL, -9)
-    manager.room = 2
-    spare = next(e for e in manager.store if e[0] == "journal" and not os.fstat(e[1]).st_size)
-    manager.store.remove(spare)
-    os.close(spare[1])
-    (tmp_path / "f").write_text("f")
-    started = manager.start("--object", "secret,id=b,file=f", sockets={"control": control})
-    started.end(signal.SIGKILL, -9)
-    started = manager.start(sockets={"control": control})
-    client = qmp(control)
-    assert (client.read("a"), client.read("b")) == (b"letmein", b"f")
-    client.close()
-    started.end()
 
 
 def test_expired_objects_end_before_the_command_line_is_read(
@@ -526,7 +466,7 @@ def test_memory_that_is_not_locked_is_refused_where_it_must_be(
 
     journal = Journal(Arena("none"))
     manager.store += [("arena", os.dup(journal.arena.fileno()))]
-    manager.store += [("journal", os.dup(fd)) for fd in journal.filenos()]
+    manager.store += [("journal", os.dup(journal.fileno()))]
     journal.leave()
     control = role("control")
     said = refused(

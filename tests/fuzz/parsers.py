@@ -147,7 +147,7 @@ def journal_file() -> bytes:
         journal.add("rule", 5, {"identity": "uid:1"}, None, 0)
         journal.set_properties("s1", {"format": "base64"})
         journal.remove("s2")
-        return os.pread(journal.filenos()[0], layout.FILE.size + 600, 0)
+        return os.pread(journal.fileno(), layout.FILE.size + 600, 0)
     finally:
         journal.close()
         journal.arena.close()

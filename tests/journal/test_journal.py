@@ -144,7 +144,7 @@ def test_a_journal_that_cannot_be_mapped_leaves_no_descriptor(arena: Arena) -> N
 def test_a_damaged_header_is_refused(offset: int, value: bytes) -> None:
     """Window, level, windows, end: none of these can be. Found by scripts/dev/fuzz."""
     journal = Journal(Arena("none"))
-    data = bytearray(os.pread(journal.filenos()[0], 4096, 0))
+    data = bytearray(os.pread(journal.fileno(), 4096, 0))
     arena = os.dup(journal.arena.fileno())
     journal.close()
     journal.arena.close()
@@ -169,7 +169,7 @@ def test_records_of_many_lengths_are_all_whole(arena: Arena) -> None:
     journal = Journal(arena)
     for length in (*range(1, 800, 7), 1):
         journal.add("x" * length + f"-{len(journal)}", 1, {}, None, 0)
-    copies = [os.dup(fd) for fd in journal.filenos()]
+    copies = [os.dup(journal.fileno())]
     other = Journal.restore(os.dup(arena.fileno()), copies)
     assert list(other) == list(journal)
     other.leave()

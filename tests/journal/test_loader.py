@@ -57,12 +57,16 @@ def one_by_one(data: bytes) -> object:
 
 
 ALIKE = st.builds(
-    lambda n, name, properties: [record(name % i, i, properties=properties) for i in range(n)],
+    lambda n, name, properties, dead: [
+        record(name % i, i, GONE if dead >> i % 8 & 1 else LIVE, properties=properties)
+        for i in range(n)
+    ],
     st.integers(0, 30),
     st.sampled_from(
         [b"alike%04d", b"n%d", b"n%o.of.one.length", b"\xc3\xa4%04d", b"%04d\xc3", b"%d\n", b"\0%d"]
     ),
     st.sampled_from([b"", b"{}", b'{"format":"raw"}', b"\xff"]),
+    st.sampled_from([0, 0b00000001, 0b01010101, 0b11111110, 0b11111111]),
 )
 IDS = st.sampled_from([b"a", b"alike0003", b"much-longer-than-that", b"\xff"])
 ONE = st.builds(
