@@ -156,6 +156,7 @@ class Deliveries:
                     lambda _failure: delivery.close(),
                     delivery.write,
                     unused,
+                    delivery.fd,
                 )
         except TimeoutError:
             error = delivery.withdrawal() if delivery.withdrawn else self._timed_out()

@@ -13,14 +13,20 @@ class Fd:
     """Owns one descriptor until `take` or `close`; then it is -1, before the number can be reused.
 
     ``closer``: the function that calls close(2), which may block where a client holds the other
-    end.
+    end. ``released``: called in the loop when the owner gives the descriptor up to be closed.
     """
 
-    __slots__ = ("_closer", "_fd")
+    __slots__ = ("_closer", "_fd", "released")
 
-    def __init__(self, fd: int, closer: Callable[[int], object] = os.close) -> None:
+    def __init__(
+        self,
+        fd: int,
+        closer: Callable[[int], object] = os.close,
+        released: Callable[[], object] | None = None,
+    ) -> None:
         self._fd = fd
         self._closer = closer
+        self.released = released
 
     def fileno(self) -> int:
         """The descriptor, borrowed; -1 once closed."""
@@ -35,6 +41,8 @@ class Fd:
         """Close the descriptor. A second call does nothing."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
+            if self.released is not None:
+                self.released()
             self._closer(fd)
 
     def __del__(self) -> None:

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Final, TypeVar
 
 from secretd.access.peer import Peer
+from secretd.descriptors.fd import Fd
 from secretd.errors import LockedMemoryExhausted
 from secretd.limits import Tuning
 from secretd.linux.sockopt import holds_descriptors, kernel_version, unread_bytes
@@ -40,6 +41,23 @@ THREADS_OF_TRUSTED: Final = 64
 files.
 """
 
+_IDLE_THREADS: Final = 4
+_IDLE_SECONDS: Final = 10.0
+"""Threads that wait for the next call of any uid, and for how long: starting one costs more than a
+read.
+"""
+
+
+class _IdleThread:
+    """A thread that waits for its next uid."""
+
+    __slots__ = ("uid", "woken")
+
+    def __init__(self) -> None:
+        self.uid = -1
+        self.woken = threading.Lock()
+        self.woken.acquire()
+
 
 class BlockingCalls:
     """Runs calls that a client can make block, in at most THREADS_PER_UID threads for each uid.
@@ -54,6 +72,7 @@ class BlockingCalls:
         self._threads: dict[int, int] = {}
         self._queues: dict[int, deque[Callable[[], object]]] = {}
         self._since: dict[int, dict[int, float]] = {}  # by uid and thread: start of its call
+        self._idle: list[_IdleThread] = []
         self._trusted = (0, os.getuid())
         self._closing: dict[int, int] = {}
         self.closing_of_others = 0
@@ -108,18 +127,23 @@ class BlockingCalls:
         discard: Callable[[R], object],
         function: Callable[[], R],
         unused: Callable[[], object] | None = None,
+        fd: Fd | None = None,
     ) -> R:
         """Return ``function()``, called in a thread of ``uid``.
 
         ``discard``: called in the loop with the result if the caller was cancelled meanwhile.
         ``unused``: called in the thread instead of the function if the caller was cancelled before.
+        ``fd``: a descriptor that the thread closes after the call, without delaying the result.
         Raises what the function raises.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[R] = loop.create_future()
 
         # In the loop, after the call.
-        def settle(result: R | None, error: BaseException | None) -> None:
+        def settle(outcome: tuple[R | None, BaseException | None], taken: bool) -> None:
+            result, error = outcome
+            if taken and fd is not None and fd.released is not None:
+                fd.released()
             if future.cancelled():
                 if error is None:
                     discard(result)  # type: ignore[arg-type]
@@ -139,8 +163,13 @@ class BlockingCalls:
                 outcome = (function(), None)
             except BaseException as error:  # noqa: BLE001 - for the caller
                 outcome = (None, error)
+            number = -1 if fd is None else fd.take()
+            if number >= 0:
+                self._count_closing(uid, 1)
             with contextlib.suppress(RuntimeError):  # the loop has ended, and all with it
-                loop.call_soon_threadsafe(settle, *outcome)
+                loop.call_soon_threadsafe(settle, outcome, number >= 0)
+            if number >= 0:
+                self._close(uid, number)
 
         self._submit(uid, call)
         try:
@@ -157,6 +186,11 @@ class BlockingCalls:
             if count >= _threads(uid):
                 return
             self._threads[uid] = count + 1
+            idle = self._idle.pop() if self._idle else None
+        if idle is not None:
+            idle.uid = uid
+            idle.woken.release()
+            return
         # A daemon thread: one that is stuck for ever must not keep the process alive.
         thread = threading.Thread(
             target=self._work, args=(uid,), name=f"blocking-{uid}", daemon=True
@@ -168,12 +202,29 @@ class BlockingCalls:
             self._retire(uid)
 
     def _work(self, uid: int) -> None:
+        """Serve one uid, and then others."""
+        this = _IdleThread()
+        while self._serve(uid, this):
+            if not this.woken.acquire(timeout=_IDLE_SECONDS):
+                with self._lock:
+                    if this in self._idle:
+                        self._idle.remove(this)
+                        return
+                this.woken.acquire()  # it was woken at the last moment
+            uid = this.uid
+            threading.current_thread().name = f"blocking-{uid}"
+
+    def _serve(self, uid: int, this: _IdleThread) -> bool:
+        """Run all calls of a uid; return True if the thread should wait for another uid."""
         while True:
             with self._lock:
                 queue = self._queues[uid]
                 if not queue:
                     self._retire_locked(uid)
-                    return
+                    if len(self._idle) == _IDLE_THREADS:
+                        return False
+                    self._idle.append(this)
+                    return True
                 call = queue.popleft()
                 self._since.setdefault(uid, {})[threading.get_ident()] = time.monotonic()
             with contextlib.suppress(OSError):

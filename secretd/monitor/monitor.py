@@ -166,7 +166,9 @@ class Monitor:
             return
         fault = self.descriptors_fault(len(numbers))
         self._descriptors.count(self.peer.uid, len(numbers))
-        self.pending.receive([Fd(number, self._close_received) for number in numbers])
+        self.pending.receive(
+            [Fd(number, self._close_received, self._count_released) for number in numbers]
+        )
         if fault is not None:
             raise fault
 
@@ -187,8 +189,10 @@ class Monitor:
 
     def _close_received(self, fd: int) -> None:
         """Close a descriptor that an untrusted peer passed."""
-        self._descriptors.release(self.peer.uid)
         self.core.threads.close(self.peer.uid, fd)
+
+    def _count_released(self) -> None:
+        self._descriptors.release(self.peer.uid)
 
     def close(self) -> None:
         """Close all descriptors of the session."""

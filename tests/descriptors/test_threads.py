@@ -9,6 +9,7 @@ import threading
 import pytest
 
 from secretd.descriptors import threads as module
+from secretd.descriptors.fd import Fd
 from secretd.descriptors.threads import BlockingCalls
 from secretd.errors import LockedMemoryExhausted
 from secretd.memory.arena import Arena, LockedBuffer
@@ -49,6 +50,50 @@ async def test_blocking_calls_run_in_a_bounded_number_of_threads() -> None:
     assert calls._queues == {}
 
 
+async def test_a_thread_serves_one_uid_after_the_other() -> None:
+    """Starting one for each call would cost more than a read."""
+    calls = BlockingCalls()
+    used = []
+    for uid in range(1000, 1020):
+        used.append(await calls.run(uid, lambda _: None, threading.get_ident))
+        await idle(calls)
+    assert len(set(used)) == 1
+
+
+async def test_idle_threads_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few wait for further calls, for a while; others end at once."""
+    monkeypatch.setattr(module, "_IDLE_SECONDS", 0.01)
+    calls = BlockingCalls()
+    go_on = threading.Event()
+    running = occupy(calls, go_on)
+    running += [asyncio.ensure_future(calls.run(1001, lambda _: None, go_on.wait))] * 2
+    await asyncio.sleep(0)
+    threads = [each for each in threading.enumerate() if each.name.startswith("blocking-")]
+    assert len(threads) >= module.THREADS_PER_UID + 1
+    go_on.set()
+    await asyncio.gather(*running)
+    while any(each.is_alive() for each in threads):
+        await asyncio.sleep(0.001)
+    assert calls._idle == []
+    assert await calls.run(1002, lambda _: None, lambda: "again") == "again"
+
+
+async def test_the_thread_closes_what_the_call_used() -> None:
+    """After it has given the result; until then the descriptor counts as open."""
+    calls = BlockingCalls()
+    source, sink = os.pipe()
+    released: list[int] = []
+    fd = Fd(sink, lambda _fd: pytest.fail("the owner closes"), lambda: released.append(1))
+    assert await calls.run(OTHER, lambda _: None, lambda: os.write(sink, b"x"), None, fd) == 1
+    assert released == [1]
+    assert fd.fileno() == -1
+    fd.close()
+    await idle(calls)
+    assert (calls.closing(OTHER), calls.closing_of_others) == (0, 0)
+    assert (os.read(source, 2), os.read(source, 1)) == (b"x", b"")
+    os.close(source)
+
+
 async def test_the_result_of_an_abandoned_call_is_discarded() -> None:
     """Whatever it holds is released, once the call has ended; errors are dropped."""
     calls = BlockingCalls()
@@ -84,10 +129,9 @@ async def test_a_thread_that_outlives_the_loop_ends_quietly() -> None:
     await asyncio.sleep(0)
     task.cancel()
     go_on.set()
-    for thread in threading.enumerate():
-        if thread.name == "blocking-1":
-            thread.join(10)
-            assert not thread.is_alive()
+    while not calls.idle():
+        pass
+    assert all(each.daemon for each in threading.enumerate() if each.name == "blocking-1")
 
 
 async def test_closing_for_a_stranger_happens_in_a_thread() -> None:

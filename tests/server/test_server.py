@@ -712,6 +712,21 @@ def test_a_uid_with_too_many_descriptors_is_shut_out(daemon: Daemon, qmp: Client
     assert daemon.connect(role="client", uid=1000).ok("query-version")
 
 
+def test_reads_give_the_share_of_descriptors_back(daemon: Daemon, qmp: Client) -> None:
+    """Whichever thread closes them."""
+    share = daemon.server.core.limits.descriptors
+    share.limit = 4
+    qmp.add("a", data="letmein")
+    qmp.ok("object-add", {"qom-type": "authz-simple", "id": "z", "identity": "uid:1000"})
+    qmp.ok("object-add", {"qom-type": "secret-grant", "id": "g", "secret": "a", "authz": "z"})
+    reader = daemon.connect(role="client", uid=1000)
+    for _ in range(10):
+        assert reader.read("a") == b"letmein"
+        while daemon.server.core.threads.closing(1000):
+            pass
+    assert share.held(1000) == 0
+
+
 def test_a_failure_after_a_close_touches_no_freed_memory(
     daemon: Daemon, qmp: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
