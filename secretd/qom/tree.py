@@ -18,7 +18,6 @@ from secretd.qom.deadlines import DEADLINE, Deadlines, now
 from secretd.qom.identifiers import ID_BYTES, IDENTIFIER, check_identifier
 from secretd.qom.loading import Loading, SourceReader
 from secretd.qom.object_type import (
-    SECRET_COMMON_NAME,
     Content,
     ObjectOptions,
     ObjectType,
@@ -291,12 +290,9 @@ class ObjectTree:
 
     def is_secret(self, object_id: str) -> bool:
         """Return True if there is an unexpired secret of that id."""
-        kind = self.type_of(object_id)
-        return (
-            kind is not None
-            and SECRET_COMMON_NAME in kind.info.ancestors
-            and not self.deadlines.expired(object_id)
-        )
+        found = self.journal.summary(object_id)
+        is_secret = found is not None and found[0] in self.types.secrets
+        return is_secret and not self.deadlines.expired(object_id)
 
     def secret(self, object_id: str) -> tuple[str, int]:
         """Return the type's name and the size in bytes of an existing secret."""
@@ -308,8 +304,12 @@ class ObjectTree:
         self, object_id: str, prefixes: Collection[str] = ("",)
     ) -> Iterator[str | None]:
         """Yield the ids of the secrets after ``object_id``, as `ids_after` does."""
-        found = self.ids_after(object_id, prefixes)
-        return (each for each in found if each is None or self.is_secret(each))
+        summary, secrets, expired = self.journal.summary, self.types.secrets, self.deadlines.expired
+        for each in self.ids_after(object_id, prefixes):
+            if each is None:
+                yield None
+            elif (found := summary(each)) and found[0] in secrets and not expired(each):
+                yield each
 
     def ids_after(self, object_id: str, prefixes: Collection[str]) -> Iterator[str | None]:
         """See SortedIds.with_prefixes."""

@@ -58,9 +58,10 @@ _NAMES: Final = (
     "fdset-id", "fds", "opaque", "size", "memory", "data", "iv", "meta-type", "arg-type",
     "ret-type",
     "members", "features", "default", "values", "tag", "variants", "case", "element-type",
-    "json-type", "uid", "gid", "pid",
+    "json-type", "uid", "gid", "pid", "expires-in",
 )  # fmt: skip
 _KNOWN: Final = {name: qdict_bucket(name) for name in _NAMES}
+KNOWN_NAMES: Final = frozenset(_NAMES)
 
 
 class GHashTable:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from secretd.wire import encoder
-from secretd.wire.hash_order import GHashTable, qdict_bucket, qdict_items
+from secretd.wire.hash_order import KNOWN_NAMES, GHashTable, qdict_bucket, qdict_items
 
 NAMES = st.lists(st.text(max_size=5), unique=True, max_size=60)
 
@@ -51,3 +51,21 @@ def test_what_is_removed_is_not_listed_and_the_others_are(
         kept.remove(name)
         table.remove(name)
         assert sorted(table) == sorted(kept)
+
+
+KNOWN = st.dictionaries(
+    st.sampled_from(sorted(KNOWN_NAMES)),
+    st.integers() | st.text() | st.booleans() | st.none() | st.just({"id": [1]}),
+)
+
+
+@given(st.lists(KNOWN))
+def test_known_members_are_written_as_any_others(members: list[dict[str, object]]) -> None:
+    """Lists of them have a fast path: its text is that of name and value, one by one."""
+    by_hand = [
+        "{"
+        + ", ".join(f'"{name}": {encoder.value(member)}' for name, member in qdict_items(each))
+        + "}"
+        for each in members
+    ]
+    assert encoder.value(members) == "[" + ", ".join(by_hand) + "]"
