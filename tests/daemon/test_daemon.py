@@ -326,7 +326,7 @@ def test_an_object_that_cannot_be_replaced_stays(
         raise OSError(12, "Cannot allocate memory")
 
     with monkeypatch.context() as patched:
-        patched.setattr(Journal, "_append", none)
+        patched.setattr(Journal, "_write", none)
         with pytest.raises(OSError, match="Cannot allocate"):
             InitialObjects(tree, []).make(option)
     assert bytes(journal.plaintext("s")) == b"one"
@@ -335,7 +335,7 @@ def test_an_object_that_cannot_be_replaced_stays(
     # One without plaintext.
     assert InitialObjects(tree, []).make("authz-list,id=a")
     with monkeypatch.context() as patched:
-        patched.setattr(Journal, "_append", none)
+        patched.setattr(Journal, "_write", none)
         with pytest.raises(OSError, match="Cannot allocate"):
             InitialObjects(tree, []).make("authz-list,id=a,policy=allow")
     assert Paths(tree).get("a", "policy") == "deny"

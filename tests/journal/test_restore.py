@@ -383,8 +383,8 @@ def test_an_earlier_release_may_have_left_several_files(small: Journal) -> None:
     first = was.journals[0]
     second = first[:16] + struct.pack("<Q", 2) + first[24:]
     stale = first.replace(b"a\0", b"z\0")
-    for files in ((second, stale), (stale, second), (second, b"", b"")):
-        other = restored(Left(was.arena, files))
+    for journals in ((second, stale), (stale, second), (second, b"", b"")):
+        other = restored(Left(was.arena, journals))
         assert content(other) == {"a": (b"1", {})}
         put(other, "b", b"2")
         again = restored(left(other))

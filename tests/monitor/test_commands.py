@@ -615,7 +615,7 @@ async def test_what_cannot_be_stored_is_freed(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(in_loop.journal, "_append", full)
+        patch.setattr(in_loop.journal, "_write", full)
         assert (await aqmp.add("s", data="x"))["error"]["desc"].startswith("Internal error")
         simple = {"qom-type": "authz-simple", "id": "a", "identity": "x"}
         assert (await aqmp.fail("object-add", simple)).startswith("Internal error")
