@@ -18,7 +18,7 @@ import click
 from msgspec import UNSET, Raw, UnsetType
 
 from secretd.audit.records import AuditRecord
-from secretd.ctl.main import SECTIONS, cli
+from secretd.ctl.frame import SECTIONS, cli
 from secretd.ctl.output import EXIT_STATUS
 from secretd.daemon.options import parser as daemon_parser
 from secretd.limits import Tuning

@@ -9,7 +9,6 @@ from typing import Any, cast
 
 from secretd import client as api
 from secretd.client import SyncClient
-from secretd.ctl.completion import complete_ids
 from secretd.ctl.connection import client_of, unsure_denials
 from secretd.ctl.identities import IDENTITY, groups_of, identities
 from secretd.ctl.output import Common, at_and_in, done, note
@@ -31,7 +30,7 @@ def authz_id(grant_name: str) -> str:
 
 
 @verb(
-    "grant", argument("secret", shell_complete=complete_ids),
+    "grant", argument("secret", ids=True),
     option("--to", multiple=True, required=True, metavar="IDENTITY", help=IDENTITY),
     option("--id", "name", metavar="GRANT", help="the grant's id (default: from SECRET and --to)"),
     option("--for", "duration", metavar="TIME", help=f"end the grant after a time {TIME}"),
@@ -134,7 +133,7 @@ def revoke(common: Common, name: str) -> None:
 
 
 @verb(
-    "explain", argument("object_id", metavar="ID", shell_complete=complete_ids),
+    "explain", argument("object_id", metavar="ID", ids=True),
     option("--as", "peer", multiple=True, required=True, metavar="IDENTITY", help=IDENTITY),
     examples=("secretctl explain disk0 --as unit:backup.service",),
 )  # fmt: skip

@@ -7,12 +7,9 @@ import sys
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-import click
-
-from secretd.ctl.completion import complete_ids
 from secretd.ctl.connection import client_of
 from secretd.ctl.output import Common
-from secretd.ctl.verb import argument, flag, option, verb
+from secretd.ctl.verb import WrongUsage, argument, flag, option, verb
 from secretd.memory.arena import SCRATCH_WINDOW, Arena
 from secretd.memory.level import choose_level
 
@@ -23,11 +20,11 @@ _KEY_BYTES: Final = 1 << 20
 
 
 @verb(
-    "audit", argument("action", type=click.Choice(("verify",))),
+    "audit", argument("action", type=("verify",)),
     argument("files", nargs=-1, required=True),
     option(
         "--key", "key_id", metavar="ID", help="the secret that --audit-key named",
-        shell_complete=complete_ids,
+        ids=True,
     ),
     option("--key-file", metavar="PATH", help="a file that holds it"),
     flag("--continues", help="the records before the first FILE are elsewhere"),
@@ -49,7 +46,7 @@ def audit(
     FILES are those of one chain, the oldest first. The exit status is 1 if anything is wrong.
     """
     if key_id is not None and key_file is not None:
-        raise click.UsageError("--key and --key-file exclude each other")
+        raise WrongUsage("--key and --key-file exclude each other")
     verify = partial(_verify, common, files, continues=continues, live=live)
     if key_id is not None:
         with client_of(common) as client, client.read(key_id) as key:

@@ -14,14 +14,11 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any, Final
 
-import click
-
 from secretd import client as api
 from secretd.client import Encoding, Event, SyncClient
-from secretd.ctl.completion import complete_ids
 from secretd.ctl.connection import client_of
 from secretd.ctl.output import Common, done, fail, progress
-from secretd.ctl.verb import argument, flag, option, verb
+from secretd.ctl.verb import PATH, argument, flag, option, verb
 from secretd.errors import UsageError
 from secretd.memory.arena import LockedBuffer
 
@@ -36,7 +33,7 @@ _BLANK: Final = re.compile(rb"[ \t\r]*")
 
 @verb(
     "import",
-    argument("file", default="-", type=click.Path(readable=False, allow_dash=True)),
+    argument("file", default="-", type=PATH),
     flag("--skip-existing", help="skip secrets that exist already"),
     examples=(
         "secretctl import secrets.jsonl",
@@ -161,13 +158,13 @@ def _add(client: SyncClient, line: memoryview, where: str) -> None:
 
 @verb(
     "export",
-    argument("ids", nargs=-1, shell_complete=complete_ids),
+    argument("ids", nargs=-1, ids=True),
     option(
         "--keyid",
         metavar="K",
         required=True,
         help="the secret to encrypt them under",
-        shell_complete=complete_ids,
+        ids=True,
     ),
     examples=("secretctl export --keyid master > sealed.jsonl",),
 )

@@ -6,12 +6,10 @@ import os
 import shutil
 import sys
 
-import click
-
 from secretd.client import default_socket
 from secretd.ctl.connection import client_of
 from secretd.ctl.output import Common, fail
-from secretd.ctl.verb import argument, verb
+from secretd.ctl.verb import COMMAND, argument, verb
 
 
 @verb("status")
@@ -34,7 +32,7 @@ def status(common: Common) -> None:
 
 @verb(
     "shell",
-    argument("arguments", nargs=-1, type=click.UNPROCESSED),
+    argument("arguments", nargs=-1, type=COMMAND),
     context_settings={"ignore_unknown_options": True},
 )
 def shell(common: Common, arguments: tuple[str, ...]) -> int:

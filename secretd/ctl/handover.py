@@ -8,25 +8,22 @@ import os
 import resource
 import signal
 
-import click
-
 from secretd.client import SyncClient
 from secretd.client.channel import Channel, Lost, Refused
-from secretd.ctl.completion import complete_ids
 from secretd.ctl.connection import client_of, say_waiting
 from secretd.ctl.output import NOT_EXECUTABLE, NOT_FOUND, Common, done, fail
-from secretd.ctl.verb import argument, option, verb
+from secretd.ctl.verb import COMMAND, PATH, argument, option, verb
 from secretd.errors import UsageError
 
 _PIPE_BYTES = 64 << 10
 """The initial capacity of a pipe in bytes (pipe(7))."""
 
-_KEYID = {"metavar": "K", "required": True, "shell_complete": complete_ids}
+_KEYID = {"metavar": "K", "required": True, "ids": True}
 
 
 @verb(
     "seal",
-    argument("object_id", metavar="ID", shell_complete=complete_ids),
+    argument("object_id", metavar="ID", ids=True),
     option("--keyid", help="the secret to encrypt it under", **_KEYID),
 )
 def seal(common: Common, object_id: str, keyid: str) -> None:
@@ -41,14 +38,14 @@ def seal(common: Common, object_id: str, keyid: str) -> None:
 
 @verb(
     "push",
-    argument("object_id", metavar="ID", shell_complete=complete_ids),
+    argument("object_id", metavar="ID", ids=True),
     option("--keyid", help="the master key that secretd and QEMU both hold", **_KEYID),
     option(
         "--qmp",
         metavar="SOCKET",
         required=True,
         help="QEMU's QMP socket",
-        type=click.Path(readable=False),
+        type=PATH,
     ),
     option("--as", "as_name", metavar="NAME", help="its id in QEMU (default: ID)"),
     option("--qemu-keyid", metavar="NAME", help="the key's id in QEMU (default: K)"),
@@ -107,15 +104,15 @@ def push(
         metavar="ID[=NAME]",
         required=True,
         help="the secret for {NAME} in the command (default: {ID})",
-        shell_complete=complete_ids,
+        ids=True,
     ),
     option(
         "--via",
-        type=click.Choice(("memfd", "pipe")),
+        type=("memfd", "pipe"),
         default="memfd",
         help="a pipe can be read only once",
     ),
-    argument("command", nargs=-1, required=True, type=click.UNPROCESSED),
+    argument("command", nargs=-1, required=True, type=COMMAND),
     examples=(
         "secretctl run --secret disk0 -- qemu-img info --object secret,id=s,file={disk0} ...",
     ),

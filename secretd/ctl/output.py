@@ -10,8 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from secretd.ctl.hints import next_step
 
@@ -34,8 +33,7 @@ EXIT_STATUS: Final = {
 """The meaning of each exit status. `run` ends with the status of its command."""
 
 
-@dataclass(frozen=True)
-class Common:
+class Common(NamedTuple):
     """The options that all verbs share, and the core limit before secretctl changed it."""
 
     socket: str | None

@@ -11,20 +11,17 @@ import json
 import os
 import stat
 
-import click
-
 from secretd.client import Encoding, Format, SecretInfo, SyncClient
-from secretd.ctl.completion import complete_ids
 from secretd.ctl.connection import client_of
 from secretd.ctl.output import Common, at_and_in, count, done, duration, table, warn
 from secretd.ctl.prompt import ask_twice
 from secretd.ctl.times import TIME, seconds
-from secretd.ctl.verb import argument, flag, option, verb
+from secretd.ctl.verb import WrongUsage, argument, flag, option, verb
 from secretd.errors import UsageError
 
 _STDIN_BYTES = 2 << 20
 
-_ENCODINGS = click.Choice(("raw", "base64"))
+_ENCODINGS = ("raw", "base64")
 
 # --- add
 
@@ -41,7 +38,7 @@ _ENCODINGS = click.Choice(("raw", "base64"))
         "--keyid",
         metavar="K",
         help="the secret it is encrypted under (AES-256-CBC)",
-        shell_complete=complete_ids,
+        ids=True,
     ),
     option("--iv", metavar="B64", help="its initialisation vector in base64"),
     examples=(
@@ -69,7 +66,7 @@ def add(
     encrypted under another secret. It is never an argument, which every user could read.
     """
     if sum((file is not None, fd is not None, stdin, prompt)) > 1:
-        raise click.UsageError("--file, --fd, --stdin and --prompt exclude each other")
+        raise WrongUsage("--file, --fd, --stdin and --prompt exclude each other")
     if iv is not None and keyid is None:
         raise UsageError("--iv needs --keyid, the secret that it is encrypted under")
     with client_of(common) as client:
@@ -140,7 +137,7 @@ def _check_end(last: int | None, format: Format) -> None:  # noqa: A002
 
 @verb(
     "read",
-    argument("object_id", metavar="ID", shell_complete=complete_ids),
+    argument("object_id", metavar="ID", ids=True),
     option("--format", "form", type=_ENCODINGS, default="raw", help="how to write it"),
     flag("--force", help="also to a terminal"),
     examples=("secretctl read disk0 | cryptsetup open --key-file=- /dev/vdb data",),
@@ -192,7 +189,7 @@ def _info(secret: SecretInfo) -> dict[str, object]:
     }
 
 
-@verb("del", argument("object_id", metavar="ID", shell_complete=complete_ids))
+@verb("del", argument("object_id", metavar="ID", ids=True))
 def delete(common: Common, object_id: str) -> None:
     """Delete a secret or another object; a secret is wiped."""
     with client_of(common) as client:
@@ -218,7 +215,7 @@ def generate(common: Common, object_id: str, size: int) -> None:
 
 
 @verb(
-    "expire", argument("object_id", metavar="ID", shell_complete=complete_ids),
+    "expire", argument("object_id", metavar="ID", ids=True),
     option("--after", metavar="TIME", help=f"wipe it after a time {TIME}"),
     flag("--never", help="remove the lifetime: the secret stays until it is deleted"),
     examples=("secretctl expire disk0 --after 8h", "secretctl expire disk0 --never"),
@@ -226,7 +223,7 @@ def generate(common: Common, object_id: str, size: int) -> None:
 def expire(common: Common, object_id: str, after: str | None, never: bool) -> None:
     """Wipe a secret after some time from now."""
     if (after is None) == (not never):
-        raise click.UsageError("give either --after TIME or --never")
+        raise WrongUsage("give either --after TIME or --never")
     limit = None if after is None else seconds(after)
     with client_of(common) as client:
         client.expire(object_id, limit)

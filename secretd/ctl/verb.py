@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Turning a function into a verb of secretctl: its command line (click), and its errors."""
+"""Turning a function into a verb of secretctl: its parameters, and its errors.
+
+A `Verb` is plain data, so that usual command lines need no click: words reads those, and frame
+makes click's commands of the same verbs for all others, for help and for completion.
+"""
 
 import resource
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
-
-import click
+from typing import Any, Final, Literal, NamedTuple
 
 from secretd import client as api
 from secretd.ctl.connection import cannot_connect
@@ -14,80 +16,87 @@ from secretd.ctl.output import DONE, Common, fail
 from secretd.errors import SecretdError, UsageError
 from secretd.linux.locked_pages import forbid_dumps
 
-Verb = Callable[..., "int | None"]
+Function = Callable[..., "int | None"]
+
+PATH: Final = "path"
+"""The type of a parameter that is a path."""
+
+COMMAND: Final = "command"
+"""The type of an argument that is a command line, options included."""
+
+
+class WrongUsage(SecretdError):
+    """Parameters that exclude or need each other; `main` names the verb's help."""
+
+    verb = ""
+
+
+class Parameter(NamedTuple):
+    """A parameter of a verb.
+
+    ``name``: the function's. ``options``: its names on the command line, none for an argument.
+    ``settings``: click's, but ``type`` is int, a tuple of choices, PATH, COMMAND or absent, and
+    ``ids`` completes the ids of secrets.
+    """
+
+    kind: Literal["argument", "option", "flag"]
+    name: str
+    options: tuple[str, ...]
+    settings: dict[str, Any]
+
+
+class Verb(NamedTuple):
+    """A verb: ``function`` gets `Common` and the values of ``parameters`` by name.
+
+    The function's docstring is the help, and ``examples`` are command lines. ``settings`` are
+    click's.
+    """
+
+    name: str
+    function: Function
+    parameters: tuple[Parameter, ...]
+    examples: Sequence[str]
+    settings: dict[str, Any]
 
 
 def verb(
-    name: str, *params: click.Parameter, examples: Sequence[str] = (), **settings: Any
-) -> Callable[[Verb], click.Command]:
-    """Return a decorator that turns a function into a verb.
-
-    The docstring is the help, and ``examples`` are command lines. The function gets `Common` and
-    the values of ``params`` by name.
-    """
-
-    def register(function: Verb) -> click.Command:
-        # Every verb has the common options, too.
-        options = [
-            *params,
-            click.Option(["--json"], is_flag=True, help="for programs: print JSON"),
-            click.Option(
-                ["--socket"],
-                metavar="PATH",
-                help="secretd's socket; see 'secretctl --help'",
-                type=click.Path(readable=False),
-            ),
-            click.Option(
-                ["--timeout"],
-                metavar="S",
-                type=click.FloatRange(min=0.001),
-                help="give up after S seconds without an answer",
-            ),
-        ]
-        epilog = "\b\nExamples:\n" + "\n".join(f"  {e}" for e in examples) if examples else None
-        return click.Command(
-            name,
-            params=options,
-            help=function.__doc__,
-            epilog=epilog,
-            callback=lambda **given: _carry_out(function, given),
-            **settings,
-        )
-
-    return register
+    name: str, *parameters: Parameter, examples: Sequence[str] = (), **settings: Any
+) -> Callable[[Function], Verb]:
+    """Return a decorator that turns a function into a verb."""
+    return lambda function: Verb(name, function, parameters, examples, settings)
 
 
-def argument(name: str, **settings: Any) -> click.Argument:
+def argument(name: str, **settings: Any) -> Parameter:
     """Return an argument of a verb."""
-    return click.Argument([name], **settings)
+    return Parameter("argument", name, (), settings)
 
 
-def option(*names: str, **settings: Any) -> click.Option:
-    """Return an option of a verb."""
-    return click.Option(names, **settings)
+def option(*names: str, **settings: Any) -> Parameter:
+    """Return an option of a verb: its names, and the function's if that differs."""
+    return Parameter("option", *_named(names), settings)
 
 
-def flag(*names: str, **settings: Any) -> click.Option:
+def flag(*names: str, **settings: Any) -> Parameter:
     """Return an option without a value."""
-    return click.Option(names, is_flag=True, **settings)
+    return Parameter("flag", *_named(names), settings)
 
 
-def _carry_out(function: Verb, given: dict[str, Any]) -> int:
-    # 1. Common options, from after the verb or before it.
-    parent = click.get_current_context().parent
-    assert parent is not None
-    socket, timeout = given.pop("socket"), given.pop("timeout")
-    common = Common(
-        socket=parent.params["socket"] if socket is None else socket,
-        timeout=parent.params["timeout"] if timeout is None else timeout,
-        json=given.pop("json"),
-        core_limit=resource.getrlimit(resource.RLIMIT_CORE),
-    )
+def _named(names: Sequence[str]) -> tuple[str, tuple[str, ...]]:
+    options = tuple(name for name in names if name.startswith("-"))
+    others = [name for name in names if not name.startswith("-")]
+    return others[0] if others else options[0].lstrip("-").replace("-", "_"), options
+
+
+def carry_out(done: Verb, given: dict[str, Any], common: Common) -> int:
+    """Call a verb's function; return the exit status, with its errors as messages."""
     _check_socket(common.socket)
+    common = common._replace(core_limit=resource.getrlimit(resource.RLIMIT_CORE))
     forbid_dumps()
-    # 2. The verb, and its errors as messages and an exit status.
     try:
-        return function(common, **given) or DONE
+        return done.function(common, **given) or DONE
+    except WrongUsage as error:
+        error.verb = done.name
+        raise
     except SecretdError:
         raise
     except (OSError, ValueError) as error:

@@ -8,7 +8,6 @@ over stays as it was.
 
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 
 from secretd.errors import StateError
 
@@ -21,7 +20,6 @@ def slot_size(size: int) -> int:
     return SMALLEST_SLOT if size <= SMALLEST_SLOT else 1 << (size - 1).bit_length()
 
 
-@dataclass
 class Plan:
     """The buffers that an earlier process left; ``held`` is their total size in bytes.
 
@@ -30,10 +28,11 @@ class Plan:
     in use.
     """
 
-    taken: bytearray
-    held: int = 0
-    large: dict[int, int] = field(default_factory=dict)
-    slots: dict[int, tuple[int, set[int]]] = field(default_factory=dict)
+    def __init__(self, taken: bytearray) -> None:
+        self.taken = taken
+        self.held = 0
+        self.large: dict[int, int] = {}
+        self.slots: dict[int, tuple[int, set[int]]] = {}
 
     def windows(self) -> Iterator[tuple[int, int]]:
         """Yield the first window and the number of windows of each mapping."""

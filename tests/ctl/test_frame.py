@@ -17,7 +17,7 @@ import pytest
 
 from secretd.client import ConnectError
 from secretd.ctl.completion import complete_ids
-from secretd.ctl.main import SECTIONS, cli
+from secretd.ctl.frame import SECTIONS, cli
 from tests.support.daemon import Daemon
 from tests.support.needs import need_program
 from tests.support.qmp import Client
@@ -136,15 +136,31 @@ def test_the_script_for_each_shell_is_one_that_it_takes(
     subprocess.run([shell, "-n", str(path)], check=True)
 
 
-def test_it_starts_without_what_it_does_not_need() -> None:
-    """It needs rich on terminals only, and never cryptography or the daemon's modules."""
+def test_usual_verbs_import_only_what_they_need(daemon: Daemon) -> None:
+    """A script calls them often: no click, asyncio or qemu.qmp, and rich on terminals only."""
     code = (
         "import sys; from secretd.ctl import main\n"
-        "heavy = {'rich', 'cryptography', 'secretd.monitor.monitor', 'secretd.audit.log'}\n"
+        "main.main()\n"
+        "heavy = {'asyncio', 'click', 'cryptography', 'dataclasses', 'qemu.qmp', 'rich',\n"
+        "    'subprocess', 'secretd.monitor.monitor', 'secretd.audit.log'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
+    socket = ["--socket", daemon.control]
+    for words in (
+        ["generate", "a"],
+        ["list"],
+        ["read", "a"],
+        ["add", "b", "--stdin"],
+        ["del", "a"],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *words, *socket],
+            input=b"letmein",
+            capture_output=True,
+            check=True,
+        )
+        assert done.stdout.endswith(b"[]\n"), done
+        assert not done.stderr
 
 
 def test_a_refused_connection_names_the_permitted_users(
@@ -167,4 +183,10 @@ def test_an_abort_is_status_130(run: Ctl, monkeypatch: pytest.MonkeyPatch) -> No
         raise click.Abort
 
     monkeypatch.setattr(cli, "main", abort)
-    run("list", status=130)
+    run("list", "--socket=/no", status=130)
+
+    def interrupt(*_args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("secretd.ctl.main.carry_out", interrupt)
+    assert run("list", status=130) == ("", "\n")

@@ -20,7 +20,7 @@ import pytest
 from secretd import paths
 from secretd.client import SyncClient
 from secretd.ctl import prompt, verb
-from secretd.ctl.main import cli as frame
+from secretd.ctl.frame import cli as frame
 from secretd.ctl.main import main
 from secretd.errors import UsageError
 from tests.support.daemon import Daemon

@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The verbs of secretctl by name; a verb's module is imported when the verb is needed."""
+
+import importlib
+from typing import Final, cast
+
+from secretd.ctl.verb import Verb
+
+MODULES: Final = {
+    **dict.fromkeys(("add", "read", "list", "del", "generate", "expire"), "secrets"),
+    **dict.fromkeys(("run", "push", "seal"), "handover"),
+    **dict.fromkeys(("grant", "revoke", "explain"), "access"),
+    "audit": "audit",
+    **dict.fromkeys(("import", "export", "watch"), "bulk"),
+    **dict.fromkeys(("status", "shell"), "daemon"),
+    "doctor": "doctor",
+}
+"""The module of each verb."""
+
+_FUNCTIONS: Final = {"del": "delete", "list": "list_secrets", "import": "import_"}
+"""The names of functions whose verbs' names Python has taken."""
+
+
+def find(name: str) -> Verb:
+    """Return the verb of a name in MODULES."""
+    module = importlib.import_module(f"secretd.ctl.{MODULES[name]}")
+    return cast(Verb, getattr(module, _FUNCTIONS.get(name, name)))
