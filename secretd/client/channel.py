@@ -23,6 +23,8 @@ PATIENCE_SECONDS: Final = 2.0
 
 _SEND: Final = int(socket.MSG_NOSIGNAL) | int(socket.MSG_DONTWAIT)
 
+_SUCCESS: Final = b'{"return": {}}'  # nearly all replies to many commands at once
+
 Message = dict[str, Any]
 OnWait = Callable[[str], object]
 
@@ -127,8 +129,18 @@ class Channel:
         message = {"execute": command}
         if arguments is not None:
             message["arguments"] = arguments  # type: ignore[assignment]
+        self.send(json.dumps(message).encode() + b"\n", fds)
+        return self.reply(command, pump)
+
+    def send(self, lines: bytes | memoryview, fds: Sequence[int] = ()) -> None:
+        """Send one command or several; `reply` returns each one's reply. Raises Lost or
+        TimeoutError.
+        """
         self.notice_end()
-        self._send(json.dumps(message).encode() + b"\n", fds)
+        self._send(lines, fds)
+
+    def reply(self, command: str, pump: Pump | None = None) -> Message:
+        """Return the next reply, which is that to ``command``; see `exchange`."""
         try:
             while True:
                 reply = self._line(f"the reply to {command}", pump)
@@ -171,7 +183,7 @@ class Channel:
         except ConnectionError:
             return None
 
-    def _send(self, data: bytes, fds: Sequence[int]) -> None:
+    def _send(self, data: bytes | memoryview, fds: Sequence[int]) -> None:
         until = _Deadline(self._timeout, self._on_wait, f"room to send to {self.path}")
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         view = memoryview(data)
@@ -210,6 +222,8 @@ class Channel:
                 return None
             line = bytes(self._buffer[:end]).strip()
             del self._buffer[: end + 1]
+        if line == _SUCCESS:
+            return {"return": {}}
         try:
             message = json.loads(line)
         except ValueError:

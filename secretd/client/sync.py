@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self, cast
 
 from secretd.client import types
+from secretd.client.batch import Batch
 from secretd.client.channel import Channel, Lost, OnWait, Pump, wait
 from secretd.client.content import Collected, give_memory
 from secretd.client.socket_path import default_socket
@@ -275,6 +276,12 @@ class SyncClient:
             collected.free()
             for end in ends:
                 os.close(end)
+
+    # --- many at once
+
+    def batch(self, buffer: LockedBuffer) -> Batch:
+        """Return a `Batch` on the present connection, whose lines are built in ``buffer``."""
+        return Batch(self._connection.present(), buffer)
 
     # --- events
 

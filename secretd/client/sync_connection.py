@@ -73,6 +73,13 @@ class SyncConnection:
             raise _UnreachableError("Failed to establish connection", error) from None
         return self.channel
 
+    def present(self) -> Channel:
+        """Return the present connection, a new one if it was lost. Raises ConnectError."""
+        try:
+            return self.channel or self._connect()
+        except _UnreachableError as error:
+            _connect_error(error)
+
     def disconnect(self) -> None:
         """Disconnect; the next command reconnects."""
         channel, self.channel = self.channel, None

@@ -10,12 +10,15 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any, Final
 
 from secretd import client as api
-from secretd.client import Encoding, Event, SyncClient
+from secretd.client import Event, SyncClient
+from secretd.client.batch import Batch
+from secretd.client.channel import Lost, Message
 from secretd.ctl.connection import client_of
 from secretd.ctl.output import Common, done, fail, progress
 from secretd.ctl.verb import PATH, argument, flag, option, verb
@@ -27,7 +30,7 @@ LINE_BYTES: Final = 2 << 20
 
 _NEWLINE: Final = re.compile(rb"\n")
 _QUOTE: Final = ord('"')
-_BACKSLASH: Final = ord("\\")
+_BACKSLASH: Final = re.compile(rb"\\")
 _BLANK: Final = re.compile(rb"[ \t\r]*")
 
 
@@ -45,7 +48,8 @@ def import_(common: Common, file: str, skip_existing: bool) -> int:
 
     The lines come from FILE or standard input. A line has the members of object-add: id, data, and
     optionally format, keyid and iv; and expires-in, in seconds. 'export' writes such lines. The
-    first refused line ends the import and is named; the lines before it are added.
+    first refused line ends the import and is named; the lines before it are added, and none after
+    it. If the connection is lost, the lines that may be added are named; --skip-existing goes on.
     """
     fd = 0 if file == "-" else os.open(file, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -56,30 +60,125 @@ def import_(common: Common, file: str, skip_existing: bool) -> int:
 
 
 def _import(common: Common, file: str, fd: int, *, skip_existing: bool) -> int:
-    added = skipped = 0
     with (
         client_of(common) as client,
         client.buffer(2 * LINE_BYTES) as buffer,
+        client.buffer(2 * LINE_BYTES) as outgoing,
         progress("importing", None) as step,
     ):
-        for number, line in enumerate(_lines(fd, buffer), 1):
-            where = f"{file}:{number}"
+        adding = _Import(client, client.batch(outgoing), step, skip_existing=skip_existing)
+        wrong: UsageError | None = None
+        try:
             try:
-                if line:
-                    _add(client, line, where)
-                    added += 1
-            except api.ExecuteError as error:
-                if not (skip_existing and "duplicate property" in str(error)):
-                    return fail(f"{where}: {error} ({added} added before it)")
-                skipped += 1
-            step()
-    if not added and not skipped:
+                for number, line in enumerate(_lines(fd, buffer), 1):
+                    adding.add(line, f"{file}:{number}")
+            except UsageError as error:
+                wrong = error  # the lines before it are added
+            adding.finish()
+        except _RefusedError as refused:
+            adding.undo_later()
+            return fail(f"{refused} ({adding.added} added before it)")
+        except Lost as error:
+            return fail(f"{file}: {adding.unanswered(error)}")
+    if wrong is not None:
+        raise wrong
+    if not adding.added and not adding.skipped:
         return fail(f"{file}: it has no line with a secret, so nothing was added")
     if common.json:
-        done(common, added=added, skipped=skipped)
+        done(common, added=adding.added, skipped=adding.skipped)
     else:
-        print(f"{added} added" + (f", {skipped} exist already" if skipped else ""))
+        skipped = f", {adding.skipped} exist already" if adding.skipped else ""
+        print(f"{adding.added} added{skipped}")
     return 0
+
+
+class _RefusedError(Exception):
+    """The first line that secretd refused, and why."""
+
+
+class _Import:
+    """Adds the secrets of lines, several under way at a time.
+
+    ``added``, ``skipped``: the number of lines with that result so far.
+    """
+
+    def __init__(
+        self, client: SyncClient, batch: Batch, step: Callable[[], None], *, skip_existing: bool
+    ) -> None:
+        self.added = self.skipped = 0
+        self._client = client
+        self._batch = batch
+        self._step = step
+        self._skip_existing = skip_existing
+        self._waiting: deque[tuple[str, str]] = deque()  # the lines without a reply, and their ids
+
+    def add(self, line: memoryview, where: str) -> None:
+        """Add the secret of a line. Raises UsageError, _RefusedError or Lost.
+
+        Nothing of a line that raises UsageError was sent.
+        """
+        if not line:
+            self._step()
+            return
+        found = _decoded(line, where)
+        members = {"qom-type": "secret", "id": found.id}
+        for name in ("format", "keyid", "iv"):
+            value = getattr(found, name)
+            if value is not None:
+                members[name] = value
+        head = json.dumps({"execute": "object-add", "arguments": members}).encode()
+        # The data goes from one locked buffer into the other.
+        replies = self._batch.put((head[:-2], b', "data": ', memoryview(found.data), b"}}\n"))
+        self._waiting.append((where, found.id))
+        for reply in replies:
+            self._settle(reply)
+        if found.expires_in is not None:
+            self._expire(where, found.id, found.expires_in)
+
+    def _expire(self, where: str, object_id: str, seconds: int) -> None:
+        """Limit the lifetime of the latest secret, once it is known to be added."""
+        before = self.skipped
+        self.finish()
+        if self.skipped == before:
+            try:
+                self._client.expire(object_id, seconds)
+            except api.ExecuteError as error:
+                self.added -= 1
+                self._client.delete(object_id)
+                raise _RefusedError(f"{where}: {error}") from None
+
+    def finish(self) -> None:
+        """Wait for all replies. Raises _RefusedError or Lost."""
+        for reply in self._batch.finish():
+            self._settle(reply)
+
+    def _settle(self, reply: Message) -> None:
+        where, _ = self._waiting.popleft()
+        self._step()
+        if "error" not in reply:
+            self.added += 1
+            return
+        words = str(reply["error"].get("desc"))
+        if not (self._skip_existing and "duplicate property" in words):
+            raise _RefusedError(f"{where}: {words}")
+        self.skipped += 1
+
+    def undo_later(self) -> None:
+        """Delete the secrets of lines after the refused one, which were under way already."""
+        later = []
+        for reply in self._batch.outstanding():
+            _, object_id = self._waiting.popleft()
+            if "error" not in reply:
+                later.append(object_id)
+        for object_id in later:
+            self._client.delete(object_id)
+
+    def unanswered(self, error: Lost) -> str:
+        """Return the words about a lost connection."""
+        if not self._waiting:
+            return f"{error} ({self.added} added before)"
+        first, last = self._waiting[0][0], self._waiting[-1][0]
+        return f"{error} ({self.added} added before; lines {first} to {last} may be added)"
 
 
 def _lines(fd: int, buffer: LockedBuffer) -> Iterator[memoryview]:
@@ -135,8 +234,8 @@ def _decoder() -> Any:
     return decode
 
 
-def _add(client: SyncClient, line: memoryview, where: str) -> None:
-    """Add the secret of a line; its data goes from locked memory into a pipe."""
+def _decoded(line: memoryview, where: str) -> Any:
+    """Return the members of a line; its data stays in the line. Raises UsageError."""
     found = _decoder()(line)
     if found is None or found.qom_type not in (None, "secret"):
         raise UsageError(
@@ -148,12 +247,9 @@ def _add(client: SyncClient, line: memoryview, where: str) -> None:
         raise UsageError(f"{where}: data must be a string")
     if found.format not in (None, "raw", "base64"):
         raise UsageError(f"{where}: format must be raw or base64")
-    if any(byte == _BACKSLASH for byte in quoted):
+    if _BACKSLASH.search(quoted):
         raise UsageError(f'{where}: data has escapes; give it in base64, with "format": "base64"')
-    encoding = Encoding(found.format or "raw", found.keyid, found.iv)
-    client.add_bytes(found.id, quoted[1:-1], encoding)
-    if found.expires_in is not None:
-        client.expire(found.id, found.expires_in)
+    return found
 
 
 @verb(

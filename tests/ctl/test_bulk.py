@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from secretd.client.batch import Batch
 from secretd.ctl import bulk
 from tests.support.daemon import Daemon
 from tests.support.needs import need_locked_memory
@@ -82,6 +83,64 @@ def test_the_first_line_that_is_wrong_is_named_and_ends_it(
     assert words in err
     assert "hunter2" not in err
     assert [s["id"] for s in qmp.ok("query-secrets")] == ["a"]
+
+
+@pytest.mark.parametrize("refused", [1, 32, 33, 65, 190, 200])
+def test_lines_under_way_behind_a_refused_one_are_undone(
+    run: Ctl, qmp: Client, tmp_path: Path, refused: int
+) -> None:
+    """Many are under way at a time, and the line that is named is still the last one."""
+    path = tmp_path / "s.jsonl"
+    path.write_text("".join(line(f"n{number:03}") for number in range(1, 201)))
+    taken = f"n{refused:03}"
+    qmp.add(taken, data="first")
+    _, err = run("import", str(path), status=1)
+    assert f"{path}:{refused}: " in err
+    assert f"({refused - 1} added before it)" in err
+    ids = [each["id"] for each in qmp.ok("query-secrets")]
+    assert ids == [f"n{number:03}" for number in range(1, refused + 1)]
+    assert qmp.read(taken) == b"first"
+    assert run("import", "--skip-existing", str(path))[0] == (
+        f"{200 - refused} added, {refused} exist already\n"
+    )
+
+
+def test_a_secret_whose_lifetime_is_refused_is_not_added(
+    run: Ctl, qmp: Client, tmp_path: Path
+) -> None:
+    """A line is one thing; an existing secret keeps its own lifetime."""
+    path = tmp_path / "s.jsonl"
+    path.write_text(line("a") + line("b", **(LIMITED | {"expires-in": -1})) + line("c"))
+    _, err = run("import", str(path), status=1)
+    assert f"{path}:2: " in err
+    assert "(1 added before it)" in err
+    assert [each["id"] for each in qmp.ok("query-secrets")] == ["a"]
+    path.write_text(line("a", **LIMITED) + line("b"))
+    assert run("import", "--skip-existing", str(path))[0] == "1 added, 1 exist already\n"
+    assert "expires-in" not in qmp.ok("query-secrets")[0]
+
+
+def test_a_lost_connection_names_the_lines_without_an_answer(
+    run: Ctl, daemon: Daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The import can go on with --skip-existing."""
+    path = tmp_path / "s.jsonl"
+    path.write_text("".join(line(f"n{number:03}") for number in range(1, 201)))
+    original = Batch.put
+
+    def put(self: Batch, pieces: Any) -> Any:
+        if b"n100" in pieces[0]:
+            daemon.call(lambda: [each.transport.close() for each in list(daemon.server.sessions)])
+        return original(self, pieces)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Batch, "put", put)
+        _, err = run("import", str(path), status=1)
+    assert err.startswith(f"secretctl: {path}: ")
+    assert f"to {path}:" in err
+    added = len(run("list")[0].splitlines()) - 1
+    out, _ = run("import", "--skip-existing", str(path))
+    assert out == f"{200 - added} added, {added} exist already\n"
 
 
 def test_what_is_there_already_can_be_skipped(run: Ctl, qmp: Client, tmp_path: Path) -> None:
