@@ -6,11 +6,15 @@ can fall as far as Python goes; from each such moment the state is restored and 
 it may be.
 """
 
+import base64
+import json
 import os
 import random
 import struct
 import sys
+import zlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
@@ -29,6 +33,8 @@ from tests.support.memfds import memfd
 from tests.support.needs import need_level
 
 WINDOW = 4096
+
+VECTORS = Path(__file__).parent.parent / "vectors"
 
 
 INODE_OFFSET = 24
@@ -374,6 +380,40 @@ def test_full_windows_are_gone_on_with(small: Journal) -> None:
     check_unused_is_wiped(other)
     discard(other)
     discard(small)
+
+
+@pytest.mark.parametrize("path", sorted(VECTORS.glob("state-*.json")), ids=lambda path: path.stem)
+def test_the_state_of_an_earlier_release_is_taken_over_whole(path: Path) -> None:
+    """Its files are recorded; objects, grants, counts and deadlines are properties in them."""
+    vector = json.loads(path.read_text())
+    arena, *journals = (
+        zlib.decompress(base64.b64decode(text)) for text in (vector["arena"], *vector["journals"])
+    )
+    expected = {i: (text.encode(), made) for i, (_, text, made) in vector["objects"].items()}
+    journal = restored(Left(arena, tuple(journals)))
+    assert content(journal) == expected
+    for object_id, (kind, _, _) in vector["objects"].items():
+        record = journal.get(object_id)
+        assert record is not None
+        assert (record.type, record.uid) == (kind, 7 if kind == 1 else 0)
+    check_unused_is_wiped(journal)
+    # It goes on with them, and the next process finds everything.
+    rng = random.Random(6)
+    for number in range(3000):
+        object_id = rng.choice(sorted(expected)[:50] if number % 3 else [*expected])
+        if number % 3:
+            properties: dict[str, object] = {"file": "x" * rng.randrange(60)}
+            journal.set_properties(object_id, properties)
+            expected[object_id] = (expected[object_id][0], properties)
+        else:
+            journal.remove(object_id)
+            del expected[object_id]
+            put(journal, f"new{number}", b"%d" % number)
+            expected[f"new{number}"] = (b"%d" % number, {})
+    other = restored(left(journal))
+    assert content(other) == expected
+    discard(other)
+    discard(journal)
 
 
 def test_an_earlier_release_may_have_left_several_files(small: Journal) -> None:
