@@ -133,6 +133,10 @@ def wire_event(name: str, data: str) -> bytes:
     return wire.event(name, data, now // 1_000_000, now % 1_000_000)
 
 
+USUAL: Final = (("object-add", "secret"), ("object-del", ""), ("secret-read", ""))
+"""The commands that programs send by the thousand."""
+
+
 class Table:
     """The commands of a socket, by name and by the type of a decoded request, and the largest
     message.
@@ -144,7 +148,7 @@ class Table:
         self._commands = commands
         self.by_name = {command.name: command for command in commands}
         self.by_request = {c.request: c for c in commands if c.request is not None}
-        self.decode = FastDecoder(commands)
+        self.decode = FastDecoder(commands, USUAL)
         self.max_bytes = max_bytes
         self.max_tokens = max_tokens
 

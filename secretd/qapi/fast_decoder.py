@@ -7,13 +7,14 @@ equal. wire.connection calls it first and falls back to the reference.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Final, Union
 
 import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType
 
 from secretd.qapi.command import Command
+from secretd.qapi.usual_lines import UsualLines
 from secretd.qapi.visitor import alternatives, members
 
 _FAST_ID: Final = re.compile(rb'(?:0|-?[1-9][0-9]{0,17}|"[ !#-\[\]-~]{0,1024}")')
@@ -29,7 +30,11 @@ class FastDecoder:
     has more quotes than the decoded request written again), and ids that QEMU prints differently.
     """
 
-    def __init__(self, commands: Iterable[Command]) -> None:
+    def __init__(
+        self, commands: Collection[Command], usual: Iterable[tuple[str, str]] = ()
+    ) -> None:
+        """``usual``: see UsualLines."""
+        self._usual = UsualLines(commands, usual)
         fast = [command for command in commands if command.request is not None]
         requests = tuple(command.request for command in fast)
         structs = {struct for command in fast for struct in command.arguments.values()}
@@ -45,6 +50,9 @@ class FastDecoder:
         It raises nothing, since msgspec's errors quote the text. Views in the Struct are valid
         until the caller moves or wipes the line.
         """
+        usual = self._usual(line)
+        if usual is not None:
+            return usual
         try:
             request = self._decode(line)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):

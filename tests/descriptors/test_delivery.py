@@ -430,11 +430,9 @@ async def test_an_unidentified_descriptor_is_refused(
         statx.type_and_links(9999)
     monkeypatch.setattr(kinds, "type_and_links", nothing)
     monkeypatch.setattr(target, "type_and_links", nothing)
-    source, sink = os.pipe()
     words = "The descriptor is a file that is closed to the daemon" + TAKES
-    assert await loaded.fail("secret-read", {"id": "s"}, (sink,)) == words
-    os.close(source)
-    os.close(sink)
+    with open(os.devnull, "w") as file:
+        assert await loaded.fail("secret-read", {"id": "s"}, (file.fileno(),)) == words
 
 
 async def test_an_error_of_our_own_leaves_no_descriptor(

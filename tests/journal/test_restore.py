@@ -335,8 +335,6 @@ def test_what_cannot_be_gone_on_with_is_refused(small: Journal) -> None:
 
     def with_slot(number: int, slot: int) -> bytes:
         """The same with another slot in the record of that number, and a good checksum."""
-        import zlib
-
         data, offset = bytearray(first), header
         for _ in range(number):
             offset += struct.unpack_from("<I", data, offset)[0]

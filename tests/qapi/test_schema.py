@@ -13,6 +13,7 @@ from msgspec import UNSET, Raw, Struct
 
 from secretd.errors import CommandError
 from secretd.monitor.commands import COMMANDS
+from secretd.monitor.core import USUAL
 from secretd.qapi.command import (
     Command,
     Commands,
@@ -26,7 +27,8 @@ from secretd.wire.connection import Connection
 from secretd.wire.messages import Malformed, Request
 
 ALL = list(COMMANDS.by_name.values())
-FAST = FastDecoder(ALL)
+FAST = FastDecoder(ALL, USUAL)
+SLOWER = FastDecoder(ALL)
 BY_REQUEST = {command.request: command for command in ALL if command.request}
 
 
@@ -47,9 +49,9 @@ def reference(line: bytes) -> object:
         return error.desc
 
 
-def fast(line: bytes) -> object:
+def fast(line: bytes, decoder: FastDecoder = FAST) -> object:
     """The same from the fast path; None if it declines."""
-    request: Any = FAST(memoryview(bytearray(line)))
+    request: Any = decoder(memoryview(bytearray(line)))
     if request is None:
         return None
     arguments = {} if request.arguments is UNSET else plain(request.arguments)
@@ -187,6 +189,36 @@ EDITS = st.lists(
 )
 
 
+@pytest.mark.parametrize("separators", [(",", ":"), (", ", ": ")])
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        ("object-add", {"qom-type": "secret", "id": "vm-1.disk_0", "data": " !#~[]x"}),
+        ("object-add", {"qom-type": "secret", "id": "s", "data": ""}),
+        ("object-del", {"id": "s"}),
+        ("secret-read", {"id": "s" * 128}),
+    ],
+)
+@pytest.mark.parametrize("request_id", [None, "libvirt-17", "", 12345])
+def test_usual_lines_are_decoded_by_one_expression(
+    command: str, arguments: dict, separators: tuple[str, str], request_id: str | int | None
+) -> None:
+    """As programs send them; the decoder behind it reads the same."""
+    message: dict[str, object] = {"execute": command, "arguments": arguments}
+    if request_id is not None:
+        message["id"] = request_id
+    line = json.dumps(message, separators=separators).encode() + b"\n"
+    assert FAST._usual(memoryview(bytearray(line))) is not None
+    assert fast(line) == fast(line, SLOWER) == reference(line)
+    assert FAST._usual(memoryview(bytearray(line[:-1]))) is None
+
+
+def test_without_usual_commands_every_line_is_declined() -> None:
+    """On a socket that has none of them."""
+    for line in (b'{"execute": "}\n', b'{"execute": "object-del", "arguments": {"id": "s"}}\n'):
+        assert SLOWER._usual(memoryview(bytearray(line))) is None
+
+
 @pytest.mark.slow
 @given(MESSAGES, st.sampled_from([(",", ":"), (", ", ": ")]), EDITS)
 @example({"execute": "quit"}, (",", ":"), [(1, 0, b'"execute":"quit",')])
@@ -199,6 +231,7 @@ def test_fast_path_and_reference_are_one_behaviour(
     for position, length, insert in edits:
         line = line[:position] + insert + line[position + length :]
     taken = fast(line + b"\n")
+    assert taken == fast(line + b"\n", SLOWER)
     if taken is not None:
         assert taken == reference(line + b"\n")
 

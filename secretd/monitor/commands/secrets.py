@@ -9,6 +9,7 @@ from msgspec import UNSET, UnsetType
 from secretd.access.decision import Grant
 from secretd.crypto import cipher
 from secretd.descriptors.delivery import Delivery
+from secretd.descriptors.target import open_target, open_trusted_target
 from secretd.errors import CommandError
 from secretd.monitor.commands.listing import Page, SecretInfo, fill_later
 from secretd.monitor.commands.objects import added
@@ -73,7 +74,10 @@ def secret_read(
     """
     fd = monitor.pending_descriptor() if fdname is UNSET else monitor.named.take(fdname)
     delivery = monitor.core.deliveries.release(
-        fd, lambda: monitor.check(id, "read"), base64=format == "base64"
+        fd,
+        lambda: monitor.check(id, "read"),
+        opened=open_trusted_target if monitor.trusted else open_target,
+        base64=format == "base64",
     )
     if delivery.rest is None:
         return _delivered(monitor, delivery)
