@@ -92,6 +92,10 @@ class Tuning:
     """Time between two ticks at which events are sent."""
     slice_seconds: float = 0.000_5
     """Time of sending events after which requests get their turn."""
+    slice_pause: float = 2.0
+    """The time for requests after such a slice, as a multiple of the slice's: events take at most a
+    third of the time.
+    """
     queued_events: int = 10_000
     """Events of the trusted that wait for a tick; further ones are only counted."""
     queued_events_per_uid: int = 1_000

@@ -20,8 +20,10 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
+from compare import compared
 from rig import CPU, ROOT, Machine, Result, Row, Server, fill, master, ratio_row, wait_for
 from scale import SCALE_GROUPS
 
@@ -658,14 +660,20 @@ def main() -> int:
     parser.add_argument(
         "groups", nargs="*", metavar="GROUP", help=f"of {', '.join(GROUPS)}; default: all"
     )
+    parser.add_argument(
+        "--compare", metavar="REV", help="compare with an older commit of this repository instead"
+    )
     options = parser.parse_args()
     rows: list[Row] = []
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as directory:
         machine = Machine(Path(directory), 0.3 if options.quick else 1)
-        for name in options.groups or GROUPS:
+        groups: dict[str, Callable[[Machine], Iterator[Row]]] = GROUPS
+        if options.compare:
+            groups = {"compare": partial(compared, revision=options.compare)}
+        for name in (not options.compare and options.groups) or groups:
             print(f"scripts/bench: {name} ...", file=sys.stderr, flush=True)
-            for row in GROUPS[name](machine):
+            for row in groups[name](machine):
                 rows.append(row)
                 print(f"  {table([row]).splitlines()[-1]}", file=sys.stderr, flush=True)
     facts = {

@@ -14,8 +14,8 @@ Theory of operation. An event passes three places:
 2. At each tick of a clock, a fair share of every queue moves to the log, where each event has a
    position. Fixed ticks keep the time of one event from revealing others.
 3. Each subscriber has a position in the log. `_deliver` sends to one subscriber after the other the
-   events after its position, for ``slice_seconds`` at a time, and then lets requests have their
-   turn. An event leaves the log when every subscriber has received it.
+   events after its position, for ``slice_seconds`` at a time, and then leaves requests twice that
+   time. An event leaves the log when every subscriber has received it.
 
 What can go wrong: a queue or the log is full, or a subscriber does not read. Then events are
 counted instead, and control connections learn how many they lost. Memory is bounded by the queues,
@@ -44,6 +44,9 @@ further ones.
 
 DENIED_SECONDS: Final = 1.0
 """Seconds within which all refusals of one id to one untrusted uid make only one event."""
+
+BATCH_EVENTS: Final = 250
+"""Events that a subscriber is sent at once; then the others have their turn."""
 
 LOST_SECONDS: Final = 1.0
 """Seconds between two SECRET_EVENTS_LOST while a queue stays full."""
@@ -84,6 +87,8 @@ class Broadcaster:
         self._first = 1  # the number of the first event in the log
         self._waiting: deque[Subscriber] = deque()  # those with unsent events in the log
         self._delivering = False  # `_deliver` is scheduled
+        self._batch: _Batch | None = None  # the latest, which the next subscriber may need, too
+        self._resumes = 0.0  # the time before which nothing is sent
         self._ticking = False
         self._overflowed = 0
         self._overflow_sent = 0.0
@@ -108,6 +113,7 @@ class Broadcaster:
     def _forget(self) -> None:
         """Drop all events: there is no subscriber left."""
         self._first = self._last + 1
+        self._batch = None
         for queue in (self._log, self._trusted, self._by_uid, self._denied, self._waiting):
             queue.clear()
         self._overflowed = 0
@@ -213,44 +219,59 @@ class Broadcaster:
         last = self._last
         known = set(self._waiting)
         self._waiting += [s for s in self.subscribers if s.position < last and s not in known]
-        if not self._delivering:
+        if self._delivering:
+            return
+        if monotonic() < self._resumes:
+            self._deliver_at(self._resumes)
+        else:
             self._deliver()
+
+    def _deliver_at(self, when: float) -> None:
+        self._delivering = True
+        asyncio.get_running_loop().call_at(when, self._deliver)
 
     def _deliver(self) -> None:
         """Send to one subscriber after the other, until ``slice_seconds`` have passed."""
         self._delivering = False
-        end = monotonic() + self._tuning.slice_seconds
-        batch: _Batch | None = None
+        began = monotonic()
+        end = began + self._tuning.slice_seconds
         try:
             while self._waiting:
                 subscriber = self._waiting.popleft()
                 # It may have ended, or subscribed again, since it was noted.
                 if subscriber not in self.subscribers or subscriber.position >= self._last:
                     continue
+                batch = self._batch
                 if batch is None or batch.after != subscriber.position:
+                    self._trim(subscriber.position)
                     skipped = subscriber.position + 1 - self._first
-                    batch = _Batch(subscriber.position, list(islice(self._log, skipped, None)))
-                subscriber.position = self._last
+                    events = list(islice(self._log, skipped, skipped + BATCH_EVENTS))
+                    batch = self._batch = _Batch(subscriber.position, events)
+                subscriber.position = batch.last
                 self._send(subscriber, batch)
+                if batch.last < self._last and subscriber in self.subscribers:
+                    self._waiting.append(subscriber)
                 if monotonic() > end:
                     return
         finally:
-            self._trim()
+            if not self._waiting:
+                self._batch = None
+                self._trim(self._last)
+            # Requests have their share of the time, however many subscribers there are.
+            now = monotonic()
+            self._resumes = now + self._tuning.slice_pause * (now - began)
             if self._waiting and not self._delivering:
-                self._delivering = True
-                asyncio.get_running_loop().call_soon(self._deliver)
+                self._deliver_at(self._resumes)
 
-    def _trim(self) -> None:
-        """Remove the events that every subscriber has received."""
-        waiting = [s.position for s in self._waiting if s in self.subscribers]
-        for _ in range(min(waiting, default=self._last) + 1 - self._first):
+    def _trim(self, position: int) -> None:
+        """Remove the events that every subscriber has received; ``position`` is that of one."""
+        positions = [s.position for s in self._waiting if s in self.subscribers]
+        for _ in range(min([position, *positions]) + 1 - self._first):
             self._log.popleft()
             self._first += 1
 
     def _report_lost(self) -> None:
-        """Report lost events to the control connections: once the loss has ended, and regularly
-        meanwhile.
-        """
+        """Report lost events to the control connections, regularly and once the loss has ended."""
         if not self._overflowed:
             return
         now = monotonic()
@@ -321,6 +342,7 @@ class _Batch:
 
     def __init__(self, after: int, events: list[SecretEvent]) -> None:
         self.after = after
+        self.last = after + len(events)
         self.events = events
         self.plain = all(event.name not in THROTTLED for event in events)
         self.origins = {event.origin for event in events}

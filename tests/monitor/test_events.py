@@ -4,6 +4,7 @@ not read.
 """
 
 import asyncio
+import itertools
 import os
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from secretd.limits import Tuning
+from secretd.monitor.broadcast import BATCH_EVENTS
 from tests.support.async_qmp import AsyncClient
 from tests.support.in_loop import Served
 from tests.support.needs import need_root
@@ -489,6 +491,49 @@ async def test_many_subscribers_are_served_in_slices(
     await aqmp.add("t", data="x")
     for each in watching[2:]:
         assert (await each.event())["data"]["id"] == "t"
+
+
+@pytest.mark.tuning(slice_seconds=0.0, slice_pause=2.0)
+async def test_events_take_at_most_a_third_of_the_time(
+    in_loop: Served, aqmp: AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After each slice, requests have twice as long, by a clock that the test moves."""
+    watching = [await (await in_loop.connect()).watch() for _ in range(4)]
+    broadcaster = in_loop.server.core.broadcaster
+    clock = itertools.count()  # each look at it takes a second
+    pauses: list[float] = []
+
+    def deliver_at(when: float) -> None:
+        pauses.append(when - next(clock) + 1)
+        broadcaster._delivering = True
+        asyncio.get_running_loop().call_soon(broadcaster._deliver)
+
+    monkeypatch.setattr("secretd.monitor.broadcast.monotonic", lambda: next(clock))
+    broadcaster._deliver_at = deliver_at  # type: ignore[method-assign]
+    await aqmp.add("s", data="x")
+    for each in watching:
+        assert (await each.event())["data"]["id"] == "s"
+    # A slice: its start, its only look at the clock, and its end.
+    assert pauses == [2 * 2.0] * 3
+
+
+@pytest.mark.tuning(log_events=1_000, tick_events=1_000, events_seconds=1e-06)
+async def test_many_events_are_sent_in_batches_and_in_order(
+    in_loop: Served, aqmp: AsyncClient
+) -> None:
+    """A subscriber that is behind gets one batch after the other; nothing stays in the log."""
+    watching = [await (await in_loop.connect()).watch() for _ in range(3)]
+    broadcaster = in_loop.server.core.broadcaster
+    count = 2 * BATCH_EVENTS + 7
+    for number in range(count):
+        full = b'{"event": "X", "data": {"id": "%d"}}\r\n' % number
+        broadcaster.publish("SECRET_ADDED", f"s{number}", full, full, None, None)
+    for each in watching:
+        assert [(await each.event())["data"]["id"] for _ in range(count)] == [
+            str(number) for number in range(count)
+        ]
+    while len(broadcaster._waiting) + len(broadcaster._log):
+        await asyncio.sleep(0)
 
 
 @pytest.mark.tuning(slice_seconds=0.0)
