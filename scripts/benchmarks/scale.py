@@ -18,13 +18,15 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
-from rig import CPU, HERE, Machine, Row, Server, wait_for
+from picture import Line, svg
+from rig import CPU, HERE, ROOT, Machine, Row, Server, fill, wait_for
 
 from tests.support.qmp import Client
 from tests.support.service_manager import Manager, listening
 from tests.support.users import connect_as
 
 WINDOW = 64
+PICTURE = ROOT / "docs/static/scaling.svg"
 
 
 def many(client: Client, commands: Iterable[tuple[str, Mapping[str, object]]]) -> None:
@@ -293,6 +295,55 @@ def halved(machine: Machine) -> Iterator[Row]:
     yield Row(name, value, None, value, 0.3, False, "s", "", "start included")
 
 
+def scaling(machine: Machine) -> Iterator[Row]:
+    """The cost of a pair as objects, connections and subscribers grow; it makes the picture."""
+    sizes = (1, 10, 100, 1000, 10_000, 100_000) if machine.rounds > 1 else (1, 100, 10_000)
+    seconds = str(machine.seconds)
+    panels: dict[str, list[Line]] = {"resident objects": [], "connections": []}
+    server = machine.secretd()
+    points = []
+    try:
+        have = 0
+        for count in sizes:
+            fill(machine, server, count - have, first=have)
+            have = count
+            cost = min(
+                machine.run(server, "pair", seconds, "1", "1", "FROM=9000000").cpu
+                for _ in range(machine.rounds)
+            )
+            points.append((count, cost))
+            yield micro(f"add+del with {count:,} resident objects", cost, 1.3 * points[0][1])
+    finally:
+        server.stop()
+    panels["resident objects"].append(Line("", points))
+    for title, watching in (("silent", False), ("with events", True)):
+        points = []
+        for count in sizes[: 4 if machine.rounds > 1 else 2]:
+            server = machine.secretd()
+            others: list[Client] = []
+            try:
+                for _ in range(count):
+                    others.append(Client(server.path))
+                    if watching:
+                        others[-1].watch()
+                with drained(others):
+                    runs = [
+                        machine.run(server, "pair", seconds, "1", "1").cpu
+                        for _ in range(machine.rounds)
+                    ]
+            finally:
+                for each in others:
+                    each.close()
+                server.stop()
+            points.append((count, min(runs)))
+            name = f"add+del with {count:,} other connections, {title}"
+            yield micro(name, points[-1][1], (4 if watching else 1.3) * points[0][1])
+        panels["connections"].append(Line(title, points))
+    about = "Cost of a pair against resident objects and against connections"
+    PICTURE.write_text(svg(list(panels.items()), about))
+
+
 SCALE_GROUPS = {
     "stall": stall, "listing": listing, "grants": grants, "watched": watched, "halved": halved,
+    "scaling": scaling,
 }  # fmt: skip
