@@ -31,13 +31,18 @@ class Batch:
     def put(self, line: Sequence[bytes | memoryview]) -> Iterator[Message]:
         """Add a command, given as the pieces of its line; yield the replies that have come.
 
-        Raises ValueError for a line that is longer than the buffer, Lost, or TimeoutError.
+        A line that is longer than the buffer is sent from where it lies. Raises Lost or
+        TimeoutError.
         """
         size = sum(map(len, line))
-        if size > len(self._view):
-            raise ValueError(f"the line has {size} bytes, and the buffer {len(self._view)}")
-        if self._fill + size > len(self._view):
+        if self._fill + size > len(self._view) and self._collected:
             yield from self._send()
+        if size > len(self._view):
+            for piece in line:
+                self._channel.send(piece)
+            self._sent += 1
+            yield from self._replies()
+            return
         fill = self._fill
         for piece in line:
             self._view[fill : fill + len(piece)] = piece
@@ -51,6 +56,10 @@ class Batch:
         self._channel.send(self._view[: self._fill])
         self._sent += self._collected
         self._fill = self._collected = 0
+        yield from self._replies()
+
+    def _replies(self) -> Iterator[Message]:
+        """Yield replies until there is room for another group."""
         while self._sent > IN_FLIGHT // 2:
             yield self._reply()
 

@@ -28,6 +28,9 @@ from secretd.memory.arena import LockedBuffer
 LINE_BYTES: Final = 2 << 20
 """Bytes of a line of `import`: a secret of the largest size in base64, and its names."""
 
+BATCH_BYTES: Final = 128 << 10
+"""Locked memory for the lines that are sent together."""
+
 _NEWLINE: Final = re.compile(rb"\n")
 _QUOTE: Final = ord('"')
 _BACKSLASH: Final = re.compile(rb"\\")
@@ -63,7 +66,7 @@ def _import(common: Common, file: str, fd: int, *, skip_existing: bool) -> int:
     with (
         client_of(common) as client,
         client.buffer(2 * LINE_BYTES) as buffer,
-        client.buffer(2 * LINE_BYTES) as outgoing,
+        client.buffer(BATCH_BYTES) as outgoing,
         progress("importing", None) as step,
     ):
         adding = _Import(client, client.batch(outgoing), step, skip_existing=skip_existing)
