@@ -177,9 +177,7 @@ class _Import:
             self._client.delete(object_id)
 
     def unanswered(self, error: Lost) -> str:
-        """Return the words about a lost connection."""
-        if not self._waiting:
-            return f"{error} ({self.added} added before)"
+        """Return the words about a connection that was lost with lines under way."""
         first, last = self._waiting[0][0], self._waiting[-1][0]
         return f"{error} ({self.added} added before; lines {first} to {last} may be added)"
 

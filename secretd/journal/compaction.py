@@ -46,11 +46,12 @@ class Compaction:
 
     ``offsets``: the live records by id; it is updated. ``start``: the offset of the first record to
     visit. ``gap``: where the gap begins; records before it stay where they are. ``ended``: whether
-    the pass has ended.
+    the pass has ended. ``longest``: the largest length of a record in bytes.
     """
 
-    def __init__(self, offsets: dict[str, int], start: int) -> None:
+    def __init__(self, offsets: dict[str, int], start: int, longest: int = _LONGEST) -> None:
         self._offsets = offsets
+        self._longest = longest
         self.gap = start
         self.ended = False
         self._next = start  # the first record that was not visited, and the end of the gap
@@ -80,7 +81,7 @@ class Compaction:
     def _join(self, mapping: mmap.mmap, offset: int, length: int) -> None:
         """Let a dead record behind the gap join it."""
         self._next = offset + length
-        if self._next - self.gap > _LONGEST:
+        if self._next - self.gap > self._longest:
             self.gap = offset  # the next pass visits what lies before it
         if self.gap != offset:
             _set_length(mapping, self.gap, self._next - self.gap)

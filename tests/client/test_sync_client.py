@@ -476,3 +476,16 @@ def test_a_command_larger_than_the_buffer_is_sent_in_pieces(daemon: Daemon) -> N
         client.execute("object-add", options)
         with client.read("a") as secret:
             assert len(secret) == 1 << 20
+
+
+def test_a_batch_needs_a_connection(daemon: Daemon, tmp_path: Path) -> None:
+    """It makes one if the last one was lost."""
+    with api.SyncClient(daemon.control) as client, client.buffer(1 << 12) as buffer:
+        client._connection.disconnect()
+        batch = client.batch(buffer)
+        assert list(batch.put([b'{"execute": "query-name"}', b"\n"])) == []
+        assert list(batch.finish()) == [{"return": {}}]
+    lost = api.SyncClient(str(tmp_path / "no"))
+    with client.buffer(1 << 12) as buffer, pytest.raises(api.ConnectError):
+        lost.batch(buffer)
+    client.close()

@@ -52,6 +52,9 @@ def test_lines_longer_than_a_read_are_put_together(run: Ctl, qmp: Client, tmp_pa
     path.write_text("".join(line(f"l{n}", "x" * (1 << 20)) for n in range(2)) + line("last"))
     assert run("import", str(path))[0] == "3 added\n"
     assert len(qmp.read("l1")) == 1 << 20
+    path.write_text("".join(line(f"m{n}", "x" * 50_000) for n in range(9)))
+    assert run("import", str(path))[0] == "9 added\n"
+    assert qmp.read("m8") == b"x" * 50_000
     path.write_text(line("long", "x" * (bulk.LINE_BYTES + 1)))
     assert "a line has more than 2097152 bytes" in run("import", str(path), status=1)[1]
     path.write_text("x" * (bulk.LINE_BYTES + 1))  # nor does it end
@@ -103,6 +106,17 @@ def test_lines_under_way_behind_a_refused_one_are_undone(
     assert run("import", "--skip-existing", str(path))[0] == (
         f"{200 - refused} added, {refused} exist already\n"
     )
+
+
+def test_only_the_first_refused_line_is_named(run: Ctl, qmp: Client, tmp_path: Path) -> None:
+    """Others behind it may be refused, too; what they name stays."""
+    path = tmp_path / "s.jsonl"
+    path.write_text("".join(line(f"n{number}") for number in range(9)))
+    qmp.add("n3", data="first")
+    qmp.add("n5", data="first")
+    _, err = run("import", str(path), status=1)
+    assert f"{path}:4: " in err
+    assert [each["id"] for each in qmp.ok("query-secrets")] == ["n0", "n1", "n2", "n3", "n5"]
 
 
 def test_a_secret_whose_lifetime_is_refused_is_not_added(

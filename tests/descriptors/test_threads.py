@@ -78,6 +78,40 @@ async def test_idle_threads_end(monkeypatch: pytest.MonkeyPatch) -> None:
     assert await calls.run(1002, lambda _: None, lambda: "again") == "again"
 
 
+async def test_a_thread_that_is_woken_at_the_last_moment_serves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A call may take it just when its time is over."""
+    calls = BlockingCalls()
+    source, sink = os.pipe()
+
+    class Late:
+        """An idle thread whose time is over while a call takes it; then its time ends again."""
+
+        uid = -1
+        asked = 0
+
+        def __init__(self) -> None:
+            self.woken = self
+
+        def acquire(self, timeout: float = -1) -> bool:
+            self.asked += 1
+            if self.asked == 1:
+                calls.close(OTHER, sink)
+            return timeout < 0
+
+        def release(self) -> None:
+            """It is not needed: `acquire` does not wait."""
+
+    monkeypatch.setattr(module, "_IdleThread", Late)
+    assert await calls.run(1001, lambda _: None, lambda: "done") == "done"
+    await idle(calls)
+    assert os.read(source, 1) == b""
+    os.close(source)
+    while calls._idle:
+        await asyncio.sleep(0)
+
+
 async def test_the_thread_closes_what_the_call_used() -> None:
     """After it has given the result; until then the descriptor counts as open."""
     calls = BlockingCalls()

@@ -211,6 +211,8 @@ def test_usual_lines_are_decoded_by_one_expression(
     assert FAST._usual(memoryview(bytearray(line))) is not None
     assert fast(line) == fast(line, SLOWER) == reference(line)
     assert FAST._usual(memoryview(bytearray(line[:-1]))) is None
+    line = line[:-1] + b"\r\n"
+    assert fast(line) == fast(line, SLOWER) == reference(line)
 
 
 def test_without_usual_commands_every_line_is_declined() -> None:
