@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import platform
-import resource
 import shutil
 import signal
 import socket
@@ -19,7 +18,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -28,7 +27,6 @@ from rig import CPU, ROOT, Machine, Result, Row, Server, fill, master, ratio_row
 from scale import SCALE_GROUPS
 
 from tests.support.qmp import Client
-from tests.support.service_manager import Manager, listening
 from tests.support.users import connect_as
 
 
@@ -359,38 +357,6 @@ def starting(machine: Machine) -> Iterator[Row]:
     )
 
 
-def again(machine: Machine) -> Iterator[Row]:
-    """After kill -9, with what a service manager keeps, until a secret is read."""
-    many = 100_000 if machine.rounds > 1 else 20_000
-    directory = machine.directory / "kept"
-    directory.mkdir()
-    resource.setrlimit(
-        resource.RLIMIT_NOFILE, (4096, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
-    )
-    times = []
-    with Manager(directory) as manager, listening(directory / "control.sock") as control:
-        sockets = {"control": control}
-        started = manager.start("--audit=none", sockets=sockets, prefix=["taskset", "-c", CPU])
-        path = control.getsockname()
-        subprocess.run(
-            [machine.load, "qmp", path, "add", "600", "64", "1", f"COUNT={many}", "FROM=0"],
-            check=True, capture_output=True,
-        )  # fmt: skip
-        for _ in range(3):
-            started.end(signal.SIGKILL, -9)
-            began = time.monotonic()
-            started = manager.start(
-                "--audit=none", sockets=sockets, prefix=["taskset", "-c", CPU], ready=False
-            )
-            with contextlib.closing(Client(path)) as client:
-                assert client.read(f"b{many - 1}") == b"x" * 32
-            times.append(time.monotonic() - began)
-            manager.wait("READY=1")
-        started.end(signal.SIGKILL, -9)
-    value = statistics.median(times)
-    yield Row(f"{many:,} secrets again after kill -9", value, None, value, 0.3, False, "s", "")
-
-
 def steady(machine: Machine) -> Iterator[Row]:
     """A million secrets come, are read and go, of sizes from 1 byte to 1 MiB, a thousand at a time:
     what is left of them.
@@ -616,7 +582,7 @@ def unit(machine: Machine) -> Iterator[Row]:
 GROUPS = {
     "requests": against_qemu, "crowd": crowd, "resident": resident, "delivery": delivery,
     "start": starting,
-    "again": again, "unit": unit, "idle": idle, "fair": fair, "flooded": flooded, "steady": steady,
+    "unit": unit, "idle": idle, "fair": fair, "flooded": flooded, "steady": steady,
     **SCALE_GROUPS,
 }  # fmt: skip
 
@@ -673,7 +639,7 @@ def main() -> int:
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as directory:
         machine = Machine(Path(directory), 0.3 if options.quick else 1)
-        groups: dict[str, Callable[[Machine], Iterator[Row]]] = GROUPS
+        groups: Mapping[str, Callable[[Machine], Iterator[Row]]] = GROUPS
         if options.compare:
             groups = {"compare": partial(compared, revision=options.compare)}
         for name in (not options.compare and options.groups) or groups:
