@@ -26,7 +26,7 @@ from secretd.client import (
 from secretd.client import aio as module
 from tests.support.daemon import Daemon
 from tests.support.in_loop import Served
-from tests.support.needs import ARENA_LEVEL
+from tests.support.needs import ARENA_LEVEL, need_locked_memory
 from tests.support.qmp import Client as Qmp
 from tests.support.restarts import cut, restarted
 
@@ -41,6 +41,7 @@ def with_client(daemon: Daemon, use: Callable[[Client], Awaitable[None]]) -> Non
 
 async def test_secrets_go_in_and_come_out(in_loop: Served) -> None:
     """Every method once, with small and large secrets."""
+    need_locked_memory(16 << 20)  # it shares the limit with the worker's other tests
     async with Client(in_loop.control) as client:
         assert await client.version() == "secretd test"
         fd = os.memfd_create("x")

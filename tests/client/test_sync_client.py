@@ -470,7 +470,7 @@ def test_a_daemon_that_ends_while_it_is_given_a_secret_is_lost(tmp_path: Path) -
 
 def test_a_command_larger_than_the_buffer_is_sent_in_pieces(daemon: Daemon) -> None:
     """As room comes."""
-    need_locked_memory(4 << 20)
+    need_locked_memory(16 << 20)  # it shares the limit with the worker's other tests
     with SyncClient(daemon.control) as client:
         options = {"qom-type": "secret", "id": "a", "data": "x" * (1 << 20)}
         client.execute("object-add", options)

@@ -19,7 +19,7 @@ from secretd.qom.paths import CHILDREN_PER_REPLY
 from secretd.wire.connection import MAX_ID_BYTES
 from tests.support.async_qmp import AsyncClient
 from tests.support.in_loop import Served
-from tests.support.needs import ARENA_LEVEL
+from tests.support.needs import ARENA_LEVEL, need_locked_memory
 
 KEY = base64.b64encode(bytes(range(32))).decode()
 IV = base64.b64encode(bytes(range(16))).decode()
@@ -176,6 +176,7 @@ async def test_a_secret_has_a_largest_size(aqmp: AsyncClient, tmp_path: Path) ->
     """1 MiB is taken, one byte more is refused; a source that could hold no secret is not read
     on.
     """
+    need_locked_memory(16 << 20)  # it shares the limit with the worker's other tests
     big = tmp_path / "big"
     big.write_bytes(b"x" * (1 << 20))
     assert await aqmp.add("fits", file=str(big)) == {"return": {}}
