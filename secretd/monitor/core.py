@@ -23,6 +23,7 @@ from secretd.monitor.events import EVENTS
 from secretd.qapi.command import Command
 from secretd.qapi.fast_decoder import FastDecoder
 from secretd.qapi.introspect import SchemaInfo, schema
+from secretd.qapi.usual_lines import UsualLines
 from secretd.qom.paths import Paths
 from secretd.qom.tree import ObjectTree
 from secretd.wire import encoder
@@ -148,7 +149,7 @@ class Table:
         self._commands = commands
         self.by_name = {command.name: command for command in commands}
         self.by_request = {c.request: c for c in commands if c.request is not None}
-        self.decode = FastDecoder(commands, USUAL)
+        self.decode = UsualLines(commands, USUAL, FastDecoder(commands).decode).decode
         self.max_bytes = max_bytes
         self.max_tokens = max_tokens
 

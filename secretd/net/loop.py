@@ -115,11 +115,12 @@ class _Selector(selectors.BaseSelector):
             wait = max(timeout, 0)
             deadline = monotonic() + wait
         poll, watched, turns = self._epoll.poll, self._watched, self.turns
+        waiting = turns.waiting
         others: list[tuple[int, int]] = []
         self.undisturbed = True
         while True:
             # 1. Call the readers; collect the events that asyncio asked for.
-            for fd, events in poll(0 if turns else wait, _EVENTS):
+            for fd, events in poll(0 if waiting else wait, _EVENTS):
                 callback, rest = watched.get(fd), events
                 if callback is not None and events != _OUT:
                     try:
@@ -131,7 +132,7 @@ class _Selector(selectors.BaseSelector):
                     rest = events & ~_IN
                 others.append((fd, rest))
             # 2. Some work for untrusted peers.
-            if turns:
+            if waiting:
                 turns.run()
             # 3. Return if asyncio has something to do.
             ready = self._wanted(others) if others else []
@@ -149,7 +150,7 @@ class _Selector(selectors.BaseSelector):
         """
         return (
             not self.undisturbed
-            or bool(self.turns)
+            or bool(self.turns.waiting)
             or any(other != fd for other, _ in self._epoll.poll(0, 2))
         )
 

@@ -13,29 +13,26 @@ from secretd.limits import Tuning
 
 
 class Turns:
-    """Waiting work, in turn by uid, and in order within a uid. The same work waits only once.
+    """Work in turn by uid, and in order within a uid. The same work waits only once.
 
     ``failed``: called with the exception of a piece of work. ``seconds``: the time of work for
-    untrusted peers between two looks at epoll, while more waits.
+    untrusted peers between two looks at epoll, while more waits. ``waiting``: the work, by uid.
     """
 
     def __init__(
         self, failed: Callable[[Exception], None], seconds: float = Tuning.turns_seconds
     ) -> None:
         self.seconds = seconds
-        self._by_uid: dict[int, dict[Callable[[], None], None]] = {}
+        self.waiting: dict[int, dict[Callable[[], None], None]] = {}
         self._failed = failed
-
-    def __bool__(self) -> bool:
-        return bool(self._by_uid)
 
     def add(self, uid: int, work: Callable[[], None]) -> None:
         """Do a piece of work for a uid in its next turn."""
-        self._by_uid.setdefault(uid, {})[work] = None
+        self.waiting.setdefault(uid, {})[work] = None
 
     def run(self) -> None:
         """Do one piece for each uid in turn, until ``seconds`` have passed."""
-        by_uid = self._by_uid
+        by_uid = self.waiting
         end = monotonic() + self.seconds
         while by_uid:
             uid = next(iter(by_uid))

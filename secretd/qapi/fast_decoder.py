@@ -3,18 +3,17 @@
 
 The reference is wire.lexer and wire.parser, followed by qapi.command.check. FastDecoder builds the
 same Struct, and accepts a line only if the reference provably would; a property test holds them
-equal. wire.connection calls it first and falls back to the reference.
+equal. usual_lines calls it, and wire.connection falls back to the reference.
 """
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from typing import Final, Union
 
 import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType
 
 from secretd.qapi.command import Command
-from secretd.qapi.usual_lines import UsualLines
 from secretd.qapi.visitor import alternatives, members
 
 _FAST_ID: Final = re.compile(rb'(?:0|-?[1-9][0-9]{0,17}|"[ !#-\[\]-~]{0,1024}")')
@@ -30,31 +29,24 @@ class FastDecoder:
     has more quotes than the decoded request written again), and ids that QEMU prints differently.
     """
 
-    def __init__(
-        self, commands: Collection[Command], usual: Iterable[tuple[str, str]] = ()
-    ) -> None:
-        """``usual``: see UsualLines."""
-        self._usual = UsualLines(commands, usual)
+    def __init__(self, commands: Collection[Command]) -> None:
         fast = [command for command in commands if command.request is not None]
         requests = tuple(command.request for command in fast)
         structs = {struct for command in fast for struct in command.arguments.values()}
         self._sensitive: dict[type, str | None] = {struct: _sensitive(struct) for struct in structs}
         self._sensitive[UnsetType] = None
-        self._decode = msgspec.json.Decoder(Union[requests]).decode  # noqa: UP007 - built at run time
+        self._from_json = msgspec.json.Decoder(Union[requests]).decode  # noqa: UP007 - built at run time
         self._encode = msgspec.json.Encoder().encode
         self._shapes: dict[int, re.Pattern[bytes]] = {}
 
-    def __call__(self, line: memoryview) -> Struct | None:
+    def decode(self, line: memoryview) -> Struct | None:
         """Return the request Struct of a line in locked memory, or None to decline.
 
         It raises nothing, since msgspec's errors quote the text. Views in the Struct are valid
         until the caller moves or wipes the line.
         """
-        usual = self._usual(line)
-        if usual is not None:
-            return usual
         try:
-            request = self._decode(line)
+            request = self._from_json(line)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             return None
         arguments, request_id = request.arguments, request.id

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """An optimisation in front of fast_decoder: one regular expression for the lines of a few commands.
 
-A form is a line as JSON writers make it: the command, its required string arguments in the schema's
-order, then the argument that carries the secret, if the command has one; then the id, if there is
-one. Strings are plain ASCII without escapes, so that a match is the value. FastDecoder would decode
-each of these lines in the same way, in three times the time; a property test holds them equal.
+A form is a line as JSON writers make it: the command, its one required argument, which is a string,
+then the argument that carries the secret, if the command has one; then the id, if there is one.
+Strings are plain ASCII without escapes, so that a match is the value. FastDecoder decodes each of
+these lines in the same way, in three times the time; a property test holds them equal.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Final, NamedTuple
 
 from msgspec import UNSET, Raw, Struct, UnsetType
@@ -23,11 +23,12 @@ _END: Final = re.compile(rb'(?:, ?"id": ?("[ !#-\[\]-~]{0,64}"|[1-9][0-9]{0,8}))
 
 
 class _Form(NamedTuple):
-    """``strings``: the names of the string arguments, and their groups; ``secret``: its name."""
+    """``string``: the name of the string argument, and its group; ``secret``: its name."""
 
     request: type[Struct]
     arguments: type[Struct]
-    strings: tuple[tuple[str, int], ...]
+    string: str
+    group: int
     secret: str | None
 
 
@@ -35,10 +36,16 @@ class UsualLines:
     """Decodes the usual lines of some commands.
 
     ``usual``: their names, each with the value of the argument that selects the other arguments, ""
-    if there is none.
+    if there is none. ``others``: decodes the lines that have no such form, or declines.
     """
 
-    def __init__(self, commands: Iterable[Command], usual: Iterable[tuple[str, str]]) -> None:
+    def __init__(
+        self,
+        commands: Iterable[Command],
+        usual: Iterable[tuple[str, str]],
+        others: Callable[[memoryview], Struct | None],
+    ) -> None:
+        self._others = others
         by_name = {command.name: command for command in commands}
         self._forms: dict[int, _Form] = {}  # by the last group of each
         patterns = []
@@ -48,38 +55,35 @@ class UsualLines:
             if command is None or command.request is None:
                 continue
             struct = command.arguments[tag]
-            strings = [m for m in members(struct) if m.required]
-            assert all(alternatives(m.hint) == [str] for m in strings)
+            (string,) = [m for m in members(struct) if m.required]
+            assert alternatives(string.hint) == [str]
             secret = next((m for m in members(struct) if Raw in alternatives(m.hint)), None)
             parts = [b'"%s": ?"%s"' % (command.tag_field.encode(), tag.encode())] if tag else []
-            parts += [b'"%s": ?%s' % (m.wire_name.encode(), _STRING) for m in strings]
+            parts += [b'"%s": ?%s' % (string.wire_name.encode(), _STRING)]
             parts += [b'"%s": ?%s' % (secret.wire_name.encode(), _SECRET)] if secret else []
             patterns.append(b'%s", ?"arguments": ?\\{%s\\}' % (name.encode(), b", ?".join(parts)))
-            first, groups = groups + 1, groups + len(strings) + bool(secret)
+            group, groups = groups + 1, groups + 1 + bool(secret)
             self._forms[groups] = _Form(
-                command.request,
-                struct,
-                tuple((m.name, first + place) for place, m in enumerate(strings)),
-                secret.name if secret else None,
+                command.request, struct, string.name, group, secret.name if secret else None
             )
         self._match = re.compile(b'\\{"execute": ?"(?:%s)' % b"|".join(patterns or [b"(?!)"])).match
 
-    def __call__(self, line: memoryview) -> Struct | None:
+    def decode(self, line: memoryview) -> Struct | None:
         """Return the request of a line, None to decline."""
         match = self._match(line)
         if match is None:
-            return None
+            return self._others(line)
         request_id: Raw | UnsetType = UNSET
         if line[match.end() :] != _PLAIN_END:
             end = _END.fullmatch(line, match.end())
             if end is None:
-                return None
+                return self._others(line)
             start, stop = end.span(1)
             if start >= 0:
                 request_id = Raw(line[start:stop])
         last: Any = match.lastindex
-        request, struct, strings, secret = self._forms[last]
-        arguments = struct(**{name: match[group].decode() for name, group in strings})
+        request, struct, string, group, secret = self._forms[last]
+        arguments = struct(**{string: match[group].decode()})
         if secret is not None:
             # By its place in the line: match[last] would copy it into the heap.
             start, stop = match.span(last)

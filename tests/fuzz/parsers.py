@@ -33,7 +33,7 @@ from secretd.wire.messages import Malformed, Request
 from secretd.wire.parser import Number, Text
 
 CORPORA: Final = Path(__file__).parent.parent / "corpora"
-_FAST: Final = FastDecoder(COMMANDS.by_name.values())
+_FAST: Final = FastDecoder(COMMANDS.by_name.values()).decode
 _MESSAGE_BYTES: Final = 2000
 _WINDOW: Final = 4096
 _INODE_OFFSET: Final = 24

@@ -76,7 +76,7 @@ def test_turns_go_round_by_uid() -> None:
         raise ValueError
 
     turns.add(3, wrong)
-    while turns:
+    while turns.waiting:
         turns.run()
     assert done == ["a1", "b1", "a2", "a3"]
     assert [type(error) for error in failed] == [ValueError]

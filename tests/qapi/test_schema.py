@@ -2,7 +2,7 @@
 """Arguments: checks in QEMU's words, and one behaviour of the fast path and the reference."""
 
 import json
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
@@ -21,14 +21,17 @@ from secretd.qapi.command import (
     text_of,
 )
 from secretd.qapi.fast_decoder import FastDecoder
+from secretd.qapi.usual_lines import UsualLines
 from secretd.qapi.visitor import members
 from secretd.qom.secret import SecretOptions
 from secretd.wire.connection import Connection
 from secretd.wire.messages import Malformed, Request
 
 ALL = list(COMMANDS.by_name.values())
-FAST = FastDecoder(ALL, USUAL)
-SLOWER = FastDecoder(ALL)
+SLOWER = FastDecoder(ALL).decode
+FAST = UsualLines(ALL, USUAL, SLOWER).decode
+USUAL_ONLY = UsualLines(ALL, USUAL, lambda _line: None).decode
+NONE_USUAL = UsualLines([], USUAL, lambda _line: None).decode
 BY_REQUEST = {command.request: command for command in ALL if command.request}
 
 
@@ -49,7 +52,7 @@ def reference(line: bytes) -> object:
         return error.desc
 
 
-def fast(line: bytes, decoder: FastDecoder = FAST) -> object:
+def fast(line: bytes, decoder: Callable[[memoryview], object] = FAST) -> object:
     """The same from the fast path; None if it declines."""
     request: Any = decoder(memoryview(bytearray(line)))
     if request is None:
@@ -208,9 +211,9 @@ def test_usual_lines_are_decoded_by_one_expression(
     if request_id is not None:
         message["id"] = request_id
     line = json.dumps(message, separators=separators).encode() + b"\n"
-    assert FAST._usual(memoryview(bytearray(line))) is not None
+    assert USUAL_ONLY(memoryview(bytearray(line))) is not None
     assert fast(line) == fast(line, SLOWER) == reference(line)
-    assert FAST._usual(memoryview(bytearray(line[:-1]))) is None
+    assert USUAL_ONLY(memoryview(bytearray(line[:-1]))) is None
     line = line[:-1] + b"\r\n"
     assert fast(line) == fast(line, SLOWER) == reference(line)
 
@@ -218,7 +221,7 @@ def test_usual_lines_are_decoded_by_one_expression(
 def test_without_usual_commands_every_line_is_declined() -> None:
     """On a socket that has none of them."""
     for line in (b'{"execute": "}\n', b'{"execute": "object-del", "arguments": {"id": "s"}}\n'):
-        assert SLOWER._usual(memoryview(bytearray(line))) is None
+        assert NONE_USUAL(memoryview(bytearray(line))) is None
 
 
 @pytest.mark.slow
