@@ -45,6 +45,7 @@ from secretd.journal.layout import (
     NO_SLOT,
     RECORD,
     STATE_OFFSET,
+    SUMMARY,
     UNCHECKED,
     WINDOWS_OFFSET,
     WRITTEN,
@@ -211,10 +212,7 @@ class Journal:
     def summary(self, object_id: str) -> tuple[int, int] | None:
         """Return an object's type number and plaintext size in bytes, or None."""
         offset = self._offsets.get(object_id)
-        if offset is None:
-            return None
-        fields = RECORD.unpack_from(self._map, offset)
-        return fields[3], fields[5]
+        return None if offset is None else SUMMARY.unpack_from(self._map, offset)
 
     def owner(self, object_id: str) -> tuple[int, int]:
         """Return the uid that added an existing object, and its bytes: plaintext and record."""

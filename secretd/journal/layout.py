@@ -31,6 +31,7 @@ process refuses a version that it does not know.
 
 FILE = struct.Struct("<8sIIQQIIIIQ")
 RECORD = struct.Struct("<IIBBHIQI")
+SUMMARY = struct.Struct("<9xB2xI")  # the type and the size of a record
 UNCHECKED = struct.Struct("<IIB")  # the part of a record that its checksum does not cover
 CHECKED = "<BHIQI{}s"  # the covered part, with id, properties and padding
 LENGTH = struct.Struct("<I")

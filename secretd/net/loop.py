@@ -12,7 +12,6 @@ trusted, or another uid, by more than a few messages. net.transport uses this lo
 """
 
 import asyncio
-import contextlib
 import select
 import selectors
 from collections.abc import Callable, Mapping
@@ -42,6 +41,7 @@ class _Selector(selectors.BaseSelector):
         self._epoll = select.epoll()
         self._keys: dict[Any, SelectorKey] = {}
         self._watched: dict[int, Callable[[], object]] = {}
+        self._registered: set[int] = set()
         self._failed = failed
         self.turns = Turns(failed)
         self.undisturbed = True
@@ -54,14 +54,23 @@ class _Selector(selectors.BaseSelector):
             events |= (_IN if key.events & EVENT_READ else 0) | (
                 _OUT if key.events & EVENT_WRITE else 0
             )
-        if not events:
-            with contextlib.suppress(OSError):  # it was closed already
-                self._epoll.unregister(fd)
-            return
+        registered = self._registered
         try:
-            self._epoll.modify(fd, events)
+            if not events:
+                registered.discard(fd)
+                self._epoll.unregister(fd)
+            elif fd in registered:
+                self._epoll.modify(fd, events)
+            else:
+                self._epoll.register(fd, events)
+                registered.add(fd)
         except FileNotFoundError:
-            self._epoll.register(fd, events)
+            # The descriptor was closed before; its number may be in use again.
+            if events:
+                self._epoll.register(fd, events)
+        except OSError:
+            if events:
+                raise
 
     def watch(self, fd: int, callback: Callable[[], object]) -> None:
         """Call ``callback`` whenever the descriptor is readable or hung up."""

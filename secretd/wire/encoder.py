@@ -7,7 +7,9 @@ monitor.core and daemon.argv call this module.
 """
 
 import re
-from typing import Final, Generic, TypeVar
+from collections.abc import Callable, Mapping
+from operator import itemgetter
+from typing import Final, Generic, NamedTuple, TypeVar
 
 from secretd.wire.hash_order import KNOWN_NAMES, qdict_items
 from secretd.wire.parser import Number, Text
@@ -101,6 +103,10 @@ def value(data: object) -> str:
                 stack[-1] = JSONText(str(stack[-1])[2:])
             parts.append("{")
         elif isinstance(item, list):
+            known = [_known_members(each) if type(each) is dict else None for each in item]
+            if None not in known:
+                parts.append(f"[{', '.join(known)}]")  # type: ignore[arg-type]
+                continue
             stack.append(JSONText("]"))
             for element in reversed(item):
                 stack += (element, JSONText(", "))
@@ -112,37 +118,56 @@ def value(data: object) -> str:
     return "".join(parts)
 
 
+class _Form(NamedTuple):
+    """Dicts with the same names and types: their values in QDict's order, and how to write them.
+
+    ``is_plain`` matches a text whose strings need no escapes: any other text has a further quote,
+    or a character that the strings of the pattern exclude.
+    """
+
+    ordered: Callable[[Mapping[str, object]], object]
+    text: str
+    is_plain: Callable[[str], object]
+
+
 def _known_members(members: dict[str, object]) -> str | None:
     """An optimisation for lists: return the text of known members that are str and int.
 
-    Returns None for any others; `value` has the reference.
+    Returns None for any others, and where a string needs escapes; `value` has the reference.
     """
-    names = tuple(members)
-    template = _TEMPLATES.get(names)
-    if template is None:
-        if not names or not KNOWN_NAMES.issuperset(names) or len(_TEMPLATES) == _TEMPLATES_KEPT:
-            return None
-        order = [name for name, _ in qdict_items(members)]
-        template = _TEMPLATES[names] = [
-            (name, f'{", " if place else "{"}"{name}": ') for place, name in enumerate(order)
-        ]
-    parts = []
-    for name, before in template:
-        member = members[name]
-        kind = type(member)
-        if kind is str:
-            parts.append(f"{before}{string(member)}")  # type: ignore[arg-type]
-        elif kind is int:
-            parts.append(f"{before}{member}")
-        else:
-            return None
-    parts.append("}")
-    return "".join(parts)
+    kinds = (*members, *map(type, members.values()))
+    form = _FORMS.get(kinds) or _new_form(kinds, members)
+    if form is None:
+        return None
+    text = form.text % form.ordered(members)
+    return text if form.is_plain(text) else None
 
 
-_TEMPLATES_KEPT: Final = 64
-_TEMPLATES: Final[dict[tuple[str, ...], list[tuple[str, str]]]] = {}
-"""By the names of a dict: each name in QDict's order, with the text before its value."""
+def _new_form(kinds: tuple[object, ...], members: dict[str, object]) -> _Form | None:
+    if not members or not KNOWN_NAMES.issuperset(members) or len(_FORMS) == _FORMS_KEPT:
+        return None
+    if not _KINDS.keys() >= set(map(type, members.values())):
+        return None
+    order = qdict_items(members)
+    form = ", ".join(f'"{name}": {_KINDS[type(value)][0]}' for name, value in order)
+    shape = ", ".join(f'"{name}": {_KINDS[type(value)][1]}' for name, value in order)
+    _FORMS[kinds] = _Form(
+        itemgetter(*(name for name, _ in order)),
+        f"{{{form}}}",
+        re.compile(rf"\{{{shape}\}}").fullmatch,
+    )
+    return _FORMS[kinds]
+
+
+_KINDS: Final[dict[type, tuple[str, str]]] = {
+    str: ('"%s"', rf'"{_PLAIN.pattern}"'),
+    int: ("%d", r"-?[0-9]+"),
+}
+"""How to write a value of each type, and what it looks like then."""
+
+_FORMS_KEPT: Final = 64
+_FORMS: Final[dict[tuple[object, ...], _Form]] = {}
+"""By names and types."""
 
 
 def _scalar(data: object) -> str:

@@ -50,20 +50,20 @@ class Page:
         """List found secrets until the page is full or none is left; return False to let others
         have their turn.
         """
-        tree, memory = self.monitor.tree, self.monitor.core.memory
-        listed = self.listed
+        memory, listed = self.monitor.core.memory, self.listed
+        secret, remaining = self.monitor.tree.secret, self.monitor.tree.deadlines.remaining
         for object_id in found:
             if object_id is None:
                 return False
             self._room -= len(object_id)
             if listed and (self._room < 0 or len(listed) == SECRETS_PER_REPLY):
                 break
-            qom_type, size = tree.secret(object_id)
+            qom_type, size = secret(object_id)
             info: SecretInfo = {
                 "id": object_id, "qom-type": qom_type, "size": size, "memory": memory,
             }  # fmt: skip
-            remaining = tree.deadlines.remaining(object_id)
-            if remaining is not None:
-                info["expires-in"] = remaining
+            left = remaining(object_id)
+            if left is not None:
+                info["expires-in"] = left
             listed.append(info)
         return True
