@@ -47,11 +47,11 @@ LIMITS = {
         "descriptors.source",
         "qom.deadlines",
         "monitor.commands.listing",
-        "monitor.commands.secrets",
+        "monitor.commands.grants",
     ],
     "Descriptors and hand-over": ["descriptors.passed", "descriptors.threaded_delivery"],
     "Events": ["monitor.broadcast"],
-    "Access and the audit": ["access.decision", "audit.records", "access.peer"],
+    "Access and the audit": ["access.grant_list", "access.uses", "audit.records", "access.peer"],
 }
 """Which modules have limits, under which heading."""
 

@@ -26,7 +26,9 @@ from typing import Final, NamedTuple
 
 from secretd.access.credential import CredentialMapping
 from secretd.access.grant_index import Granted, GrantIndex, Rule
+from secretd.access.grant_list import GrantInfo, listed_grants
 from secretd.access.peer import Peer, SocketRole
+from secretd.access.uses import Uses
 from secretd.audit.log import Audit
 from secretd.audit.records import Subject
 from secretd.errors import AccessDenied, CommandError
@@ -116,7 +118,8 @@ class Access:
         self._audit = audit
         self._index = GrantIndex(tree, tuning)
         self._credentials = CredentialMapping(tree, self._index)
-        tree.subscribe(decision=self._index.changed)
+        self.uses = Uses()
+        tree.subscribe(decision=self._index.changed, removal=self.uses.forget)
 
     # --- decisions
 
@@ -146,6 +149,7 @@ class Access:
         self._audit.append_release(action, subject, by, object_id, len(plaintext))
         if rule is not None and rule.limited:
             self._count(rule.id, 1)
+        self.uses.note(object_id, subject)
         return Grant(_KEY, peer, subject, object_id, rule, plaintext)
 
     async def credential(
@@ -170,6 +174,7 @@ class Access:
         plaintext = self._tree.plaintext(object_id)
         by = f"grant {rule.id}"
         self._audit.append_release("credential", subject, by, object_id, len(plaintext), name)
+        self.uses.note(object_id, subject)
         return Grant(_KEY, peer, subject, object_id, rule, plaintext)
 
     def take_back(self, grant: Grant, reason: str) -> None:
@@ -180,6 +185,7 @@ class Access:
         meanwhile stays.
         """
         self._audit.append("withheld", grant.subject, id=grant.object_id, reason=reason)
+        self.uses.take_back(grant.object_id)
         rule = grant.terms
         if (
             rule is not None
@@ -299,7 +305,13 @@ class Access:
         assert isinstance(before, int)
         self._tree.replace_properties(grant_id, record.properties | {READS: before + reads})
 
-    # --- why
+    # --- what is granted, and why
+
+    def grants_after(
+        self, after: str, secret: str | None, identities: frozenset[str] | None
+    ) -> Iterator[GrantInfo | None]:
+        """See grant_list.listed_grants."""
+        return listed_grants(self._tree, self._index, after, secret, identities)
 
     def explain(self, identities: frozenset[str], object_id: str) -> list[Considered]:
         """Return the verdict of each secret-grant for this id about a client with some

@@ -143,6 +143,7 @@ class GrantIndex:
         self._tuning = tuning
         self._tree = tree
         self.rules: dict[str, Rule] = {}
+        self.sorted = SortedIds(())  # their ids
         self._by_authz: dict[str, set[str]] = {}
         self._judges: dict[str, Rules | FileRules] = {}
         # Authz objects that a grant names, by what they can allow.
@@ -179,6 +180,10 @@ class GrantIndex:
         if old is None and new is None:
             self._authz_changed(object_id)
             return
+        if old is None:
+            self.sorted.add(object_id)
+        elif new is None:
+            self.sorted.remove(object_id)
         # 2. Kept entries of the peers that it concerns.
         for rule in filter(None, (old, new)):
             self._notify(self._reach.get(rule.authz), (object_id,))

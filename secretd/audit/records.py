@@ -52,13 +52,14 @@ numbers, since each record is compared with them.
 class Subject:
     """The peer that caused an event, and the role of its socket.
 
-    ``text``: the same as members of a record.
+    ``info``: the peer's ids and unit; ``text``: the same as members of a record.
     """
 
-    __slots__ = ("peer", "role", "text")
+    __slots__ = ("info", "peer", "role", "text")
 
     def __init__(self, role: str, peer: Mapping[str, object] | None) -> None:
         self.role = role
+        self.info = None if peer is None else dict(peer)
         self.peer = UNSET if peer is None else Raw(msgspec.json.encode(peer))
         members = {"door": role} if peer is None else {"door": role, "peer": peer}
         self.text = json_text(members)[1:-1]

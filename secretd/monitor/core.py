@@ -6,6 +6,7 @@ creates it.
 """
 
 import asyncio
+import os
 import time
 from collections.abc import Callable, Coroutine, Iterable
 from functools import cached_property
@@ -76,6 +77,8 @@ class Core:
         self.quit = quit
         self.start = start
         self.tuning = tuning
+        self.instance = int.from_bytes(os.urandom(8)) >> 11  # JSON numbers are exact up to there
+        self.start_time = int(time.time())
         self.stopping = False
         self.has_one_session: Callable[[], bool] = lambda: False
         self.log_dropped: Callable[[], int] = lambda: 0

@@ -98,6 +98,14 @@ class Verdict(NamedTuple):
     why: str
 
 
+class Named(NamedTuple):
+    """The identities and patterns that rules name. ``fault``: why they cannot be used, or ""."""
+
+    allows: list[str]
+    denies: list[str]
+    fault: str
+
+
 class Rules:
     """Rules and a policy: the first rule that matches any identity decides, else the policy
     (qauthz_list_is_allowed()).
@@ -125,6 +133,15 @@ class Rules:
             frozenset(match for match, fits in allowing if fits is None),
             frozenset(literal_prefix(match) for match, fits in allowing if fits is not None),
         )
+
+    def named(self) -> Named:
+        """Return the identities and patterns that the rules name, "*" for an allowing policy."""
+        by_policy: dict[str, list[str]] = {"allow": [], "deny": []}
+        for match, _, policy in self._rules:
+            by_policy[policy].append(match)
+        if self._policy == "allow":
+            by_policy["allow"].append("*")
+        return Named(by_policy["allow"], by_policy["deny"], "")
 
     def judge(self, identities: frozenset[str]) -> Verdict:
         """Return whether a peer with these identities is allowed, and why."""
@@ -154,17 +171,27 @@ class FileRules:
         """Return any: the file may allow any identity at the next decision."""
         return ANY
 
+    def named(self) -> Named:
+        """See `Rules`."""
+        rules = self._current()
+        return Named([], [], self._fault) if rules is None else rules.named()
+
     def judge(self, identities: frozenset[str]) -> Verdict:
         """See `Rules`."""
+        rules = self._current()
+        return Verdict(False, self._fault) if rules is None else rules.judge(identities)
+
+    def _current(self) -> Rules | None:
+        """Return the rules that the file has now; None if it is unusable, for a reason that
+        ``_fault`` has then.
+        """
         try:
             self._refresh()
         except (OSError, CommandError) as error:
             self._rules = None
             words = error.desc if isinstance(error, CommandError) else error.strerror
             self._fault = f"'{self._filename}' cannot be used: {words}"
-        if self._rules is None:
-            return Verdict(False, self._fault)
-        return self._rules.judge(identities)
+        return self._rules
 
     def _refresh(self) -> None:
         try:

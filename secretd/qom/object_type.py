@@ -169,3 +169,8 @@ def as_listed(
 ) -> list[ObjectPropertyInfo]:
     """Return properties, name and type, in the form of qom-list and qom-list-properties."""
     return [{"name": name, "type": kind} for name, kind in properties]
+
+
+def properties_size(properties: Mapping[str, object]) -> int:
+    """Return about how many bytes properties take in the journal."""
+    return sum(len(str(value)) for value in properties.values())

@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Adding objects at start, where an earlier process may have left them.
+"""Replacing objects: those of the command line at a start, and secrets by secret-replace.
 
-The objects of the command line are added at every start. An existing equal object stays, with its
-deadline and counts; a file is read again each time. daemon.initial_objects calls this module.
+The objects of the command line are added at every start, where an earlier process may have left
+them. An existing equal object stays, with its deadline and counts; a file is read again each time.
+daemon.initial_objects and monitor.commands call this module.
 """
 
+from collections.abc import Awaitable
 from typing import Final
 
+from secretd.errors import CommandError
 from secretd.memory.arena import LockedBuffer
 from secretd.qom.deadlines import DEADLINE
 from secretd.qom.grant import READS
-from secretd.qom.loading import Loading
+from secretd.qom.loading import Loading, then
 from secretd.qom.object_type import ObjectOptions, ObjectType
 from secretd.qom.tree import ObjectTree
 
@@ -64,3 +67,40 @@ def _is_same(
         and all(properties.get(n) == record.properties.get(n) for n in names)
         and (plaintext is None or plaintext.view == tree.journal.plaintext(object_id))
     )
+
+
+def exchange(tree: ObjectTree, options: ObjectOptions, loading: Loading) -> int | Awaitable[int]:
+    """Replace a secret's content in one step; return the new one's size in bytes, maybe later.
+
+    A failure leaves the existing secret unchanged. Its lifetime ends with the old content. Raises
+    CommandError.
+    """
+    _check_replaceable(tree, options.id)
+    kind = tree.types.of[type(options)]
+    content = kind.create(options, loading)
+
+    def store(loaded: object) -> int:
+        assert isinstance(loaded, LockedBuffer)
+        uid = loading.sources.uid
+        try:
+            _check_replaceable(tree, options.id)  # again: it may have been deleted meanwhile
+            owner, before = tree.journal.owner(options.id)
+            more = loaded.size if owner != uid else max(0, loaded.size - before)
+            tree.limits.object_bytes.check(uid, more)
+        except BaseException:
+            loaded.free()
+            raise
+        size = loaded.size
+        tree.replace(options.id, kind, kind.stored(options), loaded, uid)
+        return size
+
+    if isinstance(content, Awaitable):
+        return then(content, store)
+    return store(content)
+
+
+def _check_replaceable(tree: ObjectTree, object_id: str) -> None:
+    """Raise CommandError unless there is an unexpired secret that may be replaced."""
+    tree.plaintext(object_id)
+    if object_id in tree.pinned:
+        raise CommandError(f"object '{object_id}' is in use, can not be deleted")

@@ -22,6 +22,7 @@ from secretd.qom.object_type import (
     ObjectOptions,
     ObjectType,
     Types,
+    properties_size,
 )
 from secretd.qom.sorted_ids import SortedIds
 
@@ -132,14 +133,17 @@ class ObjectTree:
         plaintext: LockedBuffer | None,
         uid: int,
     ) -> None:
-        """Replace an existing object by another one, in one step."""
+        """Replace an existing object by another one, in one step; its running readers end."""
+        for callback in self._on_removal:
+            callback(object_id)
         try:
-            before = self.journal.replace(object_id, kind.number, properties, plaintext, uid)
+            old_uid, old_size, size = self.journal.replace(
+                object_id, kind.number, properties, plaintext, uid
+            )
         except BaseException:
             if plaintext is not None:
                 plaintext.free()
             raise
-        old_uid, old_size, size = before
         limits = self.limits
         limits.objects.release(old_uid)
         limits.object_bytes.release(old_uid, old_size)
@@ -215,7 +219,7 @@ class ObjectTree:
                 )
             if uid not in limits.trusted:
                 limits.objects.check(uid)
-                limits.object_bytes.check(uid, size + _length(properties))
+                limits.object_bytes.check(uid, size + properties_size(properties))
             bytes_held = self.journal.add(object_id, kind.number, properties, plaintext, uid)
         except BaseException:
             if plaintext is not None:
@@ -283,7 +287,7 @@ class ObjectTree:
         record = self.journal.get(object_id)
         assert record is not None
         properties = record.properties | changes
-        more = max(0, _length(properties) - _length(record.properties))
+        more = max(0, properties_size(properties) - properties_size(record.properties))
         self.limits.object_bytes.check(record.uid, more)
         self.replace_properties(object_id, properties)
         self._changed(object_id, self.types.numbered[record.type], changes)
@@ -343,8 +347,3 @@ class ObjectTree:
         """Return the type of an object, None if there is none of that id."""
         summary = self.journal.summary(object_id)
         return None if summary is None else self.types.numbered[summary[0]]
-
-
-def _length(properties: dict[str, object]) -> int:
-    """Return about how many bytes properties take in the journal."""
-    return sum(len(str(value)) for value in properties.values())

@@ -9,7 +9,7 @@ are those of QEMU 10's qapi/ unless their docstring says that they are secretd's
 
 from typing import Final
 
-from secretd.monitor.commands import base, descriptors, human, objects, secrets, stats
+from secretd.monitor.commands import base, descriptors, grants, human, objects, secrets, stats
 from secretd.qapi.command import Commands
 
 COMMANDS: Final = Commands(
@@ -17,6 +17,7 @@ COMMANDS: Final = Commands(
     objects.command,
     descriptors.command,
     secrets.command,
+    grants.command,
     stats.command,
     human.command,
 )

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """secretd's own commands: release, seal, generate, expire and explain secrets."""
 
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Coroutine
 from typing import Any, Final, Literal, NotRequired, TypedDict
 
 from msgspec import UNSET, UnsetType
@@ -18,13 +18,11 @@ from secretd.monitor.monitor import Monitor
 from secretd.qapi.command import Commands
 from secretd.qom.grant import check_seconds
 from secretd.qom.loading import then
+from secretd.qom.renewal import exchange
 from secretd.qom.secret import SecretOptions, check_size, random_plaintext
 from secretd.wire.encoder import JSONText
 
 command: Final = Commands()
-
-GRANTS_PER_REPLY: Final = 100
-"""Grants that secret-explain lists."""
 
 
 class Delivered(TypedDict):
@@ -41,23 +39,6 @@ class Sealed(TypedDict):
     data: NotRequired[str]
     iv: str
     size: NotRequired[int]
-
-
-class ConsideredGrant(TypedDict):
-    """The verdict of a secret-grant about a client, with its reason."""
-
-    grant: str
-    allowed: bool
-    reason: str
-
-
-class Explanation(TypedDict):
-    """The result of secret-explain. ``grant``: one that lets the client read the secret."""
-
-    allowed: bool
-    exists: bool
-    grant: NotRequired[str]
-    grants: list[ConsideredGrant]
 
 
 @command(client=True, waits=True)
@@ -153,6 +134,26 @@ def secret_generate(monitor: Monitor, id: str, size: int) -> None:  # noqa: A002
     added(monitor, options, tree.store(options, plaintext, monitor.peer.uid))
 
 
+@command(waits=True)
+def secret_replace(monitor: Monitor, arguments: SecretOptions) -> Awaitable[None] | None:
+    """Replace the content of an existing secret in one step, as object-del and object-add would.
+
+    The arguments are those of object-add. Until the reply clients read the old content, and if the
+    command fails, afterwards too. The secret has no lifetime then.
+    """
+    size = exchange(monitor.tree, arguments, monitor.loading)
+    if isinstance(size, int):
+        _replaced(monitor, arguments, size)
+        return None
+    return then(size, lambda loaded: _replaced(monitor, arguments, loaded))
+
+
+def _replaced(monitor: Monitor, options: SecretOptions, size: int) -> None:
+    monitor.note("delete", options.id, "secret")
+    monitor.announce("SECRET_DELETED", options.id)
+    added(monitor, options, size)
+
+
 @command(client=True, oob=True, waits=True)
 def query_secrets(
     monitor: Monitor, after: str | UnsetType = UNSET
@@ -182,21 +183,3 @@ def secret_expire(monitor: Monitor, id: str, after: int | UnsetType = UNSET) -> 
         raise CommandError(f"object '{id}' is in use, can not be deleted")
     monitor.tree.expire_after(id, after)
     monitor.core.audit.append("lifetime", monitor.subject, id=id, count=after)
-
-
-@command()
-def secret_explain(monitor: Monitor, id: str, peer: list[str]) -> Explanation:  # noqa: A002
-    """Return whether a client with the identities ``peer`` may read a secret on the client socket.
-
-    ``grants`` lists the verdict of each secret-grant that names the secret.
-    """
-    considered = monitor.core.access.explain(frozenset(peer), id)
-    allowed = next((c for c in considered if c.allowed), None)
-    found: Explanation = {
-        "allowed": allowed is not None,
-        "exists": monitor.tree.is_secret(id),
-        "grants": [c._asdict() for c in considered[:GRANTS_PER_REPLY]],  # type: ignore[misc]
-    }
-    if allowed is not None:
-        found["grant"] = allowed.grant
-    return found
