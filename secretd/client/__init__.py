@@ -13,11 +13,15 @@ from secretd.client.socket_path import default_socket
 from secretd.client.sync import SyncClient
 from secretd.client.types import (
     PLAIN,
+    Considered,
     Encoding,
     Event,
+    Explanation,
     Format,
+    GrantInfo,
     Sealed,
     SecretInfo,
+    Usage,
 )
 from secretd.memory.arena import LockedBuffer
 
@@ -36,17 +40,21 @@ __all__ = [
     "PLAIN",
     "Client",
     "ConnectError",
+    "Considered",
     "Encoding",
     "Event",
     "ExecInterruptedError",
     "ExecuteError",
+    "Explanation",
     "Format",
+    "GrantInfo",
     "LockedBuffer",
     "QMPError",
     "Sealed",
     "SecretInfo",
     "StateError",
     "SyncClient",
+    "Usage",
     "default_socket",
 ]
 

@@ -21,13 +21,16 @@ import contextlib
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from io import FileIO
-from typing import Final, Self, cast
+from typing import Self, cast
 
-from qemu.qmp import ExecInterruptedError, StateError
+from qemu.qmp import ExecInterruptedError, ExecuteError, StateError
 
 from secretd.client import types
+from secretd.client.access import AsyncAccess
 from secretd.client.connection import Connection
-from secretd.client.content import give_memory
+from secretd.client.content import Collected, give_memory
+from secretd.client.plans import Plan, T
+from secretd.client.readiness import readable, ready
 from secretd.client.socket_path import default_socket
 from secretd.client.sync_connection import RETRY_SECONDS
 from secretd.client.types import PLAIN, Encoding, Event, Format, Sealed, SecretInfo
@@ -38,10 +41,8 @@ from secretd.memory.arena import (
 )
 from secretd.memory.level import choose_level
 
-_CHUNK_BYTES: Final = 64 << 10
 
-
-class Client:
+class Client(AsyncAccess):
     """A connection to secretd.
 
     Use it as an async context manager, or call `connect` and `close`.
@@ -58,11 +59,13 @@ class Client:
         self._names = 0
         self._arena: Arena | None = None
 
-    async def connect(self) -> None:
-        """Connect and negotiate. Raises qemu.qmp's ConnectError; the first attempt is not
-        retried.
+    async def connect(self, *, retry_seconds: float = 0) -> None:
+        """Connect and negotiate. Raises qemu.qmp's ConnectError.
+
+        ``retry_seconds``: the time for which the first connection is retried, for a client that
+        starts before the daemon.
         """
-        await self._connection.connect()
+        await self._connection.connect(retry_seconds)
 
     async def close(self) -> None:
         """Disconnect, and wipe the buffers that `read` returned: they read as zeros then."""
@@ -80,16 +83,38 @@ class Client:
     async def __aexit__(self, *exc: object) -> None:
         await self.close()
 
+    async def carry_out(self, plan: Plan[T]) -> T:
+        """See AsyncAccess."""
+        answer: object = None
+        error: Exception | None = None
+        while True:
+            try:
+                ask = plan.send(answer) if error is None else plan.throw(error)
+            except StopIteration as stop:
+                return cast(T, stop.value)
+            error = None
+            try:
+                answer = await self._connection.execute(ask.command, ask.arguments)
+            except ExecuteError as refused:
+                answer, error = None, None if ask.optional else refused
+            except Exception as raised:  # noqa: BLE001 - the plan decides
+                error = raised
+
     # --- objects
 
-    async def add(self, object_id: str, fd: int, encoding: Encoding = PLAIN) -> None:
+    async def add(
+        self, object_id: str, fd: int, encoding: Encoding = PLAIN, *, replace: bool = False
+    ) -> None:
         """Add a secret with the content of ``fd`` (borrowed).
 
-        The daemon reads a file or memfd from its start, a pipe or socket to its end. Raises
-        ExecuteError, ConnectError, and ExecInterruptedError if the secret may have been added.
+        The daemon reads a file or memfd from its start, a pipe or socket to its end. ``replace``:
+        an existing secret gets this content instead, in one step. Raises ExecuteError,
+        ConnectError, and ExecInterruptedError if the secret may have been added.
         """
         options = {"id": object_id, **encoding.members()}
         types.check_text(options)
+        exists = replace and await self.info(object_id) is not None
+        command = "secret-replace" if exists else "object-add"
 
         async def once() -> None:
             added = await self._connection.again(lambda: self._connection.pass_fd(fd, "add-fd"))
@@ -98,7 +123,7 @@ class Client:
             file = {"file": f"/dev/fdset/{set_id}"}
             try:
                 await self._connection.qmp.execute(
-                    "object-add", {"qom-type": "secret", **file, **options}
+                    command, {"qom-type": "secret", **file, **options}
                 )
             finally:
                 with contextlib.suppress(StateError, ExecInterruptedError):
@@ -107,7 +132,12 @@ class Client:
         await self._connection.again(once, twice=False)
 
     async def add_bytes(
-        self, object_id: str, plaintext: memoryview, encoding: Encoding = PLAIN
+        self,
+        object_id: str,
+        plaintext: memoryview,
+        encoding: Encoding = PLAIN,
+        *,
+        replace: bool = False,
     ) -> None:
         """Add a secret from memory, through a pipe; raises as `add` does."""
         content = memoryview(plaintext)
@@ -115,7 +145,7 @@ class Client:
         sink = FileIO(number, "wb")  # closed below, or after the last byte
         writing = asyncio.ensure_future(_write_all(sink, content))
         try:
-            await self.add(object_id, source, encoding)
+            await self.add(object_id, source, encoding, replace=replace)
         finally:
             os.close(source)
             writing.cancel()
@@ -134,17 +164,6 @@ class Client:
         """Wipe a secret after so many seconds from now; None removes its lifetime."""
         lifetime: dict[str, object] = {} if seconds is None else {"after": seconds}
         await self._connection.execute("secret-expire", {"id": object_id, **lifetime})
-
-    async def explain(self, object_id: str, identities: "list[str]") -> dict[str, object]:
-        """Return the result of secret-explain: whether a client with these identities may read a
-        secret, and why.
-        """
-        arguments = {"id": object_id, "peer": identities}
-        return cast(dict[str, object], await self._connection.execute("secret-explain", arguments))
-
-    async def stat(self, name: str) -> int:
-        """Return one figure of query-secret-stats. Raises KeyError for an unknown name."""
-        return types.figures(await self._connection.execute("query-secret-stats"))[name]
 
     async def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> object:
         """Execute any command and return its result. Raises ValueError for text that is not
@@ -289,27 +308,13 @@ class Client:
         return self._arena.allocate(size)
 
     async def _read_all(self, fd: int) -> LockedBuffer:
-        buffer = self.buffer(_CHUNK_BYTES)
-        fill = 0
+        collected = Collected(self.buffer)
         try:
-            while True:
-                if fill == buffer.size:
-                    larger = self.buffer(4 * fill)
-                    larger.view[:fill] = buffer.view
-                    buffer.free()
-                    buffer = larger
-                try:
-                    count = os.readv(fd, [buffer.view[fill:]])
-                except BlockingIOError:
-                    await readable(fd)
-                    continue
-                if count == 0:
-                    exact = self.buffer(fill)
-                    exact.view[:] = buffer.view[:fill]
-                    return exact
-                fill += count
+            while not collected.fill(fd):
+                await readable(fd)
+            return collected.take()
         finally:
-            buffer.free()
+            collected.free()
 
 
 async def _write_all(sink: FileIO, data: memoryview) -> None:
@@ -318,29 +323,5 @@ async def _write_all(sink: FileIO, data: memoryview) -> None:
         try:
             data = data[os.writev(sink.fileno(), [data]) :]
         except BlockingIOError:
-            await _ready(sink.fileno(), loop.add_writer, loop.remove_writer)
+            await ready(sink.fileno(), loop.add_writer, loop.remove_writer)
     sink.close()
-
-
-async def readable(fd: int) -> None:
-    """Wait until a pipe, socket or terminal is readable."""
-    loop = asyncio.get_running_loop()
-    await _ready(fd, loop.add_reader, loop.remove_reader)
-
-
-async def _ready(
-    fd: int,
-    add: Callable[..., object],
-    remove: Callable[[int], object],
-) -> None:
-    future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    add(fd, _settle, future)
-    try:
-        await future
-    finally:
-        remove(fd)
-
-
-def _settle(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)

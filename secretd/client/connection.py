@@ -44,23 +44,32 @@ class Connection:
         """True from `close` to `connect`."""
         return self._closed.is_set()
 
-    async def connect(self) -> None:
-        """Connect and negotiate. Raises qemu.qmp's ConnectError; the first attempt is not
-        retried.
-        """
+    async def connect(self, retry_seconds: float = 0) -> None:
+        """Connect and negotiate; retry for ``retry_seconds``. Raises qemu.qmp's ConnectError."""
         self._closed.clear()
-        await self._connect()
+        deadline = self._loop_time() + retry_seconds
+        while True:
+            try:
+                await self._connect()
+            except ConnectError as error:
+                if isinstance(error.exc, Refused) or self._loop_time() >= deadline:
+                    raise
+                await asyncio.sleep(_RETRY_EACH)
+            else:
+                return
 
     async def _connect(self) -> None:
         try:
             await self.qmp.connect(self.path)
         except ConnectError as error:
-            if not isinstance(error.exc, GreetingError):
-                raise
-            words = await asyncio.to_thread(_refusal, self.path)
+            words = None
+            if isinstance(error.exc, GreetingError):
+                words = await asyncio.to_thread(_refusal, self.path)
             if words is None:
-                raise
-            raise ConnectError("Refused by the server", Refused(words)) from None
+                raise ConnectError(
+                    f"Failed to establish connection to {self.path}", error.exc
+                ) from None
+            raise ConnectError(f"Refused by the server at {self.path}", Refused(words)) from None
 
     @property
     def number(self) -> int:
@@ -102,9 +111,11 @@ class Connection:
                     deadline = loop.time() + self._retry_seconds
                 sent = isinstance(error, ExecInterruptedError)
                 failures += sent
-                if self.is_closed or loop.time() >= deadline or (sent and not twice):
-                    raise
-                if failures >= SAME_FAILURES:
+                given_up = self.is_closed or loop.time() >= deadline or failures >= SAME_FAILURES
+                if sent and (given_up or not twice):
+                    words = f"{self.path}: {error}; the command may have run"
+                    raise ExecInterruptedError(words) from None
+                if given_up:
                     raise
                 if failures > 1:
                     await asyncio.sleep(_RETRY_EACH * failures)
@@ -140,7 +151,7 @@ class Connection:
             seconds = max(0.0, deadline - self._loop_time())
             await asyncio.wait({task, closed}, timeout=seconds, return_when="FIRST_COMPLETED")
             if not task.done():
-                raise ConnectError("no answer", TimeoutError())
+                raise ConnectError(f"No answer from {self.path}", TimeoutError())
             task.result()
         finally:
             for each in (task, closed):

@@ -20,15 +20,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self, cast
 
 from secretd.client import types
+from secretd.client.access import SyncAccess
 from secretd.client.batch import Batch
 from secretd.client.channel import Channel, Lost, OnWait, Pump, wait
 from secretd.client.content import Collected, give_memory
+from secretd.client.plans import Ask, Plan, T
 from secretd.client.socket_path import default_socket
 from secretd.client.sync_connection import (
     RETRY_SECONDS,
     SAFE,
     SyncConnection,
-    T,
     returned,
 )
 from secretd.client.types import PLAIN, Encoding, Event, Format, Sealed, SecretInfo
@@ -36,7 +37,7 @@ from secretd.memory.arena import SCRATCH_WINDOW, Arena, LockedBuffer
 from secretd.memory.level import choose_level
 
 
-class SyncClient:
+class SyncClient(SyncAccess):
     """A connection to secretd. Use it as a context manager, or call `connect` and `close`."""
 
     def __init__(
@@ -61,11 +62,13 @@ class SyncClient:
 
     # --- the connection
 
-    def connect(self) -> None:
-        """Connect and negotiate. Raises qemu.qmp's ConnectError; the first attempt is not
-        retried.
+    def connect(self, *, retry_seconds: float = 0) -> None:
+        """Connect and negotiate. Raises qemu.qmp's ConnectError.
+
+        ``retry_seconds``: the time for which the first connection is retried, for a client that
+        starts before the daemon.
         """
-        self._connection.open()
+        self._connection.open(retry_seconds)
 
     def close(self) -> None:
         """Disconnect, and wipe the buffers that `read` returned: they read as zeros then."""
@@ -100,17 +103,52 @@ class SyncClient:
             twice=bool(SAFE.fullmatch(command)),
         )
 
+    def carry_out(self, plan: Plan[T]) -> T:
+        """See SyncAccess."""
+        answer: object = None
+        error: Exception | None = None
+        while True:
+            try:
+                ask = plan.send(answer) if error is None else plan.throw(error)
+            except StopIteration as stop:
+                return cast(T, stop.value)
+            error = None
+            try:
+                answer = self._answer(ask)
+            except Exception as raised:  # noqa: BLE001 - the plan decides
+                error = raised
+
+    def _answer(self, ask: Ask) -> object:
+        if not ask.optional:
+            return self.execute(ask.command, ask.arguments)
+        types.check_text(ask.arguments)
+        reply = self._connection.again(
+            lambda channel: channel.exchange(ask.command, ask.arguments),
+            twice=bool(SAFE.fullmatch(ask.command)),
+        )
+        return reply.get("return")
+
     # --- objects
 
-    def add(self, object_id: str, fd: int, encoding: Encoding = PLAIN) -> None:
+    def add(
+        self, object_id: str, fd: int, encoding: Encoding = PLAIN, *, replace: bool = False
+    ) -> None:
         """Add a secret with the content of ``fd`` (borrowed).
 
-        The daemon reads a file or memfd from its start, a pipe or socket to its end. Raises
-        ExecuteError, ConnectError, and ExecInterruptedError if the secret may have been added.
+        The daemon reads a file or memfd from its start, a pipe or socket to its end. ``replace``:
+        an existing secret gets this content instead, in one step. Raises ExecuteError,
+        ConnectError, and ExecInterruptedError if the secret may have been added.
         """
-        self._add(object_id, fd, encoding, None)
+        self._add(object_id, fd, encoding, None, replace=replace)
 
-    def add_bytes(self, object_id: str, plaintext: memoryview, encoding: Encoding = PLAIN) -> None:
+    def add_bytes(
+        self,
+        object_id: str,
+        plaintext: memoryview,
+        encoding: Encoding = PLAIN,
+        *,
+        replace: bool = False,
+    ) -> None:
         """Add a secret from memory, through a pipe; raises as `add` does."""
         rest = memoryview(plaintext)
         source, sink = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -126,14 +164,19 @@ class SyncClient:
             return not rest
 
         try:
-            self._add(object_id, source, encoding, Pump(sink, select.POLLOUT, write))
+            pump = Pump(sink, select.POLLOUT, write)
+            self._add(object_id, source, encoding, pump, replace=replace)
         finally:
             for end in ends:
                 os.close(end)
 
-    def _add(self, object_id: str, fd: int, encoding: Encoding, pump: Pump | None) -> None:
+    def _add(
+        self, object_id: str, fd: int, encoding: Encoding, pump: Pump | None, *, replace: bool
+    ) -> None:
         options = {"qom-type": "secret", "id": object_id, **encoding.members()}
         types.check_text(options)
+        exists = replace and self.info(object_id) is not None
+        command = "secret-replace" if exists else "object-add"
 
         def once(channel: Channel) -> None:
             added = cast(dict[str, int], returned(channel.exchange("add-fd", None, [fd])))
@@ -141,7 +184,7 @@ class SyncClient:
             file = {"file": f"/dev/fdset/{added['fdset-id']}"}
             # From here on the content may be consumed, even if nothing was added.
             try:
-                reply = channel.exchange("object-add", {**options, **file}, (), pump)
+                reply = channel.exchange(command, {**options, **file}, (), pump)
             except Lost as error:
                 raise Lost(str(error), sent=error.sent or pump is not None) from None
             with contextlib.suppress(Lost):
@@ -162,17 +205,6 @@ class SyncClient:
         """Wipe a secret after so many seconds from now; None removes its lifetime."""
         lifetime: dict[str, object] = {} if seconds is None else {"after": seconds}
         self.execute("secret-expire", {"id": object_id, **lifetime})
-
-    def explain(self, object_id: str, identities: "list[str]") -> dict[str, object]:
-        """Return the result of secret-explain: whether a client with these identities may read a
-        secret, and why.
-        """
-        found = self.execute("secret-explain", {"id": object_id, "peer": identities})
-        return cast(dict[str, object], found)
-
-    def stat(self, name: str) -> int:
-        """Return one figure of query-secret-stats. Raises KeyError for an unknown name."""
-        return types.figures(self.execute("query-secret-stats"))[name]
 
     def list(self) -> list[SecretInfo]:
         """Return the secrets that this connection may know, sorted by id."""

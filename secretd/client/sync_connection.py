@@ -10,11 +10,10 @@ otherwise.
 import re
 import time
 from collections.abc import Callable
-from typing import Final, NoReturn, TypeVar
+from typing import Final, NoReturn
 
 from secretd.client.channel import Channel, Lost, Message, OnWait, Refused
-
-T = TypeVar("T")
+from secretd.client.plans import T
 
 RETRY_SECONDS: Final = 30.0
 """Seconds for which a lost connection is retried before that is an error."""
@@ -50,13 +49,19 @@ class SyncConnection:
         """The server's name; "" while not connected."""
         return self.channel.package if self.channel is not None else ""
 
-    def open(self) -> None:
-        """Connect and negotiate. Raises ConnectError; this attempt is not retried."""
+    def open(self, retry_seconds: float = 0) -> None:
+        """Connect and negotiate; retry for ``retry_seconds``. Raises ConnectError."""
         self.is_open = True
-        try:
-            self._connect()
-        except _UnreachableError as error:
-            _connect_error(error)
+        deadline = time.monotonic() + retry_seconds
+        while True:
+            try:
+                self._connect()
+            except _UnreachableError as error:
+                if isinstance(error.cause, Refused) or time.monotonic() >= deadline:
+                    _connect_error(error)
+                time.sleep(_RETRY_EACH)
+            else:
+                return
 
     def close(self) -> None:
         """Disconnect."""
@@ -68,9 +73,11 @@ class SyncConnection:
         try:
             self.channel = Channel(self._path, self._timeout, self._on_wait)
         except Refused as error:
-            raise _UnreachableError("Refused by the server", error) from None
+            raise _UnreachableError(f"Refused by the server at {self._path}", error) from None
         except (OSError, Lost) as error:
-            raise _UnreachableError("Failed to establish connection", error) from None
+            raise _UnreachableError(
+                f"Failed to establish connection to {self._path}", error
+            ) from None
         return self.channel
 
     def present(self) -> Channel:
@@ -104,14 +111,14 @@ class SyncConnection:
                 if error.sent:
                     failures += 1
                     if not twice or failures >= SAME_FAILURES:
-                        _interrupted(error)
+                        self._interrupted(error)
             except _UnreachableError as error:
                 lost = error
                 if isinstance(error.cause, Refused | TimeoutError):
                     _connect_error(error)
             except TimeoutError as error:
                 self.disconnect()  # a late reply would be taken for the next command's
-                _connect_error(_UnreachableError("No answer", error))
+                _connect_error(_UnreachableError(f"No answer from {self._path}", error))
             # 2. Retry until the time is over.
             now = time.monotonic()
             if deadline is None:
@@ -119,9 +126,15 @@ class SyncConnection:
             if now >= deadline:
                 if isinstance(lost, _UnreachableError):
                     _connect_error(lost)
-                _interrupted(lost)
+                self._interrupted(lost)
             if isinstance(lost, _UnreachableError) or failures:
                 time.sleep(_RETRY_EACH * (1 + failures))
+
+    def _interrupted(self, error: Lost) -> NoReturn:
+        from qemu.qmp import ExecInterruptedError
+
+        may = "may have run" if error.sent else "was not sent"
+        raise ExecInterruptedError(f"{self._path}: {error}; the command {may}") from None
 
     def pass_descriptor(self, channel: Channel, fd: int) -> str:
         """Pass a descriptor; return the name that it has in this connection."""
@@ -154,12 +167,6 @@ def _connect_error(error: _UnreachableError) -> NoReturn:
     from qemu.qmp import ConnectError
 
     raise ConnectError(str(error), error.cause) from None
-
-
-def _interrupted(error: Lost) -> NoReturn:
-    from qemu.qmp import ExecInterruptedError
-
-    raise ExecInterruptedError(str(error)) from None
 
 
 def _state_error() -> NoReturn:

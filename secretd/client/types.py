@@ -42,6 +42,64 @@ class Event(NamedTuple):
     data: dict[str, object]
 
 
+class GrantInfo(NamedTuple):
+    """An entry of query-secret-grants: which clients may read which secrets.
+
+    ``secret``: an id or a pattern. ``allows``, ``denies``: the identities that the authz object
+    ``authz`` names, ``more`` the number of those that are left out, ``fault`` why it allows nobody.
+    ``max_reads``, ``reads_left``, ``expires_in`` (seconds): None without a limit.
+    """
+
+    id: str
+    secret: str
+    authz: str
+    allows: list[str]
+    denies: list[str]
+    more: int
+    fault: str
+    credential: str
+    max_reads: int | None
+    reads_left: int | None
+    expires_in: int | None
+
+
+class Considered(NamedTuple):
+    """The verdict of one grant about a client, with its reason."""
+
+    grant: str
+    allowed: bool
+    reason: str
+
+
+class Explanation(NamedTuple):
+    """The result of secret-explain.
+
+    ``allowed``: the client may read the secret; ``exists``: there is one of that id; ``grant``: one
+    that permits it, None if there is none; ``grants``: those that name the secret.
+    """
+
+    allowed: bool
+    exists: bool
+    grant: str | None
+    grants: list[Considered]
+
+
+class Usage(NamedTuple):
+    """The result of query-secret-usage.
+
+    ``uid``: the user that added the secret; ``releases``: how often it was read, sealed or given to
+    a unit since the daemon started. ``last_time`` (seconds since the epoch) and ``last_peer``: of
+    the last one, None without one. ``audit``: the target of the audit, which has them all.
+    """
+
+    id: str
+    uid: int
+    releases: int
+    last_time: int | None
+    last_peer: dict[str, object] | None
+    audit: str
+
+
 class Encoding(NamedTuple):
     """The encoding of a new secret's content: raw or base64, optionally encrypted under ``keyid``;
     ``iv`` is base64.
@@ -65,6 +123,43 @@ def secret_infos(entries: object) -> list[SecretInfo]:
         SecretInfo(s["id"], s["qom-type"], s["size"], s["memory"], s.get("expires-in"))
         for s in cast("list[dict[str, Any]]", entries)
     ]
+
+
+def grant_infos(entries: object) -> list[GrantInfo]:
+    """Return the entries of query-secret-grants as GrantInfo."""
+    return [
+        GrantInfo(
+            g["id"],
+            g["secret"],
+            g["authz"],
+            g["allows"],
+            g.get("denies", []),
+            g.get("more", 0),
+            g.get("fault", ""),
+            g.get("credential", ""),
+            g.get("max-reads"),
+            g.get("reads-left"),
+            g.get("expires-in"),
+        )
+        for g in cast("list[dict[str, Any]]", entries)
+    ]
+
+
+def explanation(found: object) -> Explanation:
+    """Return the result of secret-explain as Explanation."""
+    members = cast("dict[str, Any]", found)
+    considered = [Considered(**each) for each in members["grants"]]
+    return Explanation(members["allowed"], members["exists"], members.get("grant"), considered)
+
+
+def usage(found: object) -> Usage:
+    """Return the result of query-secret-usage as Usage."""
+    members = cast("dict[str, Any]", found)
+    last = members.get("last-release", {})
+    owner, releases = members["uid"], members["releases"]
+    return Usage(
+        members["id"], owner, releases, last.get("time"), last.get("peer"), members["audit"]
+    )
 
 
 def event_of(message: Mapping[str, object]) -> Event:

@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The verb audit verify, which checks audit files."""
+"""The verb audit: verify checks audit files, and show prints their records for people."""
 
 import json
 import os
 import sys
+import time
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
+from secretd.ctl.audit_records import Wanted, open_audit, peer_words, records, time_of
 from secretd.ctl.connection import client_of
+from secretd.ctl.globs import pattern
 from secretd.ctl.output import Common
-from secretd.ctl.verb import WrongUsage, argument, flag, option, verb
+from secretd.ctl.times import moment
+from secretd.ctl.verb import PATH, WrongUsage, argument, flag, option, verb
 from secretd.memory.arena import SCRATCH_WINDOW, Arena
 from secretd.memory.level import choose_level
 
@@ -20,31 +24,53 @@ _KEY_BYTES: Final = 1 << 20
 
 
 @verb(
-    "audit", argument("action", type=("verify",)),
-    argument("files", nargs=-1, required=True),
+    "audit", argument("action", type=("verify", "show")),
+    argument("files", nargs=-1, required=True, type=PATH),
     option(
         "--key", "key_id", metavar="ID", help="the secret that --audit-key named",
-        ids=True,
+        completes="secrets",
     ),
-    option("--key-file", metavar="PATH", help="a file that holds it"),
+    option("--key-file", metavar="FILE", type=PATH, help="a file that holds it"),
     flag("--continues", help="the records before the first FILE are elsewhere"),
     flag("--live", help="ask secretd whether records are missing at the end"),
-    examples=("secretctl audit verify /var/log/secretd/audit.log --live",),
+    option("--id", "object_id", metavar="ID", completes="secrets",
+           help="show: only records of this id or pattern"),
+    option("--peer", metavar="WHO", help="show: only records of this unit, uid or pid"),
+    option("--event", metavar="NAME", help="show: only records of this event, such as read"),
+    option("--since", metavar="TIME", help="show: only records from 2h, 18:00 or 2030-12-24 on"),
+    examples=(
+        "secretctl audit verify /var/log/secretd/audit.log --live",
+        "secretctl audit show /var/log/secretd/audit.log --id disk0 --since 2h",
+    ),
 )  # fmt: skip
 def audit(
     common: Common,
     *,
-    action: str,  # noqa: ARG001 - there is only one
+    action: str,
     files: tuple[str, ...],
     key_id: str | None,
     key_file: str | None,
     continues: bool,
     live: bool,
+    object_id: str | None,
+    peer: str | None,
+    event: str | None,
+    since: str | None,
 ) -> int:
-    """Verify that an audit file is complete and unchanged.
+    """Verify an audit file, or show its records.
 
-    FILES are those of one chain, the oldest first. The exit status is 1 if anything is wrong.
+    A verified file is complete and unchanged. FILES are those of one chain, the oldest first, and
+    may be compressed with gzip. The exit status of verify is 1 if anything is wrong.
     """
+    filters = (object_id, peer, event, since)
+    if action == "show":
+        if key_id is not None or key_file is not None or continues or live:
+            raise WrongUsage("show takes none of verify's options")
+        fits = None if object_id is None else pattern(object_id)
+        start = None if since is None else moment(since)
+        return _show(common, files, Wanted(fits, peer, event, start))
+    if any(each is not None for each in filters):
+        raise WrongUsage("--id, --peer, --event and --since are options of show")
     if key_id is not None and key_file is not None:
         raise WrongUsage("--key and --key-file exclude each other")
     verify = partial(_verify, common, files, continues=continues, live=live)
@@ -61,6 +87,30 @@ def audit(
     finally:
         os.close(fd)
         arena.close()
+
+
+def _show(common: Common, files: tuple[str, ...], wanted: Wanted) -> int:
+    """Print records, a line for each; the newest is last."""
+    for path in files:
+        for record in records(path, wanted):
+            print(json.dumps(record) if common.json else _described(record))
+    return 0
+
+
+def _described(record: dict[str, Any]) -> str:
+    """Return a record as a line for people; control characters are escaped."""
+    clock = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time_of(record)))
+    refused = record.get("decision") == "deny"
+    event = f"{record['event']} refused" if refused else str(record["event"])
+    what = str(record.get("id") or record.get("credential") or "-")
+    line = f"{clock}  {event:<16}  {what:<20}  {peer_words(record.get('peer'))}"
+    more = [
+        f"{name} {record[name]}"
+        for name in ("rule", "reason", "count", "size", "version", "objects", "dropped")
+        if name in record
+    ]
+    line += f"  ({', '.join(more)})" if more else ""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
 def _verify(
@@ -88,9 +138,9 @@ def _verify(
         found.append("no record is under the key")
     notes = []
     if last is not None:
-        time, event = (ascii(last.members.get(name)).strip("'") for name in ("time", "event"))
+        stamp, event = (ascii(last.members.get(name)).strip("'") for name in ("time", "event"))
         notes.append(
-            f"{verification.records} records; the last is record {last.number} of {time}: {event}"
+            f"{verification.records} records; the last is record {last.number} of {stamp}: {event}"
         )
         if written is None:
             if event not in chain.LAST_EVENTS:
@@ -121,5 +171,5 @@ def _verify(
 
 def _findings(path: str, verification: "chain.Verification") -> list[str]:
     """Return the faults of a file."""
-    with open(path, "rb") as file:
+    with open_audit(path) as file:
         return [f"{path}:{f.number}: {f.words}" for f in verification.findings(file)]

@@ -255,13 +255,13 @@ def _decoded(line: memoryview, where: str) -> Any:
 
 @verb(
     "export",
-    argument("ids", nargs=-1, ids=True),
+    argument("ids", nargs=-1, completes="secrets"),
     option(
         "--keyid",
         metavar="K",
         required=True,
         help="the secret to encrypt them under",
-        ids=True,
+        completes="secrets",
     ),
     examples=("secretctl export --keyid master > sealed.jsonl",),
 )

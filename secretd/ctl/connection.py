@@ -42,9 +42,9 @@ def cannot_connect(error: "api.ConnectError", common: Common) -> int:
 class _Client(SyncClient):
     """The client of all verbs, which checks that secretd answers."""
 
-    def connect(self) -> None:
+    def connect(self, *, retry_seconds: float = 0) -> None:
         """See SyncClient."""
-        super().connect()
+        super().connect(retry_seconds=retry_seconds)
         if not self.package.startswith("secretd"):
             raise UsageError(
                 f"{self.path}: this is the monitor of a QEMU, not a socket of secretd; "

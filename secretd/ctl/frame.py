@@ -10,25 +10,56 @@ from functools import partial
 from typing import Any, Final
 
 import click
+from click.shell_completion import CompletionItem
 
 from secretd import __version__
-from secretd.ctl.completion import complete_ids
+from secretd.ctl.completion import COMPLETIONS
 from secretd.ctl.output import DONE, INTERRUPTED, USAGE, Common
 from secretd.ctl.verb import COMMAND, PATH, Parameter, Verb, argument, carry_out, verb
 from secretd.ctl.verbs import MODULES, find
 
 SECTIONS: Final = {
-    "Secrets": ("add", "read", "list", "del", "generate", "expire"),
+    "Secrets": ("add", "read", "list", "show", "del", "generate", "expire"),
     "Hand-over": ("run", "push", "seal"),
-    "Access": ("grant", "revoke", "explain", "audit"),
+    "Access": ("grant", "revoke", "grants", "access", "explain", "audit"),
     "Many at once": ("import", "export", "watch"),
-    "The daemon": ("status", "doctor", "shell", "completion"),
+    "The daemon": ("status", "stats", "metrics", "doctor", "shell", "completion", "help"),
 }
 """The verbs by section, as the help lists them."""
 
 
+ALIASES: Final = {
+    "ls": "list",
+    "rm": "del",
+    "delete": "del",
+    "remove": "del",
+    "get": "read",
+    "cat": "read",
+    "create": "add",
+    "put": "add",
+    "set": "add",
+    "info": "show",
+    "logs": "audit",
+}
+"""The words of other tools, and the verb that each means."""
+
+
 class Sections(click.Group):
     """A group whose help lists its commands under headings."""
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Return a verb, also by the name that other tools have for it."""
+        return super().get_command(ctx, ALIASES.get(cmd_name, cmd_name))
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Complete verbs, each with the whole first sentence of its help."""
+        return [
+            CompletionItem(name, help=_first_sentence(command.help or ""))
+            if name in self.commands
+            else item
+            for item in super().shell_complete(ctx, incomplete)
+            for name, command in ((item.value, self.commands.get(item.value, self)),)
+        ]
 
     def format_commands(self, _ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write each section's commands with the first sentence of their help."""
@@ -77,6 +108,21 @@ def completion(_common: Common, shell: str) -> None:
     print(kind(cli, {}, "secretctl", "_SECRETCTL_COMPLETE").source())
 
 
+@verb(
+    "help",
+    argument("name", required=False, metavar="[VERB]"),
+    examples=("secretctl help grant",),
+)
+def help_(_common: Common, name: str | None) -> None:
+    """Print the help of secretctl, or of a verb."""
+    root = click.get_current_context().find_root()
+    command = cli.get_command(root, name) if name is not None else cli
+    if command is None:
+        raise click.UsageError(f"No such command '{name}'.", root)
+    context = root if name is None else click.Context(command, root, command.name)
+    print(command.get_help(context))
+
+
 def _command(done: Verb) -> click.Command:
     """Return a verb as a command. Every verb has the common options, too."""
     options = [
@@ -107,6 +153,10 @@ def _command(done: Verb) -> click.Command:
     )
 
 
+def _first_sentence(text: str) -> str:
+    return " ".join(text.split("\n\n", maxsplit=1)[0].split()).rstrip(".")
+
+
 def _parameter(parameter: Parameter) -> click.Parameter:
     settings: dict[str, Any] = dict(parameter.settings)
     kind = settings.pop("type", str)
@@ -116,8 +166,10 @@ def _parameter(parameter: Parameter) -> click.Parameter:
         kind = click.Path(readable=False, allow_dash=True)
     elif kind == COMMAND:
         kind = click.UNPROCESSED
-    if settings.pop("ids", False):
-        settings["shell_complete"] = complete_ids
+    completes = "commands" if parameter.settings.get("type") == COMMAND else None
+    completes = settings.pop("completes", completes)
+    if completes is not None:
+        settings["shell_complete"] = COMPLETIONS[completes]
     if parameter.kind == "argument":
         return click.Argument([parameter.name], type=kind, **settings)
     names = [*parameter.options, parameter.name]
@@ -142,6 +194,7 @@ def _call(done: Verb, **given: Any) -> int:
 for _name in MODULES:
     cli.add_command(_command(find(_name)))
 cli.add_command(_command(completion))
+cli.add_command(_command(help_))
 
 
 def run() -> int:

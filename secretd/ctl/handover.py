@@ -18,12 +18,12 @@ from secretd.errors import UsageError
 _PIPE_BYTES = 64 << 10
 """The initial capacity of a pipe in bytes (pipe(7))."""
 
-_KEYID = {"metavar": "K", "required": True, "ids": True}
+_KEYID = {"metavar": "K", "required": True, "completes": "secrets"}
 
 
 @verb(
     "seal",
-    argument("object_id", metavar="ID", ids=True),
+    argument("object_id", metavar="ID", completes="secrets"),
     option("--keyid", help="the secret to encrypt it under", **_KEYID),
 )
 def seal(common: Common, object_id: str, keyid: str) -> None:
@@ -38,7 +38,7 @@ def seal(common: Common, object_id: str, keyid: str) -> None:
 
 @verb(
     "push",
-    argument("object_id", metavar="ID", ids=True),
+    argument("object_id", metavar="ID", completes="secrets"),
     option("--keyid", help="the master key that secretd and QEMU both hold", **_KEYID),
     option(
         "--qmp",
@@ -104,7 +104,7 @@ def push(
         metavar="ID[=NAME]",
         required=True,
         help="the secret for {NAME} in the command (default: {ID})",
-        ids=True,
+        completes="secrets",
     ),
     option(
         "--via",

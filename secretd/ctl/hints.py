@@ -5,6 +5,19 @@ import re
 from typing import Final
 
 _NEXT_STEPS: Final = (
+    (
+        r"expects an identifier",
+        "an id begins with a letter and has only letters, digits, '-', '.' and '_'",
+    ),
+    (
+        r"IV should be 16 bytes in length not 24",
+        "--iv takes base64, not hexadecimal: 16 bytes are 24 characters",
+    ),
+    (r"IV should be 16 bytes in length", "--iv takes 16 bytes in base64, which are 24 characters"),
+    (
+        r"Key should be 32 bytes in length",
+        "it means the secret that --keyid names; 'secretctl list' shows the sizes",
+    ),
     (r"No secret with id|object '.*' not found", "'secretctl list' shows all secrets"),
     (
         r"Reading secret '(.*)' is not permitted",
@@ -12,7 +25,7 @@ _NEXT_STEPS: Final = (
     ),
     (
         r"attempt to add duplicate property '.*' to object",
-        "the id is taken, so nothing was changed; choose another one",
+        "the id is taken; --replace replaces the secret, or choose another id",
     ),
     (r"The command (\S+) has not been found", "the control socket has it: --socket names that one"),
     (r"No locked memory left|\(object-bytes-per-uid\)", "'secretctl doctor' says how to get more"),

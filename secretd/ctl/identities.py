@@ -4,6 +4,7 @@
 Names of users and groups become numbers here and not in the daemon, since a look-up may take time.
 """
 
+import contextlib
 import grp
 import os
 import pwd
@@ -52,6 +53,20 @@ def identities(identity: str) -> list[str]:
         f"'{identity}': expected unit:NAME, user:NAME, group:NAME, uid:N, gid:N or "
         "user-unit:USER/NAME"
     )
+
+
+def named_identity(identity: str) -> str:
+    """Return an identity with the name of its user or group, where it has one: uid:33 is
+    user:www-data.
+    """
+    kind, _, number = identity.partition(":")
+    if number.isdecimal():
+        with contextlib.suppress(KeyError, OverflowError):
+            if kind == "uid":
+                return f"user:{pwd.getpwuid(int(number)).pw_name}"
+            if kind == "gid":
+                return f"group:{grp.getgrgid(int(number)).gr_name}"
+    return identity
 
 
 def groups_of(identity: str) -> list[str]:

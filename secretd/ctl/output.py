@@ -7,6 +7,7 @@ rich is imported only to draw on a terminal: `secretctl read` in a script must s
 
 import contextlib
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -72,6 +73,23 @@ def done(common: Common, **facts: object) -> None:
         print(json.dumps(facts))
 
 
+def confirm(common: Common, words: str) -> None:
+    """Tell a person at a terminal that a change was made; scripts have the exit status."""
+    if not common.json and sys.stdout.isatty():
+        print(words)
+
+
+def agreed(question: str) -> bool:
+    """Ask a person at a terminal; True where standard input is none, as scripts know what they do.
+
+    Only "y" and "yes" agree.
+    """
+    if not sys.stdin.isatty():
+        return True
+    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
 def count(number: int, noun: str) -> str:
     """Return a number with its noun, such as "5,000 bytes"."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
@@ -91,7 +109,10 @@ def duration(seconds: int | None) -> str:
 
 def at_and_in(seconds: int) -> str:
     """Return the end of so many seconds, such as "at 21:03, in 8h"."""
-    then = time.localtime(time.time() + seconds)
+    try:
+        then = time.localtime(time.time() + seconds)
+    except (OverflowError, OSError, ValueError):
+        return f"in {duration(seconds)}"
     form = "%H:%M" if seconds < 12 * 3600 else "%Y-%m-%d %H:%M"
     return f"at {time.strftime(form, then)}, in {duration(seconds)}"
 
@@ -108,9 +129,17 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, right: Iterable
         from rich.text import Text
 
         drawn = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+        rows = list(rows)
         for index, title in enumerate(head):
-            first = {"no_wrap": True, "style": "cyan"} if index == 0 else {}
-            drawn.add_column(title, justify="right" if index in numbers else "left", **first)  # type: ignore[arg-type]
+            # A narrow terminal cuts names, and never numbers.
+            width = max(len(title), *(len(row[index]) for row in rows), 0)
+            drawn.add_column(
+                title,
+                justify="right" if index in numbers else "left",
+                no_wrap=index == 0 or index in numbers,
+                style="cyan" if index == 0 else None,
+                min_width=width if index in numbers else None,
+            )
         for row in rows:
             drawn.add_row(*map(Text, row))
         Console().print(drawn)
@@ -130,7 +159,7 @@ def progress(words: str, total: int | None) -> Iterator[Callable[[], None]]:
     """Show the progress of long work on a terminal's stderr; yields the function to call after each
     step.
     """
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
         yield lambda: None
         return
     from rich.console import Console

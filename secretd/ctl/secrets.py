@@ -10,13 +10,29 @@ import errno
 import json
 import os
 import stat
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from secretd.client import Encoding, Format, SecretInfo, SyncClient
 from secretd.ctl.connection import client_of
-from secretd.ctl.output import Common, at_and_in, count, done, duration, table, warn
+from secretd.ctl.globs import chosen, is_pattern, pattern
+from secretd.ctl.output import (
+    DONE,
+    Common,
+    agreed,
+    at_and_in,
+    confirm,
+    count,
+    done,
+    duration,
+    fail,
+    note,
+    table,
+    warn,
+)
 from secretd.ctl.prompt import ask_twice
 from secretd.ctl.times import TIME, seconds
-from secretd.ctl.verb import WrongUsage, argument, flag, option, verb
+from secretd.ctl.verb import PATH, WrongUsage, argument, flag, option, verb
 from secretd.errors import UsageError
 
 _STDIN_BYTES = 2 << 20
@@ -29,7 +45,7 @@ _ENCODINGS = ("raw", "base64")
 @verb(
     "add",
     argument("object_id", metavar="ID"),
-    option("--file", metavar="PATH", help="read it from a file or <(command)"),
+    option("--file", metavar="FILE", type=PATH, help="read it from a file or <(command)"),
     option("--fd", metavar="N", type=int, help="read it from an inherited descriptor"),
     flag("--stdin", help="read it from standard input"),
     flag("--prompt", help="ask for it on the terminal"),
@@ -38,13 +54,16 @@ _ENCODINGS = ("raw", "base64")
         "--keyid",
         metavar="K",
         help="the secret it is encrypted under (AES-256-CBC)",
-        ids=True,
+        completes="secrets",
     ),
     option("--iv", metavar="B64", help="its initialisation vector in base64"),
+    flag("--replace", help="replace an existing secret of that id, in one step"),
+    option("--expires", metavar="TIME", help=f"wipe it {TIME}"),
     examples=(
         "secretctl add disk0 --prompt",
         "openssl rand -hex 32 | tr -d '\\n' | secretctl add disk0 --stdin",
         "secretctl add ceph --file /etc/ceph/client.key --format base64",
+        "secretctl add token --file token --replace --expires 8h",
     ),
 )
 def add(
@@ -58,6 +77,8 @@ def add(
     form: Format,
     keyid: str | None,
     iv: str | None,
+    replace: bool,
+    expires: str | None,
 ) -> None:
     """Add a secret.
 
@@ -69,29 +90,56 @@ def add(
         raise WrongUsage("--file, --fd, --stdin and --prompt exclude each other")
     if iv is not None and keyid is None:
         raise UsageError("--iv needs --keyid, the secret that it is encrypted under")
+    lifetime = None if expires is None else seconds(expires)
     with client_of(common) as client:
-        encoding = Encoding(form, keyid, iv)
+        adding = _Adding(client, object_id, Encoding(form, keyid, iv), replace)
         if file is not None:
             opened = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
             try:
-                _add_fd(client, object_id, opened, encoding, file)
+                adding.from_fd(opened, file)
             finally:
                 os.close(opened)
         elif prompt or (fd is None and not stdin and os.isatty(0)):
             with ask_twice(client, f"Secret {object_id}: ") as typed:
-                client.add_bytes(object_id, typed.view, encoding)
+                adding.from_memory(typed.view)
         else:
             number = 0 if fd is None else fd
-            _add_fd(client, object_id, number, encoding, f"descriptor {number}")
+            adding.from_fd(number, f"descriptor {number}")
+        if lifetime is not None:
+            try:
+                client.expire(object_id, lifetime)
+            except BaseException:
+                client.delete(object_id)
+                raise
         added = client.info(object_id)
     size = None if added is None else added.size
     if common.json:
         done(common, id=object_id, size=size)
     else:
-        print(f"added {object_id}" + ("" if size is None else f", {count(size, 'byte')}"))
+        words = "" if size is None else f", {count(size, 'byte')}"
+        words += "" if lifetime is None else f"; it will be wiped {at_and_in(lifetime)}"
+        print(f"added {object_id}{words}")
 
 
-def _add_fd(client: SyncClient, object_id: str, fd: int, encoding: Encoding, where: str) -> None:
+class _Adding(NamedTuple):
+    """A secret on its way into secretd."""
+
+    client: SyncClient
+    object_id: str
+    encoding: Encoding
+    replace: bool
+
+    def from_memory(self, plaintext: memoryview) -> None:
+        """Add it from locked memory."""
+        self.client.add_bytes(self.object_id, plaintext, self.encoding, replace=self.replace)
+
+    def from_fd(self, fd: int, where: str) -> None:
+        """Add it from a descriptor; ``where``: its name in errors."""
+        _add_fd(self, fd, where)
+
+
+def _add_fd(adding: _Adding, fd: int, where: str) -> None:
+    client, encoding = adding.client, adding.encoding
     try:
         status = os.fstat(fd)
     except OSError as error:
@@ -99,7 +147,7 @@ def _add_fd(client: SyncClient, object_id: str, fd: int, encoding: Encoding, whe
     if stat.S_ISREG(status.st_mode):
         last = os.pread(fd, 1, max(0, status.st_size - 1))
         _check_end(last[0] if last else None, encoding.format)
-        client.add(object_id, fd, encoding)
+        client.add(adding.object_id, fd, encoding, replace=adding.replace)
         return
     if stat.S_ISDIR(status.st_mode):
         raise UsageError(f"{where}: {os.strerror(errno.EISDIR)}")
@@ -113,7 +161,7 @@ def _add_fd(client: SyncClient, object_id: str, fd: int, encoding: Encoding, whe
                     f"more than {_STDIN_BYTES:,} bytes were given, and a secret may have 1,048,576"
                 )
         _check_end(buffer.view[fill - 1] if fill else None, encoding.format)
-        client.add_bytes(object_id, buffer.view[:fill], encoding)
+        adding.from_memory(buffer.view[:fill])
 
 
 def _read(fd: int, view: memoryview) -> int:
@@ -137,7 +185,7 @@ def _check_end(last: int | None, format: Format) -> None:  # noqa: A002
 
 @verb(
     "read",
-    argument("object_id", metavar="ID", ids=True),
+    argument("object_id", metavar="ID", completes="secrets"),
     option("--format", "form", type=_ENCODINGS, default="raw", help="how to write it"),
     flag("--force", help="also to a terminal"),
     examples=("secretctl read disk0 | cryptsetup open --key-file=- /dev/vdb data",),
@@ -162,17 +210,28 @@ def read(common: Common, object_id: str, form: Format, force: bool) -> None:
             os.write(1, b'"}\n')
 
 
-@verb("list", examples=("secretctl list --json | jq -r '.[].id'",))
-def list_secrets(common: Common) -> None:
+@verb(
+    "list",
+    argument("patterns", nargs=-1, metavar="PATTERN", completes="secrets"),
+    flag("--quiet", "-q", help="print ids only"),
+    examples=("secretctl list 'vm1.*'", "secretctl list --json | jq -r '.[].id'"),
+)
+def list_secrets(common: Common, patterns: tuple[str, ...], quiet: bool) -> None:
     """List the secrets.
 
     The list has ids, types, sizes, the protection of their memory, and the remaining time; on the
-    client socket only secrets that the caller may read.
+    client socket only secrets that the caller may read. PATTERN has * for any text and ? for a
+    character.
     """
     with client_of(common) as client:
         secrets = client.list()
-    if common.json:
-        print(json.dumps([_info(s) for s in secrets]))
+    if patterns:
+        fits = [pattern(each).fullmatch for each in patterns]
+        secrets = [s for s in secrets if any(matches(s.id) for matches in fits)]
+    if quiet:
+        print("".join(f"{s.id}\n" for s in secrets), end="")
+    elif common.json:
+        print(json.dumps([secret_members(s) for s in secrets]))
     else:
         limited = any(s.expires_in is not None for s in secrets)
         head = ("ID", "TYPE", "BYTES", "MEMORY", "EXPIRES IN")[: 5 if limited else 4]
@@ -180,7 +239,7 @@ def list_secrets(common: Common) -> None:
         table(head, (row[: len(head)] for row in rows), right=(2,))
 
 
-def _info(secret: SecretInfo) -> dict[str, object]:
+def secret_members(secret: SecretInfo) -> dict[str, object]:
     """Return a secret in the words of query-secrets."""
     return {
         name.replace("_", "-"): value
@@ -189,12 +248,38 @@ def _info(secret: SecretInfo) -> dict[str, object]:
     }
 
 
-@verb("del", argument("object_id", metavar="ID", ids=True))
-def delete(common: Common, object_id: str) -> None:
-    """Delete a secret or another object; a secret is wiped."""
+@verb(
+    "del",
+    argument("ids", nargs=-1, required=True, metavar="ID", completes="secrets"),
+    flag("--yes", "-y", help="delete what a pattern matches without asking"),
+    examples=("secretctl del disk0", "secretctl del 'vm1.*'"),
+)
+def delete(common: Common, ids: tuple[str, ...], yes: bool) -> int:
+    """Delete secrets or other objects; secrets are wiped.
+
+    ID may be a pattern of secrets with * and ?. A terminal is asked before they are deleted.
+    """
     with client_of(common) as client:
-        client.delete(object_id)
-    done(common, id=object_id)
+        patterns = any(map(is_pattern, ids))
+        wanted = chosen(ids, (s.id for s in client.list())) if patterns else list(ids)
+        if patterns and not yes and not agreed(f"Delete {_few(wanted)}?"):
+            return fail("nothing was deleted")
+        for number, object_id in enumerate(wanted):
+            try:
+                client.delete(object_id)
+            except Exception:
+                if number:
+                    note(f"deleted before: {', '.join(wanted[:number])}")
+                raise
+    confirm(common, f"deleted {_few(wanted)}")
+    done(common, id=wanted[0], **({"ids": wanted} if len(wanted) > 1 else {}))
+    return DONE
+
+
+def _few(ids: Sequence[str]) -> str:
+    """Return ids in words, at most five of them."""
+    more = f" and {len(ids) - 5:,} more" if len(ids) > 5 else ""
+    return ", ".join(ids[:5]) + more
 
 
 @verb(
@@ -211,12 +296,13 @@ def generate(common: Common, object_id: str, size: int) -> None:
     """
     with client_of(common) as client:
         client.generate(object_id, size)
+    confirm(common, f"generated {object_id}, {count(size, 'byte')}")
     done(common, id=object_id, size=size)
 
 
 @verb(
-    "expire", argument("object_id", metavar="ID", ids=True),
-    option("--after", metavar="TIME", help=f"wipe it after a time {TIME}"),
+    "expire", argument("object_id", metavar="ID", completes="secrets"),
+    option("--after", metavar="TIME", help=f"wipe it {TIME}"),
     flag("--never", help="remove the lifetime: the secret stays until it is deleted"),
     examples=("secretctl expire disk0 --after 8h", "secretctl expire disk0 --never"),
 )  # fmt: skip

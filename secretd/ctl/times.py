@@ -1,21 +1,72 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Times on the command line, such as 90s or 8h."""
+"""Times on the command line: a duration such as 90s or 1d12h, or a time such as 18:00."""
 
+import math
 import re
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from secretd.errors import UsageError
 
-_SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-_DURATION: Final = re.compile(r"([0-9]{1,10})([smhd])")
+if TYPE_CHECKING:
+    import datetime
 
-TIME: Final = "such as 90s, 15m, 8h or 30d"
+_SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+_PART: Final = r"([0-9]{1,10})([smhdw])"
+_DURATION: Final = re.compile(rf"(?:{_PART})+")
+_CLOCK: Final = re.compile(r"([0-9]{1,2}):([0-9]{2})")
+
+TIME: Final = "after a time such as 90s, 8h or 30d, or at one such as 18:00 or 2030-12-24"
 
 
 def seconds(text: str) -> int:
-    """Return the seconds of a time such as 90s, 15m, 8h or 30d. Raises UsageError."""
-    match = _DURATION.fullmatch(text)
-    if match is None:
+    """Return the seconds from now until a time: a duration, a local time, or a local date.
+
+    Raises UsageError.
+    """
+    if _DURATION.fullmatch(text):
+        return sum(int(number) * _SECONDS[unit] for number, unit in re.findall(_PART, text))
+    now = _now()
+    until = _moment(text, now)
+    if until is None:
         unit = "a time needs its unit" if text.isdecimal() else "a time is expected"
-        raise UsageError(f"'{text}': {unit}, such as 90s, 15m, 8h or 30d")
-    return int(match[1]) * _SECONDS[match[2]]
+        raise UsageError(f"'{text}': {unit}, such as 90s, 15m, 8h, 30d, 18:00 or 2030-12-24")
+    left = math.ceil((until - now).total_seconds())
+    if left <= 0:
+        raise UsageError(f"'{text}': this time is in the past")
+    return left
+
+
+def moment(text: str) -> float:
+    """Return the seconds since the epoch at a past time: a duration before now, a local time or
+    date. Raises UsageError.
+    """
+    now = _now()
+    if _DURATION.fullmatch(text):
+        return now.timestamp() - seconds(text)
+    since = _moment(text, now)
+    if since is None:
+        raise UsageError(f"'{text}': a time is expected, such as 2h, 18:00 or 2030-12-24")
+    seconds_since = since.timestamp()
+    return seconds_since - 86400 if _CLOCK.fullmatch(text) and since > now else seconds_since
+
+
+def _now() -> "datetime.datetime":
+    import datetime  # late: most verbs need no time
+
+    return datetime.datetime.now().astimezone()
+
+
+def _moment(text: str, now: "datetime.datetime") -> "datetime.datetime | None":
+    """Return the local time that a text names; a clock time is the next one."""
+    import datetime
+
+    clock = _CLOCK.fullmatch(text)
+    try:
+        if clock is None:
+            given = datetime.datetime.fromisoformat(text)
+            return given if given.tzinfo is not None else given.astimezone()
+        hour, minute = int(clock[1]), int(clock[2])
+        then = now.replace(hour=hour, minute=minute, second=0, microsecond=0)
+    except ValueError:
+        return None
+    return then if then > now else then + datetime.timedelta(days=1)

@@ -36,7 +36,7 @@ class Parameter(NamedTuple):
 
     ``name``: the function's. ``options``: its names on the command line, none for an argument.
     ``settings``: click's, but ``type`` is int, a tuple of choices, PATH, COMMAND or absent, and
-    ``ids`` completes the ids of secrets.
+    ``completes`` names what a shell completes: "secrets", "grants" or "identities".
     """
 
     kind: Literal["argument", "option", "flag"]
@@ -111,7 +111,7 @@ def carry_out(done: Verb, given: dict[str, Any], common: Common) -> int:
             return cannot_connect(error, common)
         if isinstance(error, api.ExecuteError):
             return fail(str(error))
-        return fail(f"the connection was lost before the answer: {error}; the command may have run")
+        return fail(str(error))
 
 
 def _check_socket(path: str | None) -> None:

@@ -9,9 +9,11 @@ from secretd.ctl.verb import Verb
 MODULES: Final = {
     **dict.fromkeys(("add", "read", "list", "del", "generate", "expire"), "secrets"),
     **dict.fromkeys(("run", "push", "seal"), "handover"),
-    **dict.fromkeys(("grant", "revoke", "explain"), "access"),
+    **dict.fromkeys(("grant", "revoke", "grants", "access", "explain"), "access"),
+    "show": "show",
     "audit": "audit",
     **dict.fromkeys(("import", "export", "watch"), "bulk"),
+    **dict.fromkeys(("stats", "metrics"), "figures"),
     **dict.fromkeys(("status", "shell"), "daemon"),
     "doctor": "doctor",
 }

@@ -22,8 +22,8 @@ from secretd.client import (
     StateError,
     SyncClient,
     default_socket,
+    readiness,
 )
-from secretd.client import aio as module
 from tests.support.daemon import Daemon
 from tests.support.in_loop import Served
 from tests.support.needs import ARENA_LEVEL, need_locked_memory
@@ -65,7 +65,7 @@ async def test_secrets_go_in_and_come_out(in_loop: Served) -> None:
         assert await client.read_into("a", fd, format="base64") == 12
         assert os.pread(fd, 100, 0) == base64.b64encode(b"letmein")
         os.close(fd)
-        assert (await client.explain("a", ["uid:1"]))["allowed"] is False
+        assert (await client.explain("a", ["uid:1"])).allowed is False
         assert await client.stat("objects-per-uid") == 4
         sealed = await client.seal("a", "key")
         await client.add_bytes(
@@ -99,8 +99,8 @@ async def test_connecting_to_nothing_is_a_connect_error(tmp_path: Path) -> None:
 async def test_a_wait_that_is_settled_twice_is_settled_once() -> None:
     """The loop may call back again before the waiter runs."""
     future = asyncio.get_running_loop().create_future()
-    module._settle(future)
-    module._settle(future)
+    readiness._settle(future)
+    readiness._settle(future)
     assert future.done()
 
 
@@ -360,7 +360,7 @@ def test_the_client_without_asyncio_does_the_same(daemon: Daemon, tmp_path: Path
         assert client.read_into("a", fd, format="base64") == 12
         os.close(fd)
         assert set(client.seal("a", "k")._asdict()) == {"data", "iv"}
-        assert client.explain("a", ["uid:1"])["allowed"] is False
+        assert client.explain("a", ["uid:1"]).allowed is False
         assert client.execute("query-name") == {}
         events = client.events()
         daemon.call(lambda: daemon.loop.call_later(0.2, announce, daemon))

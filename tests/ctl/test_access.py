@@ -163,13 +163,15 @@ def test_a_lifetime_is_set_and_listed(run: Ctl, qmp: Client) -> None:
     assert "expires-in" not in json.loads(run("list", "--json")[0])[1]
     for wrong in ([], ["--never", "--after", "8h"]):
         assert "either --after TIME or --never" in run("expire", "t", *wrong, status=2)[1]
-    words = "secretctl: '8': a time needs its unit, such as 90s, 15m, 8h or 30d\n"
+    words = (
+        "secretctl: '8': a time needs its unit, such as 90s, 15m, 8h, 30d, 18:00 or 2030-12-24\n"
+    )
     assert run("expire", "t", "--after", "8", status=1) == ("", words)
     assert run("grant", "t", "--to", "uid:1", "--for", "8", status=1) == ("", words)
     out, err = run("grant", "t", "--to", "uid:1", "--for", "8h")
     assert out == "grant-t-uid_1\n"
     assert re.fullmatch(r"secretctl: it ends at [0-9]{2}:[0-9]{2}, in 8h\n", err)
-    for text in ("x", "", "-1", "1w", "1.5h"):
+    for text in ("x", "", "-1", "1y", "1.5h", "25:00"):
         assert (
             "a time is expected, such as 90s" in run("expire", "s", f"--after={text}", status=1)[1]
         )

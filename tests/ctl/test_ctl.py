@@ -267,7 +267,7 @@ def test_a_daemon_that_goes_away_is_said(
         "secretd.client.SyncClient.list", lambda self: self.execute("qom-list-types")
     )
     _, err = run("list", "--timeout", "0.2", status=1)
-    assert err.startswith("secretctl: the connection was lost")
+    assert err.startswith(f"secretctl: {daemon.control}: The connection was closed")
 
 
 def test_an_interrupt_is_status_130(run: Ctl, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ import click
 import pytest
 
 from secretd.client import ConnectError
-from secretd.ctl.completion import complete_ids
+from secretd.ctl.completion import COMPLETIONS
 from secretd.ctl.frame import SECTIONS, cli
 from tests.support.daemon import Daemon
 from tests.support.needs import need_program
@@ -118,8 +118,8 @@ def test_every_id_is_offered_where_nothing_was_begun(daemon: Daemon, qmp: Client
     qmp.add("a", data="letmein")
     context = cli.make_context("secretctl", ["--socket", daemon.control, "list"])
     verb = cli.commands["read"].make_context("read", [], parent=context, resilient_parsing=True)
-    assert [i.value for i in complete_ids(verb, verb.command.params[0], "")] == ["a"]
-    assert complete_ids(verb, verb.command.params[0], "b") == []
+    assert [i.value for i in COMPLETIONS["secrets"](verb, verb.command.params[0], "")] == ["a"]
+    assert COMPLETIONS["secrets"](verb, verb.command.params[0], "b") == []
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
@@ -171,7 +171,7 @@ def test_a_refused_connection_names_the_permitted_users(
 ) -> None:
     """As the file's permissions have it."""
 
-    def refused(_client: object) -> None:
+    def refused(_client: object, **_named: object) -> None:
         raise ConnectError("no", PermissionError(13, "Permission denied"))
 
     monkeypatch.setattr("secretd.client.SyncClient.connect", refused)

@@ -261,7 +261,9 @@ def test_a_taken_id_is_never_answered_with_deletion(run: Ctl, qmp: Client, tmp_p
     qmp.add("s", data="x")
     (tmp_path / "f").write_text("y")
     _, err = run("add", "s", "--file", str(tmp_path / "f"), status=1)
-    assert err.endswith("secretctl: the id is taken, so nothing was changed; choose another one\n")
+    assert err.endswith(
+        "secretctl: the id is taken; --replace replaces the secret, or choose another id\n"
+    )
     assert "del" not in err
 
 
@@ -521,5 +523,5 @@ def test_the_end_of_a_terminal_is_the_end_of_what_is_typed() -> None:
 class SyncClientWithoutServer(SyncClient):
     """It has locked memory, and no connection."""
 
-    def connect(self) -> None:
+    def connect(self, *, retry_seconds: float = 0) -> None:
         """See SyncClient."""

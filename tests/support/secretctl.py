@@ -39,12 +39,19 @@ class Ctl:
 
 
 def in_terminal(
-    words: list[str], typed: bytes, *, expect: bytes, again: bytes = b""
+    words: list[str],
+    typed: bytes,
+    *,
+    expect: bytes,
+    again: bytes = b"",
+    hidden: bool = True,
+    columns: int = 80,
 ) -> tuple[int, bytes]:
     """Run secretctl in a terminal of its own; type when it has printed what is expected, and once
-    more when it asks for it.
+    more when it asks for it. ``hidden``: what is typed is not shown.
     """
     ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, columns))
     process = subprocess.Popen(
         # What was started in the background ignores interrupts, and so do its children.
         ["env", "--default-signal=INT", "setsid", "--ctty", "--wait", SECRETCTL, *words],
@@ -58,7 +65,7 @@ def in_terminal(
         while expect not in seen:
             seen += os.read(ours, 1000)
         # The prompt is written before the echo is switched off: wait for that.
-        while typed and termios.tcgetattr(ours)[3] & termios.ECHO:
+        while typed and hidden and termios.tcgetattr(ours)[3] & termios.ECHO:
             pass
         os.write(ours, typed)
         while again and b"Again: " not in seen:
