@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The values that both clients take and return."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final, Literal, NamedTuple, cast
 
 Format = Literal["raw", "base64"]
+
+OnChange = Callable[[bool], object]
 
 
 class SecretInfo(NamedTuple):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The verbs for many secrets: import, export, watch.
+"""The verbs for many secrets: import and export.
 
 import and export use a line of JSON for each secret, which has the arguments of QEMU's object-add.
 Nothing is exported in clear.
@@ -8,15 +8,13 @@ Nothing is exported in clear.
 import json
 import os
 import re
-import sys
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any, Final
 
 from secretd import client as api
-from secretd.client import Event, SyncClient
+from secretd.client import SyncClient
 from secretd.client.batch import Batch
 from secretd.client.channel import Lost, Message
 from secretd.ctl.connection import client_of
@@ -33,7 +31,11 @@ BATCH_BYTES: Final = 128 << 10
 
 _NEWLINE: Final = re.compile(rb"\n")
 _QUOTE: Final = ord('"')
-_BACKSLASH: Final = re.compile(rb"\\")
+_NUL: Final = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
+_BOM: Final = b"\xef\xbb\xbf"
+_OTHER_BOMS: Final = (b"\xff\xfe", b"\xfe\xff")
+_MEMBERS: Final = ("id", "data", "format", "keyid", "iv", "qom-type", "expires-in")
+_NAME_CHARACTERS: Final = 32
 _BLANK: Final = re.compile(rb"[ \t\r]*")
 
 
@@ -187,12 +189,20 @@ def _lines(fd: int, buffer: LockedBuffer) -> Iterator[memoryview]:
     empty.
     """
     view, fill, ended = buffer.view, 0, False
+    skipped = 0  # of a byte order mark
+    begun = False
     while not ended:
         count = os.readv(fd, [view[fill:]])
         ended = count == 0
         fill += count
-        start = 0
-        for end in _ends(view[:fill], last=ended):
+        if not begun and (fill >= len(_BOM) or ended):
+            begun = True
+            mark = bytes(view[: len(_BOM)])
+            if mark[:2] in _OTHER_BOMS:
+                raise UsageError("the lines are in UTF-16; UTF-8 is expected")
+            skipped = len(_BOM) if mark == _BOM else 0
+        start, skipped = skipped, 0
+        for end in _ends(view[:fill], last=ended) if begun else ():
             if end - start > LINE_BYTES:
                 raise UsageError(f"a line has more than {LINE_BYTES} bytes")
             line = view[start:end]
@@ -236,21 +246,55 @@ def _decoder() -> Any:
 
 
 def _decoded(line: memoryview, where: str) -> Any:
-    """Return the members of a line; its data stays in the line. Raises UsageError."""
+    """Return the members of a line; its data stays in the line, with its escapes, which secretd
+    decodes. Raises UsageError.
+    """
     found = _decoder()(line)
-    if found is None or found.qom_type not in (None, "secret"):
-        raise UsageError(
-            f"{where}: not a secret: a JSON object is expected with id, data and, as needed, "
-            "format, keyid, iv and expires-in"
-        )
+    if found is None:
+        raise UsageError(f"{where}: {_fault(line)}")
+    if found.qom_type not in (None, "secret"):
+        raise UsageError(f"{where}: qom-type must be secret")
     quoted = memoryview(found.data)
     if quoted[0] != _QUOTE:
         raise UsageError(f"{where}: data must be a string")
     if found.format not in (None, "raw", "base64"):
         raise UsageError(f"{where}: format must be raw or base64")
-    if _BACKSLASH.search(quoted):
-        raise UsageError(f'{where}: data has escapes; give it in base64, with "format": "base64"')
+    if _NUL.search(quoted):
+        raise UsageError(
+            f"{where}: data has a \\u0000, which QMP cannot carry; give it in base64, with "
+            '"format": "base64"'
+        )
     return found
+
+
+def _fault(line: memoryview) -> str:
+    """Return what is wrong with a line that cannot be decoded: the member, and never a value."""
+    import msgspec
+
+    try:
+        members = msgspec.json.decode(line, type=dict[str, msgspec.Raw])
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        members = None
+    if members is None:
+        return (
+            "not a secret: a JSON object is expected with id, data and, as needed, format, keyid, "
+            "iv and expires-in"
+        )
+    for name in members:
+        if name not in _MEMBERS:
+            shown = name if name.isprintable() and len(name) <= _NAME_CHARACTERS else "?"
+            return f"the member '{shown}' is unexpected; a line has {', '.join(_MEMBERS)}"
+    missing = [name for name in ("id", "data") if name not in members]
+    if missing:
+        return f"the member '{missing[0]}' is missing"
+    for name, raw in members.items():
+        number = name == "expires-in"
+        first = memoryview(raw)[0]
+        if number and not chr(first).isdecimal():
+            return f"the member '{name}' must be a number of seconds"
+        if not number and name != "data" and first != _QUOTE:
+            return f"the member '{name}' must be a string"
+    return "a member has a value that cannot be read"
 
 
 @verb(
@@ -297,34 +341,3 @@ def export(common: Common, ids: tuple[str, ...], keyid: str) -> int:
     if failed:
         return fail(f"{exported} exported, {failed} not: the export is not complete")
     return 0
-
-
-@verb("watch", flag("--once", help="end after the first event"))
-def watch(common: Common, once: bool) -> None:
-    """Print events about secrets as they happen.
-
-    On the control socket with the peer that caused them; on the client socket about secrets that
-    the caller may read. It continues after a restart of secretd.
-    """
-    with client_of(common) as client:
-        if sys.stderr.isatty() and not common.json:
-            print(f"watching {client.path}; Ctrl-C ends it", file=sys.stderr)
-        events = client.events()
-        while True:
-            print(_described(next(events), as_json=common.json), flush=True)
-            if once:
-                return
-
-
-def _described(event: Event, *, as_json: bool) -> str:
-    if as_json:
-        return json.dumps({"time": event.time, "event": event.name, **event.data})
-    clock = time.strftime("%H:%M:%S", time.localtime(event.time))
-    by = ""
-    if event.peer is not None:
-        by = (
-            f"  by {event.peer.get('unit') or 'uid:' + str(event.peer['uid'])}, pid "
-            f"{event.peer['pid']}"
-        )
-    what = event.id or json.dumps(event.data)
-    return f"{clock}  {event.name:<18}  {what}{by}"

@@ -313,7 +313,7 @@ class Broadcaster:
             number, name, object_id, full, bare, by = event
             if by is origin or number <= subscriber.since:
                 continue
-            if wanted is not None and name not in wanted:
+            if (wanted is not None and name not in wanted) or not (bare or control):
                 continue
             if not control:
                 if object_id not in readable:

@@ -123,12 +123,27 @@ class Core:
             full = wire_event(name, f'{{"id": {quoted}, "peer": {encoder.value(peer.info)}}}')
         self.broadcaster.publish(name, object_id, full, bare, origin, uid)
 
+    def announce_grant(
+        self, name: str, members: dict[str, object], peer: Peer | None, origin: object
+    ) -> None:
+        """Publish an event about a grant to control connections; ``members``: those of AboutGrant
+        but the peer.
+        """
+        grant_id = str(members["id"])
+        uid = None if peer is None or peer.trusted else peer.uid
+        if self.broadcaster.accepts(name, grant_id, uid, origin):
+            data = members if peer is None else members | {"peer": peer.info}
+            event = wire_event(name, encoder.value(data))
+            self.broadcaster.publish(name, grant_id, event, b"", origin, uid)
+
     def expire(self, object_id: str) -> None:
         """End the deliveries of an expired object, wipe it, and announce that."""
         kind = self.tree.delete(object_id)
         self.audit.append("expire", id=object_id, type=kind.info.name)
         if not kind.decides:
             self.announce("SECRET_EXPIRED", object_id, None, None)
+        elif kind.info.name == "secret-grant":
+            self.announce_grant("SECRET_REVOKED", {"id": object_id}, None, None)
 
 
 def wire_event(name: str, data: str) -> bytes:

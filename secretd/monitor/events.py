@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The events that secretd sends, and their data.
 
-broadcast decides which connections get them; commands, monitor, core and server cause
-them. The schema is derived
-from this module.
+broadcast decides which connections get them; commands, monitor, core and server cause them. The
+schema is derived from this module.
 """
 
 from typing import Final, Literal, NotRequired, TypedDict
@@ -48,6 +47,16 @@ class AboutSecret(TypedDict):
     peer: NotRequired[PeerInfo]
 
 
+class AboutGrant(TypedDict):
+    """An event of the secret-grant ``id``, for control connections only. ``secret``: the ids that
+    a new one names.
+    """
+
+    id: str
+    secret: NotRequired[str]
+    peer: NotRequired[PeerInfo]
+
+
 class EventsLost(TypedDict):
     """The number of lost events: the client did not read, a queue was full, or too many ids were
     throttled.
@@ -57,7 +66,13 @@ class EventsLost(TypedDict):
 
 
 EventName = Literal[
-    "SECRET_ADDED", "SECRET_DELETED", "SECRET_EXPIRED", "SECRET_READ", "SECRET_DENIED"
+    "SECRET_ADDED",
+    "SECRET_DELETED",
+    "SECRET_EXPIRED",
+    "SECRET_READ",
+    "SECRET_DENIED",
+    "SECRET_GRANTED",
+    "SECRET_REVOKED",
 ]
 """The events that `secret-events` can select."""
 
@@ -68,5 +83,7 @@ EVENTS: Final[dict[str, type]] = {
     "SECRET_EXPIRED": AboutSecret,
     "SECRET_READ": AboutSecret,
     "SECRET_DENIED": AboutSecret,
+    "SECRET_GRANTED": AboutGrant,
+    "SECRET_REVOKED": AboutGrant,
     "SECRET_EVENTS_LOST": EventsLost,
 }

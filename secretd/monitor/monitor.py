@@ -114,6 +114,11 @@ class Monitor:
         if self.core.broadcaster.subscribers:  # usually there are none
             self.core.announce(event, object_id, self.peer, self)
 
+    def announce_grant(self, event: str, members: dict[str, object]) -> None:
+        """Announce to the other control connections what this one did to a grant."""
+        if self.core.broadcaster.subscribers:
+            self.core.announce_grant(event, members, self.peer, self)
+
     def note(self, event: str, object_id: str, kind: str, size: int | None = None) -> None:
         """Append an audit record of what this session did to an object of type ``kind``."""
         self.core.audit.append_object_event(event, self.subject, object_id, kind, size)

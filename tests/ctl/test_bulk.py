@@ -65,12 +65,21 @@ def test_lines_longer_than_a_read_are_put_together(run: Ctl, qmp: Client, tmp_pa
     ("text", "words"),
     [
         ("{", "not a secret: a JSON object is expected"),
-        ('{"id": "n"}', "not a secret: a JSON object is expected"),
+        ('[{"id": "n"}]', "not a secret: a JSON object is expected"),
+        ('{"id": "n"}', "the member 'data' is missing"),
+        ('{"data": "hunter2"}', "the member 'id' is missing"),
+        ('{"id": 7, "data": "hunter2"}', "the member 'id' must be a string"),
+        ('{"id": "n", "data": "", "expires-in": "1"}', "'expires-in' must be a number of seconds"),
+        ('{"id": "n", "data": "", "expires-in": 1.5}', "a member has a value that cannot be read"),
         ('{"id": "n", "data": "", "format": "hex"}', "format must be raw or base64"),
-        ('{"id": "n", "data": "", "qom-type": "x"}', "not a secret: a JSON object is expected"),
+        ('{"id": "n", "data": "", "qom-type": "x"}', "qom-type must be secret"),
         ('{"id": "n", "data": 7}', "data must be a string"),
-        ('{"id": "n", "data": "hunter2\\n"}', "data has escapes; give it in base64"),
-        ('{"id": "n", "data": "hunter2", "more": 1}', "not a secret: a JSON object is expected"),
+        ('{"id": "n", "data": "hunter2\\\\\\u0000"}', "data has a \\u0000, which QMP cannot carry"),
+        (
+            '{"id": "n", "data": "hunter2", "more": 1}',
+            "the member 'more' is unexpected; a line has",
+        ),
+        ('{"id": "n", "data": "", "%s": 1}' % ("hunter2" * 5), "the member '?' is unexpected"),
         ('{"id": "1", "data": "hunter2"}', "Parameter 'id' expects an identifier (1 added before"),
         ('{"id": "a", "data": "hunter2"}', "attempt to add duplicate property 'a'"),
     ],
@@ -86,6 +95,22 @@ def test_the_first_line_that_is_wrong_is_named_and_ends_it(
     assert words in err
     assert "hunter2" not in err
     assert [s["id"] for s in qmp.ok("query-secrets")] == ["a"]
+
+
+def test_what_other_programs_write_is_taken(run: Ctl, qmp: Client, tmp_path: Path) -> None:
+    """A byte order mark, and JSON escapes, which secretd decodes in locked memory."""
+    path = tmp_path / "s.jsonl"
+    values = {"a": 'quote " backslash \\ slash', "b": "umlaut ä\n\ttab", "c": "\\u0000", "d": "🔑"}
+    lines = "".join(
+        json.dumps({"id": name, "data": value}) + "\r\n" for name, value in values.items()
+    )
+    path.write_bytes(b"\xef\xbb\xbf" + lines.encode())
+    assert run("import", str(path))[0] == "4 added\n"
+    assert {name: qmp.read(name).decode() for name in values} == values
+    path.write_text(lines, "utf-16")
+    assert "the lines are in UTF-16; UTF-8 is expected" in run("import", str(path), status=1)[1]
+    path.write_bytes(b"\xef")
+    assert f"{path}:1: not a secret" in run("import", str(path), status=1)[1]
 
 
 @pytest.mark.parametrize("refused", [1, 32, 33, 65, 190, 200])
@@ -256,3 +281,40 @@ def test_watching_tells_how_to_end_it_and_can_end_itself(daemon: Daemon, qmp: Cl
             seen += os.read(ours, 1000)
         assert process.wait(10) == 0
     os.close(ours)
+
+
+def subscribers(daemon: Daemon) -> list[Any]:
+    """The sessions that get events."""
+    found = daemon.call(lambda: [*daemon.server.core.broadcaster.subscribers])
+    assert isinstance(found, list)
+    return found
+
+
+def test_watching_goes_on_after_a_restart_and_says_so(daemon: Daemon, qmp: Client) -> None:
+    """Grants are named with the ids that they are for; programs get no remarks."""
+    for words in ([], ["--json"]):
+        process = subprocess.Popen(
+            [SECRETCTL, "--socket", daemon.control, "watch", *words],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        with process:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            while not (before := subscribers(daemon)):
+                pass
+            daemon.call(before[0].transport.close)
+            while subscribers(daemon) in ([], before):
+                pass
+            options = {"qom-type": "secret-grant", "id": "g", "secret": "web.*", "authz": "a"}
+            qmp.ok("object-add", options)
+            told = process.stdout.readline()
+            qmp.ok("object-del", {"id": "g"})
+            process.terminate()
+            errors = process.stderr.read()
+        if words:
+            assert json.loads(told)["secret"] == "web.*"
+            assert errors == ""
+        else:
+            assert "SECRET_GRANTED      g for web.*  by " in told
+            assert "secretd went away; events until it is back are missing\n" in errors
+            assert "secretd is back\n" in errors

@@ -628,3 +628,28 @@ async def test_a_connection_that_ends_during_an_event_gets_no_more(
     while not sent:
         await asyncio.sleep(0)
     assert len(sent) == 1
+
+
+async def test_grants_are_events_on_control_sockets_only(
+    in_loop: Served, aqmp: AsyncClient
+) -> None:
+    """Added, deleted and expired; a client with a grant for everything sees none of them."""
+    need_root()
+    watcher = await (await in_loop.connect()).watch()
+    await aqmp.allow("a", f"uid:{1000}")
+    await aqmp.grant("all", "*", "a")
+    client = await (await in_loop.connect(role="client", uid=1000)).watch()
+    await aqmp.grant("g", "web.*", "a")
+    await aqmp.ok("object-del", {"id": "g"})
+    await aqmp.grant("short", "s", "a", **{"expires-after": 1})
+    seen = [await watcher.event() for _ in range(5)]
+    assert [(e["event"], e["data"]["id"], e["data"].get("secret")) for e in seen] == [
+        ("SECRET_GRANTED", "all", "*"),
+        ("SECRET_GRANTED", "g", "web.*"),
+        ("SECRET_REVOKED", "g", None),
+        ("SECRET_GRANTED", "short", "s"),
+        ("SECRET_REVOKED", "short", None),
+    ]
+    assert ["peer" in event["data"] for event in seen] == [True] * 4 + [False]
+    await aqmp.add("s", data="x")
+    assert (await client.event())["event"] == "SECRET_ADDED"

@@ -9,6 +9,7 @@ from msgspec import UNSET, UnsetType
 from secretd.monitor.monitor import Monitor
 from secretd.qapi.command import Commands
 from secretd.qapi.visitor import SensitiveAny
+from secretd.qom.grant import SecretGrantOptions
 from secretd.qom.loading import then
 from secretd.qom.object_type import (
     ObjectOptions,
@@ -35,8 +36,11 @@ def added(monitor: Monitor, options: ObjectOptions, size: int) -> None:
     """Record and announce a new object of ``size`` bytes."""
     kind = monitor.tree.types.of[type(options)]
     name = kind.info.name
-    if kind.decides:
-        monitor.note("grant" if name == "secret-grant" else "add", options.id, name)
+    if isinstance(options, SecretGrantOptions):
+        monitor.note("grant", options.id, name)
+        monitor.announce_grant("SECRET_GRANTED", {"id": options.id, "secret": options.secret})
+    elif kind.decides:
+        monitor.note("add", options.id, name)
     else:
         monitor.note("add", options.id, name, size)
         monitor.announce("SECRET_ADDED", options.id)
@@ -47,7 +51,11 @@ def object_del(monitor: Monitor, id: str) -> None:  # noqa: A002 - the wire's na
     """Delete an object; a secret's plaintext is wiped before the reply."""
     kind = monitor.tree.delete(id)
     name = kind.info.name
-    monitor.note("revoke" if name == "secret-grant" else "delete", id, name)
+    if name == "secret-grant":
+        monitor.note("revoke", id, name)
+        monitor.announce_grant("SECRET_REVOKED", {"id": id})
+        return
+    monitor.note("delete", id, name)
     if not kind.decides:
         monitor.announce("SECRET_DELETED", id)
 
