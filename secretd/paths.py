@@ -6,6 +6,7 @@ daemon creates the sockets there; client and ctl look for them.
 
 import os
 import stat
+from typing import Final
 
 
 def default_directory() -> str:
@@ -50,3 +51,7 @@ def control_path() -> str:
 def client_path() -> str:
     """Return the default path of the client socket."""
     return os.path.join(default_directory(), "client.sock")
+
+
+OBJECTS_DIR: Final = "/etc/secretd/objects.d"
+"""The directory of objects that the system's unit adds at its start."""

@@ -36,7 +36,7 @@ class Audit:
     """The records of this process, which continue those of the previous process in the same file.
 
     ``in_turn``: records are collected, and `end_turn` writes them all at once. ``key``: returns the
-    HMAC's key as a borrowed view; None for a chain of hashes.
+    HMAC's key as a borrowed view; None for a chain of hashes. ``on_terminal``: a person watches.
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class Audit:
         self._retry_seconds = tuning.audit_retry_seconds
         self._target = target
         self._require = require
+        self.on_terminal = target == "-" and os.isatty(2)
         self._key = key
         self._sink: Sink | None = None
         self._rest = b""  # unwritten bytes, which begin within or before a line

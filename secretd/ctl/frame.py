@@ -23,7 +23,8 @@ SECTIONS: Final = {
     "Hand-over": ("run", "push", "seal"),
     "Access": ("grant", "revoke", "grants", "access", "explain", "audit"),
     "Many at once": ("import", "export", "watch"),
-    "The daemon": ("status", "stats", "metrics", "doctor", "shell", "completion", "help"),
+    "The daemon": ("status", "stats", "metrics", "doctor", "check-config", "shell"),
+    "This tool": ("completion", "help"),
 }
 """The verbs by section, as the help lists them."""
 

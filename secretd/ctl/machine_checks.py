@@ -23,6 +23,7 @@ LOCKED_BYTES: Final = 8 << 20
 """Bytes of locked memory with room for 100,000 small secrets: systemd's default limit."""
 
 _SO_PEERPIDFD: Final = 77
+_POWER_STATE = "/sys/power/state"
 _UNITS: Final = ("secretd-control.socket", "secretd-client.socket", "secretd-credentials.socket")
 
 COMMAND_SECONDS: Final = 0.4
@@ -64,6 +65,14 @@ def _memory(_common: Common) -> Iterator[Finding]:
         level = "none"
     if level == "secretmem":
         yield Finding("memory", "ok", "secretmem: not even root's debugger reads secrets")
+        if _can_hibernate():
+            yield Finding(
+                "hibernation",
+                "warning",
+                "impossible while secretd runs: secretmem forbids it",
+                "start secretd with --memory=mlock if this machine must hibernate; encrypt swap "
+                "then",
+            )
     elif level == "mlock":
         yield Finding(
             "memory",
@@ -92,6 +101,15 @@ def _memory(_common: Common) -> Iterator[Finding]:
             "raise it with LimitMEMLOCK= in the unit, 'ulimit -l', or memlock in "
             "/etc/security/limits.conf",
         )
+
+
+def _can_hibernate() -> bool:
+    """Return True if this machine can suspend to disk at all (/sys/power/state)."""
+    try:
+        with open(_POWER_STATE, encoding="ascii") as file:
+            return "disk" in file.read().split()
+    except OSError:
+        return False
 
 
 def _files(_common: Common) -> Iterator[Finding]:

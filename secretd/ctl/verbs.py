@@ -15,12 +15,17 @@ MODULES: Final = {
     **dict.fromkeys(("import", "export"), "bulk"),
     "watch": "watch",
     **dict.fromkeys(("stats", "metrics"), "figures"),
-    **dict.fromkeys(("status", "shell"), "daemon"),
+    **dict.fromkeys(("status", "shell", "check-config"), "daemon"),
     "doctor": "doctor",
 }
 """The module of each verb."""
 
-_FUNCTIONS: Final = {"del": "delete", "list": "list_secrets", "import": "import_"}
+_FUNCTIONS: Final = {
+    "del": "delete",
+    "list": "list_secrets",
+    "import": "import_",
+    "check-config": "check_config",
+}
 """The names of functions whose verbs' names Python has taken."""
 
 

@@ -16,7 +16,7 @@ from secretd.daemon.sockets import is_listening
 from secretd.errors import LockedMemoryExhausted, MemoryLockError, StateError, UsageError
 from secretd.journal.journal import Journal
 from secretd.memory.arena import Arena
-from secretd.memory.level import choose_level
+from secretd.memory.level import Choice, choose_level
 from secretd.server.credentials import STORED
 from secretd.systemd.activation import Passed, passed
 
@@ -81,17 +81,21 @@ def inherited() -> InheritedDescriptors:
     return found
 
 
-def open_journal(found: InheritedDescriptors, *, require_lock: bool) -> tuple[Journal, bool]:
+def open_journal(
+    found: InheritedDescriptors, *, require_lock: bool, memory: Choice = "auto"
+) -> tuple[Journal, bool]:
     """Return the journal with its arena, and whether an earlier process left it.
 
-    Raises UsageError if it cannot be taken over, and MemoryLockError if memory must be locked and
-    cannot be.
+    ``memory``: the level of new memory; that of an earlier process stays as it is. Raises
+    UsageError if it cannot be taken over, and MemoryLockError if memory must be locked and cannot
+    be.
     """
     # 1. Nothing was stored: begin with new memory.
     if not found.journals:
         for fd in found.arenas:  # from a process that ended before it had a journal
             os.close(fd)
-        return Journal(Arena(choose_level(require=require_lock))), False
+        level = choose_level(require=require_lock, choice=memory)
+        return Journal(Arena(level)), False
     # 2. Continue with the stored memory, or leave it as it is.
     try:
         if not found.arenas:
@@ -112,6 +116,13 @@ def open_journal(found: InheritedDescriptors, *, require_lock: bool) -> tuple[Jo
             "the secrets that secretd held before are not in locked memory, and "
             "--memory-lock=require was given: give them up with 'systemctl stop', or start "
             "without it"
+        )
+    if memory not in ("auto", journal.arena.level):
+        log.warning(
+            "the secrets that secretd held before stay in %s memory until 'systemctl stop' gives "
+            "them up; --memory=%s counts for new ones after that",
+            journal.arena.level,
+            memory,
         )
     return journal, True
 

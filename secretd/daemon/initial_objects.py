@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The objects of ``--object``, created before the first connection is accepted.
+"""The objects of ``--object`` and ``--object-dir``, created before the first connection is
+accepted.
 
 It opens only what the objects name. daemon.process calls it, with the texts that argv has left.
 """
@@ -9,6 +10,7 @@ import os
 import re
 
 from secretd.daemon import redaction
+from secretd.daemon.object_files import read_directory
 from secretd.descriptors.source import CommandLineSources
 from secretd.errors import CommandError, LockedMemoryExhausted, UsageError
 from secretd.monitor.commands import COMMANDS
@@ -24,7 +26,7 @@ log = logging.getLogger("secretd")
 
 
 class InitialObjects:
-    """Creates the objects of ``--object``, one after the other.
+    """Creates the objects of the options, one after the other.
 
     ``hidden``: descriptors with values of data=. ``required``: fail the start if an object cannot
     be added, instead of logging that. ``made``: the ids of the created objects, without equal ones
@@ -58,6 +60,19 @@ class InitialObjects:
         except UsageError as error:
             raise UsageError(self._words(text, str(error))) from None
         return True
+
+    def make_from(self, directory: str) -> None:
+        """Create the objects of the files in a directory. Raises UsageError that names file and
+        line.
+        """
+        for place, options in read_directory(directory, self._tree.scratch):
+            try:
+                self._make(options)
+            except CommandError as error:
+                words = f"{place}: {with_hint(error.desc)}"
+                if self._required:
+                    raise UsageError(words + _credential_hint(options)) from None
+                log.error("%s; started without it (--object-policy=best-effort)", words)
 
     def _make(self, options: ObjectOptions) -> None:
         changes: dict[str, object] = {}

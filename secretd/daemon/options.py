@@ -67,10 +67,24 @@ def parser() -> QuietParser:
     )
     add("--object", action="append", default=[], metavar="SPEC", help="add an object at start")
     add(
+        "--object-dir",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="add the objects of all files *.json in a directory at start, after those of --object",
+    )
+    add(
         "--object-policy",
         choices=("best-effort", "require"),
         default="require",
         help="best-effort: start without objects that cannot be added (default: require)",
+    )
+    add(
+        "--memory",
+        choices=("auto", "secretmem", "mlock"),
+        default="auto",
+        help="where secrets lie; secretmem keeps them even from root, and the machine from "
+        "hibernating (default: auto, which is secretmem where the kernel has it, else mlock)",
     )
     add(
         "--memory-lock",
@@ -96,6 +110,11 @@ def parser() -> QuietParser:
         "--audit-key",
         metavar="ID",
         help="the secret under which audit records are chained, so that they cannot be forged",
+    )
+    add(
+        "--check-config",
+        action="store_true",
+        help="add all objects, say what is wrong, and end without serving",
     )
     add("--version", action="version", version=f"secretd {__version__}")
     return made

@@ -13,17 +13,17 @@ import gc
 import logging
 import os
 import resource
-import shutil
 import signal
 import sys
 from collections.abc import Mapping
 from typing import Any
 
-from secretd import __version__, paths
+from secretd import __version__
 from secretd.access.peer import SocketRole, check_own_uid
 from secretd.audit.log import Audit
 from secretd.audit.sinks import Sink
 from secretd.daemon import argv, inherited
+from secretd.daemon.announcement import objects_in_words, say_ready
 from secretd.daemon.fd_store import DescriptorStore
 from secretd.daemon.inherited import InheritedDescriptors
 from secretd.daemon.initial_objects import InitialObjects
@@ -33,12 +33,11 @@ from secretd.daemon.sockets import SocketSpec, open_sockets, wanted
 from secretd.daemon.status import StatusReporter
 from secretd.errors import CommandError, SecretdError, UsageError
 from secretd.journal.journal import Journal
-from secretd.linux.locked_pages import forbid_dumps, limit_text
-from secretd.linux.user_namespace import unmapped_words
+from secretd.linux.locked_pages import forbid_dumps
 from secretd.memory.arena import SCRATCH_RESERVE, SCRATCH_WINDOW, Arena
+from secretd.memory.level import choose_level
 from secretd.monitor.commands import COMMANDS
 from secretd.monitor.monitor import log_internal
-from secretd.net.listener import Listener
 from secretd.net.loop import Loop
 from secretd.qom.registry import TYPES
 from secretd.qom.tree import ObjectTree
@@ -76,12 +75,35 @@ def run(options: argparse.Namespace, handler: LogHandler) -> int:
     forbid_dumps()
     _raise_descriptor_limit()
     specs = wanted(((role, getattr(options, role.value)) for role in SocketRole), found.sockets)
-    journal, restored = inherited.open_journal(found, require_lock=options.memory_lock == "require")
+    if options.check_config:
+        return check_config(options)
+    journal, restored = inherited.open_journal(
+        found, require_lock=options.memory_lock == "require", memory=options.memory
+    )
     process = _Process(journal, manager, found, handler, restored=restored)
     try:
         process.run(options, specs)
     finally:
         process.end()
+    return 0
+
+
+def check_config(options: argparse.Namespace) -> int:
+    """Create all objects in memory of their own, report how many, and wipe them."""
+    level = choose_level(require=options.memory_lock == "require", choice=options.memory)
+    scratch = Arena(level, window=SCRATCH_WINDOW, reserve=SCRATCH_RESERVE)
+    journal = Journal(Arena(level))
+    try:
+        tree = ObjectTree(journal, scratch, TYPES)
+        initial = InitialObjects(tree, argv.hidden_fds())
+        if all(map(initial.make, options.object)):
+            for directory in options.object_dir:
+                initial.make_from(directory)
+            print(f"the configuration is valid: {objects_in_words(len(journal))}")
+    finally:
+        journal.close()
+        journal.arena.close()
+        scratch.close()
     return 0
 
 
@@ -122,6 +144,8 @@ class _Process:
         initial = InitialObjects(tree, hidden, required=options.object_policy == "require")
         if not all(map(initial.make, options.object)):
             return
+        for directory in options.object_dir:
+            initial.make_from(directory)
         argv.close(hidden)
         if self._manager is not None:
             self._store = DescriptorStore(self._manager, journal, restored=self._restored)
@@ -192,7 +216,7 @@ class _Process:
                 audit.append("add", id=object_id, type=kind.info.name, door="command line")
             for sock, name in inherited.adopt(self._found.connections):
                 server.credentials.refuse(sock, name)
-            _say_ready(tree, listeners, self._before)
+            say_ready(tree, listeners, self._before, audit)
             gc.freeze()
             gc.enable()
             if reports is not None:
@@ -220,7 +244,7 @@ class _Process:
         if self._manager is not None:
             self._manager.close()
         if self._served and self._keep:
-            log.info("stopped; the service manager keeps %s", _objects(objects))
+            log.info("stopped; the service manager keeps %s", objects_in_words(objects))
         elif self._served:
             log.info("stopped; all secrets are wiped")
 
@@ -232,10 +256,6 @@ def _unexpected(_loop: asyncio.AbstractEventLoop, context: Mapping[str, Any]) ->
         log_internal(error)
     else:
         log.error("internal error: something went wrong in the event loop")
-
-
-def _objects(count: int) -> str:
-    return f"{count} object{'' if count == 1 else 's'}"
 
 
 REOPEN_SECONDS = 10.0
@@ -307,36 +327,6 @@ async def _reopen(audit: Audit, server: Server, seconds: float = REOPEN_SECONDS)
 def _close_sink(sink: Sink | None) -> None:
     if sink is not None:
         sink.close()
-
-
-_MEMORY = {
-    "secretmem": "secretmem (memfd_secret(2), unseen even by root's /proc/PID/mem)",
-    "mlock": "mlock (not in swap or a core dump while secretd runs; root can read one copy of "
-    "each secret)",
-    "none": "none: MEMORY IS NOT LOCKED, secrets may reach swap (--memory-lock=require refuses "
-    "this)",
-}
-
-
-def _say_ready(tree: ObjectTree, listeners: list[Listener], before: int) -> None:
-    kept = f", {before} of them kept from before" if before else ""
-    lines = [f"version {__version__}, {_objects(len(tree.journal))}{kept}"]
-    lines += [f"{listener.role.value + ' socket':<18} {listener.path}" for listener in listeners]
-    level = tree.journal.arena.level
-    lines.append(f"{'memory':<18} {_MEMORY[level]}")
-    for line in lines:
-        log.info("%s", line)
-    if words := unmapped_words():
-        log.warning("%s; such peers are refused, and no rule can name them", words)
-    if level == "none":
-        log.warning("%s", limit_text())
-    control = next((ln for ln in listeners if ln.role is SocketRole.CONTROL), None)
-    if control is not None and control.owned:
-        tool = "secretctl"
-        if shutil.which(tool) is None:
-            tool = os.path.join(os.path.dirname(sys.executable), tool)
-        option = "" if control.path == paths.control_path() else f" --socket {control.path}"
-        log.info("try: %s%s add disk0 --prompt   or: %s --help", tool, option, tool)
 
 
 if __name__ == "__main__":

@@ -124,8 +124,9 @@ class Monitor:
         self.core.audit.append_object_event(event, self.subject, object_id, kind, size)
 
     def note_connection(self) -> None:
-        """Append an audit record of the connection."""
-        self.core.audit.append("connect", self.subject)
+        """Append an audit record of the connection; a person at a terminal is spared these."""
+        if not self.core.audit.on_terminal:
+            self.core.audit.append("connect", self.subject)
 
     def check(self, object_id: str, action: str) -> Grant:
         """Return permission to release a secret; see access.decision.Access.check."""

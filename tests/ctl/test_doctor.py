@@ -98,6 +98,20 @@ def test_each_level_of_memory_is_reported(
     assert mend in first.mend
 
 
+def test_hibernation_that_secretmem_forbids_is_reported(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Where the machine could hibernate."""
+    monkeypatch.setattr(machine_checks, "choose_level", lambda *, require: "secretmem")  # noqa: ARG005
+    for states, reported in (("freeze mem disk\n", True), ("freeze mem\n", False)):
+        (tmp_path / "state").write_text(states)
+        monkeypatch.setattr(machine_checks, "_POWER_STATE", str(tmp_path / "state"))
+        names = [finding.check for finding in found(machine_checks._memory)]
+        assert ("hibernation" in names) is reported
+    monkeypatch.setattr(machine_checks, "_POWER_STATE", str(tmp_path / "none"))
+    assert "hibernation" not in [finding.check for finding in found(machine_checks._memory)]
+
+
 @pytest.mark.parametrize(
     ("limit", "uid", "state"),
     [
@@ -113,7 +127,7 @@ def test_the_memory_limit_is_reported(
     """There is none for root."""
     monkeypatch.setattr(resource, "getrlimit", lambda _what: (limit, limit))
     monkeypatch.setattr(os, "geteuid", lambda: uid)
-    assert found(machine_checks._memory)[1].state == state
+    assert found(machine_checks._memory)[-1].state == state
     assert found(machine_checks._files)[0].state == ("warning" if 0 <= limit < 4096 else "ok")
 
 

@@ -23,6 +23,7 @@ from secretd.audit.records import Subject
 from secretd.audit.sinks import Sink, open_sink
 from secretd.daemon import process as daemon_process
 from secretd.daemon import sockets
+from secretd.daemon.announcement import say_ready
 from secretd.daemon.initial_objects import InitialObjects
 from secretd.errors import CommandError, UsageError
 from secretd.journal.journal import Journal
@@ -115,7 +116,7 @@ def test_what_to_type_next_works_as_it_is_printed(
         monkeypatch.setattr(shutil, "which", lambda _name, found=found: found)
         caplog.clear()
         with caplog.at_level("INFO"):
-            daemon_process._say_ready(tree, listeners, 0)
+            say_ready(tree, listeners, 0, Audit())
         said = caplog.text
         assert f"try: {shown} --socket {tmp_path}/c add disk0 --prompt   or: {shown} --help" in said
         assert f"version {__version__}, 0 objects" in said
