@@ -20,7 +20,7 @@ from secretd.ctl.verbs import MODULES, find
 
 SECTIONS: Final = {
     "Secrets": ("add", "read", "list", "show", "del", "generate", "expire"),
-    "Hand-over": ("run", "push", "seal"),
+    "Hand-over": ("run", "push", "seal", "libvirt"),
     "Access": ("grant", "revoke", "grants", "access", "explain", "audit"),
     "Many at once": ("import", "export", "watch"),
     "The daemon": ("status", "stats", "metrics", "doctor", "check-config", "shell"),

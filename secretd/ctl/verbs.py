@@ -10,6 +10,7 @@ MODULES: Final = {
     **dict.fromkeys(("add", "read", "list", "del", "generate", "expire"), "secrets"),
     **dict.fromkeys(("run", "push", "seal"), "handover"),
     **dict.fromkeys(("grant", "revoke", "grants", "access", "explain"), "access"),
+    "libvirt": "libvirt",
     "show": "show",
     "audit": "audit",
     **dict.fromkeys(("import", "export"), "bulk"),
