@@ -7,6 +7,7 @@ conf.py calls `write`; the pages in reference/ and man/ include what it writes.
 import ast
 import importlib
 import inspect
+import json
 import re
 import typing
 from collections.abc import Iterator
@@ -127,24 +128,133 @@ def shape(hint: Any) -> str:
     return "{" + ", ".join(parts) + "}"
 
 
+MEANINGS = {
+    "abstract": "list abstract types, too",
+    "after": "list what comes after this id",
+    "secret-expire.after": "seconds from now",
+    "authz": "the id of the authz object that allows clients",
+    "command-line": "the line",
+    "cpu-index": "ignored, as there is no CPU",
+    "credential": "the name by which systemd's units know the secret",
+    "data": "the value, or its ciphertext",
+    "enable": "turn events on or off",
+    "qmp_capabilities.enable": "capabilities that the greeting offered",
+    "events": "only events of these names",
+    "expires-after": "seconds until the grant ends",
+    "fd": "the number of the descriptor, as add-fd returned it",
+    "fdname": "the name of a passed descriptor",
+    "fdset-id": "the number of the set",
+    "file": "a file that holds the value; `/dev/fdset/N` for a passed descriptor",
+    "filename": "the absolute path of a JSON file with policy and rules",
+    "format": "the encoding of the value",
+    "id": "the id of the object",
+    "identity": "the identity that is allowed, such as `unit:nginx.service`",
+    "implements": "only types that implement this one",
+    "iv": "the initialisation vector, 16 bytes in base64",
+    "keyid": "the id of the secret of 32 bytes that it is encrypted under",
+    "max-reads": "how many reads the grant permits",
+    "opaque": "a text that query-fdsets returns",
+    "path": "an object's id, or its path",
+    "peer": "the client's identities",
+    "policy": "what counts where no rule matches",
+    "property": "the name of the property",
+    "qom-type": "the type of the object",
+    "refresh": "read the file again whenever it has changed",
+    "rules": "the first rule that matches an identity decides",
+    "secret": "an id of secrets, or a pattern with * and ?",
+    "query-secret-grants.secret": "only grants that name this id",
+    "serial": "the serial number of a key of the kernel",
+    "size": "how many bytes",
+    "typename": "the name of a type",
+    "value": "the new value",
+}
+"""What arguments and properties mean; COMMAND.NAME where a name has several meanings."""
+
+SAMPLES = {
+    "id": "disk0",
+    "authz": "backup",
+    "command-line": "info version",
+    "qmp_capabilities.enable": ["oob"],
+    "enable": True,
+    "events": ["SECRET_READ"],
+    "data": "letmein",
+    "fd": 3,
+    "fdname": "key",
+    "fdset-id": 1,
+    "filename": "/etc/secretd/backup.json",
+    "identity": "unit:backup.service",
+    "keyid": "master0",
+    "path": "/objects/disk0",
+    "peer": ["unit:backup.service"],
+    "property": "format",
+    "secret": "disk0",
+    "serial": 305419896,
+    "size": 32,
+    "typename": "secret",
+    "value": "base64",
+    "secret-expire.after": 3600,
+    "rules": [{"match": "unit:backup.service", "policy": "allow"}],
+}
+"""Arguments in examples, by the same names."""
+
+ALSO_SHOWN = {"secret": ["data"], "authz-list": ["rules"], "secret-expire": ["after"],
+              "secret-events": ["events"], "qmp_capabilities": ["enable"],
+              "secret-replace": ["data"]}  # fmt: skip
+"""Optional arguments that an example has, by command or type."""
+
+
+def meaning(owner: str, name: str) -> str:
+    """Return what an argument or property means. Raises KeyError for one that is not described."""
+    return MEANINGS.get(f"{owner}.{name}") or MEANINGS[name]
+
+
+def example(command: str, struct: Any, qom_type: str = "") -> str:
+    """Return a line of QMP with the required arguments, and a few more."""
+    arguments = {"qom-type": qom_type} if qom_type else {}
+    for m in members(struct):
+        if m.required or m.wire_name in ALSO_SHOWN.get(qom_type or command, ()):
+            sample = SAMPLES.get(f"{command}.{m.wire_name}", SAMPLES.get(m.wire_name))
+            assert sample is not None, (command, m.wire_name)
+            arguments[m.wire_name] = sample
+    message = {"execute": command, "arguments": arguments} if arguments else {"execute": command}
+    return json.dumps(message)
+
+
+def _example(command: str, struct: Any, qom_type: str = "") -> Iterator[str]:
+    text = example(command, struct, qom_type)
+    if len(text) > 88:  # as a page shows it without a scroll bar
+        text = text.replace(', "arguments": {', ',\n "arguments": {', 1)
+    yield "```json"
+    yield text
+    yield "```"
+    yield ""
+
+
 def _arguments(command: Command) -> Iterator[str]:
     if command.tag_field:
         yield f"An object of a type, by `{command.tag_field}`: its members are those of that type."
         yield ""
+        yield from _example(command.name, command.arguments["secret"], "secret")
         return
-    (struct,) = command.arguments.values()
+    ((tag, struct),) = command.arguments.items()
     if members(struct):
-        yield from _table("argument", struct)
+        yield from _table("argument", struct, command.name)
+    yield from _example(command.name, struct, tag or _tag_of(struct))
 
 
-def _table(title: str, struct: Any) -> Iterator[str]:
-    """Return a table of a Struct's members."""
+def _tag_of(struct: Any) -> str:
+    tag = struct.__struct_config__.tag
+    return tag if isinstance(tag, str) else ""
+
+
+def _table(title: str, struct: Any, owner: str) -> Iterator[str]:
+    """Return a table of a Struct's members; ``owner``: the command or type that has them."""
     hints = typing.get_type_hints(struct)
-    yield f"| {title} | type | required |"
+    yield f"| {title} | type | meaning |"
     yield "|---|---|---|"
     for m in members(struct):
-        required = "yes" if m.required else ""
-        yield f"| `{m.wire_name}` | {cell(kind(hints[m.name]))} | {required} |"
+        words = meaning(owner, m.wire_name) + ("" if m.required else " (optional)")
+        yield f"| `{m.wire_name}` | {cell(kind(hints[m.name]))} | {cell(words)} |"
     yield ""
 
 
@@ -173,7 +283,8 @@ def objects() -> Iterator[str]:
         yield ""
         yield doc(struct)
         yield ""
-        yield from _table("property", struct)
+        yield from _table("property", struct, name)
+        yield from _example("object-add", struct, name)
     yield "## Types that `qom-list-types` lists"
     yield ""
     yield "| type | parent | abstract |"
@@ -190,6 +301,14 @@ def events() -> Iterator[str]:
     yield "|---|---|---|"
     for name, data in EVENTS.items():
         yield f"| `{name}` | `{cell(shape(data)).replace('`', '')}` | {cell(doc(data))} |"
+    yield ""
+    peer = {"uid": 0, "gid": 0, "pid": 812, "unit": "unit:vmm.service"}
+    time = {"seconds": 1893456000, "microseconds": 4711}
+    data = {"id": "disk0", "peer": peer}
+    message = {"timestamp": time, "event": "SECRET_READ", "data": data}
+    yield "```json"
+    yield json.dumps(message).replace(', "data"', ',\n "data"')
+    yield "```"
     yield ""
 
 

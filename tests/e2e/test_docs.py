@@ -70,6 +70,7 @@ def blocks(page: Path) -> list[Block]:
 def booted(installed: Path) -> Iterator[Box]:
     """One machine for all pages."""
     need_program("qemu-system-x86_64", "qemu-img", "qemu-io", "socat", "jq", "openssl")
+    need_program("virsh", "libvirtd", "podman", "cryptsetup", "logrotate")
     box = Box(f"secretd-pages-{os.getpid()}", installed)
     try:
         box.run("systemd-sysusers")
@@ -77,6 +78,13 @@ def booted(installed: Path) -> Iterator[Box]:
         box.run("mkdir", "-p", "/srv/bin")
         box.write("/srv/bin/qemu-img", PATIENT_QEMU_IMG)
         box.run("chmod", "755", "/srv/bin/qemu-img")
+        # The box itself is an overlay, on which podman cannot make another one.
+        box.run("mkdir", "-p", "/etc/containers")
+        box.write(
+            "/etc/containers/storage.conf",
+            '[storage]\ndriver = "vfs"\nrunroot = "/run/containers/storage"\n'
+            'graphroot = "/var/lib/containers/storage"\n',
+        )
         yield box
     finally:
         box.close()
