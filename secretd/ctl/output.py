@@ -117,6 +117,11 @@ def at_and_in(seconds: int) -> str:
     return f"at {time.strftime(form, then)}, in {duration(seconds)}"
 
 
+_GAP: Final = 2
+_SHORT: Final = 12
+"""Columns of a terminal that a name or a text keeps at least."""
+
+
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, right: Iterable[int] = ()) -> None:
     """Print a table: drawn with rich on a terminal, plain columns in a pipe.
 
@@ -128,21 +133,27 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, right: Iterable
         from rich.table import Table
         from rich.text import Text
 
-        drawn = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
         rows = list(rows)
+        console = Console()
+        widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+        # A narrow terminal cuts names, then folds long texts, and never cuts numbers.
+        fixed = [i > 0 and (i in numbers or widths[i] <= _SHORT) for i in range(len(head))]
+        others = sum(w if f else min(w, _SHORT) for w, f in zip(widths[1:], fixed[1:], strict=True))
+        room = console.width - others - _GAP * len(head)
+        drawn = Table(box=None, header_style="bold", pad_edge=False, padding=(0, _GAP, 0, 0))
         for index, title in enumerate(head):
-            # A narrow terminal cuts names, and never numbers.
-            width = max(len(title), *(len(row[index]) for row in rows), 0)
             drawn.add_column(
                 title,
                 justify="right" if index in numbers else "left",
-                no_wrap=index == 0 or index in numbers,
+                no_wrap=index == 0 or fixed[index],
+                overflow="ellipsis" if index == 0 else "fold",
                 style="cyan" if index == 0 else None,
-                min_width=width if index in numbers else None,
+                min_width=widths[index] if fixed[index] else None,
+                max_width=max(_SHORT, room) if index == 0 else None,
             )
         for row in rows:
             drawn.add_row(*map(Text, row))
-        Console().print(drawn)
+        console.print(drawn)
         return
     every = [tuple(head), *map(tuple, rows)]
     widths = [max(map(len, column)) for column in zip(*every, strict=True)]
