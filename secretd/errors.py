@@ -34,6 +34,10 @@ class CommandError(SecretdError):
         self.desc = desc
 
 
+class ArgumentError(CommandError):
+    """The arguments are not those that the schema has."""
+
+
 class CommandNotFound(CommandError):
     """The connection's table has no such command."""
 

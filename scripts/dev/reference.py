@@ -34,7 +34,8 @@ LIMITS = {
         "wire.lexer",
         "wire.connection",
         "monitor.monitor",
-        "monitor.core",
+        "monitor.tables",
+        "wire.jsonrpc",
         "monitor.session",
         "net.sender",
         "net.receive_space",
@@ -265,6 +266,7 @@ def commands() -> Iterator[str]:
         yield ""
         sockets = "control and client" if command.client else "control"
         oob = ", out of band too" if command.oob else ""
+        oob += " with protocol=jsonrpc" if command.only == "jsonrpc" else ""
         yield f"*On the {sockets} socket{oob}.* {doc(command.function)}"
         yield ""
         yield from _arguments(command)

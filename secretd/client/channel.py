@@ -23,6 +23,9 @@ PATIENCE_SECONDS: Final = 2.0
 
 _SEND: Final = int(socket.MSG_NOSIGNAL) | int(socket.MSG_DONTWAIT)
 
+_SERVER_ERROR: Final = -32000
+"""JSON-RPC's code of errors that are not about the form of a request."""
+
 _SUCCESS: Final = b'{"return": {}}'  # nearly all replies to many commands at once
 
 Message = dict[str, Any]
@@ -102,14 +105,24 @@ class Channel:
                 return
 
     def _negotiate(self) -> None:
-        greeting = self._line(f"an answer on {self.path}")
+        # Before the greeting: a server of another language would wait for a request for ever.
+        with contextlib.suppress(Lost):
+            self._send(b'{"execute": "qmp_capabilities"}\n', ())
+        greeting = None
+        with contextlib.suppress(ConnectionResetError):  # it was closed, and has not read this
+            greeting = self._line(f"an answer on {self.path}")
         if greeting is None:
             raise ConnectionResetError("The connection was closed without a greeting")
         if "QMP" not in greeting:
-            words = greeting.get("error", {}).get("desc")
+            error = greeting.get("error")
+            error = error if isinstance(error, dict) else {}
+            if error.get("code", _SERVER_ERROR) != _SERVER_ERROR:
+                # The answer to a command that it does not understand.
+                raise Refused("This is a JSON-RPC socket; QMP has a socket of its own")
+            words = error.get("desc") or error.get("message")
             raise Refused(str(words) if words else "This is not a QMP server")
         self.greeting = greeting
-        reply = self.exchange("qmp_capabilities", None)
+        reply = self.reply("qmp_capabilities")
         if "error" in reply:
             raise Refused(str(reply["error"].get("desc", "")))
 

@@ -13,7 +13,7 @@ from qemu.qmp import ConnectError, ExecInterruptedError, QMPClient, QMPError, St
 from qemu.qmp.qmp_client import GreetingError
 
 from secretd.client import types
-from secretd.client.channel import Channel, Lost, Refused
+from secretd.client.channel import PATIENCE_SECONDS, Channel, Lost, Refused
 from secretd.client.sync_connection import SAFE, SAME_FAILURES
 
 R = TypeVar("R")
@@ -59,9 +59,16 @@ class Connection:
                 return
 
     async def _connect(self) -> None:
+        connecting = asyncio.ensure_future(self.qmp.connect(self.path))
         try:
-            await self.qmp.connect(self.path)
+            await asyncio.wait({connecting}, timeout=PATIENCE_SECONDS)
+            if not connecting.done() and (words := await asyncio.to_thread(_refusal, self.path)):
+                # A server of another language, which waits for a request.
+                raise ConnectError(f"Refused by the server at {self.path}", Refused(words))
+            await connecting
         except ConnectError as error:
+            if isinstance(error.exc, Refused):
+                raise
             words = None
             if isinstance(error.exc, GreetingError):
                 words = await asyncio.to_thread(_refusal, self.path)
@@ -70,6 +77,10 @@ class Connection:
                     f"Failed to establish connection to {self.path}", error.exc
                 ) from None
             raise ConnectError(f"Refused by the server at {self.path}", Refused(words)) from None
+        finally:
+            if not connecting.done():
+                connecting.cancel()
+                await asyncio.gather(connecting, return_exceptions=True)
 
     @property
     def number(self) -> int:

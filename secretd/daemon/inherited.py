@@ -11,8 +11,7 @@ import os
 import socket
 from typing import Final, NamedTuple
 
-from secretd.access.peer import SocketRole
-from secretd.daemon.sockets import is_listening
+from secretd.daemon.sockets import PASSED_NAMES, is_listening
 from secretd.errors import LockedMemoryExhausted, MemoryLockError, StateError, UsageError
 from secretd.journal.journal import Journal
 from secretd.memory.arena import Arena
@@ -27,7 +26,7 @@ ARENA: Final = "arena"
 JOURNAL: Final = "journal"
 """The name of the journal's files in the descriptor store."""
 
-_ROLES: Final = tuple(role.value for role in SocketRole)
+_ROLES: Final = tuple(PASSED_NAMES)
 
 
 class InheritedDescriptors(NamedTuple):

@@ -34,6 +34,7 @@ client.sock in /run/secretd for root, else $XDG_RUNTIME_DIR/secretd, else $TMPDI
 
 SPEC of a socket is PATH[,mode=OCTAL][,group=NAME]; double each comma in PATH. A control socket
 with authz=ID also admits the peers that this authz object allows, with all rights.
+With protocol=jsonrpc a control or client socket speaks JSON-RPC 2.0 instead of QMP.
 SPEC of an object is QEMU's: secret,id=NAME,file=PATH[,format=raw|base64][,keyid=ID,iv=BASE64],
 or the same as JSON; --object help lists the types, --object TYPE,help their properties.
 

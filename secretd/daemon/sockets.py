@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 from secretd import paths
 from secretd.access.peer import SocketRole
 from secretd.errors import UsageError
-from secretd.net.listener import Listener, listen
+from secretd.net.listener import Dialect, Listener, listen
 from secretd.qapi import keyval
 from secretd.systemd.activation import Passed
 
@@ -24,7 +24,7 @@ class SocketSpec(NamedTuple):
     """The value of ``--control``, ``--client`` or ``--credentials``.
 
     ``mode``: of the socket's file; ``gid``: its group, -1 for no change; ``authz``: the id of the
-    object that admits further peers to a control socket.
+    object that admits further peers to a control socket; ``dialect``: its language.
     """
 
     role: SocketRole
@@ -32,14 +32,24 @@ class SocketSpec(NamedTuple):
     mode: int
     gid: int
     authz: str | None = None
+    dialect: Dialect = "qmp"
 
+
+PASSED_NAMES: Final[dict[str, tuple[SocketRole, Dialect]]] = {
+    "control": (SocketRole.CONTROL, "qmp"),
+    "client": (SocketRole.CLIENT, "qmp"),
+    "credentials": (SocketRole.CREDENTIALS, "qmp"),
+    "control-jsonrpc": (SocketRole.CONTROL, "jsonrpc"),
+    "client-jsonrpc": (SocketRole.CLIENT, "jsonrpc"),
+}
+"""Role and dialect by the FileDescriptorName= of a .socket unit."""
 
 _MODES: Final = {SocketRole.CONTROL: 0o600, SocketRole.CLIENT: 0o666, SocketRole.CREDENTIALS: 0o600}
 
 
 def socket_spec(role: SocketRole, text: str) -> SocketSpec:
-    """Parse PATH[,mode=OCTAL][,group=NAME], and [,authz=ID] for a control socket. Raises
-    UsageError.
+    """Parse PATH[,mode=OCTAL][,group=NAME], [,protocol=qmp|jsonrpc] for control and client sockets,
+    and [,authz=ID] for a control socket. Raises UsageError.
     """
     option = f"--{role.value} {text}"
     try:
@@ -52,6 +62,12 @@ def socket_spec(role: SocketRole, text: str) -> SocketSpec:
         raise UsageError(f"{option}: the path of the socket is missing")
     mode, gid = _MODES[role], -1
     authz = members.pop("authz", None) if role is SocketRole.CONTROL else None
+    dialect: Dialect = "qmp"
+    if "protocol" in members and role is not SocketRole.CREDENTIALS:
+        given = members.pop("protocol")
+        if given not in ("qmp", "jsonrpc"):
+            raise UsageError(f"{option}: protocol is qmp or jsonrpc, not '{given}'")
+        dialect = "qmp" if given == "qmp" else "jsonrpc"
     if authz is not None:
         mode = 0o666  # peers are checked at accept
     if "mode" in members:
@@ -67,7 +83,7 @@ def socket_spec(role: SocketRole, text: str) -> SocketSpec:
             raise UsageError(f"{option}: there is no group '{name}'") from None
     if members:
         raise UsageError(f"{option}: Parameter '{next(iter(members))}' is unexpected")
-    return SocketSpec(role, path, mode, gid, authz)
+    return SocketSpec(role, path, mode, gid, authz, dialect)
 
 
 def default_sockets() -> list[SocketSpec]:
@@ -129,20 +145,23 @@ def open_sockets(specs: Iterable[SocketSpec], passed: Iterable[Passed]) -> list[
             sock.setblocking(False)
             path = _path(sock)
             spec = next((spec for spec in left if spec.path == path), None)
+            role, dialect = PASSED_NAMES[name]
             if spec is None:
-                opened.append(Listener(sock, SocketRole(name), path, owned=False))
+                opened.append(Listener(sock, role, path, owned=False, dialect=dialect))
                 continue
             left.remove(spec)
-            if spec.role.value != name:
+            if spec.role is not role or spec.dialect not in ("qmp", dialect):
                 sock.close()
                 raise UsageError(
                     f"--{spec.role.value} {path}: the service manager passed this socket as "
                     f"'{name}'"
                 )
-            opened.append(Listener(sock, spec.role, path, spec.authz, owned=False))
+            opened.append(Listener(sock, spec.role, path, spec.authz, owned=False, dialect=dialect))
         # 2. The other specs.
         for spec in left:
-            opened.append(listen(spec.path, spec.role, spec.mode, spec.gid, spec.authz))  # noqa: PERF401
+            opened.append(  # noqa: PERF401 - those before an error are closed
+                listen(spec.path, spec.role, spec.mode, spec.gid, spec.authz, spec.dialect)
+            )
     except BaseException:
         for listener in opened:
             listener.close()

@@ -9,42 +9,27 @@ import asyncio
 import os
 import time
 from collections.abc import Callable, Coroutine, Iterable
-from functools import cached_property
 from typing import Final, Literal
 
 from secretd.access.decision import Access
-from secretd.access.peer import Peer, SocketRole
+from secretd.access.peer import Peer
 from secretd.audit.log import Audit
 from secretd.audit.records import AUDIT_ID_CHARACTERS
 from secretd.descriptors.deliveries import Deliveries
 from secretd.descriptors.threads import BlockingCalls
 from secretd.limits import Tuning
 from secretd.monitor.broadcast import Broadcaster
-from secretd.monitor.events import EVENTS
+from secretd.monitor.tables import tables
 from secretd.qapi.command import Command
-from secretd.qapi.fast_decoder import FastDecoder
-from secretd.qapi.introspect import SchemaInfo, schema
-from secretd.qapi.usual_lines import UsualLines
 from secretd.qom.paths import Paths
 from secretd.qom.tree import ObjectTree
 from secretd.wire import encoder
 from secretd.wire import messages as wire
 from secretd.wire.encoder import JSONText
-from secretd.wire.lexer import MAX_MESSAGE_BYTES
 from secretd.wire.messages import VersionInfo
 
 QEMU_VERSION: Final = (10, 0, 0)
 """The QEMU version that secretd follows, as the greeting says it."""
-
-CLIENT_MESSAGE_BYTES: Final = 6 << 10
-"""Bytes of one message on the client socket, where no command carries a secret. It is so small that
-clients never compete for the room that large messages need.
-"""
-
-CLIENT_MESSAGE_TOKENS: Final = 128
-"""Tokens of one message on the client socket. Each takes a microsecond or more of the loop's time,
-and a command there has three arguments at most.
-"""
 
 
 class Core:
@@ -90,13 +75,7 @@ class Core:
         # This must follow the index of grants, which subscribed when access was created.
         tree.subscribe(decision=self._recheck_deliveries, removal=self.deliveries.withdraw)
         # 3. The commands of each kind of socket.
-        every = list(commands)
-        self.tables = {
-            SocketRole.CONTROL: Table(every, MAX_MESSAGE_BYTES),
-            SocketRole.CLIENT: Table(
-                [c for c in every if c.client], CLIENT_MESSAGE_BYTES, CLIENT_MESSAGE_TOKENS
-            ),
-        }
+        self.tables = tables(list(commands))
 
     @property
     def memory(self) -> Literal["secretmem", "mlock", "none"]:
@@ -150,28 +129,3 @@ def wire_event(name: str, data: str) -> bytes:
     """Return an event with the present time; ``data`` is JSON text."""
     now = time.time_ns() // 1000
     return wire.event(name, data, now // 1_000_000, now % 1_000_000)
-
-
-USUAL: Final = (("object-add", "secret"), ("object-del", ""), ("secret-read", ""))
-"""The commands that programs send by the thousand."""
-
-
-class Table:
-    """The commands of a socket, by name and by the type of a decoded request, and the largest
-    message.
-    """
-
-    def __init__(
-        self, commands: list[Command], max_bytes: int, max_tokens: int | None = None
-    ) -> None:
-        self._commands = commands
-        self.by_name = {command.name: command for command in commands}
-        self.by_request = {c.request: c for c in commands if c.request is not None}
-        self.decode = UsualLines(commands, USUAL, FastDecoder(commands).decode).decode
-        self.max_bytes = max_bytes
-        self.max_tokens = max_tokens
-
-    @cached_property
-    def schema(self) -> JSONText[list[SchemaInfo]]:
-        """The result of query-qmp-schema."""
-        return JSONText(encoder.value(schema(self._commands, EVENTS)))

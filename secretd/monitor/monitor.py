@@ -30,13 +30,16 @@ from secretd.descriptors.source import ConnectionSources
 from secretd.descriptors.threads import THREADS_PER_UID
 from secretd.errors import (
     AccessDenied,
+    ArgumentError,
     CommandError,
     CommandNotFound,
     LimitReached,
 )
 from secretd.memory.arena import Arena
 from secretd.monitor.core import QEMU_VERSION, Core
+from secretd.monitor.tables import Table
 from secretd.net.receiver import Locked
+from secretd.net.transport import Transport
 from secretd.qapi.command import Command, check
 from secretd.wire import messages as wire
 from secretd.wire.messages import Malformed, Request
@@ -62,18 +65,22 @@ Reply: TypeAlias = "bytes | Locked | Coroutine[object, object, bytes]"
 class Monitor:
     """The session of ``peer``.
 
-    ``on_negotiated``: called when the client leaves negotiation mode.
+    ``table``: the commands of its socket. ``on_negotiated``: called when the client leaves
+    negotiation mode; a dialect without a greeting has none.
     """
 
-    def __init__(self, core: Core, peer: Peer, on_negotiated: Callable[[], None]) -> None:
+    def __init__(
+        self, core: Core, peer: Peer, table: Table, on_negotiated: Callable[[], None]
+    ) -> None:
         self.core = core
         self._on_negotiated = on_negotiated
         self.tree = core.tree
         self.peer = peer
         self.trusted = peer.trusted
-        self.table = core.tables[peer.role]
-        self._by_request = self.table.by_request
-        self.negotiated = False
+        self.table = table
+        self._wire = table.wire
+        self._by_request = table.by_request
+        self.negotiated = not table.wire.GREETS
         self.pending = PendingFd()
         self.named = NamedFds()
         self._descriptors = core.limits.descriptors
@@ -234,11 +241,12 @@ class Monitor:
                 result = command.function(self, *astuple(arguments))
             # 3. The reply, now or later.
             if result is None:
-                return wire.EMPTY_RETURN if id_text is None else wire.success(None, id_text)
+                empty = id_text is None
+                return self._wire.EMPTY_RETURN if empty else self._wire.success(None, id_text)
             if isinstance(result, CoroutineType):
                 self.core.limits.requests.count(self.peer.uid)
                 return self._later(result, id_text)
-            return _success(result, id_text)
+            return self._success(result, id_text)
         except Exception as error:  # noqa: BLE001 - a reply must never be lost
             return self._failure(error, id_text)
 
@@ -266,7 +274,7 @@ class Monitor:
 
     async def _later(self, result: Coroutine[object, object, object], id_text: str | None) -> bytes:
         try:
-            return _success(await result, id_text)
+            return self._success(await result, id_text)
         except Exception as error:  # noqa: BLE001 - a reply must never be lost
             return self._failure(error, id_text)
         finally:
@@ -276,18 +284,30 @@ class Monitor:
         if isinstance(error, CommandError):
             if isinstance(error, LimitReached):
                 self.core.limits.note_hit(error.limit)
-            return wire.failure(error.error_class, error.desc, id_text)
+            wire = self._wire
+            wrong_argument = isinstance(error, ArgumentError)
+            code = wire.INVALID_PARAMS if wrong_argument else wire.SERVER_ERROR
+            return wire.failure(error.error_class, error.desc, id_text, code)
         log_internal(error)
-        return wire.failure("GenericError", INTERNAL_ERROR, id_text)
+        return self._wire.failure("GenericError", INTERNAL_ERROR, id_text)
+
+    def _success(self, result: object, id_text: str | None) -> bytes:
+        reply = self._wire.success(result, id_text)
+        if len(reply) > MAX_REPLY_BYTES:
+            raise LimitReached(
+                "reply-bytes",
+                f"The reply has {len(reply)} bytes, more than the limit of {MAX_REPLY_BYTES} bytes",
+            )
+        return reply
 
     def _malformed(self, request: Malformed) -> bytes | Locked:
         fault = request.fault
         if fault.quote is None:
-            return wire.failure("GenericError", fault.before, request.id)
+            return self._wire.failure("GenericError", fault.before, request.id, request.code)
         if len(fault.quote) > QUOTED_BYTES:
             fault = Fault(fault.before, fault.quote[:QUOTED_BYTES], fault.after)
-        buffer = self.scratch.allocate(wire.quoted_failure_size(fault))
-        return Locked(buffer, wire.write_quoted_failure(fault, buffer.view))
+        buffer = self.scratch.allocate(self._wire.quoted_failure_size(fault))
+        return Locked(buffer, self._wire.write_quoted_failure(fault, buffer.view))
 
 
 def _check_negotiation(name: str) -> None:
@@ -301,11 +321,13 @@ def log_internal(error: Exception) -> None:
     log.error("internal error: %s\n%s", type(error).__name__, place)
 
 
-def _success(result: object, id_text: str | None) -> bytes:
-    reply = wire.success(result, id_text)
-    if len(reply) > MAX_REPLY_BYTES:
-        raise LimitReached(
-            "reply-bytes",
-            f"The reply has {len(reply)} bytes, more than the limit of {MAX_REPLY_BYTES} bytes",
-        )
-    return reply
+def safely(transport: Transport, step: Callable[[], object]) -> None:
+    """Take a step whose failure ends its connection, and not the daemon."""
+    try:
+        step()
+    except Exception as error:  # noqa: BLE001 - see above
+        log_internal(error)
+        try:
+            transport.close()
+        except Exception as again:  # noqa: BLE001 - closing has gone as far as possible
+            log_internal(again)

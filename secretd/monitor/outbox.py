@@ -7,6 +7,7 @@ once it reads again. session calls this module, and broadcast sends events throu
 """
 
 import asyncio
+from collections.abc import Callable
 
 from secretd.audit.log import Audit
 from secretd.monitor.core import wire_event
@@ -17,10 +18,18 @@ from secretd.net.transport import Transport
 class Outbox:
     """The unsent replies and events of a session, in order; ``size``: the bytes of the replies.
 
-    ``held``: True while requests are being handled; additions are sent at its end.
+    ``held``: True while requests are being handled; additions are sent at its end. ``in_dialect``:
+    writes QMP events as the client's dialect has them.
     """
 
-    def __init__(self, transport: Transport, audit: Audit, batch_bytes: int) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        audit: Audit,
+        batch_bytes: int,
+        in_dialect: Callable[[bytes], bytes],
+    ) -> None:
+        self._in_dialect = in_dialect
         self._transport = transport
         self._audit = audit
         self._batch_bytes = batch_bytes
@@ -59,7 +68,7 @@ class Outbox:
         if self._transport.backlogged:
             self._lost += count
             return
-        self.replies.append(events)
+        self.replies.append(self._in_dialect(events))
         if not self.held:
             self.flush()
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""One QMP session: it connects a transport, a codec and a monitor.
+"""One session, in QMP or JSON-RPC: it connects a transport, a codec and a monitor.
 
 Theory of operation. The transport calls `consume` with the bytes that have arrived. The session
 finds the requests in them (wire.connection), has the monitor handle each, and collects the replies
@@ -10,7 +10,8 @@ in its `Outbox`. It stops when
   sent, so requests are answered in order. With `oob` the session reads on: out-of-band requests run
   at once, and others are queued as bytes in locked memory and parsed again in their turn. So no
   parsed request outlives the buffer that it is a view of;
-- its `Turn` is over: other connections come first.
+- its `Turn` is over: other connections come first;
+- a JSON-RPC batch has come: its members are queued in the same way.
 
 What can go wrong: an exception in handling ends this connection, and never the daemon. `closed`
 releases everything that the session still owns. The session decides nothing about commands (monitor
@@ -18,8 +19,6 @@ does); server creates sessions.
 """
 
 import asyncio
-import re
-from collections import deque
 from collections.abc import Callable, Collection, Coroutine
 from typing import Final
 
@@ -28,16 +27,18 @@ from msgspec import Struct
 from secretd.access.peer import Peer, SocketRole
 from secretd.errors import LimitReached, LockedMemoryExhausted
 from secretd.memory.arena import LockedBuffer
+from secretd.monitor.batch import REQUESTS_PER_TURN, BatchEnd, BatchReply
 from secretd.monitor.core import Core
-from secretd.monitor.monitor import Monitor, Reply, log_internal
+from secretd.monitor.monitor import Monitor, Reply, safely
 from secretd.monitor.outbox import Outbox
+from secretd.monitor.tables import Table
 from secretd.monitor.throttle import Throttle
+from secretd.monitor.waiting import WaitingRequests
 from secretd.net.pause import Pause
 from secretd.net.receiver import CONSUMED, Locked
 from secretd.net.transport import Transport
 from secretd.net.turns import Turn
-from secretd.wire import messages as wire
-from secretd.wire.connection import Connection
+from secretd.wire.jsonrpc import Batch
 from secretd.wire.lexer import NeedData
 from secretd.wire.messages import Malformed, Request
 
@@ -45,8 +46,6 @@ QUEUED_REQUESTS: Final = 8
 """Requests that may wait behind a running one, where the client has enabled oob; QEMU's
 QMP_REQ_QUEUE_LEN_MAX. At this number the connection is not read.
 """
-
-_BRACE: Final = re.compile(rb"{")
 
 
 class Session:
@@ -56,47 +55,51 @@ class Session:
     """
 
     def __init__(
-        self, core: Core, transport: Transport, peer: Peer, ended: Callable[["Session"], None]
+        self,
+        core: Core,
+        transport: Transport,
+        peer: Peer,
+        table: Table,
+        ended: Callable[["Session"], None],
     ) -> None:
-        self._core = core
-        self.transport = transport
-        self.peer = peer
-        self._ended = ended
-        self._trusted = peer.trusted
-        self.monitor = Monitor(core, peer, self._negotiated)
-        self.outbox = Outbox(transport, core.audit, core.tuning.batch_bytes)
+        self._core, self._ended = core, ended
+        self.transport, self.peer, self._trusted = transport, peer, peer.trusted
+        self.monitor = Monitor(core, peer, table, self._negotiated)
+        self._wire = table.wire
+        self.outbox = Outbox(transport, core.audit, core.tuning.batch_bytes, self._wire.events)
         self._replies = self.outbox.replies
         self._audit, self._send = core.audit, transport.send
         self._sender = transport.sender
         self._turn = Turn(
             core.has_one_session, transport.others_ready, transport.yield_turn, core.tuning
         )
-        table = self.monitor.table
-        self.max_bytes = table.max_bytes
-        self._codec = Connection(table.decode, table.max_bytes, table.max_tokens)
+        self._table, self.max_bytes, self._codec = table, table.max_bytes, table.codec()
         self._next, self._handle = self._codec.next, self.monitor.handle
+        if table.dialect == "jsonrpc":
+            self._handle = self._handle_or_begin
+        self._batch: BatchReply | None = None  # the reply to a batch under way
         self.first_needed = self._codec.first_needed
         self.shifted = self._codec.shifted
-        self.drained = self.outbox.report_lost
         # Its part as a subscriber of events.
         self.origin: object = self.monitor
         self.monitor.on_events = self._subscribe
         self.wanted: Collection[str] | None = None
         self.since = self.position = 0
         self.throttle: Throttle | None = None
-        self.send_events, self.lose = self.outbox.send_events, self.outbox.lose
+        self.lose = self.outbox.lose
         # Waiting commands, and the requests behind them.
         self._pending: asyncio.Task[None] | None = None
         self._pending_oob: asyncio.Task[None] | None = None
-        self._queue: deque[LockedBuffer | bytes | Locked] = deque()
+        self._waiting = WaitingRequests(core.tree.scratch, transport)
+        self._queue = self._waiting.queue
         transport.start(self)
-        transport.send(self.monitor.greeting())
+        if self._wire.GREETS:
+            transport.send(self.monitor.greeting())
 
     def _negotiated(self) -> None:
         self._codec.oob = self.monitor.oob
 
     def _subscribe(self, wanted: Collection[str] | None) -> None:
-        """Subscribe to these events from now on; None for all, an empty collection for none."""
         self._unsubscribe()
         self.wanted = wanted
         if wanted is None or wanted:
@@ -110,8 +113,22 @@ class Session:
 
     @property
     def receives_shutdown(self) -> bool:
-        """True once negotiation is over, on the control socket."""
-        return self.monitor.negotiated and self.peer.role is SocketRole.CONTROL
+        """True on the control socket after negotiation, or with JSON-RPC after secret-events."""
+        asked = self._wire.GREETS or self in self._core.broadcaster.subscribers
+        return self.monitor.negotiated and asked and self.peer.role is SocketRole.CONTROL
+
+    def send_events(self, events: bytes, count: int) -> None:
+        """Send ``count`` events; during a batch's reply, after it."""
+        if self._batch is None:
+            self.outbox.send_events(events, count)
+        elif not self._batch.defer(events, count):
+            self.lose(count)
+
+    def drained(self) -> None:
+        """See Receiver."""
+        self.outbox.report_lost()
+        if self._batch is not None:
+            self.transport.later(self._continue_safely)
 
     @property
     def busy(self) -> bool:
@@ -186,7 +203,7 @@ class Session:
     def _answer(self, reply: Reply) -> None:
         """Send a reply soon, together with others, or start to wait for it."""
         if isinstance(reply, bytes):
-            self.outbox.add(reply)
+            self.outbox.add(self._framed(reply))
         elif isinstance(reply, Locked):
             self.outbox.add_locked(reply)
         elif self._pending is None:
@@ -197,94 +214,92 @@ class Session:
             self._pending_oob = self._core.start(self._finish_oob(reply))
             self.outbox.flush()
 
+    def _framed(self, reply: bytes) -> bytes:
+        return reply if self._batch is None else self._batch.framed(reply)
+
+    def _handle_or_begin(self, request: "Request | Malformed | Struct | Batch") -> Reply:
+        """Handle a request, or queue the members of a batch; they are executed one by one."""
+        if not isinstance(request, Batch):
+            return self.monitor.handle(request)
+        try:
+            self._waiting.add_batch(request)
+        except (LockedMemoryExhausted, LimitReached) as error:
+            if isinstance(error, LimitReached):
+                self._core.limits.note_hit(error.limit)
+            return self._wire.refusal(error.desc)
+        self._batch = BatchReply()
+        self.transport.later(self._continue_safely)
+        return b""
+
     def _enqueue(self, request: Request | Malformed | Struct, message: memoryview) -> bool:
         """Queue a request; return False if locked memory or the uid's quota is used up."""
-        if isinstance(request, Malformed):
-            # Its reply is ready.
-            reply = self.monitor.handle(request)
-            assert isinstance(reply, bytes | Locked)
-            self._queue.append(reply)
-            return True
-        # Bytes that the parser skipped after an error may precede its brace.
-        match = _BRACE.search(message)
-        assert match is not None
-        message = message[match.start() :]
-        account = self.transport.account
-        try:
-            if account is not None:
-                account.quota.check(account.uid, len(message))
-            kept = self.monitor.scratch.allocate(len(message))
-        except (LockedMemoryExhausted, LimitReached):
-            return False
-        if account is not None:
-            account.quota.count(account.uid, len(message))
-        kept.view[:] = message
-        self._queue.append(kept)
+        if not isinstance(request, Malformed):
+            return self._waiting.add(message)
+        reply = self.monitor.handle(request)
+        assert isinstance(reply, bytes | Locked)
+        self._queue.append(reply)
         return True
 
     # --- commands that wait
 
     async def _finish(self, reply: Coroutine[object, object, bytes]) -> None:
-        data = await reply
+        data = self._framed(await reply)
         self._pending = None
         self._audit.end_turn()  # before the reply
-        self._safely(lambda: self.transport.send(data))
+        safely(self.transport, lambda: self.transport.send(data))
         if self._queue and not self._trusted:
             self.transport.later(self._continue_safely)
         else:
             self._continue_safely()
 
     async def _finish_oob(self, reply: Coroutine[object, object, bytes]) -> None:
-        """Wait for an out-of-band command; the connection is not read meanwhile."""
-        data = await reply
+        data = await reply  # the connection is not read meanwhile
         self._pending_oob = None
         self._audit.end_turn()
-        self._safely(lambda: self.transport.send(data))
-        self._safely(lambda: self.transport.resume(Pause.ASIDE))
+        safely(self.transport, lambda: self.transport.send(data))
+        safely(self.transport, lambda: self.transport.resume(Pause.ASIDE))
 
     def _continue_safely(self) -> None:
-        self._safely(self._continue)
-
-    def _safely(self, step: Callable[[], object]) -> None:
-        """Take a step whose failure ends this connection, and not the daemon."""
-        try:
-            step()
-        except Exception as error:  # noqa: BLE001 - see above
-            log_internal(error)
-            try:
-                self.transport.close()
-            except Exception as again:  # noqa: BLE001 - closing has gone as far as possible
-                log_internal(again)
+        safely(self.transport, self._continue)
 
     def _continue(self) -> None:
         """Execute queued requests until one must wait, then read again.
 
-        An untrusted peer gets one request in each of its turns.
+        An untrusted peer gets one request in each of its turns. A batch waits while the client does
+        not read.
         """
+        most = REQUESTS_PER_TURN if self._trusted else 1
+        done = 0
         while self._queue and self._pending is None and not self._core.stopping:
-            queued = self._queue.popleft()
+            if self._batch is not None and (self._sender.backlogged or self.transport.is_closed):
+                break
+            queued = self._waiting.next()
             if isinstance(queued, LockedBuffer):
                 with queued:
-                    self._release(queued)
-                    table = self.monitor.table
-                    codec = Connection(table.decode, table.max_bytes, table.max_tokens)
+                    codec = self._table.codec(in_batch=self._batch is not None)
                     codec.oob = True
                     request = codec.next(queued.view, 0, len(queued.view))[1]
                     assert not isinstance(request, NeedData)
                     self._answer(self.monitor.handle(request))
+            elif isinstance(queued, BatchEnd):
+                self._end_batch()
             else:
                 self._answer(queued)
-            if self._queue and not self._trusted:
+            done += 1
+            if self._queue and done >= most and (not self._trusted or self._batch is not None):
                 self.outbox.flush()
                 self.transport.later(self._continue_safely)
                 return
         self.outbox.flush()
-        self.transport.resume(Pause.BUSY)
+        if self._batch is None:
+            self.transport.resume(Pause.BUSY)
 
-    def _release(self, queued: LockedBuffer) -> None:
-        account = self.transport.account
-        if account is not None:
-            account.quota.release(account.uid, len(queued))
+    def _end_batch(self) -> None:
+        assert self._batch is not None
+        batch, self._batch = self._batch, None
+        self.outbox.add(batch.end)
+        for deferred in batch.events:
+            self.send_events(*deferred)
 
     # --- what the transport reports
 
@@ -320,7 +335,7 @@ class Session:
     def _refuse(self, error: LimitReached | LockedMemoryExhausted) -> None:
         if isinstance(error, LimitReached):
             self._core.limits.note_hit(error.limit)
-        self.transport.send(wire.failure("GenericError", error.desc, None))
+        self.transport.send(self._wire.refusal(error.desc))
 
     def closed(self) -> None:
         """See Receiver: release everything that the session owns."""
@@ -328,13 +343,7 @@ class Session:
             # Its first step was scheduled earlier, and runs first: in that step it takes over the
             # descriptor or buffer that it has to release.
             asyncio.get_running_loop().call_soon(task.cancel)
-        while self._queue:
-            queued = self._queue.popleft()
-            if isinstance(queued, Locked):
-                queued.buffer.free()
-            elif isinstance(queued, LockedBuffer):
-                self._release(queued)
-                queued.free()
+        self._waiting.clear()
         self._ended(self)
         self._core.limits.connections.release(self.peer.uid)
         self._unsubscribe()

@@ -8,13 +8,16 @@ import contextlib
 import os
 import socket
 import stat
-from typing import Final
+from typing import Final, Literal
 
 from secretd.access.peer import SocketRole
 from secretd.descriptors.threads import BlockingCalls
 from secretd.errors import UsageError
 from secretd.linux.sockopt import permit_descriptors
 from secretd.linux.user_namespace import UIDS
+
+Dialect = Literal["qmp", "jsonrpc"]
+"""The language of a socket; each has one."""
 
 LISTEN_BACKLOG: Final = 128
 """Connections that may wait to be accepted."""
@@ -27,7 +30,7 @@ class Listener:
     """A listening socket.
 
     ``authz``: the id of the object that admits further peers to a control socket. ``owned``: its
-    file is removed at the end; the service manager's is not.
+    file is removed at the end; the service manager's is not. ``dialect``: its language.
     """
 
     def __init__(
@@ -38,10 +41,12 @@ class Listener:
         authz: str | None = None,
         *,
         owned: bool = True,
+        dialect: Dialect = "qmp",
     ) -> None:
         self.sock = sock
         self.role = role
         self.authz = authz
+        self.dialect: Dialect = dialect
         self.path = path
         self.owned = owned
         if role is not SocketRole.CONTROL or authz is not None or _is_open_to_others(path):
@@ -86,12 +91,18 @@ def _is_open_to_others(path: str) -> bool:
         return True
 
 
-def listen(
-    path: str, role: SocketRole, mode: int, gid: int = -1, authz: str | None = None
+def listen(  # noqa: PLR0917 - what a socket is
+    path: str,
+    role: SocketRole,
+    mode: int,
+    gid: int = -1,
+    authz: str | None = None,
+    dialect: Dialect = "qmp",
 ) -> Listener:
     """Bind and listen on a path. A stale socket is replaced.
 
-    ``mode``, ``gid``: of the socket's file, -1 for no change of the group. ``authz``: see Listener.
+    ``mode``, ``gid``: of the socket's file, -1 for no change of the group. ``authz``, ``dialect``:
+    see Listener.
     Raises UsageError for a live socket, another kind of file, or a directory that other users can
     change.
     """
@@ -121,7 +132,7 @@ def listen(
     except BaseException:
         sock.close()
         raise
-    listener = Listener(sock, role, path, authz)
+    listener = Listener(sock, role, path, authz, dialect=dialect)
     listener.gid = gid
     return listener
 

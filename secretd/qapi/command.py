@@ -32,7 +32,7 @@ from typing import Any, Literal, NamedTuple, Union
 import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType
 
-from secretd.errors import CommandError
+from secretd.errors import ArgumentError
 from secretd.qapi.visitor import (
     JSON_VISITOR,
     Visitor,
@@ -50,7 +50,8 @@ class Command(NamedTuple):
 
     ``function(monitor, *arguments)`` executes it and returns JSON or a coroutine of it.
     ``arguments``: the alternative Structs by the value of ``tag_field``; an untagged Struct stands
-    under "". ``request``: the Struct that the fast path may decode, None if it must decline.
+    under "". ``request``: the Struct that the fast path may decode, None if it must decline;
+    ``rpc_request``: the same for JSON-RPC. ``only``: the one dialect that has it, "" for all.
     ``boxed``: the function takes the Struct itself. ``client``: allowed on the client socket.
     ``oob``: may run out of band. ``waits``: may have to wait. ``returns``: the annotation of the
     result, None for nothing.
@@ -66,6 +67,8 @@ class Command(NamedTuple):
     oob: bool
     waits: bool
     returns: Any
+    rpc_request: type[Struct] | None
+    only: str = ""
 
 
 class Commands:
@@ -83,20 +86,20 @@ class Commands:
         client: bool = False,
         oob: bool = False,
         waits: bool = False,
+        only: str = "",
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Return a decorator for a function whose first parameter is the monitor, and the others
         the arguments.
 
         ``name``: the command's, by default the function's with '-' for '_'. ``client``, ``oob``,
-        ``waits``: see `Command`. A sole parameter ``arguments`` gets the Struct itself. The
-        decorator raises TypeError for an annotation that QAPI does not have.
+        ``waits``, ``only``: see `Command`. A sole parameter ``arguments`` gets the Struct itself.
+        The decorator raises TypeError for an annotation that QAPI does not have.
         """
 
         def register(function: Callable[..., Any]) -> Callable[..., Any]:
             wire_name = name or function.__name__.replace("_", "-")
-            self.by_name[wire_name] = _command(
-                function, wire_name, client=client, oob=oob, waits=waits
-            )
+            made = _command(function, wire_name, client=client, oob=oob, waits=waits)
+            self.by_name[wire_name] = made._replace(only=only)
             return function
 
         return register
@@ -132,7 +135,8 @@ def _command(
         tag_field=structs[0].__struct_config__.tag_field or "",
         arguments={struct.__struct_config__.tag or "": struct for struct in structs},
         # A type that QAPI does not have is an error at definition, not at the first request.
-        request=_request(name, list(filter(_is_fast, structs))),
+        request=_request(name, list(filter(_is_fast, structs)), "execute"),
+        rpc_request=_request(name, list(filter(_is_fast, structs)), "method"),
         boxed=boxed,
         client=client,
         oob=oob,
@@ -145,9 +149,13 @@ def _camel(name: str) -> str:
     return "".join(map(str.capitalize, re.split("[-_]", name)))
 
 
-def _request(name: str, structs: list[type[Struct]]) -> type[Struct] | None:
+def _request(
+    name: str, structs: list[type[Struct]], tag_field: Literal["execute", "method"]
+) -> type[Struct] | None:
     """Return the Struct of the whole message, for the alternatives that the fast path may
     decode.
+
+    ``tag_field``: the member that names the command: QMP's, or JSON-RPC's.
     """
     if not structs:
         return None
@@ -162,11 +170,15 @@ def _request(name: str, structs: list[type[Struct]]) -> type[Struct] | None:
         ("arguments", arguments | UnsetType, UNSET) if optional else ("arguments", arguments),
         ("id", Raw | UnsetType, UNSET),
     ]
+    if tag_field == "method":
+        fields.insert(0, ("jsonrpc", Literal["2.0"]))
+        fields = [*[f for f in fields if len(f) == 2], *[f for f in fields if len(f) == 3]]
     return msgspec.defstruct(
-        _camel(name) + "Request",
+        _camel(name) + ("Request" if tag_field == "execute" else "Call"),
         fields,
-        tag_field="execute",
+        tag_field=tag_field,
         tag=name,
+        rename=None if tag_field == "execute" else {"arguments": "params"},
         forbid_unknown_fields=True,
         omit_defaults=True,
     )
@@ -209,7 +221,7 @@ def check(command: Command, arguments: dict[str, JSON], visitor: Visitor = JSON_
         return check_members(visitor, "", arguments, struct, ())
     tag_field = command.tag_field
     if tag_field not in arguments:
-        raise CommandError(f"Parameter '{tag_field}' is missing")
+        raise ArgumentError(f"Parameter '{tag_field}' is missing")
     tag = visitor.text(tag_field, arguments[tag_field]).to_str()
     struct = command.arguments[check_enum(tag_field, tag, tuple(command.arguments))]
     return check_members(visitor, "", arguments, struct, (tag_field,))

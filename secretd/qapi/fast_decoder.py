@@ -7,13 +7,12 @@ equal. usual_lines calls it, and wire.connection falls back to the reference.
 """
 
 import re
-from collections.abc import Collection
+from collections.abc import Iterable, Mapping
 from typing import Final, Union
 
 import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType
 
-from secretd.qapi.command import Command
 from secretd.qapi.visitor import alternatives, members
 
 _FAST_ID: Final = re.compile(rb'(?:0|-?[1-9][0-9]{0,17}|"[ !#-\[\]-~]{0,1024}")')
@@ -29,13 +28,12 @@ class FastDecoder:
     has more quotes than the decoded request written again), and ids that QEMU prints differently.
     """
 
-    def __init__(self, commands: Collection[Command]) -> None:
-        fast = [command for command in commands if command.request is not None]
-        requests = tuple(command.request for command in fast)
-        structs = {struct for command in fast for struct in command.arguments.values()}
+    def __init__(self, requests: Mapping[type[Struct], Iterable[type[Struct]]]) -> None:
+        """``requests``: the Structs of whole messages, each with those of its arguments."""
+        structs = {struct for arguments in requests.values() for struct in arguments}
         self._sensitive: dict[type, str | None] = {struct: _sensitive(struct) for struct in structs}
         self._sensitive[UnsetType] = None
-        self._from_json = msgspec.json.Decoder(Union[requests]).decode  # noqa: UP007 - built at run time
+        self._from_json = msgspec.json.Decoder(Union[tuple(requests)]).decode  # noqa: UP007 - built at run time
         self._encode = msgspec.json.Encoder().encode
         self._shapes: dict[int, re.Pattern[bytes]] = {}
 

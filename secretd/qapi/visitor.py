@@ -16,7 +16,7 @@ from typing import Any, Final, Literal, NamedTuple, NewType, TypeAlias, Union
 import msgspec
 from msgspec import Raw, Struct, UnsetType
 
-from secretd.errors import CommandError
+from secretd.errors import ArgumentError, CommandError
 from secretd.wire.hash_order import GHashTable, qdict_items
 from secretd.wire.parser import JSON, Number, Text
 
@@ -82,7 +82,7 @@ class _KeyvalVisitor(Visitor):
 
     def text(self, path: str, value: JSON) -> Text:
         if not isinstance(value, Text):
-            raise CommandError(f"Parameters '{path}.*' are unexpected")
+            raise ArgumentError(f"Parameters '{path}.*' are unexpected")
         return value
 
     def integer(self, path: str, value: JSON) -> int:
@@ -93,12 +93,12 @@ class _KeyvalVisitor(Visitor):
             number = int(sign + (hexadecimal or octal or decimal or "0"), base)
             if number in _INT64:
                 return number
-        raise CommandError(f"Parameter '{path}' expects integer")
+        raise ArgumentError(f"Parameter '{path}' expects integer")
 
     def boolean(self, path: str, value: JSON) -> bool:
         found = _BOOLEANS.get(self.text(path, value).to_str())
         if found is None:
-            raise CommandError(f"Parameter '{path}' expects 'on' or 'off'")
+            raise ArgumentError(f"Parameter '{path}' expects 'on' or 'off'")
         return found
 
 
@@ -110,7 +110,7 @@ Check: TypeAlias = Callable[[Visitor, str, str, JSON], object]
 
 
 def _wrong_type(path: str, expected: str) -> CommandError:
-    return CommandError(f"Invalid parameter type for '{path}', expected: {expected}")
+    return ArgumentError(f"Invalid parameter type for '{path}', expected: {expected}")
 
 
 class Member(NamedTuple):
@@ -168,7 +168,7 @@ def checker(hint: Any) -> Check:
 def _check_int32(visitor: Visitor, path: str, name: str, value: JSON) -> int:
     number = visitor.integer(path, value)
     if number not in _INT32:
-        raise CommandError(f"Parameter '{name}' expects int32_t")
+        raise ArgumentError(f"Parameter '{name}' expects int32_t")
     return number
 
 
@@ -188,7 +188,7 @@ def check_enum(name: str, text: str, choices: tuple[str, ...]) -> str:
     qapi-visit-core.c.
     """
     if text not in choices:
-        raise CommandError(f"Parameter '{name}' does not accept value '{text}'")
+        raise ArgumentError(f"Parameter '{name}' does not accept value '{text}'")
     return text
 
 
@@ -226,10 +226,10 @@ def check_members(
             where = visitor.member(path, name)
             values[member.name] = member.check(visitor, where, name, given[name])
         elif member.required:
-            raise CommandError(f"Parameter '{visitor.member(path, name)}' is missing")
+            raise ArgumentError(f"Parameter '{visitor.member(path, name)}' is missing")
     if len(seen) != len(given):
         unexpected = visitor.member(path, _unexpected(given, seen))
-        raise CommandError(f"Parameter '{unexpected}' is unexpected")
+        raise ArgumentError(f"Parameter '{unexpected}' is unexpected")
     return struct(**values)
 
 

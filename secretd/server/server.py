@@ -24,14 +24,13 @@ from secretd.linux.inotify import DirectoryWatch
 from secretd.linux.sockopt import keep_urgent_inline, permit_descriptors
 from secretd.monitor.core import Core, wire_event
 from secretd.monitor.session import Session
-from secretd.net.listener import Listener, listen
+from secretd.net.listener import Dialect, Listener, listen
 from secretd.net.receive_space import Account, ReceiveSpace
 from secretd.net.transport import Transport
 from secretd.qapi.command import Command
 from secretd.qom.tree import ObjectTree
 from secretd.server.credentials import Credentials
 from secretd.systemd.notify import KeptDescriptors
-from secretd.wire import messages as wire
 
 log = logging.getLogger("secretd")
 
@@ -83,8 +82,9 @@ class Server:
                 continue
             try:
                 fresh = listen(
-                    listener.path, listener.role, listener.mode, listener.gid, listener.authz
-                )
+                    listener.path, listener.role, listener.mode, listener.gid, listener.authz,
+                    listener.dialect,
+                )  # fmt: skip
             except (UsageError, OSError) as error:
                 log.error("the file of a socket was removed and cannot be restored: %s", error)
                 continue
@@ -145,11 +145,11 @@ class Server:
         except (AccessDenied, LimitReached, PeerUnknown) as error:
             if isinstance(error, PeerUnknown):
                 peer = peer._replace(uid=error.uid)
-            self._turn_away(sock, peer, error)
+            self._turn_away(sock, peer, listener.dialect, error)
             return
-        self._open_session(sock, peer)
+        self._open_session(sock, peer, listener.dialect)
 
-    def _open_session(self, sock: socket.socket, peer: Peer) -> None:
+    def _open_session(self, sock: socket.socket, peer: Peer, dialect: Dialect) -> None:
         core = self.core
         account = None
         if peer.role is not SocketRole.CONTROL:
@@ -160,13 +160,16 @@ class Server:
 
         uid = None if peer.trusted else peer.uid
         transport = Transport(sock, self.space, close, core.tuning, account, uid=uid)
-        session = Session(core, transport, peer, self._forget)
+        table = core.tables[peer.role, dialect]
+        session = Session(core, transport, peer, table, self._forget)
         if not transport.is_closed:
             self.sessions.add(session)
             if peer.role is SocketRole.CONTROL:
                 session.monitor.note_connection()
 
-    def _turn_away(self, sock: socket.socket, peer: Peer, error: Exception) -> None:
+    def _turn_away(
+        self, sock: socket.socket, peer: Peer, dialect: Dialect, error: Exception
+    ) -> None:
         """Send the reason in one line, and close."""
         words = str(error)
         if isinstance(error, LimitReached):
@@ -174,7 +177,7 @@ class Server:
         elif isinstance(error, PeerUnknown):
             words = f"Cannot identify the peer completely: {error}; connection refused"
         with contextlib.suppress(OSError):
-            sock.send(wire.failure("GenericError", words, None))
+            sock.send(self.core.tables[SocketRole.CLIENT, dialect].wire.refusal(words))
         with contextlib.suppress(OSError):
             sock.shutdown(socket.SHUT_RDWR)
         subject = Subject(peer.role.value, peer.info if peer.pid >= 0 else None)

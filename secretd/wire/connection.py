@@ -11,7 +11,7 @@ the reference, wire.lexer, reads what it declines.
 
 import re
 from collections.abc import Callable
-from typing import Final, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 from secretd.wire import encoder
 from secretd.wire.hash_order import qdict_items
@@ -40,6 +40,8 @@ class Connection(Generic[T]):
     ``fast``: takes the view of one line and returns the typed request, or None to decline.
     """
 
+    streamer: type[Streamer] = Streamer
+
     def __init__(
         self,
         fast: Callable[[memoryview], T | None],
@@ -47,7 +49,7 @@ class Connection(Generic[T]):
         max_tokens: int | None = None,
     ) -> None:
         self._fast = fast
-        self._streamer = Streamer(max_bytes, max_tokens)
+        self._streamer = self.streamer(max_bytes, max_tokens)
         self.idle = True
         """True if no message is unfinished."""
         self._declined = 0  # the fast path has declined everything up to here
@@ -97,8 +99,16 @@ class Connection(Generic[T]):
             self._declined = 0
             return position, NEED_DATA
         if isinstance(message, Fault):
-            return position, Malformed(message)
-        return position, _check_object(message, oob=self.oob)  # type: ignore[arg-type]
+            return position, self._fault(message)
+        return position, self._checked(message, view)  # type: ignore[arg-type]
+
+    def _checked(self, message: JSON, _view: memoryview) -> Any:
+        """Return the request of a parsed message, or its fault."""
+        return _check_object(message, oob=self.oob)
+
+    def _fault(self, fault: Fault) -> Malformed:
+        """Return what a fault of the stream is."""
+        return Malformed(fault)
 
 
 def _check_object(message: JSON, *, oob: bool) -> Request | Malformed:

@@ -12,7 +12,7 @@ from operator import itemgetter
 from typing import Final, Generic, NamedTuple, TypeVar
 
 from secretd.wire.hash_order import KNOWN_NAMES, qdict_items
-from secretd.wire.parser import Number, Text
+from secretd.wire.parser import Fault, Number, Text
 
 _PLAIN: Final = re.compile(r"[ !#-\[\]-~]*")
 _SHORT: Final = {
@@ -216,6 +216,17 @@ def write_quoted(quote: memoryview, into: memoryview) -> int:
         into[at : at + len(encoded)] = encoded
         at += len(encoded)
     return at
+
+
+def write_quoted_message(fault: Fault, head: bytes, tail: bytes, into: memoryview) -> int:
+    """Write a message around a fault that quotes the sender's bytes; return its length in bytes."""
+    assert fault.quote is not None
+    before = head + string(fault.before)[:-1].encode()
+    into[: len(before)] = before
+    at = len(before) + write_quoted(fault.quote, into[len(before) :])
+    behind = string(fault.after)[1:].encode() + tail
+    into[at : at + len(behind)] = behind
+    return at + len(behind)
 
 
 def _decoded(sequence: bytes) -> str:

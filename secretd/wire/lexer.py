@@ -280,15 +280,19 @@ class Streamer:
             return NEED_DATA
         base = self._base
         self._reset()
+        self._complete(tokens, base)
         try:
-            return parse(view, _unpack(tokens, base))
+            return parse(view, unpack(tokens, base))
         except ParseError as error:
             return error.fault
+
+    def _complete(self, tokens: "array[int]", base: int) -> None:
+        """Note the tokens of a whole message; `unpack` reads them. A subclass may want them."""
 
 
 def _until_the_end(tokens: "array[int]", base: int) -> Iterator[tuple[int, int, int]]:
     """Yield the tokens, then raise the fault of a missing one."""
-    yield from _unpack(tokens, base)
+    yield from unpack(tokens, base)
     raise ParseError("premature EOI")
 
 
@@ -313,7 +317,7 @@ def document(view: memoryview) -> "JSON | Fault":
     return Fault("Expecting at most one JSON value")
 
 
-def _unpack(tokens: "array[int]", base: int) -> Iterator[tuple[int, int, int]]:
+def unpack(tokens: "array[int]", base: int) -> Iterator[tuple[int, int, int]]:
     """Yield kind, start and end of each token."""
     for token in tokens:
         start = base + (token >> _START_SHIFT & _OFFSET_MASK)

@@ -19,6 +19,12 @@ LONGEST_ESCAPE = 12
 
 EMPTY_RETURN = b'{"return": {}}\r\n'
 
+GREETS = True
+"""The server speaks first (QMP spec, section "Server Greeting")."""
+
+SERVER_ERROR = INVALID_PARAMS = 0
+"""Codes of errors, which QMP has not."""
+
 
 class Request(NamedTuple):
     """A well-formed command object (QMP spec, section "Issuing Commands").
@@ -35,11 +41,12 @@ class Request(NamedTuple):
 
 class Malformed(NamedTuple):
     """The fault of a message that is not a command object, in QEMU's words. It keeps its place in
-    the queue.
+    the queue. ``code``: JSON-RPC's number of it.
     """
 
     fault: Fault
     id: str | None = None
+    code: int = 0
 
 
 def greeting(qemu: tuple[int, int, int], package: str, capabilities: list[str]) -> bytes:
@@ -86,8 +93,10 @@ def success(data: object, id_text: str | None) -> bytes:
     return f'{{"return": {body}{suffix}}}\r\n'.encode("ascii")
 
 
-def failure(error_class: str, desc: str, id_text: str | None) -> bytes:
-    """Return an error response; overlong words are cut. ``id_text``: the id's JSON text."""
+def failure(error_class: str, desc: str, id_text: str | None, _code: int = 0) -> bytes:
+    """Return an error response; overlong words are cut. ``id_text``: the id's JSON text. QMP has no
+    codes.
+    """
     prefix = "" if id_text is None else f'"id": {id_text}, '
     text = encoder.string(desc)
     if len(text) > DESC_BYTES:
@@ -106,14 +115,18 @@ def write_quoted_failure(fault: Fault, into: memoryview) -> int:
     bytes.
     """
     assert fault.quote is not None
-    head = (
-        b'{"error": {"class": "GenericError", "desc": ' + encoder.string(fault.before)[:-1].encode()
-    )
-    tail = encoder.string(fault.after)[1:].encode() + b"}}\r\n"
-    into[: len(head)] = head
-    at = len(head) + encoder.write_quoted(fault.quote, into[len(head) :])
-    into[at : at + len(tail)] = tail
-    return at + len(tail)
+    head = b'{"error": {"class": "GenericError", "desc": '
+    return encoder.write_quoted_message(fault, head, b"}}\r\n", into)
+
+
+def refusal(desc: str) -> bytes:
+    """Return an error that answers no request, such as that of a limit."""
+    return failure("GenericError", desc, None)
+
+
+def events(lines: bytes) -> bytes:
+    """Return events as this dialect sends them: as they are."""
+    return lines
 
 
 def event(name: str, data: str, seconds: int, microseconds: int) -> bytes:

@@ -703,7 +703,11 @@ async def test_a_delivery_that_finds_no_memory_is_an_error(
 
 
 def client_commands() -> Iterator[str]:
-    return (command.name for command in COMMANDS.by_name.values() if command.client)
+    return (
+        command.name
+        for command in COMMANDS.by_name.values()
+        if command.client and command.only != "jsonrpc"
+    )
 
 
 def test_the_client_sockets_commands_are_known() -> None:

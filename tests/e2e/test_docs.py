@@ -26,7 +26,11 @@ pytestmark = pytest.mark.xdist_group("docs")
 
 PAGES = [
     path.relative_to(ROOT / "docs")
-    for path in [ROOT / "docs/tutorial.md", *sorted((ROOT / "docs/howto").glob("*.md"))]
+    for path in [
+        ROOT / "docs/tutorial.md",
+        ROOT / "docs/jsonrpc.md",
+        *sorted((ROOT / "docs/howto").glob("*.md")),
+    ]
 ]
 
 

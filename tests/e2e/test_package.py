@@ -146,9 +146,7 @@ def test_the_sdist_has_all_that_is_needed_to_go_on(dist: Path) -> None:
         ".ci/run",
     ):  # fmt: skip
         assert any(n == wanted or n.startswith(f"{wanted}/") for n in names), wanted
-    assert not [
-        n for n in names if re.search(r"__pycache__|_build|generated|node_modules|\.venv", n)
-    ]
+    assert not [n for n in names if re.search(r"__pycache__|_build|node_modules|\.venv", n)]
 
 
 def test_the_sbom_lists_what_the_lock_file_has(dist: Path) -> None:

@@ -46,7 +46,7 @@ def shell(box: Box, command: str) -> str:
 def test_five_commands_lead_from_nothing_to_a_units_first_secret(box: Box) -> None:
     """And the rest of the page works on what they made."""
     (block,) = blocks("From nothing to a unit's first secret", "sh")
-    commands = block.splitlines()
+    commands = block.replace("\\\n", "").splitlines()
     assert len(commands) == 5
     *before, last = commands
     for command in before:

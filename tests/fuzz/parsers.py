@@ -33,7 +33,10 @@ from secretd.wire.messages import Malformed, Request
 from secretd.wire.parser import Number, Text
 
 CORPORA: Final = Path(__file__).parent.parent / "corpora"
-_FAST: Final = FastDecoder(COMMANDS.by_name.values()).decode
+_REQUESTS: Final = {
+    c.request: [*c.arguments.values()] for c in COMMANDS.by_name.values() if c.request
+}
+_FAST: Final = FastDecoder(_REQUESTS).decode
 _MESSAGE_BYTES: Final = 2000
 _WINDOW: Final = 4096
 _INODE_OFFSET: Final = 24

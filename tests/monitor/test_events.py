@@ -352,7 +352,7 @@ async def test_many_events_are_spread_over_ticks_and_none_is_lost(
         sent.append(count)
         send(events, count)
 
-    session.send_events = watched
+    session.send_events = watched  # type: ignore[method-assign]
     burst(in_loop, 50)
     assert await received(watching, 50) == [("SECRET_ADDED", f"web.{n}") for n in range(50)]
     assert max(sent) == 2

@@ -21,7 +21,6 @@ from secretd.net.receiver import Locked
 from secretd.qom.registry import TYPES
 from secretd.qom.tree import ObjectTree
 from secretd.wire import messages as wire
-from secretd.wire.connection import Connection
 from secretd.wire.lexer import NeedData
 from tests.support.daemon import Daemon
 from tests.support.needs import ARENA_LEVEL, need_program
@@ -57,8 +56,9 @@ class Codec:
             tree, COMMANDS.by_name.values(), "secretd test", Audit(), self.quit, start, Tuning()
         )
         peer = Peer(os.getuid(), os.getgid(), os.getpid(), SocketRole.CONTROL)
-        self.monitor = Monitor(shared, peer, self._negotiated)
-        self.codec = Connection(self.monitor.table.decode)
+        table = shared.tables[SocketRole.CONTROL, "qmp"]
+        self.monitor = Monitor(shared, peer, table, self._negotiated)
+        self.codec = table.codec()
         self._input = bytearray()
         self._position = 0
         self._output = self.monitor.greeting()

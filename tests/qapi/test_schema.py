@@ -13,7 +13,7 @@ from msgspec import UNSET, Raw, Struct
 
 from secretd.errors import CommandError
 from secretd.monitor.commands import COMMANDS
-from secretd.monitor.core import USUAL
+from secretd.monitor.tables import USUAL
 from secretd.qapi.command import (
     Command,
     Commands,
@@ -28,7 +28,7 @@ from secretd.wire.connection import Connection
 from secretd.wire.messages import Malformed, Request
 
 ALL = list(COMMANDS.by_name.values())
-SLOWER = FastDecoder(ALL).decode
+SLOWER = FastDecoder({c.request: [*c.arguments.values()] for c in ALL if c.request}).decode
 FAST = UsualLines(ALL, USUAL, SLOWER).decode
 USUAL_ONLY = UsualLines(ALL, USUAL, lambda _line: None).decode
 NONE_USUAL = UsualLines([], USUAL, lambda _line: None).decode

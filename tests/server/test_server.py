@@ -20,6 +20,7 @@ from secretd.access.peer import SocketRole
 from secretd.errors import LockedMemoryExhausted, PeerUnknown, UsageError
 from secretd.limits import Tuning
 from secretd.memory.arena import Arena, LockedBuffer
+from secretd.monitor.monitor import safely
 from secretd.monitor.session import Session
 from secretd.net.listener import listen
 from secretd.net.pause import Pause
@@ -1105,7 +1106,7 @@ def test_a_connection_that_cannot_be_closed_is_logged(
 
     real = session.transport.close
     session.transport.close = broken  # type: ignore[method-assign]
-    daemon.call(lambda: session._safely(broken))
+    daemon.call(lambda: safely(session.transport, broken))
     assert [r.levelname for r in caplog.records] == ["ERROR", "ERROR"]
     session.transport.close = real  # type: ignore[method-assign]
     assert daemon.connect().ok("query-name") == {}

@@ -9,6 +9,7 @@ from secretd.errors import CommandNotFound
 from secretd.monitor.monitor import Monitor
 from secretd.qapi.command import Commands
 from secretd.qapi.introspect import SchemaInfo
+from secretd.qapi.openrpc import OpenRPCDocument
 from secretd.wire.encoder import JSONText
 from secretd.wire.messages import VersionInfo
 
@@ -35,7 +36,7 @@ class NameInfo(TypedDict):
     name: NotRequired[str]
 
 
-@command(name="qmp_capabilities", client=True)
+@command(only="qmp", name="qmp_capabilities", client=True)
 def qmp_capabilities(monitor: Monitor, enable: list[Literal["oob"]] | UnsetType = UNSET) -> None:
     """Leave negotiation mode. ``enable``: capabilities that the greeting offered."""
     if monitor.negotiated:
@@ -59,6 +60,12 @@ def query_commands(monitor: Monitor) -> list[CommandInfo]:
 def query_qmp_schema(monitor: Monitor) -> JSONText[list[SchemaInfo]]:
     """Return the schema of this socket's commands and of the events."""
     return monitor.table.schema
+
+
+@command(name="rpc.discover", client=True, only="jsonrpc")
+def rpc_discover(monitor: Monitor) -> JSONText[OpenRPCDocument]:
+    """Return the OpenRPC document of this socket: methods, params, results and errors."""
+    return monitor.table.openrpc
 
 
 @command()
