@@ -87,14 +87,14 @@ class Table:
         pairs = [(c.rpc_request if rpc else c.request, c) for c in commands]
         self.by_request = {request: c for request, c in pairs if request is not None}
         fast = FastDecoder({r: list(c.arguments.values()) for r, c in self.by_request.items()})
-        self._decode = fast.decode if rpc else UsualLines(commands, USUAL, fast.decode).decode
+        self.decode = UsualLines(commands, USUAL, fast.decode, rpc=rpc).decode
 
     def codec(self, *, in_batch: bool = False) -> "connection.Connection[Any]":
         """Return the codec of a connection; ``in_batch``: of a member of a batch."""
         if self.dialect == "qmp":
-            return connection.Connection(self._decode, self.max_bytes, self.max_tokens)
+            return connection.Connection(self.decode, self.max_bytes, self.max_tokens)
         made: jsonrpc.Connection[Any] = jsonrpc.Connection(
-            self._decode, self.max_bytes, self.max_tokens
+            self.decode, self.max_bytes, self.max_tokens
         )
         made.in_batch = in_batch
         return made

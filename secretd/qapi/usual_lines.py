@@ -36,7 +36,8 @@ class UsualLines:
     """Decodes the usual lines of some commands.
 
     ``usual``: their names, each with the value of the argument that selects the other arguments, ""
-    if there is none. ``others``: decodes the lines that have no such form, or declines.
+    if there is none. ``others``: decodes the lines that have no such form, or declines. ``rpc``:
+    the lines are JSON-RPC's.
     """
 
     def __init__(
@@ -44,15 +45,24 @@ class UsualLines:
         commands: Iterable[Command],
         usual: Iterable[tuple[str, str]],
         others: Callable[[memoryview], Struct | None],
+        *,
+        rpc: bool = False,
     ) -> None:
         self._others = others
+        self._before = ("2.0",) if rpc else ()  # values of the request before its arguments
+        head, place = (
+            (b'"jsonrpc": ?"2.0", ?"method": ?', b"params")
+            if rpc
+            else (b'"execute": ?', b"arguments")
+        )
         by_name = {command.name: command for command in commands}
         self._forms: dict[int, _Form] = {}  # by the last group of each
         patterns = []
         groups = 0
         for name, tag in usual:
             command = by_name.get(name)
-            if command is None or command.request is None:
+            request = command and (command.rpc_request if rpc else command.request)
+            if command is None or request is None:
                 continue
             struct = command.arguments[tag]
             (string,) = [m for m in members(struct) if m.required]
@@ -61,12 +71,13 @@ class UsualLines:
             parts = [b'"%s": ?"%s"' % (command.tag_field.encode(), tag.encode())] if tag else []
             parts += [b'"%s": ?%s' % (string.wire_name.encode(), _STRING)]
             parts += [b'"%s": ?%s' % (secret.wire_name.encode(), _SECRET)] if secret else []
-            patterns.append(b'%s", ?"arguments": ?\\{%s\\}' % (name.encode(), b", ?".join(parts)))
+            patterns.append(b'%s", ?"%s": ?\\{%s\\}' % (name.encode(), place, b", ?".join(parts)))
             group, groups = groups + 1, groups + 1 + bool(secret)
             self._forms[groups] = _Form(
-                command.request, struct, string.name, group, secret.name if secret else None
+                request, struct, string.name, group, secret.name if secret else None
             )
-        self._match = re.compile(b'\\{"execute": ?"(?:%s)' % b"|".join(patterns or [b"(?!)"])).match
+        any_form = b"|".join(patterns or [b"(?!)"])
+        self._match = re.compile(b'\\{%s"(?:%s)' % (head, any_form)).match
 
     def decode(self, line: memoryview) -> Struct | None:
         """Return the request of a line, None to decline."""
@@ -88,4 +99,4 @@ class UsualLines:
             # By its place in the line: match[last] would copy it into the heap.
             start, stop = match.span(last)
             setattr(arguments, secret, Raw(line[start:stop]))
-        return request(arguments, request_id)
+        return request(*self._before, arguments, request_id)

@@ -361,7 +361,7 @@ def test_a_socket_has_the_role_that_its_name_says(
     said = refused(manager.start(sockets={"control.sock": control}, ready=False))
     assert said == (
         "secretd: the service manager passed a socket as 'control.sock': FileDescriptorName= of a "
-        ".socket unit must be control, client or credentials\n"
+        ".socket unit must be control, client, credentials, control-jsonrpc or client-jsonrpc\n"
     )
     one, two = socket.socketpair()
     null = os.open("/dev/null", os.O_RDONLY)

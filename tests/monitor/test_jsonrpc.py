@@ -504,6 +504,29 @@ CALLS = st.builds(
 @given(CALLS, st.sampled_from([(",", ":"), (", ", ": ")]), st.booleans())
 @settings(max_examples=400)
 @example({"jsonrpc": "2.0", "method": "object-del", "params": {"id": "a"}}, (",", ":"), True)
+@example(
+    {"jsonrpc": "2.0", "method": "object-del", "params": {"id": "a"}, "id": 7}, (", ", ": "), True
+)
+@example(
+    {
+        "jsonrpc": "2.0",
+        "method": "object-add",
+        "params": {"qom-type": "secret", "id": "a", "data": "x"},
+        "id": "7",
+    },
+    (", ", ": "),
+    True,
+)
+@example(
+    {
+        "jsonrpc": "2.0",
+        "method": "object-add",
+        "params": {"qom-type": "secret", "id": "a", "data": "x"},
+        "id": 1.5,
+    },
+    (",", ":"),
+    True,
+)
 def test_fast_path_and_reference_are_one_behaviour(
     message: dict, separators: tuple[str, str], ascii_only: bool
 ) -> None:
@@ -511,7 +534,7 @@ def test_fast_path_and_reference_are_one_behaviour(
     line = json.dumps(message, separators=separators, ensure_ascii=ascii_only).encode() + b"\n"
     every = list(COMMANDS.by_name.values())
     fast: Any = tables(every)[SocketRole.CONTROL, "jsonrpc"]
-    request = fast._decode(memoryview(bytearray(line)))
+    request = fast.decode(memoryview(bytearray(line)))
     if request is None:
         return
     command = fast.by_request[type(request)]

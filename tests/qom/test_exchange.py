@@ -31,7 +31,8 @@ async def opened_for_writing(fifo: Path) -> int:
 async def test_a_secret_gets_new_content(in_loop: Served, aqmp: AsyncClient) -> None:
     """In any encoding; its lifetime ends, and others get the events of both steps."""
     other = await in_loop.connect()
-    await other.ok("secret-events", {"enable": True})
+    names = ["SECRET_ADDED", "SECRET_DELETED"]
+    await other.ok("secret-events", {"enable": True, "events": names})
     await aqmp.add("s", data="old")
     await aqmp.ok("secret-expire", {"id": "s", "after": 100})
     await aqmp.ok("secret-replace", replacing("s", data="new and longer"))
