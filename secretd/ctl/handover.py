@@ -122,7 +122,8 @@ def run(common: Common, secret: tuple[str, ...], via: str, command: tuple[str, .
     """Run a command that gets secrets as descriptors.
 
     {NAME} in its words becomes a /dev/fd/N that reads as the secret. The command replaces
-    secretctl, and its exit status is the command's.
+    secretctl, and its exit status is the command's. sudo and ssh close descriptors before they
+    start: type 'sudo secretctl run …', and not 'secretctl run … -- sudo …'.
     """
     fds: dict[str, int] = {}
     with client_of(common) as client:

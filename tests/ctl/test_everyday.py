@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -172,3 +173,24 @@ def test_grants_identities_and_commands_are_completed(
 def test_a_time_that_no_calendar_has_is_told_as_a_duration() -> None:
     """A lifetime may end after the year 9999."""
     assert output.at_and_in(10**25).startswith("in ")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "escapes"), [("TERM", "dumb", rb"\x1b"), ("NO_COLOR", "1", rb"\x1b\[3[0-9]")]
+)
+def test_no_colour_where_none_is_wanted(
+    daemon: Daemon,
+    qmp: Client,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    value: str,
+    escapes: bytes,
+) -> None:
+    """Tables and prompts; a dumb terminal gets no control sequences at all."""
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv(name, value)
+    qmp.add("s", data="letmein")
+    for words in (["list"], ["grants"], ["stats"], ["--help"]):
+        status, seen = in_terminal(["--socket", daemon.control, *words], b"", expect=b"\n")
+        assert status == 0
+        assert not re.search(escapes, seen), seen
