@@ -30,7 +30,7 @@ from secretd.qapi.visitor import members
 from secretd.qom.registry import TYPES
 
 LIMITS = {
-    "Messages and replies": [
+    "For every client: messages and replies": [
         "wire.lexer",
         "wire.connection",
         "monitor.monitor",
@@ -40,8 +40,8 @@ LIMITS = {
         "net.sender",
         "net.receive_space",
     ],
-    "What each uid may have": ["limits", "descriptors.threads"],
-    "Secrets and objects": [
+    "For the programs of one user: what a uid may have": ["limits", "descriptors.threads"],
+    "For administrators: secrets, objects and grants": [
         "qom.secret",
         "qom.identifiers",
         "qom.sorted_ids",
@@ -51,9 +51,9 @@ LIMITS = {
         "monitor.commands.listing",
         "monitor.commands.grants",
     ],
-    "Descriptors and hand-over": ["descriptors.passed", "descriptors.threaded_delivery"],
-    "Events": ["monitor.broadcast"],
-    "Access and the audit": ["access.grant_list", "access.uses", "audit.records", "access.peer"],
+    "For clients that pass descriptors": ["descriptors.passed", "descriptors.threaded_delivery"],
+    "For clients that watch: events": ["monitor.broadcast"],
+    "For readers of the audit and of grants": ["access.grant_list", "access.uses", "audit.records", "access.peer"],
 }
 """Which modules have limits, under which heading."""
 
@@ -355,7 +355,7 @@ def limits() -> Iterator[str]:
                 shown = f"{value:,}" if isinstance(value, int) else f"{value:g}"
                 yield f"| `{constant}` | {shown} | {cell(words)} |"
         yield ""
-    yield "## Times and sizes"
+    yield "## For all: times and sizes"
     yield ""
     yield "| limit | value | |"
     yield "|---|---|---|"

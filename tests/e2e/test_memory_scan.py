@@ -10,10 +10,12 @@ import base64
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -150,7 +152,8 @@ def scene(request: pytest.FixtureRequest, start: Callable[..., Process], tmp_pat
     (tmp_path / "start.sh").write_text(script)
     audit = ["--audit", str(tmp_path / "audit"), "--audit-key", "auditkey"]
     client = ["--client", str(tmp_path / "client.sock")]
-    process = start(*audit, *client, command=["bash", str(tmp_path / "start.sh")])
+    rpc = ["--control", f"{tmp_path}/rpc.sock,protocol=jsonrpc"]
+    process = start(*audit, *client, *rpc, command=["bash", str(tmp_path / "start.sh")])
     return Scene(process, level, held)
 
 
@@ -165,7 +168,7 @@ def test_no_copy_of_any_secret_is_found_outside_of_the_arena(scene: Scene, tmp_p
     for add in (inline, escaped, by_hand, inline_base64, inline_aes, file_aes, path, path_base64,
     fdset,
                 fdset_pipe, byte_by_byte, slowly, human_monitor, human_monitor_json, keyring,
-                queued,
+                queued, rpc, rpc_escaped, rpc_batch,
                 by_secretctl):  # fmt: skip
         for _ in range(EACH if add not in (keyring, by_secretctl) else 10):
             add(scene, tmp_path)
@@ -216,6 +219,48 @@ def escaped(scene: Scene, _tmp_path: Path) -> None:
     )
     assert scene.client.reply() == {"return": {}}
     scene.held[object_id] = text.encode()
+
+
+def called(tmp_path: Path, text: str) -> Any:
+    """What a JSON-RPC socket answers to a text; the text leaves in one piece."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(str(tmp_path / "rpc.sock"))
+        sock.sendall(text.encode())
+        with sock.makefile("r") as file:
+            return json.loads(file.readline())
+
+
+def rpc_request(object_id: str, data: str) -> str:
+    """object-add as JSON-RPC; ``data``: with its quotes."""
+    return (
+        '{"jsonrpc": "2.0", "method": "object-add", "params": {"qom-type": "secret", '
+        f'"id": "{object_id}", "data": {data}}}, "id": 1}}'
+    )
+
+
+def rpc(scene: Scene, tmp_path: Path) -> None:
+    """The fast path."""
+    object_id, text = scene.next()
+    assert "result" in called(tmp_path, rpc_request(object_id, f'"{text}"') + "\n")
+    scene.held[object_id] = text.encode()
+
+
+def rpc_escaped(scene: Scene, tmp_path: Path) -> None:
+    """The reference, which decodes escapes in place."""
+    object_id, text = scene.next()
+    data = '"' + "".join(f"\\u{ord(c):04x}" for c in text) + '"'
+    assert "result" in called(tmp_path, rpc_request(object_id, data))
+    scene.held[object_id] = text.encode()
+
+
+def rpc_batch(scene: Scene, tmp_path: Path) -> None:
+    """Members wait as bytes; one of them fails."""
+    (first, text), (second, other) = scene.next(), scene.next()
+    failing = rpc_request("1", f'"{secret(scene.number + 500_000)}"')
+    members = [rpc_request(first, f'"{text}"'), failing, rpc_request(second, f'"{other}"')]
+    replies = called(tmp_path, f"[{', '.join(members)}]")
+    assert ["result" in each for each in replies] == [True, False, True]
+    scene.held[first], scene.held[second] = text.encode(), other.encode()
 
 
 def by_hand(scene: Scene, _tmp_path: Path) -> None:
