@@ -53,7 +53,12 @@ LIMITS = {
     ],
     "For clients that pass descriptors": ["descriptors.passed", "descriptors.threaded_delivery"],
     "For clients that watch: events": ["monitor.broadcast"],
-    "For readers of the audit and of grants": ["access.grant_list", "access.uses", "audit.records", "access.peer"],
+    "For readers of the audit and of grants": [
+        "access.grant_list",
+        "access.uses",
+        "audit.records",
+        "access.peer",
+    ],
 }
 """Which modules have limits, under which heading."""
 

@@ -10,9 +10,6 @@ from typing import Final
 DEFERRED_EVENTS: Final = 1000
 """Events that wait for the end of a batch; further ones are lost and counted."""
 
-REQUESTS_PER_TURN: Final = 8
-"""Members of a batch that are executed before other connections get their turn."""
-
 
 class BatchReply:
     """The array of one batch. ``events``: texts and numbers of deferred events."""

@@ -289,7 +289,8 @@ class Monitor:
             code = wire.INVALID_PARAMS if wrong_argument else wire.SERVER_ERROR
             return wire.failure(error.error_class, error.desc, id_text, code)
         log_internal(error)
-        return self._wire.failure("GenericError", INTERNAL_ERROR, id_text)
+        wire = self._wire
+        return wire.failure("GenericError", INTERNAL_ERROR, id_text, wire.INTERNAL_ERROR)
 
     def _success(self, result: object, id_text: str | None) -> bytes:
         reply = self._wire.success(result, id_text)

@@ -36,6 +36,7 @@ class Outbox:
         self.replies: list[bytes] = []
         self.size = 0  # bytes of replies
         self._lost = 0  # events
+        self.in_array = False  # the reply to a batch is under way, which events must not break
         self.held = False
 
     def add(self, reply: bytes) -> None:
@@ -79,6 +80,7 @@ class Outbox:
 
     def report_lost(self) -> None:
         """Report the number of lost events, if the client reads."""
-        if self._lost and not self._transport.backlogged and not self._transport.is_closed:
+        transport = self._transport
+        if self._lost and not (transport.backlogged or transport.is_closed or self.in_array):
             lost, self._lost = self._lost, 0
             self.send_events(wire_event("SECRET_EVENTS_LOST", f'{{"count": {lost}}}'), 1)

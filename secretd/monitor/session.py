@@ -27,7 +27,7 @@ from msgspec import Struct
 from secretd.access.peer import Peer, SocketRole
 from secretd.errors import LimitReached, LockedMemoryExhausted
 from secretd.memory.arena import LockedBuffer
-from secretd.monitor.batch import REQUESTS_PER_TURN, BatchEnd, BatchReply
+from secretd.monitor.batch import BatchEnd, BatchReply
 from secretd.monitor.core import Core
 from secretd.monitor.monitor import Monitor, Reply, safely
 from secretd.monitor.outbox import Outbox
@@ -74,9 +74,8 @@ class Session:
             core.has_one_session, transport.others_ready, transport.yield_turn, core.tuning
         )
         self._table, self.max_bytes, self._codec = table, table.max_bytes, table.codec()
-        self._next, self._handle = self._codec.next, self.monitor.handle
-        if table.dialect == "jsonrpc":
-            self._handle = self._handle_or_begin
+        rpc = table.dialect == "jsonrpc"
+        self._next, self._handle = self._codec.next, self._begin if rpc else self.monitor.handle
         self._batch: BatchReply | None = None  # the reply to a batch under way
         self.first_needed = self._codec.first_needed
         self.shifted = self._codec.shifted
@@ -217,7 +216,7 @@ class Session:
     def _framed(self, reply: bytes) -> bytes:
         return reply if self._batch is None else self._batch.framed(reply)
 
-    def _handle_or_begin(self, request: "Request | Malformed | Struct | Batch") -> Reply:
+    def _begin(self, request: "Request | Malformed | Struct | Batch") -> Reply:
         """Handle a request, or queue the members of a batch; they are executed one by one."""
         if not isinstance(request, Batch):
             return self.monitor.handle(request)
@@ -227,7 +226,7 @@ class Session:
             if isinstance(error, LimitReached):
                 self._core.limits.note_hit(error.limit)
             return self._wire.refusal(error.desc)
-        self._batch = BatchReply()
+        self._batch, self.outbox.in_array = BatchReply(), True
         self.transport.later(self._continue_safely)
         return b""
 
@@ -265,11 +264,8 @@ class Session:
     def _continue(self) -> None:
         """Execute queued requests until one must wait, then read again.
 
-        An untrusted peer gets one request in each of its turns. A batch waits while the client does
-        not read.
+        A batch and an untrusted peer get one request in each turn; a batch waits for its reader.
         """
-        most = REQUESTS_PER_TURN if self._trusted else 1
-        done = 0
         while self._queue and self._pending is None and not self._core.stopping:
             if self._batch is not None and (self._sender.backlogged or self.transport.is_closed):
                 break
@@ -285,21 +281,25 @@ class Session:
                 self._end_batch()
             else:
                 self._answer(queued)
-            done += 1
-            if self._queue and done >= most and (not self._trusted or self._batch is not None):
+            if self._queue and not (self._trusted and self._batch is None):
                 self.outbox.flush()
                 self.transport.later(self._continue_safely)
                 return
+        if self._core.stopping and self._pending is None:
+            self._waiting.clear()
+            if self._batch is not None:
+                self._end_batch()
         self.outbox.flush()
         if self._batch is None:
             self.transport.resume(Pause.BUSY)
 
     def _end_batch(self) -> None:
         assert self._batch is not None
-        batch, self._batch = self._batch, None
+        batch, self._batch, self.outbox.in_array = self._batch, None, False
         self.outbox.add(batch.end)
         for deferred in batch.events:
             self.send_events(*deferred)
+        self.outbox.report_lost()
 
     # --- what the transport reports
 

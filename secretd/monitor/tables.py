@@ -44,6 +44,7 @@ class Wire(Protocol):
     EMPTY_RETURN: bytes
     SERVER_ERROR: int
     INVALID_PARAMS: int
+    INTERNAL_ERROR: int
 
     def success(self, data: object, id_text: str | None) -> bytes:
         """Return a response with a result."""

@@ -42,6 +42,7 @@ _ERRORS: Final = {
     jsonrpc.INVALID_REQUEST: "Invalid Request",
     jsonrpc.METHOD_NOT_FOUND: "Method not found",
     jsonrpc.INVALID_PARAMS: "Invalid params",
+    jsonrpc.INTERNAL_ERROR: "Internal error",
     jsonrpc.SERVER_ERROR: "The command failed; data.class is QMP's class of the error",
 }
 

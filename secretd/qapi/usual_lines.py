@@ -51,7 +51,7 @@ class UsualLines:
         self._others = others
         self._before = ("2.0",) if rpc else ()  # values of the request before its arguments
         head, place = (
-            (b'"jsonrpc": ?"2.0", ?"method": ?', b"params")
+            (b'"jsonrpc": ?"2[.]0", ?"method": ?', b"params")
             if rpc
             else (b'"execute": ?', b"arguments")
         )

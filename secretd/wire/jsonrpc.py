@@ -13,7 +13,14 @@ from collections.abc import Iterator
 from typing import Final, NamedTuple, TypeVar
 
 from secretd.wire import connection, encoder
-from secretd.wire.lexer import NeedData, Streamer, unpack
+from secretd.wire.lexer import (
+    MAX_MESSAGE_BYTES,
+    NEED_DATA,
+    START,
+    NeedData,
+    Streamer,
+    unpack,
+)
 from secretd.wire.messages import DESC_BYTES, LONGEST_ESCAPE, Malformed, Request
 from secretd.wire.parser import (
     COMMA,
@@ -34,6 +41,7 @@ INVALID_REQUEST: Final = -32600
 METHOD_NOT_FOUND: Final = -32601
 INVALID_PARAMS: Final = -32602
 SERVER_ERROR: Final = -32000
+INTERNAL_ERROR: Final = -32603
 
 BATCH_MEMBERS: Final = 64
 """Members of one batch."""
@@ -49,6 +57,12 @@ _EVENT: Final = re.compile(
 )
 
 
+_MARK: Final = re.compile(rb'["\\\[\]{}\n\xff]')
+_QUOTE, _BACKSLASH, _NEWLINE, _RESET = 0x22, 0x5C, 0x0A, 0xFF
+_OPENERS: Final = {0x7B: LCURLY, 0x5B: LSQUARE}
+_CLOSERS: Final = {0x7D: LCURLY, 0x5D: LSQUARE}
+
+
 class Batch(NamedTuple):
     """A batch (section 6): the places of its members in the view."""
 
@@ -60,25 +74,89 @@ class StrictStreamer(Streamer):
     """A Streamer that refuses at once what QEMU's waits to see the end of: a bracket that closes a
     brace, or the reverse.
 
-    ``members``: after a message that is an array, start and end of each member.
+    After a fault inside an array or object the rest of that text, and of its last line, is skipped:
+    QEMU reads it as further messages, and members of a broken batch would be executed. The byte
+    0xFF ends that, as it ends a message. ``members``: after a message that is an array, start and
+    end of each member.
     """
+
+    def __init__(self, max_bytes: int = MAX_MESSAGE_BYTES, max_tokens: int | None = None) -> None:
+        self._open = bytearray()  # the kinds of open braces and brackets
+        self._left_open = bytearray()  # those of the previous message
+        self._skipping = False
+        self._in_string = False  # while skipping
+        self._escaped = False
+        super().__init__(max_bytes, max_tokens)
+
+    @property
+    def idle(self) -> bool:
+        """See Streamer."""
+        return not self._skipping and super().idle
+
+    def next(
+        self, view: memoryview, position: int, end: int
+    ) -> tuple[int, "JSON | Fault | NeedData"]:
+        """See Streamer."""
+        if self._skipping:
+            position = self._skip(view, position, end)
+            if self._skipping:
+                return position, NEED_DATA
+        position, found = super().next(view, position, end)
+        # A line that ends in the middle of a string is the end of the text.
+        if isinstance(found, Fault) and self._left_open and view[position - 1] != _NEWLINE:
+            self._skipping, self._in_string, self._escaped = True, False, False
+        return position, found
+
+    def _skip(self, view: memoryview, position: int, end: int) -> int:
+        """Skip to the end of a faulty text and of its last line; return the position reached."""
+        opened = self._left_open
+        for match in _MARK.finditer(view, position, end):
+            byte = view[match.start()]
+            if self._escaped and match.start() == position:
+                self._escaped = False
+                continue
+            position = match.end()
+            if byte == _BACKSLASH:
+                self._escaped = self._in_string
+            elif byte == _RESET or (byte == _NEWLINE and (self._in_string or not opened)):
+                self._skipping, self._state = False, START
+                return position
+            elif byte == _QUOTE:
+                self._in_string = not self._in_string
+            elif byte in _OPENERS and not self._in_string:
+                opened.append(_OPENERS[byte])
+            elif byte in _CLOSERS and not self._in_string:
+                _close(opened, _CLOSERS[byte])
+        self._escaped = self._escaped and position == end
+        return end
 
     def _reset(self) -> None:
         super()._reset()
-        self._open = bytearray()  # the kinds of open braces and brackets
+        self._left_open, self._open = self._open, bytearray()
 
     def _take(self, kind: int, view: memoryview, start: int, end: int) -> "JSON | Fault | NeedData":
         if kind in (LCURLY, LSQUARE):
             self._open.append(kind)
         elif kind in (RCURLY, RSQUARE):
             opened = LCURLY if kind == RCURLY else LSQUARE
-            if not self._open or self._open.pop() != opened:
+            if not self._open or self._open[-1] != opened:
+                _close(self._open, opened)
+                # At least the rest of the line belongs to it.
                 self._reset()
+                self._skipping, self._in_string, self._escaped = True, False, False
                 return Fault("JSON parse error, a brace or bracket closes what is not open")
+            self._open.pop()
         return super()._take(kind, view, start, end)
 
     def _complete(self, tokens: "array[int]", base: int) -> None:
         self.members = list(_members(unpack(tokens, base)))
+
+
+def _close(opened: bytearray, kind: int) -> None:
+    """Close the last brace or bracket of a kind, and those inside it; without one, all, as nothing
+    tells where the text ends.
+    """
+    del opened[max(opened.rfind(kind), 0) :]
 
 
 def _members(tokens: Iterator[tuple[int, int, int]]) -> Iterator[tuple[int, int]]:
@@ -130,7 +208,7 @@ def _check_object(message: JSON) -> Request | Malformed:
         value = message["id"]
         if not (value is None or isinstance(value, Text | Number)):
             return _invalid("'id' must be a string, a number or null", "null")
-        id_text = encoder.value(value)
+        id_text = _as_sent(value)
         if len(id_text) > connection.MAX_ID_BYTES:
             return _invalid(f"'id' is longer than the limit of {connection.MAX_ID_BYTES} bytes",
                             "null")  # fmt: skip
@@ -143,6 +221,8 @@ def _check_object(message: JSON) -> Request | Malformed:
     if not isinstance(method, Text):
         return _invalid("'method' must be a string", shown)
     params = message.get("params", {})
+    if params == []:
+        params = {}  # as some clients say that there are none
     if isinstance(params, list):
         if id_text is None:
             return Malformed(Fault(""), None, INVALID_PARAMS)  # a notification has no reply
@@ -151,6 +231,13 @@ def _check_object(message: JSON) -> Request | Malformed:
     if not isinstance(params, dict):
         return _invalid("'params' must be an object", shown)
     return Request(method.to_str(), params, id_text)
+
+
+def _as_sent(value: Text | Number | None) -> str:
+    """Return the JSON text of an id; a number is the same digits as in the request."""
+    if isinstance(value, Number):
+        return str(value.view[value.start : value.end], "ascii")
+    return encoder.value(value)
 
 
 def _invalid(words: str, id_text: str) -> Malformed:

@@ -59,7 +59,7 @@ _MANTISSA_DIGITS = 11
 _DIGITS = 12
 _SIGN = 13
 _KEYWORD = 14
-_START = 15
+START = 15
 
 _SKIP = 26
 
@@ -88,7 +88,7 @@ _STRUCTURE: Final[dict[str | range, int]] = {
     ":": COLON,
     ",": COMMA,
 }
-_AGAIN = _START | _LOOKAHEAD
+_AGAIN = START | _LOOKAHEAD
 _IN_STRING = range(0x20, 0xFE)
 
 _TABLE: Final = {
@@ -109,7 +109,7 @@ _TABLE: Final = {
     _DIGITS: _row(INTEGER | _LOOKAHEAD, {"0123456789": _DIGITS, "eE": _EXP_E, ".": _MANTISSA}),
     _SIGN: _row(_ERROR, {"0": _ZERO, "123456789": _DIGITS}),
     _KEYWORD: _row(KEYWORD | _LOOKAHEAD, {range(0x61, 0x7B): _KEYWORD}),
-    _START: _row(
+    START: _row(
         _ERROR,
         _STRUCTURE
         | {
@@ -129,7 +129,7 @@ _RUNS: Final = {
     _DQ: re.compile(rb'[^"\\\x00-\x1f\xfe\xff]*(?:\\[\x20-\xfd][^"\\\x00-\x1f\xfe\xff]*){0,64}'),
     _SQ: re.compile(rb"[^'\\\x00-\x1f\xfe\xff]*(?:\\[\x20-\xfd][^'\\\x00-\x1f\xfe\xff]*){0,64}"),
     _RECOVERY: re.compile(rb"[^{}\[\]:,\x00-\x08\x0a-\x1f\xfe\xff]*"),
-    _START: re.compile(rb"[ \t\r\n]*"),
+    START: re.compile(rb"[ \t\r\n]*"),
     _KEYWORD: re.compile(rb"[a-z]*"),
     _DIGITS: re.compile(rb"[0-9]*"),
     _MANTISSA_DIGITS: re.compile(rb"[0-9]*"),
@@ -154,7 +154,7 @@ class Streamer:
     def __init__(self, max_bytes: int = MAX_MESSAGE_BYTES, max_tokens: int | None = None) -> None:
         self._max_bytes = max_bytes
         self._max_tokens = MAX_TOKENS if max_tokens is None else max_tokens
-        self._state = _START
+        self._state = START
         self._token = 0  # start of the unfinished token, in the states that have one
         self._reset()
 
@@ -168,14 +168,14 @@ class Streamer:
     @property
     def idle(self) -> bool:
         """True between messages, if no earlier byte influences the following ones."""
-        return self._state == _START and not self._tokens
+        return self._state == START and not self._tokens
 
     @property
     def ending(self) -> int | None:
         """A byte that acts like the end of input: it completes a token, or shows that it is
         incomplete. None without an unfinished token.
         """
-        if self._state in (_START, _RECOVERY):
+        if self._state in (START, _RECOVERY):
             return None
         return 0x20 if _TABLE[self._state][0] & _LOOKAHEAD else 0
 
@@ -195,7 +195,7 @@ class Streamer:
         """
         if self._tokens:
             return self._base + (self._tokens[0] >> _START_SHIFT & _OFFSET_MASK)
-        return position if self._state in (_START, _RECOVERY) else self._token
+        return position if self._state in (START, _RECOVERY) else self._token
 
     def shifted(self, distance: int) -> None:
         """Note that the bytes still needed now lie ``distance`` bytes lower."""
@@ -212,7 +212,7 @@ class Streamer:
         state = self._state
         # The byte that crosses the limit must not depend on the pieces in which bytes arrive.
         bound = end
-        if self._tokens or state not in (_START, _RECOVERY):
+        if self._tokens or state not in (START, _RECOVERY):
             bound = min(end, self.first_needed(position) + self._max_bytes)
         while position < bound:
             # 1. Skip bytes that keep the state, then take one step of the table.
@@ -225,7 +225,7 @@ class Streamer:
             if following & _LOOKAHEAD:
                 following &= ~_LOOKAHEAD
             else:
-                if state == _START:
+                if state == START:
                     self._token = position
                     if not self._tokens:
                         bound = min(end, position + self._max_bytes)
@@ -238,16 +238,16 @@ class Streamer:
                     "JSON parse error, stray '", view[self._token : position], "'"
                 )
             if LCURLY <= following <= STRING:
-                state = _START
+                state = START
                 outcome = self._take(following, view, self._token, position)
                 if outcome is not NEED_DATA:
-                    self._state = _START
+                    self._state = START
                     return position, outcome
             else:
-                state = _START if following == _SKIP else following
+                state = START if following == _SKIP else following
         self._state = state
         if position < end:
-            self._state = _START
+            self._state = START
             self._reset()
             return position, Fault("JSON token size limit exceeded")
         return position, NEED_DATA

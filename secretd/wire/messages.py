@@ -22,7 +22,7 @@ EMPTY_RETURN = b'{"return": {}}\r\n'
 GREETS = True
 """The server speaks first (QMP spec, section "Server Greeting")."""
 
-SERVER_ERROR = INVALID_PARAMS = 0
+SERVER_ERROR = INVALID_PARAMS = INTERNAL_ERROR = 0
 """Codes of errors, which QMP has not."""
 
 

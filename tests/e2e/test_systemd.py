@@ -288,7 +288,8 @@ def test_a_socket_with_another_name_is_refused_in_words(box: Box) -> None:
         log_of(
             box,
             "the service manager passed a socket as 'client.sock': FileDescriptorName= of a "
-            ".socket unit must be control, client or credentials",
+            ".socket unit must be control, client, credentials, control-jsonrpc or "
+            "client-jsonrpc",
         )
     finally:
         box.run("rm", "-r", "/etc/systemd/system/secretd-client.socket.d")

@@ -18,14 +18,17 @@ from secretd.access.peer import SocketRole
 from secretd.client import Client, ConnectError, SyncClient
 from secretd.daemon.sockets import open_sockets, socket_spec
 from secretd.errors import UsageError
+from secretd.monitor.batch import DEFERRED_EVENTS
 from secretd.monitor.commands import COMMANDS
+from secretd.monitor.session import Session
 from secretd.monitor.tables import tables
 from secretd.net.listener import listen
 from secretd.qapi.command import check
 from secretd.systemd.activation import Passed
 from secretd.wire import jsonrpc
 from secretd.wire.jsonrpc import BATCH_MEMBERS
-from secretd.wire.messages import Request
+from secretd.wire.lexer import NeedData
+from secretd.wire.messages import Malformed, Request
 from tests.support.async_qmp import AsyncClient
 from tests.support.in_loop import Served
 from tests.support.needs import need_root
@@ -343,6 +346,129 @@ async def test_a_connection_may_end_in_the_middle_of_a_batch(
     assert await other.ok("query-name") == {}
 
 
+BROKEN = [
+    "[@, MEMBER]",
+    '[{"a": 1], MEMBER]',
+    '["x\\q", MEMBER]',
+    "[1, [2}, MEMBER]",
+    "[1, \x01 MEMBER]",
+    "[" * 1100 + " MEMBER]",
+    '[@ "\\"]", {"x": [1, "}"]}, MEMBER]',
+    "[@,\nMEMBER,\nMEMBER]",
+    '[@, "a\\\\", MEMBER',
+    "@ MEMBER ]",
+]
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+@pytest.mark.parametrize("piece", [1, 7, 100_000])
+def test_members_of_a_broken_batch_are_not_executed(broken: str, piece: int) -> None:
+    """QEMU's recovery would read them as messages; the next line is a request again, if the batch
+    has an end.
+    """
+    member = json.dumps(request(1, "object-del", id="s"))
+    stream = broken.replace("MEMBER", member) + "\n" + json.dumps(request(2)) + "\n"
+    found = requests_of(stream.encode(), piece)
+    assert isinstance(found[0], Malformed)
+    executed = [each.id for each in found if isinstance(each, Request)]
+    ended = broken.endswith("]") and "[[" not in broken
+    assert executed == ([] if not ended else ["1", "2"] if broken.startswith("@") else ["2"])
+
+
+@pytest.mark.parametrize("piece", [1, 7, 100_000])
+def test_a_byte_0xff_ends_a_broken_batch(piece: int) -> None:
+    """As it ends a message."""
+    stream = b"[@, {\n" + b"\xff" + json.dumps(request(2)).encode() + b"\n"
+    found = requests_of(stream, piece)
+    assert [each.id for each in found if isinstance(each, Request)] == ["2"]
+
+
+def requests_of(stream: bytes, piece: int) -> list[object]:
+    """What a connection finds in a stream that arrives in pieces."""
+    codec: jsonrpc.Connection[None] = jsonrpc.Connection(lambda _line: None)
+    found: list[object] = []
+    view, position = memoryview(bytearray(stream)), 0
+    for end in [*range(piece, len(stream), piece), len(stream)]:
+        while True:
+            position, request = codec.next(view, position, end)
+            if isinstance(request, NeedData):
+                break
+            found.append(request)
+    return found
+
+
+NUMBERS = [
+    "1e400", "-1e400", "1.0", "-0", "1E+2", "12345678901234567890", "9007199254740993.0", "1" * 400,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+async def test_a_numeric_id_is_echoed_as_it_was_sent(rpc: RpcClient, number: str) -> None:
+    """Digit by digit: a client in another language may have it as a text."""
+    await rpc.send(b'{"jsonrpc": "2.0", "method": "query-name", "id": %s}\n' % number.encode())
+    assert (await rpc.line()).endswith(f', "id": {number}}}\n'.encode())
+
+
+async def test_an_empty_array_of_params_is_none(rpc: RpcClient) -> None:
+    """As some client libraries write it."""
+    assert (await rpc.call("query-name", []))["result"] == {}
+
+
+async def waiting_batch(rpc: RpcClient) -> int:
+    """Start a batch whose second member waits for the reader of the returned descriptor."""
+    await rpc.call("secret-generate", {"id": "big", "size": 200_000})
+    source, sink = os.pipe()
+    members = [request(1), request(2, "secret-read", id="big"), request(3)]
+    await rpc.send(json.dumps(members).encode(), (sink,))
+    os.close(sink)
+    assert len(await asyncio.to_thread(os.read, source, 1)) == 1
+    return source
+
+
+def drain(source: int) -> None:
+    """Read a descriptor to its end, and close it."""
+    with open(source, "rb") as stream:
+        stream.read()
+
+
+async def test_lost_events_are_reported_after_the_batch(
+    in_loop: Served, aqmp: AsyncClient, rpc: RpcClient
+) -> None:
+    """More events than can wait do not break the array."""
+    await rpc.call("secret-events", {"enable": True, "events": ["SECRET_ADDED"]})
+    source = await waiting_batch(rpc)
+    for _ in range(DEFERRED_EVENTS + 5):
+        await aqmp.ok("secret-generate", {"id": "e", "size": 1})
+        await aqmp.ok("object-del", {"id": "e"})
+    (session,) = in_loop.server.core.broadcaster.subscribers
+    assert isinstance(session, Session)
+    batch = session._batch
+    assert batch is not None
+    sent = DEFERRED_EVENTS + 5
+    while (deferred := sum(n for _, n in batch.events)) + session.outbox._lost < sent:
+        await asyncio.sleep(0.01)
+    await asyncio.to_thread(drain, source)
+    assert [outcome(each)[1] for each in await rpc.text()] == [1, 2, 3]
+    *events, last = [await rpc.text() for _ in range(deferred + 1)]
+    assert {event["method"] for event in events} == {"SECRET_ADDED"}
+    assert last["method"] == "SECRET_EVENTS_LOST"
+    assert last["params"]["count"] == sent - deferred > 0
+
+
+async def test_quit_lets_a_waiting_batch_end_its_array(
+    in_loop: Served, aqmp: AsyncClient, rpc: RpcClient
+) -> None:
+    """Running members are answered, further ones are not executed."""
+    source = await waiting_batch(rpc)
+    await aqmp.send(b'{"execute": "quit"}\n')
+    while await aqmp.line():
+        pass
+    await asyncio.to_thread(drain, source)
+    replies = await rpc.text()
+    assert [outcome(each)[1] for each in replies] == [1, 2]
+    assert await rpc.line() == b""
+
+
 # --- events
 
 
@@ -504,6 +630,9 @@ CALLS = st.builds(
 @given(CALLS, st.sampled_from([(",", ":"), (", ", ": ")]), st.booleans())
 @settings(max_examples=400)
 @example({"jsonrpc": "2.0", "method": "object-del", "params": {"id": "a"}}, (",", ":"), True)
+@example(
+    {"jsonrpc": "2x0", "method": "object-del", "params": {"id": "a"}, "id": 7}, (", ", ": "), True
+)
 @example(
     {"jsonrpc": "2.0", "method": "object-del", "params": {"id": "a"}, "id": 7}, (", ", ": "), True
 )
