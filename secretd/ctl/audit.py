@@ -8,12 +8,14 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from secretd.ctl.audit_records import Wanted, open_audit, peer_words, records, time_of
+from secretd.ctl.audit_records import Wanted, audit_lines, peer_words, records, time_of
 from secretd.ctl.connection import client_of
 from secretd.ctl.globs import pattern
-from secretd.ctl.output import Common
+from secretd.ctl.identities import identities
+from secretd.ctl.output import Common, note
 from secretd.ctl.times import moment
 from secretd.ctl.verb import PATH, WrongUsage, argument, flag, option, verb
+from secretd.errors import UsageError
 from secretd.memory.arena import SCRATCH_WINDOW, Arena
 from secretd.memory.level import choose_level
 
@@ -35,7 +37,7 @@ _KEY_BYTES: Final = 1 << 20
     flag("--live", help="ask secretd whether records are missing at the end"),
     option("--id", "object_id", metavar="ID", completes="secrets",
            help="show: only records of this id or pattern"),
-    option("--peer", metavar="WHO", help="show: only records of this unit, uid or pid"),
+    option("--peer", metavar="WHO", help="show: only records of this unit, user, uid or pid"),
     option("--event", metavar="NAME", help="show: only records of this event, such as read"),
     option("--since", metavar="TIME", help="show: only records from 2h, 18:00 or 2030-12-24 on"),
     examples=(
@@ -68,6 +70,8 @@ def audit(
             raise WrongUsage("show takes none of verify's options")
         fits = None if object_id is None else pattern(object_id)
         start = None if since is None else moment(since)
+        if peer is not None and peer.startswith("user:"):
+            (peer,) = identities(peer)
         return _show(common, files, Wanted(fits, peer, event, start))
     if any(each is not None for each in filters):
         raise WrongUsage("--id, --peer, --event and --since are options of show")
@@ -91,9 +95,13 @@ def audit(
 
 def _show(common: Common, files: tuple[str, ...], wanted: Wanted) -> int:
     """Print records, a line for each; the newest is last."""
+    shown = False
     for path in files:
         for record in records(path, wanted):
+            shown = True
             print(json.dumps(record) if common.json else _described(record))
+    if not shown and not common.json:
+        note("no record matches")
     return 0
 
 
@@ -171,5 +179,9 @@ def _verify(
 
 def _findings(path: str, verification: "chain.Verification") -> list[str]:
     """Return the faults of a file."""
-    with open_audit(path) as file:
-        return [f"{path}:{f.number}: {f.words}" for f in verification.findings(file)]
+    found = []
+    try:
+        found += [f"{path}:{f.number}: {f.words}" for f in verification.findings(audit_lines(path))]
+    except UsageError as error:
+        found.append(str(error))
+    return found

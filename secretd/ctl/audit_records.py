@@ -9,8 +9,9 @@ import gzip
 import json
 import os
 import re
+import zlib
 from collections.abc import Iterator
-from typing import IO, Any, Final, NamedTuple, cast
+from typing import Any, Final, NamedTuple
 
 from secretd.errors import UsageError
 
@@ -19,11 +20,21 @@ _GZIP: Final = b"\x1f\x8b"
 _ID: Final = re.compile(rb'"id":"([^"\\]*)"')
 
 
-def open_audit(path: str) -> IO[bytes]:
-    """Open an audit file, also one that gzip has compressed. Raises OSError."""
+def audit_lines(path: str) -> Iterator[bytes]:
+    """Yield the lines of an audit file or pipe, also of one that gzip has compressed.
+
+    Raises OSError, and UsageError after the last good line of a damaged compressed file.
+    """
     with open(path, "rb") as file:
-        packed = file.read(2) == _GZIP
-    return cast("IO[bytes]", gzip.open(path, "rb")) if packed else open(path, "rb")
+        if file.peek(len(_GZIP))[: len(_GZIP)] != _GZIP:
+            yield from file
+            return
+        try:
+            yield from gzip.GzipFile(fileobj=file)
+        except EOFError:
+            raise UsageError(f"{path}: the compressed file is cut short") from None
+        except (zlib.error, gzip.BadGzipFile):
+            raise UsageError(f"{path}: the compressed file is damaged from here on") from None
 
 
 class Wanted(NamedTuple):
@@ -43,24 +54,23 @@ def records(path: str, wanted: Wanted) -> Iterator[dict[str, Any]]:
     """Yield the wanted records of a file, in order. Raises OSError, and UsageError for a file that
     holds no record.
     """
-    with open_audit(path) as file:
-        lines = found = 0
-        for line in file:
-            lines += 1
-            if wanted.ids is not None:
-                # Most lines need no decoding: an id is written without escapes.
-                named = _ID.search(line)
-                if named is None or not wanted.ids.fullmatch(named[1].decode(errors="replace")):
-                    found += named is not None
-                    continue
-            record = _record(line)
-            if record is None:
+    lines = found = 0
+    for line in audit_lines(path):
+        lines += 1
+        if wanted.ids is not None:
+            # Most lines need no decoding: an id is written without escapes.
+            named = _ID.search(line)
+            if named is None or not wanted.ids.fullmatch(named[1].decode(errors="replace")):
+                found += named is not None
                 continue
-            found += 1
-            if _fits(record, wanted):
-                yield record
-        if lines and not found and wanted.ids is None:
-            raise UsageError(f"{path}: holds no audit record")
+        record = _record(line)
+        if record is None:
+            continue
+        found += 1
+        if _fits(record, wanted):
+            yield record
+    if lines and not found and wanted.ids is None:
+        raise UsageError(f"{path}: holds no audit record")
 
 
 def _record(line: bytes) -> dict[str, Any] | None:

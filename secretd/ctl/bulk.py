@@ -26,12 +26,21 @@ from secretd.memory.arena import LockedBuffer
 LINE_BYTES: Final = 2 << 20
 """Bytes of a line of `import`: a secret of the largest size in base64, and its names."""
 
+KEY_BYTES: Final = 32
+"""Bytes of an AES-256 key."""
+
 BATCH_BYTES: Final = 128 << 10
 """Locked memory for the lines that are sent together."""
 
 _NEWLINE: Final = re.compile(rb"\n")
 _QUOTE: Final = ord('"')
 _NUL: Final = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
+_TEXT: Final = re.compile(
+    rb'"(?:[ !#-\[\]-\x7f]++|\\(?:["\\/bfnrt]|u[0-9A-Fa-f]{4})|[\xc2-\xdf][\x80-\xbf]'
+    rb"|(?:\xe0[\xa0-\xbf]|[\xe1-\xec\xee\xef][\x80-\xbf]|\xed[\x80-\x9f])[\x80-\xbf]"
+    rb'|(?:\xf0[\x90-\xbf]|[\xf1-\xf3][\x80-\xbf]|\xf4[\x80-\x8f])[\x80-\xbf]{2})*+"'
+)
+"""A string of JSON in UTF-8, so that secretd has no reason to quote a part of it in an error."""
 _BOM: Final = b"\xef\xbb\xbf"
 _OTHER_BOMS: Final = (b"\xff\xfe", b"\xfe\xff")
 _MEMBERS: Final = ("id", "data", "format", "keyid", "iv", "qom-type", "expires-in")
@@ -257,6 +266,11 @@ def _decoded(line: memoryview, where: str) -> Any:
     quoted = memoryview(found.data)
     if quoted[0] != _QUOTE:
         raise UsageError(f"{where}: data must be a string")
+    if not _TEXT.fullmatch(quoted):
+        raise UsageError(
+            f"{where}: data is not valid JSON text in UTF-8; give other bytes in base64, with "
+            '"format": "base64"'
+        )
     if found.format not in (None, "raw", "base64"):
         raise UsageError(f"{where}: format must be raw or base64")
     if _NUL.search(quoted):
@@ -320,6 +334,13 @@ def export(common: Common, ids: tuple[str, ...], keyid: str) -> int:
     exported = failed = 0
     with client_of(common) as client:
         every = {s.id: s for s in client.list()}
+        key = every.get(keyid)
+        if key is None:
+            return fail(f"No secret with id '{keyid}'")
+        if key.size != KEY_BYTES:
+            return fail(
+                f"--keyid {keyid}: a key has {KEY_BYTES} bytes, and this secret has {key.size}"
+            )
         wanted = ids or [i for i in every if i != keyid]
         with progress("exporting", len(wanted)) as step:
             for object_id in wanted:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The verbs about the daemon itself: status, its configuration, and qmp-shell on its socket."""
 
+import errno
 import json
 import os
 import shutil
@@ -42,6 +43,10 @@ def check_config(_common: Common, directories: tuple[str, ...]) -> int:
     DIR has their files (default: /etc/secretd/objects.d). They are read as secretd reads them, with
     the files that they name, and errors name file and line.
     """
+    for each in directories:
+        if not os.path.isdir(each):
+            kind = errno.ENOTDIR if os.path.exists(each) else errno.ENOENT
+            return fail(f"{each}: {os.strerror(kind)}")
     program = beside("secretd")
     if program is None:
         return fail("secretd was not found; it comes with secretctl")

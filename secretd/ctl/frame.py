@@ -214,9 +214,11 @@ def _usage(error: click.UsageError) -> int:
     context = error.ctx
     words = error.format_message()
     if isinstance(error, click.NoSuchOption):
-        words = f"unknown option {error.option_name} (secrets must not be passed as arguments)"
+        near = error.possibilities or []
+        words = f"unknown option {error.option_name}"
+        words += f"; {' or '.join(near)}?" if near else _of_add(context)
     elif words.startswith("Got unexpected extra argument"):
-        words = "unknown argument (secrets must not be passed as arguments)"
+        words = "there are too many arguments" + _of_add(context)
     elif words.startswith("No such command"):
         near = getattr(error, "possibilities", None) or []
         words = "there is no such verb" + (f"; {' or '.join(near)}?" if near else "")
@@ -224,3 +226,9 @@ def _usage(error: click.UsageError) -> int:
     print(f"secretctl: {words[:1].lower() + words[1:]}", file=sys.stderr)
     print(f"secretctl: '{path} --help' explains it", file=sys.stderr)
     return USAGE
+
+
+def _of_add(context: click.Context | None) -> str:
+    """Return why a secret is no argument, for the verb where one is tried."""
+    of_add = context is not None and context.command.name == "add"
+    return " (secrets must not be passed as arguments)" if of_add else ""

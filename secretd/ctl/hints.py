@@ -25,7 +25,7 @@ _NEXT_STEPS: Final = (
     ),
     (
         r"attempt to add duplicate property '.*' to object",
-        "the id is taken; --replace replaces the secret, or choose another id",
+        "the id is taken; choose another one, or 'secretctl add --replace' replaces the secret",
     ),
     (r"The command (\S+) has not been found", "the control socket has it: --socket names that one"),
     (r"No locked memory left|\(object-bytes-per-uid\)", "'secretctl doctor' says how to get more"),

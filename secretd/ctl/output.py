@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final, NamedTuple
 
 from secretd.ctl.hints import next_step
+from secretd.errors import UsageError
 
 DONE: Final = 0
 REFUSED: Final = 1
@@ -80,12 +81,9 @@ def confirm(common: Common, words: str) -> None:
 
 
 def agreed(question: str) -> bool:
-    """Ask a person at a terminal; True where standard input is none, as scripts know what they do.
-
-    Only "y" and "yes" agree.
-    """
+    """Ask a person at a terminal; only "y" and "yes" agree. Raises UsageError without one."""
     if not sys.stdin.isatty():
-        return True
+        raise UsageError(f"{question} There is no terminal to ask, and --yes agrees beforehand")
     print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 

@@ -106,11 +106,7 @@ def add(
             number = 0 if fd is None else fd
             adding.from_fd(number, f"descriptor {number}")
         if lifetime is not None:
-            try:
-                client.expire(object_id, lifetime)
-            except BaseException:
-                client.delete(object_id)
-                raise
+            client.expire(object_id, lifetime)
         added = client.info(object_id)
     size = None if added is None else added.size
     if common.json:
@@ -257,7 +253,8 @@ def secret_members(secret: SecretInfo) -> dict[str, object]:
 def delete(common: Common, ids: tuple[str, ...], yes: bool) -> int:
     """Delete secrets or other objects; secrets are wiped.
 
-    ID may be a pattern of secrets with * and ?. A terminal is asked before they are deleted.
+    ID may be a pattern of secrets with * and ?. You are asked before they are deleted,
+    or agree with --yes.
     """
     with client_of(common) as client:
         patterns = any(map(is_pattern, ids))

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     import datetime
 
 _SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+MAX_SECONDS: Final = 100 * 366 * 86400
+"""The longest lifetime that secretd accepts (qom.deadlines)."""
+
 _PART: Final = r"([0-9]{1,10})([smhdw])"
 _DURATION: Final = re.compile(rf"(?:{_PART})+")
 _CLOCK: Final = re.compile(r"([0-9]{1,2}):([0-9]{2})")
@@ -24,7 +27,7 @@ def seconds(text: str) -> int:
     Raises UsageError.
     """
     if _DURATION.fullmatch(text):
-        return sum(int(number) * _SECONDS[unit] for number, unit in re.findall(_PART, text))
+        return _limited(text, _duration(text))
     now = _now()
     until = _moment(text, now)
     if until is None:
@@ -33,6 +36,17 @@ def seconds(text: str) -> int:
     left = math.ceil((until - now).total_seconds())
     if left <= 0:
         raise UsageError(f"'{text}': this time is in the past")
+    return _limited(text, left)
+
+
+def _duration(text: str) -> int:
+    return sum(int(number) * _SECONDS[unit] for number, unit in re.findall(_PART, text))
+
+
+def _limited(text: str, left: int) -> int:
+    """Return the seconds if secretd accepts them. Raises UsageError."""
+    if not 1 <= left <= MAX_SECONDS:
+        raise UsageError(f"'{text}': a time between one second and 100 years from now is expected")
     return left
 
 
@@ -42,7 +56,7 @@ def moment(text: str) -> float:
     """
     now = _now()
     if _DURATION.fullmatch(text):
-        return now.timestamp() - seconds(text)
+        return now.timestamp() - _duration(text)
     since = _moment(text, now)
     if since is None:
         raise UsageError(f"'{text}': a time is expected, such as 2h, 18:00 or 2030-12-24")

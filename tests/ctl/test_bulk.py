@@ -74,6 +74,9 @@ def test_lines_longer_than_a_read_are_put_together(run: Ctl, qmp: Client, tmp_pa
         ('{"id": "n", "data": "", "format": "hex"}', "format must be raw or base64"),
         ('{"id": "n", "data": "", "qom-type": "x"}', "qom-type must be secret"),
         ('{"id": "n", "data": 7}', "data must be a string"),
+        ('{"id": "n", "data": "hunter2\udcff"}', "data is not valid JSON text in UTF-8"),
+        ('{"id": "n", "data": "hunter2\t"}', "a JSON object is expected"),
+        ('{"id": "n", "data": "hunter2\\q"}', "a JSON object is expected"),
         ('{"id": "n", "data": "hunter2\\\\\\u0000"}', "data has a \\u0000, which QMP cannot carry"),
         (
             '{"id": "n", "data": "hunter2", "more": 1}',
@@ -89,7 +92,7 @@ def test_the_first_line_that_is_wrong_is_named_and_ends_it(
 ) -> None:
     """Without what stands in it; those before it are there, those behind it are not."""
     path = tmp_path / "s.jsonl"
-    path.write_text(line("a") + text + "\n" + line("z"))
+    path.write_text(line("a") + text + "\n" + line("z"), errors="surrogateescape")
     _, err = run("import", str(path), status=1)
     assert f"{path}:2: " in err
     assert words in err
@@ -207,6 +210,9 @@ def test_what_is_exported_is_sealed_and_can_be_imported(
     assert 4990 < lines[1]["expires-in"] <= 5000
     assert len(run("export", "--keyid", "master", "b")[0].splitlines()) == 1
     assert "No secret with id 'no'" in run("export", "--keyid", "master", "no", status=1)[1]
+    assert run("export", "--keyid", "no", status=1)[1].count("No secret with id 'no'") == 1
+    _, err = run("export", "--keyid", "a", status=1)
+    assert err == "secretctl: --keyid a: a key has 32 bytes, and this secret has 7\n"
     for name in ("a", "b"):
         qmp.ok("object-del", {"id": name})
     path = tmp_path / "s.jsonl"

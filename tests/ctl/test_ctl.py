@@ -302,6 +302,10 @@ def test_an_unknown_argument_is_not_printed(run: Ctl) -> None:
         ["hunter2"],
     ):
         assert "hunter2" not in "".join(run(*words, status=2))
+    of_add = "(secrets must not be passed as arguments)"
+    assert f"too many arguments {of_add}" in run("add", "n", "hunter2", status=2)[1]
+    assert of_add not in run("read", "a", "b", status=2)[1]
+    assert "unknown option --jso; --json or --socket?" in run("list", "--jso", status=2)[1]
 
 
 def test_the_socket_may_be_named_after_the_verb(run: Ctl, daemon: Daemon, tmp_path: Path) -> None:

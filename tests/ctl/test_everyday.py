@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from secretd.ctl import output
+from secretd.ctl import output, times
 from secretd.ctl.completion import COMPLETIONS
 from secretd.ctl.frame import cli
+from secretd.qom.deadlines import LIFETIME_SECONDS
 from tests.support.daemon import Daemon
 from tests.support.qmp import Client
 from tests.support.secretctl import Ctl, in_terminal
@@ -28,7 +29,7 @@ def test_a_secret_is_replaced_in_one_step(run: Ctl, qmp: Client, file: Path) -> 
     assert run("add", "s", "--file", str(file))[0] == "added s, 8 bytes\n"
     file.write_text("correct horse")
     _, err = run("add", "s", "--file", str(file), status=1)
-    assert "the id is taken; --replace" in err
+    assert "the id is taken; choose another one" in err
     assert run("add", "s", "--file", str(file), "--replace")[0] == "added s, 13 bytes\n"
     source, sink = os.pipe()
     os.write(sink, b"battery")
@@ -44,9 +45,12 @@ def test_a_secret_is_added_with_a_lifetime(run: Ctl, qmp: Client, file: Path) ->
     out, _ = run("add", "s", "--file", str(file), "--expires", "8h")
     assert out.startswith("added s, 8 bytes; it will be wiped at ")
     assert qmp.secrets()[0]["expires-in"] in (28799, 28800)
-    _, err = run("add", "t", "--file", str(file), "--expires", "99999999d", status=1)
-    assert "expects a number of seconds" in err
-    assert [s["id"] for s in qmp.secrets()] == ["s"]
+    for wrong in ("99999999d", "0s", "9999-12-31"):
+        for more in (["t"], ["s", "--replace"]):
+            _, err = run("add", *more, "--file", str(file), "--expires", wrong, status=1)
+            assert f"'{wrong}': a time between one second and 100 years" in err
+    assert [(s["id"], s["size"]) for s in qmp.secrets()] == [("s", 8)]
+    assert times.MAX_SECONDS == LIFETIME_SECONDS
     assert "a time is expected" in run("add", "t", "--file", str(file), "--expires", "x",
                                        status=1)[1]  # fmt: skip
 
@@ -61,6 +65,9 @@ def test_several_are_deleted_by_id_and_pattern(daemon: Daemon, run: Ctl, qmp: Cl
     assert "no secret matches 'vm1.*'" in run("del", "vm1.*", status=1)[1]
     _, err = run("del", "y", "nope", status=1)
     assert err.startswith("secretctl: deleted before: y\nsecretctl: object 'nope' not found\n")
+    _, err = run("del", "z*", status=1)
+    assert "There is no terminal to ask, and --yes agrees beforehand" in err
+    assert len(qmp.secrets()) == 8
     words = ["--socket", daemon.control, "del", "z*"]
     status, seen = in_terminal(words, b"n\n", expect=b"[y/N]", hidden=False)
     assert status == 1

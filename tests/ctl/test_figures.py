@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The verbs stats, metrics and audit show."""
 
+import asyncio
 import gzip
 import json
+import subprocess
 import time
 from pathlib import Path
 
@@ -84,6 +86,8 @@ def test_records_are_shown_for_people(run: Ctl, tmp_path: Path) -> None:
         "disk0"
     ]
     assert len(shown(str(path), "--event", "read")) == 1
+    assert len(shown(str(path), "--peer", "user:www-data")) == 1
+    assert run("audit", "show", str(path), "--event", "nope")[1] == "secretctl: no record matches\n"
     assert len(shown(str(path), "--since", "2026-01-01T12:00:00Z")) == 1
     empty = tmp_path / "empty"
     empty.write_text("")
@@ -98,6 +102,44 @@ def test_options_of_one_action_are_not_those_of_the_other(run: Ctl, tmp_path: Pa
     """They are refused in words."""
     assert "show takes none" in run("audit", "show", "f", "--live", status=2)[1]
     assert "options of show" in run("audit", "verify", "f", "--id", "x", status=2)[1]
+
+
+def test_audit_files_come_through_pipes_and_damaged(run: Ctl, audit_file: Path) -> None:
+    """Nothing of a pipe is lost; a damaged file is named after its good part."""
+    packed, damaged = audit_file.with_suffix(".gz"), audit_file.with_suffix(".bad.gz")
+    packed.write_bytes(gzip.compress(audit_file.read_bytes()))
+    for command in (f"cat {audit_file}", f"cat {packed}", f"zcat {packed}"):
+        with subprocess.Popen(command.split(), stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            path = f"/dev/fd/{process.stdout.fileno()}"
+            out, _ = run("audit", "verify", path)
+        assert out.startswith("2 records")
+    whole = packed.read_bytes()
+    for content, words in (
+        (whole[:-12], "the compressed file is cut short"),
+        (whole + b"JUNK", "the compressed file is damaged from here on"),
+        (whole[:10] + b"\xff" * 20, "the compressed file is damaged from here on"),
+    ):
+        damaged.write_bytes(content)
+        for action in ("verify", "show"):
+            out, err = run("audit", action, str(damaged), status=1)
+            assert f"{damaged}: {words}" in out + err
+
+
+@pytest.fixture
+def audit_file(tmp_path: Path) -> Path:
+    """An audit file of a start and a stop."""
+    from secretd.audit.log import Audit
+
+    path = tmp_path / "audit"
+
+    async def write() -> None:
+        audit = Audit(str(path))
+        audit.start("0.1.0", 0)
+        audit.stop()
+
+    asyncio.run(write())
+    return path
 
 
 def test_a_compressed_file_is_verified(run: Ctl, tmp_path: Path) -> None:

@@ -262,7 +262,8 @@ def test_a_taken_id_is_never_answered_with_deletion(run: Ctl, qmp: Client, tmp_p
     (tmp_path / "f").write_text("y")
     _, err = run("add", "s", "--file", str(tmp_path / "f"), status=1)
     assert err.endswith(
-        "secretctl: the id is taken; --replace replaces the secret, or choose another id\n"
+        "secretctl: the id is taken; choose another one, or 'secretctl add --replace' replaces the "
+        "secret\n"
     )
     assert "del" not in err
 

@@ -126,6 +126,11 @@ def test_a_configuration_is_checked_without_serving(tmp_path: Path) -> None:
     command = [SECRETCTL, "check-config", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout == "the configuration is valid: 1 object\n"
+    for wrong, words in ((tmp_path / "no", "No such file or directory"), (path, "Not a directory")):
+        done = subprocess.run(
+            [SECRETCTL, "check-config", str(wrong)], capture_output=True, text=True, check=False
+        )
+        assert (done.returncode, done.stderr) == (1, f"secretctl: {wrong}: {words}\n")
     value.unlink()
     status, said = check(tmp_path)
     assert status == 1
