@@ -222,6 +222,8 @@ def example(command: str, struct: Any, qom_type: str = "") -> str:
             sample = SAMPLES.get(f"{command}.{m.wire_name}", SAMPLES.get(m.wire_name))
             assert sample is not None, (command, m.wire_name)
             arguments[m.wire_name] = sample
+    if command == "rpc.discover":  # which no QMP socket has
+        return json.dumps({"jsonrpc": "2.0", "method": command, "id": 1})
     message = {"execute": command, "arguments": arguments} if arguments else {"execute": command}
     return json.dumps(message)
 
