@@ -3,6 +3,7 @@
 
 import contextlib
 import json
+import re
 from collections.abc import Iterator
 
 from secretd import client as api
@@ -11,12 +12,15 @@ from secretd.client.plans import default_grant_id
 from secretd.ctl.audit_records import Wanted, records
 from secretd.ctl.connection import client_of, unsure_denials
 from secretd.ctl.globs import chosen, is_pattern
+from secretd.ctl.hints import ID_RULES
 from secretd.ctl.identities import IDENTITY, groups_of, identities, named_identity
 from secretd.ctl.output import Common, at_and_in, confirm, count, done, duration, note, table
 from secretd.ctl.times import TIME, seconds
 from secretd.ctl.verb import WrongUsage, argument, option, verb
 from secretd.errors import UsageError
 from secretd.systemd.credential_address import CREDENTIAL_ADDRESS_BYTES
+
+_ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 
 _CELLS = 20_000
 """Cells of the table of `access`: secretd is asked for each."""
@@ -49,6 +53,8 @@ def grant(
 
     Prints the grant's id. SECRET is an id, or a pattern with * and ?.
     """
+    if not (is_pattern(secret) or _ID.fullmatch(secret)):
+        raise UsageError(f"'{secret}' can be no secret's id; {ID_RULES}")
     named = [found for identity in to for found in identities(identity)]
     name = name or default_grant_id(secret, named)
     limit = None if duration is None else seconds(duration)
@@ -241,6 +247,8 @@ def explain(common: Common, object_id: str, peer: tuple[str, ...]) -> int:
         print(json.dumps({n: v for n, v in members.items() if v is not None}))
     else:
         print("\n".join(_explained(object_id, named, found)))
+        if "uid:0" in named and not found.allowed:
+            note("that is so on the client socket; on the control socket root reads every secret")
     return 0 if found.allowed else 1
 
 

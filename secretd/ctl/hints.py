@@ -4,10 +4,12 @@
 import re
 from typing import Final
 
+ID_RULES: Final = "an id begins with a letter and has only letters, digits, '-', '.' and '_'"
+
 _NEXT_STEPS: Final = (
     (
         r"expects an identifier",
-        "an id begins with a letter and has only letters, digits, '-', '.' and '_'",
+        ID_RULES,
     ),
     (
         r"IV should be 16 bytes in length not 24",

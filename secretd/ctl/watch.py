@@ -4,7 +4,6 @@
 import json
 import sys
 import time
-from functools import partial
 
 from secretd.client import Event
 from secretd.ctl.connection import client_of
@@ -23,15 +22,13 @@ def watch(common: Common, once: bool) -> None:
     with client_of(common) as client:
         if sys.stderr.isatty() and not common.json:
             note(f"watching {client.path}; Ctrl-C ends it")
-        for event in client.events(on_change=partial(_say, common)):
+        for event in client.events(on_change=_say):
             print(_described(event, as_json=common.json), flush=True)
             if once:
                 return
 
 
-def _say(common: Common, connected: bool) -> None:
-    if common.json:
-        return
+def _say(connected: bool) -> None:
     words = "is back" if connected else "went away; events until it is back are missing"
     note(f"{time.strftime('%H:%M:%S')}  secretd {words}")
 

@@ -123,6 +123,11 @@ def test_a_grant_for_a_secret_that_comes_later_says_so(run: Ctl) -> None:
     out, err = run("grant", "later", "--to", "uid:0")
     assert out == "grant-later-uid_0\n"
     assert err == "secretctl: there is no secret 'later' yet\n"
+    _, err = run("grant", "x y", "--to", "uid:0", status=1)
+    assert err == (
+        "secretctl: 'x y' can be no secret's id; an id begins with a letter and has only letters, "
+        "digits, '-', '.' and '_'\n"
+    )
 
 
 # --- show
