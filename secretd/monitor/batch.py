@@ -32,6 +32,12 @@ class BatchReply:
         self.events.append((events, count))
         return True
 
+    def deferred(self) -> tuple[bytes, int]:
+        """Return all deferred events as one text, so that none meets a full socket that the others
+        filled; and their number.
+        """
+        return b"".join(text for text, _ in self.events), sum(number for _, number in self.events)
+
     @property
     def end(self) -> bytes:
         """The end of the array; nothing if all members were notifications."""

@@ -297,8 +297,8 @@ class Session:
         assert self._batch is not None
         batch, self._batch, self.outbox.in_array = self._batch, None, False
         self.outbox.add(batch.end)
-        for deferred in batch.events:
-            self.send_events(*deferred)
+        if batch.events:
+            self.send_events(*batch.deferred())
         self.outbox.report_lost()
 
     # --- what the transport reports
