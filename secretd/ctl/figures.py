@@ -118,8 +118,6 @@ _HELP = {
 
 
 def _family(name: str, kind: str, words: str, values: list[tuple[str, int]]) -> Iterator[str]:
-    if not values:
-        return
     yield f"# TYPE {name} {kind}"
     if name.endswith("_seconds"):
         yield f"# UNIT {name} seconds"

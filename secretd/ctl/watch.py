@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The verb watch: events about secrets and grants, as they happen."""
 
+import itertools
 import json
 import sys
 import time
@@ -22,10 +23,9 @@ def watch(common: Common, once: bool) -> None:
     with client_of(common) as client:
         if sys.stderr.isatty() and not common.json:
             note(f"watching {client.path}; Ctrl-C ends it")
-        for event in client.events(on_change=_say):
+        events = client.events(on_change=_say)
+        for event in itertools.islice(events, 1) if once else events:
             print(_described(event, as_json=common.json), flush=True)
-            if once:
-                return
 
 
 def _say(connected: bool) -> None:

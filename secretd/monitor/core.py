@@ -121,7 +121,7 @@ class Core:
         self.audit.append("expire", id=object_id, type=kind.info.name)
         if not kind.decides:
             self.announce("SECRET_EXPIRED", object_id, None, None)
-        elif kind.info.name == "secret-grant":
+        else:  # no other object has a lifetime
             self.announce_grant("SECRET_REVOKED", {"id": object_id}, None, None)
 
 

@@ -77,8 +77,7 @@ class Session:
         rpc = table.dialect == "jsonrpc"
         self._next, self._handle = self._codec.next, self._begin if rpc else self.monitor.handle
         self._batch: BatchReply | None = None  # the reply to a batch under way
-        self.first_needed = self._codec.first_needed
-        self.shifted = self._codec.shifted
+        self.first_needed, self.shifted = self._codec.first_needed, self._codec.shifted
         # Its part as a subscriber of events.
         self.origin: object = self.monitor
         self.monitor.on_events = self._subscribe
@@ -223,9 +222,7 @@ class Session:
         try:
             self._waiting.add_batch(request)
         except (LockedMemoryExhausted, LimitReached) as error:
-            if isinstance(error, LimitReached):
-                self._core.limits.note_hit(error.limit)
-            return self._wire.refusal(error.desc)
+            return self._refusal(error)
         self._batch, self.outbox.in_array = BatchReply(), True
         self.transport.later(self._continue_safely)
         return b""
@@ -333,9 +330,12 @@ class Session:
         self._refuse(LimitReached("unfinished-seconds", words))
 
     def _refuse(self, error: LimitReached | LockedMemoryExhausted) -> None:
+        self.transport.send(self._refusal(error))
+
+    def _refusal(self, error: LimitReached | LockedMemoryExhausted) -> bytes:
         if isinstance(error, LimitReached):
             self._core.limits.note_hit(error.limit)
-        self.transport.send(self._wire.refusal(error.desc))
+        return self._wire.refusal(error.desc)
 
     def closed(self) -> None:
         """See Receiver: release everything that the session owns."""

@@ -11,7 +11,7 @@ import re
 import typing
 from collections.abc import Iterable, Mapping
 from types import NoneType, UnionType
-from typing import Annotated, Any, Final, Literal, NotRequired, TypedDict, Union
+from typing import Any, Final, Literal, TypedDict, Union
 
 import msgspec.structs
 from msgspec import Raw, Struct, UnsetType
@@ -127,8 +127,6 @@ def _schema(hint: Any) -> Schema:
     if hint in _SIMPLE:
         return _SIMPLE[hint]
     origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (Annotated, NotRequired):
-        return _schema(args[0])
     if origin in (Union, UnionType):
         kinds = [_schema(each) for each in args if each is not UnsetType]
         return kinds[0] if len(kinds) == 1 else {"anyOf": kinds}
@@ -141,11 +139,9 @@ def _schema(hint: Any) -> Schema:
         known = msgspec.structs.fields(hint)
         properties = {each.encode_name: _schema(hints[each.name]) for each in known}
         return _object(properties, [each.encode_name for each in known if each.required])
-    if hasattr(hint, "__required_keys__"):
-        hints = typing.get_type_hints(hint)
-        properties = {name: _schema(each) for name, each in hints.items()}
-        return _object(properties, sorted(hint.__required_keys__))
-    return {"type": "object"}
+    hints = typing.get_type_hints(hint)  # of a TypedDict
+    properties = {name: _schema(each) for name, each in hints.items()}
+    return _object(properties, sorted(hint.__required_keys__))
 
 
 def _object(properties: Schema, required: list[str]) -> Schema:

@@ -110,8 +110,7 @@ def value(data: object) -> str:
             stack.append(JSONText("]"))
             for element in reversed(item):
                 stack += (element, JSONText(", "))
-            if item:
-                stack.pop()
+            stack.pop()  # it is not empty: an empty one has no unknown member
             parts.append("[")
         else:
             parts.append(_scalar(item))

@@ -82,6 +82,54 @@ async def test_secrets_go_in_and_come_out(in_loop: Served) -> None:
             await client.delete("a")
 
 
+async def test_grants_and_figures_are_typed_results(in_loop: Served) -> None:
+    """And a plan's refusals are the caller's."""
+    need_locked_memory(16 << 20)
+    async with Client(in_loop.control) as client:
+        await client.generate("key", 32)
+        await client.add_bytes("a", memoryview(b"letmein"))
+        limits = {"expires_after": 60, "max_reads": 5, "credential": "pw"}
+        name = await client.grant("a", ["unit:x.service", "uid:5"], **limits)  # type: ignore[arg-type]
+        assert name == "grant-a-unit_x.service-uid_5"
+        (granted,) = await client.grants(secret="a")
+        assert (granted.id, granted.reads_left) == (name, 5)
+        assert await client.grants(to=["uid:6"]) == []
+        assert (await client.explain("a", ["uid:5"])).allowed
+        with pytest.raises(ExecuteError, match="duplicate property"):
+            await client.grant("a", ["uid:5"], grant_id=name)
+        with pytest.raises(ExecuteError, match="expects an identifier"):
+            await client.grant("a", ["uid:5"], grant_id="no id")
+        with pytest.raises(ValueError, match="'key' is not a grant"):
+            await client.revoke("key")
+        assert await client.revoke(name)
+        assert not await client.revoke(name)
+        assert (await client.stats())["objects"] == await client.stat("objects") == 2
+        assert (await client.usage("a")).releases == 0
+        await client.push("a", "key", in_loop.control, qemu_id="b")
+        with await client.read("b") as pushed:
+            assert bytes(pushed.view) == b"letmein"
+        with pytest.raises(ConnectError):
+            await client.push("a", "key", "/nowhere")
+    with pytest.raises(StateError):
+        await client.grant("a", ["uid:5"])
+
+
+async def test_a_client_waits_for_a_socket_that_comes_later(
+    in_loop: Served, tmp_path: Path
+) -> None:
+    """As long as it may."""
+    path = tmp_path / "later.sock"
+    client = Client(str(path))
+    connecting = asyncio.create_task(client.connect(retry_seconds=20))
+    for _ in range(50):  # it has found nothing by then
+        await asyncio.sleep(0)
+    assert not connecting.done()
+    path.symlink_to(in_loop.control)
+    await connecting
+    assert await client.version() == "secretd test"
+    await client.close()
+
+
 async def test_a_failed_add_leaves_no_descriptor_in_the_daemon(in_loop: Served) -> None:
     """Nor a task or a pipe here."""
     async with Client(in_loop.control) as client:
@@ -299,7 +347,8 @@ def test_events_come_as_an_iterator_also_after_a_lost_connection(daemon: Daemon,
     async def main() -> list[tuple[str, str]]:
         seen: list[tuple[str, str]] = []
         async with Client(daemon.control, retry_seconds=10) as client:
-            events = client.events()
+            changes: list[bool] = []
+            events = client.events(on_change=changes.append)
             waiting = asyncio.ensure_future(anext(events))
             await asyncio.to_thread(subscribed, daemon)
             await asyncio.to_thread(lambda: qmp.add("a", data="letmein"))
@@ -318,6 +367,7 @@ def test_events_come_as_an_iterator_also_after_a_lost_connection(daemon: Daemon,
             await asyncio.to_thread(qmp.ok, "object-del", {"id": "a"})
             event = await waiting
             seen.append((event.name, event.id))
+            assert changes == [False, True]
             waiting = asyncio.ensure_future(anext(events))
             await asyncio.sleep(0)
         with pytest.raises(StopAsyncIteration):

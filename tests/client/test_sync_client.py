@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,6 +52,28 @@ def test_it_needs_neither_asyncio_nor_qemu_qmp(daemon: Daemon) -> None:
 
 
 @pytest.mark.slow
+def test_a_secret_is_pushed_into_another_monitor(daemon: Daemon, qmp: Qmp) -> None:
+    """Sealed: the other has the key. This one is secretd itself, as it speaks QEMU's language."""
+    qmp.ok("secret-generate", {"id": "key", "size": 32})
+    qmp.add("a", data="letmein")
+    with SyncClient(daemon.control) as client:
+        client.push("a", "key", daemon.control, qemu_id="b")
+        with client.read("b") as pushed:
+            assert bytes(pushed.view) == b"letmein"
+
+
+def test_a_client_tries_until_the_socket_is_there(
+    daemon: Daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes while the client sleeps."""
+    path = tmp_path / "later.sock"
+    monkeypatch.setattr(time, "sleep", lambda _seconds: path.symlink_to(daemon.control))
+    client = SyncClient(str(path))
+    client.connect(retry_seconds=20)
+    assert client.version() == "secretd test"
+    client.close()
+
+
 def test_a_refusal_is_said_in_the_daemons_words(reachable: Path) -> None:
     """By both clients: the one line that comes instead of a greeting."""
     need_root()

@@ -302,6 +302,7 @@ def test_an_unknown_argument_is_not_printed(run: Ctl) -> None:
         ["hunter2"],
     ):
         assert "hunter2" not in "".join(run(*words, status=2))
+    assert "'nope' is not one of" in run("audit", "nope", "f", status=2)[1]
     of_add = "(secrets must not be passed as arguments)"
     assert f"too many arguments {of_add}" in run("add", "n", "hunter2", status=2)[1]
     assert of_add not in run("read", "a", "b", status=2)[1]

@@ -3,7 +3,9 @@
 
 import json
 import os
+import pty
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -53,6 +55,35 @@ def test_a_secret_is_added_with_a_lifetime(run: Ctl, qmp: Client, file: Path) ->
     assert times.MAX_SECONDS == LIFETIME_SECONDS
     assert "a time is expected" in run("add", "t", "--file", str(file), "--expires", "x",
                                        status=1)[1]  # fmt: skip
+
+
+def test_a_question_is_agreed_to_by_yes_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a terminal."""
+    ours, theirs = pty.openpty()
+    with open(theirs) as terminal, open(ours, "wb", buffering=0) as typing:
+        monkeypatch.setattr(sys, "stdin", terminal)
+        for typed, agreed in ((b"y\n", True), (b"YES\n", True), (b"\n", False), (b"no\n", False)):
+            typing.write(typed)
+            assert output.agreed("Delete x?") is agreed
+
+
+def test_a_directory_that_is_named_must_exist(run: Ctl, file: Path) -> None:
+    """A typing error is no valid configuration."""
+    assert "No such file or directory" in run("check-config", "/nowhere", status=1)[1]
+    assert f"{file}: Not a directory" in run("check-config", str(file), status=1)[1]
+
+
+def test_without_virsh_the_package_is_named(
+    run: Ctl, qmp: Client, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Before and after the search for the usage; no descriptor stays open."""
+    qmp.add("s", data="letmein")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    before = os.listdir("/proc/self/fd")
+    for secret in ("3f2f7a4e-7c0a-4a52-9d0c-3b3b8a5f7c11", "ceph name"):
+        _, err = run("libvirt", "set", secret, "s", status=1)
+        assert "virsh was not found; on Debian: apt install libvirt-clients" in err
+    assert os.listdir("/proc/self/fd") == before
 
 
 def test_several_are_deleted_by_id_and_pattern(daemon: Daemon, run: Ctl, qmp: Client) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from secretd.ctl.identities import named_identity
 from tests.support.daemon import Daemon
 from tests.support.grants import SECRET, denied
 from tests.support.needs import need_root
@@ -169,6 +170,7 @@ def test_show_has_everything_but_the_value(daemon: Daemon, run: Ctl, qmp: Client
     run("grant", "s", "--to", "uid:0", "--id", "g3")
     out, _ = run("show", "s", socket=daemon.client)
     assert "grants" not in out
+    assert "grants" not in json.loads(run("show", "s", "--json", socket=daemon.client)[0])
 
 
 def test_show_finds_the_addition_in_the_audit(run: Ctl, qmp: Client, tmp_path: Path) -> None:
@@ -180,6 +182,7 @@ def test_show_finds_the_addition_in_the_audit(run: Ctl, qmp: Client, tmp_path: P
         {"event": "read", "id": "s", "time": "2026-01-01T00:00:01.000000Z", "peer": peer},
         {"event": "add", "id": "s", "time": "2026-01-01T12:00:02.000000Z", "peer": peer},
         {"event": "add", "id": "other", "time": "2026-01-02T00:00:02.000000Z", "peer": peer},
+        {"event": "expire", "id": "s", "time": "2026-01-02T00:00:02.000000Z"},
     )
     path = tmp_path / "audit"
     path.write_bytes(lines)
@@ -192,3 +195,11 @@ def test_show_finds_the_addition_in_the_audit(run: Ctl, qmp: Client, tmp_path: P
     out, _ = run("show", "s", "--audit", str(tmp_path / "audit.gz"))
     assert "read      last 2026-01-03 " in out
     assert json.loads(run("show", "s", "--audit", str(path), "--json")[0])["added-by"] == peer
+
+
+def test_only_users_and_groups_have_names() -> None:
+    """Any other identity stays as it is."""
+    assert named_identity("uid:0") == "user:root"
+    assert named_identity("gid:0") == "group:root"
+    assert named_identity("pid:0") == "pid:0"
+    assert named_identity("uid:4294967294") == "uid:4294967294"

@@ -176,6 +176,7 @@ async def test_errors_have_qemus_words_and_class(rpc: RpcClient) -> None:
         ("object-del", {"id": 7}, -32602, "Invalid parameter type for 'id', expected: string"),
         ("object-del", {"id": "s"}, -32000, "object 's' not found"),
         ("nope", {}, -32601, "The command nope has not been found"),
+        ("x" * 60_000, {}, -32601, "The command xxx"),
         ("qmp_capabilities", {}, -32601, "The command qmp_capabilities has not been found"),
         ("qom-get", {"path": "/nowhere", "property": "x"}, -32000, "Device '/nowhere' not found"),
     )
@@ -407,6 +408,14 @@ async def test_a_numeric_id_is_echoed_as_it_was_sent(rpc: RpcClient, number: str
     """Digit by digit: a client in another language may have it as a text."""
     await rpc.send(b'{"jsonrpc": "2.0", "method": "query-name", "id": %s}\n' % number.encode())
     assert (await rpc.line()).endswith(f', "id": {number}}}\n'.encode())
+
+
+async def test_a_notification_has_no_response(rpc: RpcClient) -> None:
+    """Neither with a result nor with an error, on the fast path and on the other."""
+    for text in ('"method": "query-version"', '"method": "query-secrets", "more": 1',
+                 '"method": "object-del", "params": {"id": "no"}'):  # fmt: skip
+        await rpc.send(b'{"jsonrpc": "2.0", %s}\n' % text.encode())
+    assert (await rpc.call("query-name", request_id="next"))["result"] == {}
 
 
 async def test_an_empty_array_of_params_is_none(rpc: RpcClient) -> None:

@@ -55,6 +55,35 @@ def test_a_reader_is_called_for_each_readable_event(
     run(main())
 
 
+def test_a_number_that_is_in_use_again_is_watched_anew(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    """The kernel forgot the first descriptor when it was closed."""
+    a, b = pair
+
+    async def main() -> None:
+        watch, unwatch = running_loop().watch, running_loop().unwatch
+        source, sink = os.pipe()
+        watch(source, lambda: None)
+        os.close(source)
+        os.close(sink)
+        assert os.dup2(a.fileno(), source) == source
+        came: asyncio.Queue[bytes] = asyncio.Queue()
+        watch(source, lambda: came.put_nowait(a.recv(10)))
+        b.send(b"one")
+        assert await came.get() == b"one"
+        os.close(source)
+        unwatch(source)  # the number is free
+        first, second = os.pipe()
+        watch(first, lambda: None)
+        os.dup2(second, first)
+        unwatch(first)  # the number is another's
+        os.close(first)
+        os.close(second)
+
+    run(main())
+
+
 def test_one_descriptor_can_be_watched_and_written_to(
     pair: tuple[socket.socket, socket.socket],
 ) -> None:

@@ -85,10 +85,8 @@ def query_secret_usage(monitor: Monitor, id: str) -> SecretUsage:  # noqa: A002
         "releases": use.releases,
         "audit": monitor.core.audit.target,
     }
-    if use.subject is not None:
-        usage["last-release"] = {"time": use.time // 1_000_000_000}
-        if use.subject.info is not None:
-            usage["last-release"]["peer"] = use.subject.info
+    if use.subject is not None and use.subject.info is not None:
+        usage["last-release"] = {"time": use.time // 1_000_000_000, "peer": use.subject.info}
     return usage
 
 
