@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from secretd.client.batch import Batch
-from secretd.ctl import bulk
+from secretd.ctl import import_lines
 from tests.support.daemon import Daemon
 from tests.support.needs import need_locked_memory
 from tests.support.qmp import Client
@@ -55,9 +55,9 @@ def test_lines_longer_than_a_read_are_put_together(run: Ctl, qmp: Client, tmp_pa
     path.write_text("".join(line(f"m{n}", "x" * 50_000) for n in range(9)))
     assert run("import", str(path))[0] == "9 added\n"
     assert qmp.read("m8") == b"x" * 50_000
-    path.write_text(line("long", "x" * (bulk.LINE_BYTES + 1)))
+    path.write_text(line("long", "x" * (import_lines.LINE_BYTES + 1)))
     assert "a line has more than 2097152 bytes" in run("import", str(path), status=1)[1]
-    path.write_text("x" * (bulk.LINE_BYTES + 1))  # nor does it end
+    path.write_text("x" * (import_lines.LINE_BYTES + 1))  # nor does it end
     assert "a line has more than 2097152 bytes" in run("import", str(path), status=1)[1]
 
 
