@@ -111,29 +111,30 @@ def _dispatch(monitor: Monitor, line: memoryview) -> Output:
     name, at = _name(line, start)
     if start == end:
         return ""
-    word = _WORDS.get(name)
+    word = _found(_WORDS, name)
     if word is _INFO:
         if _after_blanks(line, at) == end:
             return _help_of(_ABOUT, "info ")
         start = _after_blanks(line, at)
         name, at = _name(line, start)
-        word = _ABOUT.get(name)
+        word = _found(_ABOUT, name)
     # QEMU quotes the line from its start, blanks included (monitor_parse_command()).
     before = _text(bytes(line[1:start]))
     if word is None:
-        return _unknown(before, bytes(line[start:at]))
+        return _unknown(before, name)
     try:
         return word.run(monitor, line[at - 1 :])
     except _Refused as error:
-        path = f"{before}{name}"
+        path = f"{before}{_text(bytes(name))}"
         return f'{"|".join(word.names)}: {error}\nTry "help {path}" for more information\n'
 
 
-def _unknown(before: str, word: bytes) -> str:
+def _unknown(before: str, word: memoryview) -> str:
     """Return the error of an unknown command; ``before``: the text in front of the word."""
-    shown = _text(word)
-    if len(word) > QUOTED_WORD_BYTES:
-        shown = f"{_text(word[:QUOTED_BYTES])}…"
+    if len(word) <= QUOTED_WORD_BYTES:
+        shown = _text(bytes(word))
+    else:
+        shown = f"{_text(bytes(word[:QUOTED_BYTES]))}…"
     return f"unknown command: '{before}{shown}'\n"
 
 
@@ -142,11 +143,16 @@ def _after_blanks(line: memoryview, at: int) -> int:
     return _BLANKS.match(line, at, len(line) - 1).end()  # type: ignore[union-attr]
 
 
-def _name(line: memoryview, at: int) -> tuple[str, int]:
+def _found(table: Table, name: memoryview) -> Word | None:
+    """Return the command of this name. A longer word may belong to a secret, and is not copied."""
+    return table.get(_text(bytes(name))) if len(name) <= _LONGEST_NAME else None
+
+
+def _name(line: memoryview, at: int) -> tuple[memoryview, int]:
     """Return the name of a command, and its end: get_command_name()."""
     match = _NAME.match(line, at, len(line) - 1)
     assert match is not None
-    return _text(match[0]), match.end()
+    return line[at : match.end()], match.end()
 
 
 def _help_of(table: Table, prefix: str = "") -> str:
@@ -187,15 +193,15 @@ def _unquoted(word: bytes) -> bytes:
 
 def _help(_monitor: Monitor, rest: memoryview) -> str:
     found = itertools.islice(_WORD.finditer(rest, 1, len(rest) - 1), 2)
-    names = [match[0] for match in found]
+    names = [rest[match.start() : match.end()] for match in found]
     if not names:
         return _help_of(_WORDS)
-    word = _WORDS.get(_text(names[0]))
+    word = _found(_WORDS, names[0])
     if word is not _INFO:
         return _unknown("", names[0]) if word is None else word.line
     if len(names) == 1:
         return _help_of(_ABOUT, "info ")
-    word = _ABOUT.get(_text(names[1]))
+    word = _found(_ABOUT, names[1])
     return _unknown("info ", names[1]) if word is None else f"info {word.line}"
 
 
@@ -289,3 +295,4 @@ _ABOUT: Final = _table(
     Word(("secrets",), "", "show the secrets", _info_secrets),
     Word(("version",), "", "show the version of QEMU", _info_version),
 )
+_LONGEST_NAME: Final = max(map(len, (*_WORDS, *_ABOUT)))

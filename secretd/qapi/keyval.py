@@ -24,6 +24,7 @@ _NAME = rb"(?:__[A-Za-z0-9.-]*_)?[A-Za-z][A-Za-z0-9_-]*"  # parse_qapi_name()
 _FIRST: Final = re.compile(_NAME)
 _FRAGMENT: Final = re.compile(rb"[0-9]+|" + _NAME)
 _KEY_END: Final = re.compile(rb"[=,]")
+_HELP: Final = re.compile(rb"help|\?")
 _COMMAS: Final = re.compile(rb",,?")
 _LARGEST_INDEX: Final = (1 << 31) - 1
 
@@ -127,8 +128,8 @@ def _parse(view: memoryview, implied_key: str) -> Given:
         match = _KEY_END.search(view, position, end)
         key_end = match.start() if match else end
         if key_end > position and (match is None or match[0] == b","):
-            word = bytes(view[position:key_end])
-            if word in (b"help", b"?"):
+            # Compared in place: after a comma that should be doubled, this is part of a secret.
+            if _HELP.fullmatch(view, position, key_end):
                 wants_help = True
                 position = key_end + 1
                 continue

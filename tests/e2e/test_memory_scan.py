@@ -441,7 +441,13 @@ def malformed(object_id: str, text: str) -> list[bytes]:
         *(
             b'{"execute":"human-monitor-command","arguments":{"command-line":"%s"}}' % line
             for line in (
-                b"object_add secret,id=x,data=" + secret_bytes[:20] + b"," + secret_bytes[20:],
+                *(
+                    b"object_add secret,id=x,data=" + secret_bytes[:at] + b"," + secret_bytes[at:]
+                    for at in range(0, 24, 4)
+                ),
+                secret_bytes,
+                b"info " + secret_bytes,
+                b"help " + secret_bytes,
                 b"object_add {'data': '" + secret_bytes,
                 b"object_add {'data': '" + secret_bytes + b"'}",
                 b"object_add secret,id=x,nope=1,data=" + secret_bytes,
