@@ -257,6 +257,7 @@ class Client(AsyncCommands):
         there is another one.
         """
         arguments: dict[str, object] = {"enable": True, **({"events": [*names]} if names else {})}
+        changed = on_change or (lambda _connected: None)
         subscribed, lost = -1, False
         with self._connection.qmp.listener() as listener:
             while not self._connection.is_closed:
@@ -264,8 +265,8 @@ class Client(AsyncCommands):
                     # This reconnects, or raises the reason.
                     await self._connection.execute("secret-events", arguments)
                     subscribed = self._connection.number
-                    if lost and on_change is not None:
-                        on_change(True)
+                    if lost:
+                        changed(True)
                     lost = False
                 coming = asyncio.ensure_future(listener.get())
                 ending = asyncio.ensure_future(self._connection.qmp.runstate_changed())
@@ -278,8 +279,7 @@ class Client(AsyncCommands):
                     coming.cancel()
                     ending.cancel()
                 subscribed, lost = -1, True
-                if on_change is not None:
-                    on_change(False)
+                changed(False)
 
     # --- inside
 

@@ -236,6 +236,8 @@ def test_shell_without_qmp_shell_says_where_it_comes_from(
     assert err == (
         "secretctl: qmp-shell was not found; it comes with the Python package qemu.qmp\n"
     )
+    _, err = run("check-config", status=1)
+    assert err == "secretctl: secretd was not found; it comes with secretctl\n"
 
 
 def test_a_daemon_that_is_not_there_is_said_with_the_next_step(run: Ctl, tmp_path: Path) -> None:
