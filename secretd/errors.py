@@ -15,9 +15,13 @@ its ``desc`` word for word, so a ``desc`` never holds a value that the schema ma
      ├── PeerUnknown               the kernel does not identify the peer completely
      ├── SourceError               why a file, descriptor or key cannot be read
      ├── StateError                why the state of an earlier process cannot be used
+     ├── StoreError                why a store on disk cannot be used
      ├── MemoryLockError           memory cannot be locked and --memory-lock=require was given
      └── UsageError                the command line cannot be carried out; exit status 1
 """
+
+INTERNAL_ERROR = "Internal error; the log of secretd has the details"
+"""The words of a reply whose command failed for an unknown reason."""
 
 
 class SecretdError(Exception):
@@ -95,6 +99,10 @@ class SourceError(SecretdError):
 
 class StateError(SecretdError):
     """The arena or journal of an earlier process cannot be used; the text is the reason."""
+
+
+class StoreError(SecretdError):
+    """A store on disk cannot be used; the text is the reason, which no secret is part of."""
 
 
 class MemoryLockError(SecretdError):

@@ -141,8 +141,10 @@ MEANINGS = {
     "authz": "the id of the authz object that allows clients",
     "command-line": "the line",
     "cpu-index": "ignored, as there is no CPU",
+    "create": "make an empty store where there is none",
     "credential": "the name by which systemd's units know the secret",
     "data": "the value, or its ciphertext",
+    "secret-store-rekey.data": "encrypt everything anew, under a new data key",
     "enable": "turn events on or off",
     "qmp_capabilities.enable": "capabilities that the greeting offered",
     "events": "only events of these names",
@@ -158,9 +160,13 @@ MEANINGS = {
     "implements": "only types that implement this one",
     "iv": "the initialisation vector, 16 bytes in base64",
     "keyid": "the id of the secret of 32 bytes that it is encrypted under",
+    "secret-store.keyid": "the id of the secret of 32 bytes that opens the store",
+    "secret-store-rekey.keyid": "the id of the secret of 32 bytes that opens the store, too",
     "max-reads": "how many reads the grant permits",
+    "only": "no other key opens the store from then on",
     "opaque": "a text that query-fdsets returns",
     "path": "an object's id, or its path",
+    "secret-store.path": "an absolute directory that only secretd's user can enter",
     "peer": "the client's identities",
     "policy": "what counts where no rule matches",
     "property": "the name of the property",
@@ -168,10 +174,14 @@ MEANINGS = {
     "refresh": "read the file again whenever it has changed",
     "rules": "the first rule that matches an identity decides",
     "secret": "an id of secrets, or a pattern with * and ?",
+    "secrets": "the pattern of the ids that the store keeps",
+    "sequence": "the number of the last transaction",
+    "state": "locked, open or failed",
     "query-secret-grants.secret": "only grants that name this id",
     "serial": "the serial number of a key of the kernel",
     "size": "how many bytes",
     "typename": "the name of a type",
+    "unlock-timeout": "seconds for which units wait for a locked store",
     "value": "the new value",
 }
 """What arguments and properties mean; COMMAND.NAME where a name has several meanings."""
@@ -190,6 +200,13 @@ SAMPLES = {
     "filename": "/etc/secretd/backup.json",
     "identity": "unit:backup.service",
     "keyid": "master0",
+    "secret-store.path": "/var/lib/secretd/store",
+    "secret-store.keyid": "store.key",
+    **dict.fromkeys(
+        (f"secret-store-{verb}.id" for verb in ("unlock", "verify", "backup", "rekey", "destroy")),
+        "store",
+    ),
+    "secret-store-rekey.keyid": "store.key.new",
     "path": "/objects/disk0",
     "peer": ["unit:backup.service"],
     "property": "format",
@@ -219,7 +236,8 @@ def example(command: str, struct: Any, qom_type: str = "") -> str:
     arguments = {"qom-type": qom_type} if qom_type else {}
     for m in members(struct):
         if m.required or m.wire_name in ALSO_SHOWN.get(qom_type or command, ()):
-            sample = SAMPLES.get(f"{command}.{m.wire_name}", SAMPLES.get(m.wire_name))
+            place = f"{qom_type or command}.{m.wire_name}"
+            sample = SAMPLES.get(place, SAMPLES.get(m.wire_name))
             assert sample is not None, (command, m.wire_name)
             arguments[m.wire_name] = sample
     if command == "rpc.discover":  # which no QMP socket has
@@ -386,6 +404,7 @@ _AUDIT = {
     "door": "by which socket; or the command line",
     "peer": "uid, gid, pid and unit of the peer, as the kernel reported them at connect time",
     "reason": "in words",
+    "state": "of a store",
     "count": "how many",
     "of": "the number of the record that this one takes back",
     "version": "secretd's",

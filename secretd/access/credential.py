@@ -18,6 +18,10 @@ from secretd.qom.tree import ObjectTree
 from secretd.systemd.credential_address import CREDENTIAL_BYTES, CredentialAddress
 
 
+class NothingGranted(AccessDenied):
+    """The claim is true, and no grant or no secret answers it: a store may have them."""
+
+
 class CredentialMapping:
     """Maps units and names of credentials to secrets."""
 
@@ -62,9 +66,9 @@ class CredentialMapping:
             names = ", ".join(f"'{object_id}'" for object_id in sorted(found))
             raise AccessDenied(f"it could be more than one secret: {names}")
         if not found and missing:
-            raise AccessDenied(f"there is no secret '{missing}'")
+            raise NothingGranted(f"there is no secret '{missing}'")
         if not found:
-            raise AccessDenied(f"no grant lets {peer.unit} have it")
+            raise NothingGranted(f"no grant lets {peer.unit} have it")
         # 3. The one candidate, which may have changed while other connections had their turn.
         ((object_id, rule),) = found.items()
         if object_id in self._tree.pinned:

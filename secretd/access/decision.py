@@ -24,7 +24,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 from typing import Final, NamedTuple
 
-from secretd.access.credential import CredentialMapping
+from secretd.access.credential import CredentialMapping, NothingGranted
 from secretd.access.grant_index import Granted, GrantIndex, Rule
 from secretd.access.grant_list import GrantInfo, listed_grants
 from secretd.access.peer import Peer, SocketRole
@@ -37,8 +37,13 @@ from secretd.qom.authz import Verdict
 from secretd.qom.grant import READS, used_up
 from secretd.qom.identifiers import ID_BYTES
 from secretd.qom.patterns import literal_prefix, matcher
+from secretd.qom.sorted_ids import in_order
 from secretd.qom.tree import ObjectTree
+from secretd.store.commit import Commit
 from secretd.systemd.credential_address import CredentialAddress
+
+UNITS_WAITING: Final = 64
+"""Requests of units for a credential that may wait until a store is unlocked."""
 
 
 class Grant:
@@ -46,10 +51,11 @@ class Grant:
 
     ``peer``, ``subject``: the peer, and its form in the audit. ``object_id``: the secret.
     ``plaintext``: a borrowed view, valid until the secret is removed. ``rule``: the id of the
-    permitting secret-grant, None on the control socket.
+    permitting secret-grant, None on the control socket. ``counted``: the count of the read that a
+    store must have before the first byte leaves, None without one.
     """
 
-    __slots__ = ("object_id", "peer", "plaintext", "rule", "subject", "terms")
+    __slots__ = ("counted", "object_id", "peer", "plaintext", "rule", "subject", "terms")
 
     def __init__(  # noqa: PLR0917 - what a decision is about
         self,
@@ -68,6 +74,7 @@ class Grant:
         self.rule = None if terms is None else terms.id
         self.terms = terms
         self.plaintext = plaintext
+        self.counted: Commit | None = None
 
 
 _KEY: Final = object()
@@ -79,30 +86,6 @@ class Considered(NamedTuple):
     grant: str
     allowed: bool
     reason: str
-
-
-def _in_order(first: Iterator[str | None], second: Iterator[str | None]) -> Iterator[str | None]:
-    """Merge two sorted iterators without duplicates; yield None whenever one of them does."""
-    streams, heads = [first, second], ["", ""]
-    while streams:
-        for index in reversed(range(len(streams))):
-            while not heads[index]:
-                head = next(streams[index], "")
-                if head == "":
-                    del streams[index], heads[index]
-                    break
-                if head is None:
-                    yield None
-                else:
-                    heads[index] = head
-        if len(streams) == 1:
-            yield heads[0]
-            yield from streams[0]
-            return
-        if heads:
-            least = min(heads)
-            yield least
-            heads = ["" if head == least else head for head in heads]
 
 
 class Access:
@@ -119,6 +102,7 @@ class Access:
         self._index = GrantIndex(tree, tuning)
         self._credentials = CredentialMapping(tree, self._index)
         self.uses = Uses()
+        self._units_waiting = 0
         tree.subscribe(decision=self._index.changed, removal=self.uses.forget)
 
     # --- decisions
@@ -147,10 +131,11 @@ class Access:
         plaintext = self._tree.plaintext(object_id)
         by = "control socket" if rule is None else f"grant {rule.id}"
         self._audit.append_release(action, subject, by, object_id, len(plaintext))
+        grant = Grant(_KEY, peer, subject, object_id, rule, plaintext)
         if rule is not None and rule.limited:
-            self._count(rule.id, 1)
+            grant.counted = self._count(rule.id, 1)
         self.uses.note(object_id, subject)
-        return Grant(_KEY, peer, subject, object_id, rule, plaintext)
+        return grant
 
     async def credential(
         self, peer: Peer, subject: Subject, claimed: CredentialAddress | None
@@ -165,7 +150,7 @@ class Access:
         """
         name = claimed.credential if claimed else ""
         try:
-            object_id, rule = await self._credentials.find(peer, claimed)
+            object_id, rule = await self._find(peer, claimed)
         except AccessDenied as error:
             self._audit.append_refusal(
                 "credential", peer.uid, subject, credential=name, reason=error.desc
@@ -176,6 +161,23 @@ class Access:
         self._audit.append_release("credential", subject, by, object_id, len(plaintext), name)
         self.uses.note(object_id, subject)
         return Grant(_KEY, peer, subject, object_id, rule, plaintext)
+
+    async def _find(self, peer: Peer, claimed: CredentialAddress | None) -> tuple[str, Rule]:
+        """Return what a unit asks for; while a store is locked, wait for it."""
+        try:
+            return await self._credentials.find(peer, claimed)
+        except NothingGranted:
+            keeper = self._tree.keeper
+            if keeper is None or self._units_waiting == UNITS_WAITING:
+                raise
+            self._units_waiting += 1
+            try:
+                opened = await keeper.settled()
+            finally:
+                self._units_waiting -= 1
+            if not opened:
+                raise
+        return await self._credentials.find(peer, claimed)
 
     def take_back(self, grant: Grant, reason: str) -> None:
         """Undo a read that delivered nothing: record it as withheld, and subtract it from the
@@ -223,7 +225,7 @@ class Access:
         granted, asked = self._granted_and_asked(peer)
         prefixes = granted.prefixes.union(literal_prefix(rule.secret) for rule in asked)
         is_secret = self._tree.is_secret
-        for object_id in _in_order(
+        for object_id in in_order(
             granted.exact_after(after), self._tree.ids_after(after, prefixes)
         ):
             if object_id is None:
@@ -298,12 +300,14 @@ class Access:
         record = self._tree.journal.get(grant_id)
         return record is None or used_up(record)
 
-    def _count(self, grant_id: str, reads: int) -> None:
+    def _count(self, grant_id: str, reads: int) -> Commit | None:
         record = self._tree.journal.get(grant_id)
         assert record is not None
         before = record.properties.get(READS, 0)
         assert isinstance(before, int)
-        self._tree.replace_properties(grant_id, record.properties | {READS: before + reads})
+        counted = record.properties | {READS: before + reads}
+        # Not undone if the store fails: the delivery takes its read back itself.
+        return self._tree.replace_properties(grant_id, counted, undo=False)
 
     # --- what is granted, and why
 

@@ -33,6 +33,7 @@ class AuditRecord(Struct, omit_defaults=True, rename="kebab"):
     door: str | UnsetType = UNSET
     peer: Raw | UnsetType = UNSET
     reason: str | UnsetType = UNSET
+    state: str | UnsetType = UNSET
     count: int | UnsetType = UNSET
     of: int | UnsetType = UNSET
     version: str | UnsetType = UNSET

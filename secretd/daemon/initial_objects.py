@@ -89,6 +89,7 @@ class InitialObjects:
             # There is no memory to check whether it has changed.
             log.warning("object '%s' stays as it was: %s", options.id, error.desc)
         self._named.add(options.id)
+        self._tree.fixed.add(options.id)
 
     def _words(self, text: str, words: str) -> str:
         """Return an error with the option's text, without the values that may carry a secret."""

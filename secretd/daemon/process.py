@@ -37,7 +37,7 @@ from secretd.linux.locked_pages import forbid_dumps
 from secretd.memory.arena import SCRATCH_RESERVE, SCRATCH_WINDOW, Arena
 from secretd.memory.level import choose_level
 from secretd.monitor.commands import COMMANDS
-from secretd.monitor.monitor import log_internal
+from secretd.monitor.failures import log_internal
 from secretd.net.loop import Loop
 from secretd.qom.registry import TYPES
 from secretd.qom.tree import ObjectTree
@@ -177,6 +177,7 @@ class _Process:
             tree, COMMANDS.by_name.values(), f"secretd {__version__}", audit, self._store
         )
         server.core.log_dropped = lambda: self._handler.lost
+        await server.core.open_store()
         listeners = open_sockets(specs, self._found.sockets)
         for listener in listeners:
             server.add(listener)

@@ -83,10 +83,22 @@ class Deliveries:
             return threaded
         # 3. The loop writes to those of trusted peers, usually all at once.
         delivery = LoopDelivery(grant, target, fd, self._undo, base64, sealed)
+        if grant.counted is not None:
+            self._remember(delivery)
+            delivery.rest = self._write_counted(delivery)
+        elif not self._write_at_once(delivery):
+            self._remember(delivery)
+            delivery.rest = self._write_rest(delivery)
+        return delivery
+
+    def _write_at_once(self, delivery: LoopDelivery) -> bool:
+        """Write as much as possible without waiting; return True once everything is written. Raises
+        CommandError.
+        """
         try:
-            if base64:
+            if delivery.base64:
                 delivery.encode(self._scratch)
-            target.begin(delivery.size)
+            delivery.target.begin(delivery.size)
             complete = delivery.write()
         except OSError as error:
             delivery.close()
@@ -99,10 +111,37 @@ class Deliveries:
             raise
         if complete:
             delivery.close()
-            return delivery
-        self._remember(delivery)
-        delivery.rest = self._write_rest(delivery)
-        return delivery
+        return complete
+
+    async def _counted(self, delivery: Delivery) -> None:
+        """Wait until a store has the count of the read, if one keeps it. Raises CommandError; the
+        delivery has ended then.
+        """
+        if delivery.grant.counted is None:
+            return
+        try:
+            await delivery.grant.counted
+            if delivery.withdrawn:
+                raise delivery.withdrawal()
+        except CommandError as error:
+            self._end(delivery)
+            raise delivery.fail(error) from None
+        except asyncio.CancelledError:
+            self._end(delivery)
+            delivery.fail(_DISCONNECTED)
+            raise
+
+    async def _write_counted(self, delivery: LoopDelivery) -> None:
+        """Write everything once the read is counted."""
+        await self._counted(delivery)
+        self._forget(delivery)
+        if not self._write_at_once(delivery):
+            self._remember(delivery)
+            await self._write_rest(delivery)
+
+    def _end(self, delivery: Delivery) -> None:
+        self._forget(delivery)
+        delivery.close()
 
     async def release_decided(
         self, fd: Fd, decision: Awaitable[Grant], opened: Callable[[int], Target]
@@ -137,8 +176,7 @@ class Deliveries:
             delivery.fail(_DISCONNECTED)
             raise
         finally:
-            self._forget(delivery)
-            delivery.close()
+            self._end(delivery)
 
     async def _write_in_thread(self, delivery: ThreadedDelivery) -> None:
         loop = asyncio.get_running_loop()
@@ -147,6 +185,7 @@ class Deliveries:
             with contextlib.suppress(RuntimeError):  # the loop has ended, and all with it
                 loop.call_soon_threadsafe(delivery.close)
 
+        await self._counted(delivery)
         try:
             async with asyncio.timeout(self._seconds) as delivery.scope:
                 if delivery.withdrawn:

@@ -21,6 +21,7 @@ from secretd.limits import Tuning
 from secretd.monitor.broadcast import Broadcaster
 from secretd.monitor.tables import tables
 from secretd.qapi.command import Command
+from secretd.qom.keeper import Keeper
 from secretd.qom.paths import Paths
 from secretd.qom.tree import ObjectTree
 from secretd.wire import encoder
@@ -65,6 +66,7 @@ class Core:
         self.instance = int.from_bytes(os.urandom(8)) >> 11  # JSON numbers are exact up to there
         self.start_time = int(time.time())
         self.stopping = False
+        self.serving = False
         self.has_one_session: Callable[[], bool] = lambda: False
         self.log_dropped: Callable[[], int] = lambda: 0
         # 2. The parts that depend on the tree.
@@ -74,7 +76,11 @@ class Core:
         self.deliveries = Deliveries(tree.scratch, self.threads, self.access.take_back, tuning)
         # This must follow the index of grants, which subscribed when access was created.
         tree.subscribe(decision=self._recheck_deliveries, removal=self.deliveries.withdraw)
-        # 3. The commands of each kind of socket.
+        # 3. The store, if one is declared.
+        tree.subscribe(store=self._declared)
+        for store_id in tree.declared:
+            self._declared(store_id)
+        # 4. The commands of each kind of socket.
         self.tables = tables(list(commands))
 
     @property
@@ -102,27 +108,67 @@ class Core:
             full = wire_event(name, f'{{"id": {quoted}, "peer": {encoder.value(peer.info)}}}')
         self.broadcaster.publish(name, object_id, full, bare, origin, uid)
 
-    def announce_grant(
+    def announce_to_control(
         self, name: str, members: dict[str, object], peer: Peer | None, origin: object
     ) -> None:
-        """Publish an event about a grant to control connections; ``members``: those of AboutGrant
-        but the peer.
+        """Publish an event to control connections only; ``members``: those of its data but the
+        peer.
         """
-        grant_id = str(members["id"])
+        object_id = str(members["id"])
         uid = None if peer is None or peer.trusted else peer.uid
-        if self.broadcaster.accepts(name, grant_id, uid, origin):
+        if self.broadcaster.accepts(name, object_id, uid, origin):
             data = members if peer is None else members | {"peer": peer.info}
             event = wire_event(name, encoder.value(data))
-            self.broadcaster.publish(name, grant_id, event, b"", origin, uid)
+            self.broadcaster.publish(name, object_id, event, b"", origin, uid)
 
     def expire(self, object_id: str) -> None:
         """End the deliveries of an expired object, wipe it, and announce that."""
-        kind = self.tree.delete(object_id)
+        kind, _ = self.tree.delete(object_id)  # a row that stays has expired, too
         self.audit.append("expire", id=object_id, type=kind.info.name)
         if not kind.decides:
             self.announce("SECRET_EXPIRED", object_id, None, None)
         else:  # no other object has a lifetime
-            self.announce_grant("SECRET_REVOKED", {"id": object_id}, None, None)
+            self.announce_to_control("SECRET_REVOKED", {"id": object_id}, None, None)
+
+    # --- the store
+
+    def _declared(self, store_id: str) -> None:
+        """A secret-store was added: keep objects in it from now on."""
+        keeper = self.tree.keeper = Keeper(self.tree, store_id)
+        if self.serving:
+            self.serve_store()
+            self.start(keeper.unlock())
+
+    async def open_store(self) -> None:
+        """Open the store before the first connection, if it answers within some seconds."""
+        if self.tree.keeper is not None:
+            opening = asyncio.ensure_future(self.tree.keeper.unlock())
+            await asyncio.wait({opening}, timeout=self.tuning.source_seconds)
+
+    def serve_store(self) -> None:
+        """From now on, record and announce the store's state."""
+        self.serving = True
+        keeper = self.tree.keeper
+        if keeper is not None:
+            keeper.start = self.start
+            keeper.on_state = self._note_store
+            self._note_store()
+
+    def _note_store(self) -> None:
+        keeper = self.tree.keeper
+        assert keeper is not None
+        members: dict[str, object] = {"id": keeper.id, "state": keeper.state}
+        if keeper.reason:
+            members["reason"] = keeper.reason
+        self.audit.append("store", None, count=keeper.loaded, **members)
+        self.announce_to_control("SECRET_STORE", members, None, None)
+
+    async def close_store(self) -> None:
+        """Write what waits and close the store, at the end of the process."""
+        keeper = self.tree.keeper
+        if keeper is not None and keeper.store is not None:
+            closing = asyncio.ensure_future(keeper.store.close())
+            await asyncio.wait({closing}, timeout=self.tuning.stop_seconds)
 
 
 def wire_event(name: str, data: str) -> bytes:

@@ -57,6 +57,16 @@ class AboutGrant(TypedDict):
     peer: NotRequired[PeerInfo]
 
 
+class AboutStore(TypedDict):
+    """An event of the secret-store ``id``, for control connections only. ``reason``: why it has
+    failed.
+    """
+
+    id: str
+    state: Literal["locked", "open", "failed"]
+    reason: NotRequired[str]
+
+
 class EventsLost(TypedDict):
     """The number of lost events: the client did not read, a queue was full, or too many ids were
     throttled.
@@ -73,6 +83,7 @@ EventName = Literal[
     "SECRET_DENIED",
     "SECRET_GRANTED",
     "SECRET_REVOKED",
+    "SECRET_STORE",
 ]
 """The events that `secret-events` can select."""
 
@@ -85,5 +96,6 @@ EVENTS: Final[dict[str, type]] = {
     "SECRET_DENIED": AboutSecret,
     "SECRET_GRANTED": AboutGrant,
     "SECRET_REVOKED": AboutGrant,
+    "SECRET_STORE": AboutStore,
     "SECRET_EVENTS_LOST": EventsLost,
 }

@@ -222,21 +222,24 @@ def _object_add(monitor: Monitor, rest: memoryview) -> Output:
         options = check(command, given.members, given.visitor)
     except CommandError as error:
         raise CommandError(_UNEXPECTED.sub(_shortened, error.desc)) from None
-    added = command.function(monitor, options)
-    return "" if added is None else _silent(added)
+    return _silent(command.function(monitor, options))
 
 
-async def _silent(done: Awaitable[None]) -> str:
-    await done
-    return ""
+def _silent(outcome: Awaitable[None] | None) -> Output:
+    """Return no output, maybe later."""
+
+    async def later(done: Awaitable[None]) -> str:
+        await done
+        return ""
+
+    return "" if outcome is None else later(outcome)
 
 
-def _object_del(monitor: Monitor, rest: memoryview) -> str:
+def _object_del(monitor: Monitor, rest: memoryview) -> Output:
     words = _arguments(rest, 1)
     if not words:
         raise _Refused(_EXPECTED)
-    monitor.table.by_name["object-del"].function(monitor, *words)
-    return ""
+    return _silent(monitor.table.by_name["object-del"].function(monitor, *words))
 
 
 def _quit(monitor: Monitor, rest: memoryview) -> str:

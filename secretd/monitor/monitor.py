@@ -7,8 +7,6 @@ requests and sends its replies, and monitor.commands executes them. Only this mo
 exceptions into replies.
 """
 
-import logging
-import traceback
 from collections.abc import Callable, Collection, Coroutine
 from types import CoroutineType
 from typing import Final, TypeAlias
@@ -19,16 +17,9 @@ from msgspec.structs import astuple
 from secretd.access.decision import Grant
 from secretd.access.peer import Peer
 from secretd.audit.records import Subject
-from secretd.descriptors.fd import Fd
-from secretd.descriptors.passed import (
-    DESCRIPTORS_PER_CONNECTION,
-    FdSets,
-    NamedFds,
-    PendingFd,
-)
 from secretd.descriptors.source import ConnectionSources
-from secretd.descriptors.threads import THREADS_PER_UID
 from secretd.errors import (
+    INTERNAL_ERROR,
     AccessDenied,
     ArgumentError,
     CommandError,
@@ -36,16 +27,17 @@ from secretd.errors import (
     LimitReached,
 )
 from secretd.memory.arena import Arena
+from secretd.monitor.commits import Stored
 from secretd.monitor.core import QEMU_VERSION, Core
+from secretd.monitor.failures import log_internal
+from secretd.monitor.passed_descriptors import PassedDescriptors
 from secretd.monitor.tables import Table
 from secretd.net.receiver import Locked
-from secretd.net.transport import Transport
 from secretd.qapi.command import Command, check
+from secretd.store.commit import Commit
 from secretd.wire import messages as wire
 from secretd.wire.messages import Malformed, Request
 from secretd.wire.parser import Fault
-
-log = logging.getLogger("secretd")
 
 QUOTED_BYTES: Final = 1024
 """Bytes of the sender's own text that an error quotes; they wait in locked memory until they are
@@ -57,12 +49,12 @@ MAX_REPLY_BYTES: Final = 64 << 10
 limit.
 """
 
-INTERNAL_ERROR: Final = "Internal error; the log of secretd has the details"
+_DEPENDING: Final = ("keyid", "file", "serial")
 
-Reply: TypeAlias = "bytes | Locked | Coroutine[object, object, bytes]"
+Reply: TypeAlias = "bytes | Locked | Stored | Coroutine[object, object, bytes]"
 
 
-class Monitor:
+class Monitor(PassedDescriptors):
     """The session of ``peer``.
 
     ``table``: the commands of its socket. ``on_negotiated``: called when the client leaves
@@ -72,19 +64,13 @@ class Monitor:
     def __init__(
         self, core: Core, peer: Peer, table: Table, on_negotiated: Callable[[], None]
     ) -> None:
-        self.core = core
+        super().__init__(core, peer)
         self._on_negotiated = on_negotiated
         self.tree = core.tree
-        self.peer = peer
-        self.trusted = peer.trusted
         self.table = table
         self._wire = table.wire
         self._by_request = table.by_request
         self.negotiated = not table.wire.GREETS
-        self.pending = PendingFd()
-        self.named = NamedFds()
-        self._descriptors = core.limits.descriptors
-        self.fdsets = FdSets()
         self.loading = core.tree.loading(
             ConnectionSources(
                 self.fdsets,
@@ -124,7 +110,7 @@ class Monitor:
     def announce_grant(self, event: str, members: dict[str, object]) -> None:
         """Announce to the other control connections what this one did to a grant."""
         if self.core.broadcaster.subscribers:
-            self.core.announce_grant(event, members, self.peer, self)
+            self.core.announce_to_control(event, members, self.peer, self)
 
     def note(self, event: str, object_id: str, kind: str, size: int | None = None) -> None:
         """Append an audit record of what this session did to an object of type ``kind``."""
@@ -142,76 +128,6 @@ class Monitor:
         except AccessDenied:
             self.announce("SECRET_DENIED", object_id)
             raise
-
-    def pending_descriptor(self) -> Fd:
-        """Return the passed descriptor. Raises LimitReached if all threads of its uid are stuck."""
-        fd = self.pending.take()
-        uid = self.peer.uid
-        if not self.trusted and self.core.threads.stuck(uid):
-            fd.close()
-            raise LimitReached(
-                "threads-per-uid",
-                f"uid {uid} has {THREADS_PER_UID} descriptors that block, and that is the limit "
-                "(threads-per-uid)",
-            )
-        return fd
-
-    def take_descriptor(self) -> Fd:
-        """Return the passed descriptor, to be kept by the connection. Raises LimitReached without
-        room for it.
-        """
-        fd = self.pending_descriptor()
-        if len(self.named) + len(self.fdsets) >= DESCRIPTORS_PER_CONNECTION:
-            fd.close()
-            raise LimitReached(
-                "descriptors-per-connection",
-                f"This connection holds {DESCRIPTORS_PER_CONNECTION} descriptors, which is the "
-                "limit; close some with closefd or remove-fd",
-            )
-        return fd
-
-    def receive(self, numbers: list[int]) -> None:
-        """Take over the descriptors of a message. Raises LimitReached if the peer passes too
-        many.
-        """
-        if self.trusted:
-            self.pending.receive([Fd(number) for number in numbers])
-            return
-        fault = self.descriptors_fault(len(numbers))
-        self._descriptors.count(self.peer.uid, len(numbers))
-        self.pending.receive(
-            [Fd(number, self._close_received, self._count_released) for number in numbers]
-        )
-        if fault is not None:
-            raise fault
-
-    def descriptors_fault(self, more: int = 1) -> LimitReached | None:
-        """Return the limit that ``more`` descriptors of this peer would exceed, None if there is
-        none.
-
-        Descriptors that wait to be closed count too. The check runs before each recvmsg(2), so a
-        message exceeds a limit by less than SCM_MAX_FD.
-        """
-        threads, uid = self.core.threads, self.peer.uid
-        try:
-            self._descriptors.check(uid, more, threads.closing(uid))
-            self.core.limits.check_descriptors(threads.closing_of_others, more)
-        except LimitReached as error:
-            return error
-        return None
-
-    def _close_received(self, fd: int) -> None:
-        """Close a descriptor that an untrusted peer passed."""
-        self.core.threads.close(self.peer.uid, fd)
-
-    def _count_released(self) -> None:
-        self._descriptors.release(self.peer.uid)
-
-    def close(self) -> None:
-        """Close all descriptors of the session."""
-        self.pending.close()
-        self.named.close()
-        self.fdsets.close()
 
     def handle(self, request: Request | Malformed | Struct) -> Reply:
         """Execute a request; return its reply, or a coroutine of it."""
@@ -246,6 +162,8 @@ class Monitor:
             if isinstance(result, CoroutineType):
                 self.core.limits.requests.count(self.peer.uid)
                 return self._later(result, id_text)
+            if isinstance(result, Commit):
+                return self._stored(result, id_text)
             return self._success(result, id_text)
         except Exception as error:  # noqa: BLE001 - a reply must never be lost
             return self._failure(error, id_text)
@@ -279,6 +197,34 @@ class Monitor:
             return self._failure(error, id_text)
         finally:
             self.core.limits.requests.release(self.peer.uid)
+
+    def _stored(self, commit: Commit, id_text: str | None) -> Stored:
+        """Return the reply to a change that waits for a store."""
+        requests, uid = self.core.limits.requests, self.peer.uid
+        requests.count(uid)
+        commit.then(lambda _error: requests.release(uid))
+
+        def reply(written: Commit) -> bytes:
+            if written.error is not None:
+                return self._failure(written.error, id_text)
+            return self._wire.success(None, id_text)
+
+        return Stored(commit, reply)
+
+    def may_add_meanwhile(self, request: Request | Malformed | Struct) -> bool:
+        """Return True for an addition that depends on no other object and on no source, so that it
+        may be executed while earlier ones are being written.
+        """
+        if isinstance(request, Malformed):
+            return False
+        if isinstance(request, Request):
+            given = request.arguments
+            return request.command == "object-add" and given.keys().isdisjoint(_DEPENDING)
+        command = self._by_request.get(type(request))  # a batch has none
+        if command is None or command.name != "object-add":
+            return False
+        arguments = request.arguments  # type: ignore[attr-defined]
+        return all(getattr(arguments, name, UNSET) is UNSET for name in _DEPENDING)
 
     def _failure(self, error: Exception, id_text: str | None) -> bytes:
         if isinstance(error, CommandError):
@@ -314,21 +260,3 @@ class Monitor:
 def _check_negotiation(name: str) -> None:
     if name != "qmp_capabilities":
         raise CommandNotFound("Expecting capabilities negotiation with 'qmp_capabilities'")
-
-
-def log_internal(error: Exception) -> None:
-    """Log an unknown exception by its type and place only: its text may quote its input."""
-    place = "".join(traceback.format_tb(error.__traceback__)).rstrip()
-    log.error("internal error: %s\n%s", type(error).__name__, place)
-
-
-def safely(transport: Transport, step: Callable[[], object]) -> None:
-    """Take a step whose failure ends its connection, and not the daemon."""
-    try:
-        step()
-    except Exception as error:  # noqa: BLE001 - see above
-        log_internal(error)
-        try:
-            transport.close()
-        except Exception as again:  # noqa: BLE001 - closing has gone as far as possible
-            log_internal(again)

@@ -11,7 +11,8 @@ in its `Outbox`. It stops when
   at once, and others are queued as bytes in locked memory and parsed again in their turn. So no
   parsed request outlives the buffer that it is a view of;
 - its `Turn` is over: other connections come first;
-- a JSON-RPC batch has come: its members are queued in the same way.
+- a JSON-RPC batch has come: its members are queued in the same way;
+- an addition waits for a store: further additions are executed meanwhile (monitor.commits).
 
 What can go wrong: an exception in handling ends this connection, and never the daemon. `closed`
 releases everything that the session still owns. The session decides nothing about commands (monitor
@@ -28,9 +29,12 @@ from secretd.access.peer import Peer, SocketRole
 from secretd.errors import LimitReached, LockedMemoryExhausted
 from secretd.memory.arena import LockedBuffer
 from secretd.monitor.batch import BatchEnd, BatchReply
+from secretd.monitor.commits import COMMITS_PER_SESSION, Commits, Stored
 from secretd.monitor.core import Core
-from secretd.monitor.monitor import Monitor, Reply, safely
+from secretd.monitor.failures import safely
+from secretd.monitor.monitor import Monitor, Reply
 from secretd.monitor.outbox import Outbox
+from secretd.monitor.refusals import Refusals
 from secretd.monitor.tables import Table
 from secretd.monitor.throttle import Throttle
 from secretd.monitor.waiting import WaitingRequests
@@ -48,7 +52,7 @@ QMP_REQ_QUEUE_LEN_MAX. At this number the connection is not read.
 """
 
 
-class Session:
+class Session(Refusals):
     """The session of ``peer`` on ``transport``, whose receiver it is.
 
     ``ended``: called once, at its end.
@@ -62,14 +66,13 @@ class Session:
         table: Table,
         ended: Callable[["Session"], None],
     ) -> None:
-        self._core, self._ended = core, ended
-        self.transport, self.peer, self._trusted = transport, peer, peer.trusted
+        self._core, self._ended, self._trusted = core, ended, peer.trusted
+        self.transport, self.peer = transport, peer
         self.monitor = Monitor(core, peer, table, self._negotiated)
         self._wire = table.wire
         self.outbox = Outbox(transport, core.audit, core.tuning.batch_bytes, self._wire.events)
-        self._replies = self.outbox.replies
-        self._audit, self._send = core.audit, transport.send
-        self._sender = transport.sender
+        self._replies, self._audit = self.outbox.replies, core.audit
+        self._send, self._sender = transport.send, transport.sender
         self._turn = Turn(
             core.has_one_session, transport.others_ready, transport.yield_turn, core.tuning
         )
@@ -78,18 +81,17 @@ class Session:
         self._next, self._handle = self._codec.next, self._begin if rpc else self.monitor.handle
         self._batch: BatchReply | None = None  # the reply to a batch under way
         self.first_needed, self.shifted = self._codec.first_needed, self._codec.shifted
-        # Its part as a subscriber of events.
         self.origin: object = self.monitor
         self.monitor.on_events = self._subscribe
         self.wanted: Collection[str] | None = None
         self.since = self.position = 0
         self.throttle: Throttle | None = None
         self.lose = self.outbox.lose
-        # Waiting commands, and the requests behind them.
         self._pending: asyncio.Task[None] | None = None
         self._pending_oob: asyncio.Task[None] | None = None
         self._waiting = WaitingRequests(core.tree.scratch, transport)
         self._queue = self._waiting.queue
+        self._commits = Commits(self.outbox, transport)
         transport.start(self)
         if self._wire.GREETS:
             transport.send(self.monitor.greeting())
@@ -174,6 +176,10 @@ class Session:
         (requires `oob`).
         """
         transport = self.transport
+        if self._commits and not self._queue:
+            position, must_wait = self._add_meanwhile(view, position, end)
+            if not must_wait:
+                return position
         if not self.monitor.oob:
             transport.pause(Pause.BUSY)
             return position
@@ -198,9 +204,34 @@ class Session:
                 break
         return position
 
+    def _add_meanwhile(self, view: memoryview, position: int, end: int) -> tuple[int, bool]:
+        """While additions are being written, execute further ones.
+
+        Returns the position after them, and whether the next request has to wait for them.
+        """
+        while not (self.transport.is_closed or self._sender.backlogged or self._core.stopping):
+            start = self.first_needed(position)
+            if len(self._commits) == COMMITS_PER_SESSION:
+                return start, True
+            position, request = self._next(view, position, end)
+            if isinstance(request, NeedData):
+                return position, False
+            if not self.monitor.may_add_meanwhile(request):
+                return start, True
+            reply = self._handle(request)
+            assert isinstance(reply, bytes | Stored)  # it waits for nothing else
+            self._commits.add(reply)
+            if self._turn.yield_if_due():
+                break
+        return position, False
+
     def _answer(self, reply: Reply) -> None:
         """Send a reply soon, together with others, or start to wait for it."""
-        if isinstance(reply, bytes):
+        if isinstance(reply, Stored):
+            self._commits.add(reply)
+            if self._pending is None:
+                self._pending = self._core.start(self._drain())
+        elif isinstance(reply, bytes):
             self.outbox.add(self._framed(reply))
         elif isinstance(reply, Locked):
             self.outbox.add_locked(reply)
@@ -247,6 +278,11 @@ class Session:
             self.transport.later(self._continue_safely)
         else:
             self._continue_safely()
+
+    async def _drain(self) -> None:
+        await self._commits.drain(self._framed)
+        self._pending = None
+        self._continue_safely()
 
     async def _finish_oob(self, reply: Coroutine[object, object, bytes]) -> None:
         data = await reply  # the connection is not read meanwhile
@@ -300,43 +336,6 @@ class Session:
 
     # --- what the transport reports
 
-    def accepts_descriptors(self) -> bool:
-        """See Receiver."""
-        return self.monitor.descriptors_fault() is None
-
-    def too_many_descriptors(self) -> None:
-        """See Receiver."""
-        fault = self.monitor.descriptors_fault()
-        assert fault is not None
-        self._refuse(fault)
-
-    def descriptors(self, numbers: list[int]) -> bool:
-        """See Receiver."""
-        try:
-            self.monitor.receive(numbers)
-        except LimitReached as error:
-            self._refuse(error)
-            return False
-        return True
-
-    def no_memory(self, error: LockedMemoryExhausted | LimitReached) -> None:
-        """See Receiver."""
-        self._refuse(error)
-
-    def message_timed_out(self) -> None:
-        """See Receiver."""
-        seconds = self._core.tuning.unfinished_seconds
-        words = f"No end of the message within {seconds:g} seconds; connection closed"
-        self._refuse(LimitReached("unfinished-seconds", words))
-
-    def _refuse(self, error: LimitReached | LockedMemoryExhausted) -> None:
-        self.transport.send(self._refusal(error))
-
-    def _refusal(self, error: LimitReached | LockedMemoryExhausted) -> bytes:
-        if isinstance(error, LimitReached):
-            self._core.limits.note_hit(error.limit)
-        return self._wire.refusal(error.desc)
-
     def closed(self) -> None:
         """See Receiver: release everything that the session owns."""
         for task in filter(None, (self._pending, self._pending_oob)):
@@ -344,6 +343,7 @@ class Session:
             # descriptor or buffer that it has to release.
             asyncio.get_running_loop().call_soon(task.cancel)
         self._waiting.clear()
+        self._commits.clear()
         self._ended(self)
         self._core.limits.connections.release(self.peer.uid)
         self._unsubscribe()

@@ -77,7 +77,8 @@ class ObjectType:
     """A type of objects that object-add creates; subclasses override what differs.
 
     ``number`` stands in the journal and never changes. ``defaults``: the values of properties that
-    were not given. ``decides``: access depends on such objects.
+    were not given. ``decides``: access depends on such objects. ``declares_store``: such an object
+    is a store on disk.
     """
 
     info: TypeInfo
@@ -85,6 +86,7 @@ class ObjectType:
     options: type[ObjectOptions]
     defaults: Mapping[str, object]
     decides: bool = False
+    declares_store: bool = False
 
     def create(self, _options: Any, _loading: Loading) -> Content | Awaitable[Content]:
         """Return the content that the options describe, at once or later. Raises CommandError."""

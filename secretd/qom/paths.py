@@ -15,6 +15,7 @@ from secretd.qom.object_type import (
     as_listed,
 )
 from secretd.qom.tree import ObjectTree
+from secretd.store.commit import Commit
 from secretd.wire.hash_order import GHashTable
 from secretd.wire.parser import JSON
 
@@ -103,8 +104,11 @@ class Paths:
         self._check_property(kind.info, name)
         return kind.info.name if name == "type" else kind.get(record, name)
 
-    def set(self, path: str, name: str, value: JSON) -> None:
-        """Execute qom-set: the property changes, the loaded content stays."""
+    def set(self, path: str, name: str, value: JSON) -> Commit | None:
+        """Execute qom-set: the property changes, the loaded content stays.
+
+        Returns what waits for the disk if a store has the object.
+        """
         node = self._node(path)
         if node in (ROOT, OBJECTS):
             if name == "type" or self._is_child(node, name):
@@ -121,8 +125,7 @@ class Paths:
         except StoredInvalidValue as error:
             self._tree.change(node, error.changes)
             raise
-        if changes:
-            self._tree.change(node, changes)
+        return self._tree.change(node, changes) if changes else None
 
     def _is_child(self, node: str, name: str) -> bool:
         return name == "objects" if node == ROOT else name in self._tree.journal

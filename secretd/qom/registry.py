@@ -24,6 +24,7 @@ from secretd.qom.secret import (
     SecretKeyringOptions,
     SecretOptions,
 )
+from secretd.qom.secret_store import SecretStore, SecretStoreOptions
 
 _CREATABLE: Final[tuple[ObjectType, ...]] = (
     Secret(),
@@ -32,6 +33,7 @@ _CREATABLE: Final[tuple[ObjectType, ...]] = (
     AuthZList(),
     AuthZListFile(),
     SecretGrant(),
+    SecretStore(),
 )
 
 AnyOptions: TypeAlias = (
@@ -41,6 +43,7 @@ AnyOptions: TypeAlias = (
     | SecretOptions
     | SecretKeyringOptions
     | SecretGrantOptions
+    | SecretStoreOptions
 )
 """The arguments of object-add: ObjectOptions of qapi/qom.json, with the types in its order."""
 
@@ -53,6 +56,7 @@ _INFOS: Final = (
     SecretKeyring.info,
     AuthZListFile.info,
     SecretGrant.info,
+    SecretStore.info,
     AuthZSimple.info,
     TypeInfo("object", None, True, ("object",)),
     AuthZList.info,

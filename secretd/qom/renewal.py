@@ -12,12 +12,14 @@ from typing import Final
 from secretd.errors import CommandError
 from secretd.memory.arena import LockedBuffer
 from secretd.qom.deadlines import DEADLINE
+from secretd.qom.declared_store import DOOMED, UUID
 from secretd.qom.grant import READS
 from secretd.qom.loading import Loading, then
 from secretd.qom.object_type import ObjectOptions, ObjectType
 from secretd.qom.tree import ObjectTree
+from secretd.store.commit import Commit
 
-ACQUIRED: Final = frozenset({DEADLINE, READS})
+ACQUIRED: Final = frozenset({DEADLINE, READS, "create", "state", "sequence", UUID, DOOMED})
 """Properties in the journal that were computed and not given; they do not count in the
 comparison.
 """
@@ -69,8 +71,11 @@ def _is_same(
     )
 
 
-def exchange(tree: ObjectTree, options: ObjectOptions, loading: Loading) -> int | Awaitable[int]:
-    """Replace a secret's content in one step; return the new one's size in bytes, maybe later.
+def exchange(
+    tree: ObjectTree, options: ObjectOptions, loading: Loading
+) -> int | Commit | Awaitable[int | Commit]:
+    """Replace a secret's content in one step; return the new one's size in bytes, maybe later, or
+    what waits for the disk.
 
     A failure leaves the existing secret unchanged. Its lifetime ends with the old content. Raises
     CommandError.
@@ -79,7 +84,7 @@ def exchange(tree: ObjectTree, options: ObjectOptions, loading: Loading) -> int 
     kind = tree.types.of[type(options)]
     content = kind.create(options, loading)
 
-    def store(loaded: object) -> int:
+    def store(loaded: object) -> int | Commit:
         assert isinstance(loaded, LockedBuffer)
         uid = loading.sources.uid
         try:
@@ -87,6 +92,8 @@ def exchange(tree: ObjectTree, options: ObjectOptions, loading: Loading) -> int 
             owner, before = tree.journal.owner(options.id)
             more = loaded.size if owner != uid else max(0, loaded.size - before)
             tree.limits.object_bytes.check(uid, more)
+            if tree.keeper is not None and tree.keeper.covers(options.id):
+                return tree.keeper.exchange(options.id, kind, kind.stored(options), loaded, uid)
         except BaseException:
             loaded.free()
             raise

@@ -94,3 +94,27 @@ class SortedIds:
                     yield None
                     continue
                 break
+
+
+def in_order(first: Iterator[str | None], second: Iterator[str | None]) -> Iterator[str | None]:
+    """Merge two sorted iterators without duplicates; yield None whenever one of them does."""
+    streams, heads = [first, second], ["", ""]
+    while streams:
+        for index in reversed(range(len(streams))):
+            while not heads[index]:
+                head = next(streams[index], "")
+                if head == "":
+                    del streams[index], heads[index]
+                    break
+                if head is None:
+                    yield None
+                else:
+                    heads[index] = head
+        if len(streams) == 1:
+            yield heads[0]
+            yield from streams[0]
+            return
+        if heads:
+            least = min(heads)
+            yield least
+            heads = ["" if head == least else head for head in heads]

@@ -26,7 +26,7 @@ from secretd.descriptors.target import SocketTarget
 from secretd.descriptors.threads import close_connection
 from secretd.errors import AccessDenied, CommandError, PeerUnknown
 from secretd.monitor.core import Core
-from secretd.monitor.monitor import log_internal
+from secretd.monitor.failures import log_internal
 from secretd.systemd.credential_address import (
     CREDENTIAL_ADDRESS_BYTES,
     CREDENTIAL_BYTES,

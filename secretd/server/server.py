@@ -223,6 +223,7 @@ class Server:
             if self._files is not None:
                 loop.add_reader(self._files.fileno(), self._files_changed, self._files)
             ready()
+            self.core.serve_store()
             await self._stopped.wait()
             self.core.broadcaster.flush()
             if self._files is not None:
@@ -237,6 +238,7 @@ class Server:
             for session in list(self.sessions):
                 session.transport.close()
             self.credentials.stop()
+        await self.core.close_store()
         self.space.close()
 
     async def _finish(self) -> None:

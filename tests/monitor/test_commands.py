@@ -270,8 +270,8 @@ async def test_paths_lead_where_they_do_in_qemu(aqmp: AsyncClient) -> None:
 async def test_types_are_listed(aqmp: AsyncClient) -> None:
     """With their parents, abstract ones on request, by what they implement."""
     assert [entry["name"] for entry in await aqmp.ok("qom-list-types")] == [
-        "container", "secret", "secret_keyring", "authz-list-file", "secret-grant", "authz-simple",
-        "authz-list",
+        "container", "secret", "secret_keyring", "authz-list-file", "secret-grant", "secret-store",
+        "authz-simple", "authz-list",
     ]  # fmt: skip
     abstract = await aqmp.ok("qom-list-types", {"abstract": True})
     assert {"abstract": True, "name": "secret_common", "parent": "object"} in abstract
@@ -521,7 +521,7 @@ async def test_a_fifo_holds_up_only_the_connection_that_asked(
         b'{"execute":"object-add","arguments":{"qom-type":"secret","id":"slow","file":"%s"}}'
         b'{"execute":"query-name","id":"after"}' % fifo.encode()
     )
-    while not set(in_loop.tree._being_loaded):
+    while not set(in_loop.tree.reserved):
         await asyncio.sleep(0)
     assert "duplicate" in (await other.add("slow", data="x"))["error"]["desc"]
     assert await other.fail("object-del", {"id": "slow"}) == "object 'slow' not found"
@@ -549,7 +549,7 @@ async def test_a_connection_that_ends_during_a_read_leaves_nothing(
         b'{"execute":"object-add","arguments":{"qom-type":"secret","id":"s","file":"%s"}}'
         % fifo.encode()
     )
-    while not set(in_loop.tree._being_loaded):
+    while not set(in_loop.tree.reserved):
         await asyncio.sleep(0)
     # Only the server ends this connection: it does not read from it while it waits.
     for session in list(in_loop.server.sessions):
@@ -558,7 +558,7 @@ async def test_a_connection_that_ends_during_a_read_leaves_nothing(
     deadline = time.monotonic() + 10
     while not in_loop.server.core.threads.idle() and time.monotonic() < deadline:
         await asyncio.sleep(0)
-    while set(in_loop.tree._being_loaded):
+    while set(in_loop.tree.reserved):
         await asyncio.sleep(0)
     assert len(in_loop.journal) == 0
 

@@ -15,6 +15,7 @@ from secretd.journal.journal import Journal
 from secretd.limits import Tuning
 from secretd.memory.arena import Arena
 from secretd.monitor.commands import COMMANDS
+from secretd.monitor.commits import Stored
 from secretd.monitor.core import Core
 from secretd.monitor.monitor import Monitor
 from secretd.net.receiver import Locked
@@ -86,6 +87,7 @@ class Codec:
             if isinstance(request, NeedData):
                 break
             reply = self.monitor.handle(request)
+            assert not isinstance(reply, Stored)  # there is no store
             if isinstance(reply, Locked):
                 self._output += bytes(reply.buffer.view[: reply.length])
                 reply.buffer.free()

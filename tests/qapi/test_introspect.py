@@ -53,14 +53,15 @@ def changed(name: str) -> dict:
 
 
 def without_ours(entry: dict) -> dict:
-    """The schema of object-add without our own type."""
+    """The schema of object-add without our own types."""
     if entry["name"] == "object-add":
         arguments = entry["arg-type"]
-        (ours,) = [v for v in arguments["variants"] if v["case"] == "secret-grant"]
-        arguments["variants"].remove(ours)
         tags = arguments["members"][0]["type"]
-        tags["members"].remove({"name": "secret-grant"})
-        tags["values"].remove("secret-grant")
+        for name in ("secret-grant", "secret-store"):
+            (ours,) = [v for v in arguments["variants"] if v["case"] == name]
+            arguments["variants"].remove(ours)
+            tags["members"].remove({"name": name})
+            tags["values"].remove(name)
     return entry
 
 

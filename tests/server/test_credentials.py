@@ -6,6 +6,7 @@ The units here are real cgroups, and what connects from them does as systemd doe
 in tests/e2e.
 """
 
+import concurrent.futures
 import contextlib
 import json
 import logging
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from secretd.access.decision import UNITS_WAITING
 from secretd.access.peer import PeerUnknown, SocketRole, identify
 from secretd.audit.log import Audit
 from secretd.limits import Tuning
@@ -473,3 +475,43 @@ def test_one_that_is_on_its_way_at_the_end_is_left(
         assert got.strip(b"x") == b""
     finally:
         daemon.stop()
+
+
+@pytest.mark.slow
+def test_a_unit_waits_until_the_store_is_open(
+    tmp_path: Path, daemon: Daemon, qmp: Client, app: str
+) -> None:
+    """For what the store has; not for a false claim, and 64 units at most; not for ever."""
+    key = {"qom-type": "secret", "id": "key", "data": "k" * 32}
+    store = {
+        "qom-type": "secret-store", "id": "store", "path": str(tmp_path / "store"), "keyid": "key",
+    }  # fmt: skip
+    qmp.ok("object-add", key)
+    qmp.ok("object-add", {**store, "create": True})
+    qmp.ok("secret-store-unlock", {"id": "store"})
+    qmp.add("token", data="letmein")
+    grant(qmp, "g", "token")
+    for object_id in ("key", "store"):
+        qmp.ok("object-del", {"id": object_id})
+    daemon.empty()
+    qmp.ok("object-add", {**store, "unlock-timeout": 30})
+    access = daemon.server.core.access
+
+    def wait_for(number: int) -> None:
+        while daemon.call(lambda: access._units_waiting) != number:
+            pass
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        waiting = pool.submit(fetch, daemon, app, address("app.service", "token"))
+        wait_for(1)
+        assert len(fetch(daemon, app, address("other.service", "token"))) == REFUSED
+        daemon.call(lambda: setattr(access, "_units_waiting", UNITS_WAITING))
+        assert len(fetch(daemon, app, address("app.service", "token"))) == REFUSED
+        daemon.call(lambda: setattr(access, "_units_waiting", 1))
+        qmp.ok("object-add", key)
+        assert waiting.result(20) == b"letmein"
+        assert len(fetch(daemon, app, address("app.service", "nope"))) == REFUSED
+        qmp.ok("object-del", {"id": "key"})
+        daemon.empty()
+        qmp.ok("object-add", {**store, "unlock-timeout": 0})
+        assert len(fetch(daemon, app, address("app.service", "token"))) == REFUSED

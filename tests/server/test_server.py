@@ -20,7 +20,7 @@ from secretd.access.peer import SocketRole
 from secretd.errors import LockedMemoryExhausted, PeerUnknown, UsageError
 from secretd.limits import Tuning
 from secretd.memory.arena import Arena, LockedBuffer
-from secretd.monitor.monitor import safely
+from secretd.monitor.failures import safely
 from secretd.monitor.session import Session
 from secretd.net.listener import listen
 from secretd.net.pause import Pause
@@ -1031,7 +1031,7 @@ def test_a_client_that_left_before_a_wait_leaves_nothing(daemon: Daemon, tmp_pat
     )
     leaving.close()
     others_gone.set()
-    while daemon.call(lambda: daemon.server.sessions or daemon.tree._being_loaded):
+    while daemon.call(lambda: daemon.server.sessions or daemon.tree.reserved):
         pass
     while not daemon.server.core.threads.idle():
         with contextlib.suppress(OSError):  # ENXIO without a reader

@@ -9,7 +9,16 @@ are those of QEMU 10's qapi/ unless their docstring says that they are secretd's
 
 from typing import Final
 
-from secretd.monitor.commands import base, descriptors, grants, human, objects, secrets, stats
+from secretd.monitor.commands import (
+    base,
+    descriptors,
+    grants,
+    human,
+    objects,
+    secrets,
+    stats,
+    store,
+)
 from secretd.qapi.command import Commands
 
 COMMANDS: Final = Commands(
@@ -19,6 +28,7 @@ COMMANDS: Final = Commands(
     secrets.command,
     grants.command,
     stats.command,
+    store.command,
     human.command,
 )
 """All commands, in the order in which query-commands lists them."""

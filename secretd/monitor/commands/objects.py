@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Commands about objects and their properties (qapi/qom.json)."""
 
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 from msgspec import UNSET, UnsetType
@@ -10,7 +10,6 @@ from secretd.monitor.monitor import Monitor
 from secretd.qapi.command import Commands
 from secretd.qapi.visitor import SensitiveAny
 from secretd.qom.grant import SecretGrantOptions
-from secretd.qom.loading import then
 from secretd.qom.object_type import (
     ObjectOptions,
     ObjectPropertyInfo,
@@ -18,6 +17,7 @@ from secretd.qom.object_type import (
     StoredInvalidValue,
 )
 from secretd.qom.registry import AnyOptions
+from secretd.store.commit import Commit
 
 command: Final = Commands()
 
@@ -29,7 +29,27 @@ def object_add(monitor: Monitor, arguments: AnyOptions) -> Awaitable[None] | Non
     if isinstance(size, int):
         added(monitor, arguments, size)
         return None
-    return then(size, lambda loaded: added(monitor, arguments, loaded))
+    if isinstance(size, Commit):
+        return once_written(size, lambda: added(monitor, arguments, size.size))
+    return _add_later(monitor, arguments, size)
+
+
+async def _add_later(
+    monitor: Monitor, options: ObjectOptions, loading: Awaitable[int | Commit]
+) -> None:
+    size = await loading
+    if isinstance(size, Commit):
+        await once_written(size, lambda: added(monitor, options, size.size))
+    else:
+        added(monitor, options, size)
+
+
+def once_written(commit: Commit, use: Callable[[], object]) -> Commit:
+    """Call ``use`` when a store has the change, even if the client is gone by then; return the
+    commit.
+    """
+    commit.then(lambda error: use() if error is None else None)
+    return commit
 
 
 def added(monitor: Monitor, options: ObjectOptions, size: int) -> None:
@@ -39,25 +59,26 @@ def added(monitor: Monitor, options: ObjectOptions, size: int) -> None:
     if isinstance(options, SecretGrantOptions):
         monitor.note("grant", options.id, name)
         monitor.announce_grant("SECRET_GRANTED", {"id": options.id, "secret": options.secret})
-    elif kind.decides:
+    elif kind.decides or kind.declares_store:
         monitor.note("add", options.id, name)
     else:
         monitor.note("add", options.id, name, size)
         monitor.announce("SECRET_ADDED", options.id)
 
 
-@command()
-def object_del(monitor: Monitor, id: str) -> None:  # noqa: A002 - the wire's name
+@command(waits=True)
+def object_del(monitor: Monitor, id: str) -> Awaitable[None] | None:  # noqa: A002 - the wire's name
     """Delete an object; a secret's plaintext is wiped before the reply."""
-    kind = monitor.tree.delete(id)
+    kind, commit = monitor.tree.delete(id)
     name = kind.info.name
     if name == "secret-grant":
         monitor.note("revoke", id, name)
         monitor.announce_grant("SECRET_REVOKED", {"id": id})
-        return
+        return commit
     monitor.note("delete", id, name)
-    if not kind.decides:
+    if not (kind.decides or kind.declares_store):
         monitor.announce("SECRET_DELETED", id)
+    return commit
 
 
 @command()
@@ -72,21 +93,22 @@ def qom_get(monitor: Monitor, path: str, property: str) -> object:  # noqa: A002
     return monitor.core.paths.get(path, property)
 
 
-@command()
+@command(waits=True)
 def qom_set(
     monitor: Monitor,
     path: str,
     property: str,  # noqa: A002
     value: SensitiveAny,
-) -> None:
+) -> Awaitable[None] | None:
     """Change a property; the object's loaded content stays."""
     paths = monitor.core.paths
     try:
-        paths.set(path, property, value)  # type: ignore[arg-type]  # JSON by the schema
+        commit = paths.set(path, property, value)  # type: ignore[arg-type]  # JSON by the schema
     except StoredInvalidValue:
         _note_set(monitor, path)
         raise
     _note_set(monitor, path)
+    return commit
 
 
 def _note_set(monitor: Monitor, path: str) -> None:

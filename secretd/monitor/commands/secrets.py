@@ -12,7 +12,7 @@ from secretd.descriptors.delivery import Delivery
 from secretd.descriptors.target import open_target, open_trusted_target
 from secretd.errors import CommandError
 from secretd.monitor.commands.listing import Page, SecretInfo, fill_later
-from secretd.monitor.commands.objects import added
+from secretd.monitor.commands.objects import added, once_written
 from secretd.monitor.events import EventName
 from secretd.monitor.monitor import Monitor
 from secretd.qapi.command import Commands
@@ -20,6 +20,7 @@ from secretd.qom.grant import check_seconds
 from secretd.qom.loading import then
 from secretd.qom.renewal import exchange
 from secretd.qom.secret import SecretOptions, check_size, random_plaintext
+from secretd.store.commit import Commit
 from secretd.wire.encoder import JSONText
 
 command: Final = Commands()
@@ -123,15 +124,19 @@ def secret_seal(
     return reply if delivery.rest is None else then(delivery.rest, lambda _: reply)
 
 
-@command()
-def secret_generate(monitor: Monitor, id: str, size: int) -> None:  # noqa: A002
+@command(waits=True)
+def secret_generate(monitor: Monitor, id: str, size: int) -> Awaitable[None] | None:  # noqa: A002
     """Add a secret of ``size`` random bytes, generated inside secretd."""
     check_size(size)
     tree = monitor.tree
     tree.check_new(id)
     options = SecretOptions(id=id)
     plaintext = random_plaintext(tree.journal.arena, size)
-    added(monitor, options, tree.store(options, plaintext, monitor.peer.uid))
+    stored = tree.store(options, plaintext, monitor.peer.uid)
+    if isinstance(stored, Commit):
+        return once_written(stored, lambda: added(monitor, options, size))
+    added(monitor, options, size)
+    return None
 
 
 @command(waits=True)
@@ -145,7 +150,19 @@ def secret_replace(monitor: Monitor, arguments: SecretOptions) -> Awaitable[None
     if isinstance(size, int):
         _replaced(monitor, arguments, size)
         return None
-    return then(size, lambda loaded: _replaced(monitor, arguments, loaded))
+    if isinstance(size, Commit):
+        return once_written(size, lambda: _replaced(monitor, arguments, size.size))
+    return _replace_later(monitor, arguments, size)
+
+
+async def _replace_later(
+    monitor: Monitor, options: SecretOptions, loading: Awaitable[int | Commit]
+) -> None:
+    size = await loading
+    if isinstance(size, Commit):
+        await once_written(size, lambda: _replaced(monitor, options, size.size))
+    else:
+        _replaced(monitor, options, size)
 
 
 def _replaced(monitor: Monitor, options: SecretOptions, size: int) -> None:
@@ -168,18 +185,23 @@ def query_secrets(
     return page.listed if page.fill(found) else fill_later(page, found)
 
 
-@command()
-def secret_expire(monitor: Monitor, id: str, after: int | UnsetType = UNSET) -> None:  # noqa: A002
+@command(waits=True)
+def secret_expire(
+    monitor: Monitor,
+    id: str,  # noqa: A002
+    after: int | UnsetType = UNSET,
+) -> Awaitable[None] | None:
     """Wipe a secret ``after`` seconds from now, replacing an earlier lifetime; without ``after`` it
     never expires.
     """
     monitor.tree.plaintext(id)
     if after is UNSET:
-        monitor.tree.keep(id)
+        commit = monitor.tree.keep(id)
         monitor.core.audit.append("lifetime", monitor.subject, id=id)
-        return
+        return commit
     check_seconds("after", after)
     if id in monitor.tree.pinned:
         raise CommandError(f"object '{id}' is in use, can not be deleted")
-    monitor.tree.expire_after(id, after)
+    commit = monitor.tree.expire_after(id, after)
     monitor.core.audit.append("lifetime", monitor.subject, id=id, count=after)
+    return commit

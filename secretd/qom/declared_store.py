@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A declared store: locked, open or failed, and what the journal knows of it.
+
+monitor.core makes it, as a qom.keeper.Keeper, when a secret-store is declared. qom.store_rows takes
+its rows over, and store.store has them.
+
+Theory of operation. A store is locked, open or failed.
+
+- Locked: the secret that ``keyid`` names does not exist, or its rows are being read. Additions and
+  changes of the objects that it covers are refused.
+- Adding that secret opens it, deleting it locks it again; the objects stay in memory.
+- Failed: it cannot be used, and the reason is known. Adding the key again is another attempt.
+
+The journal has the number of the last transaction, and the ids whose removal is not in the store
+yet. So after a restart
+
+- an equal number means that nothing has to be read;
+- a higher number in the store means that the process ended between the store and the journal: the
+  store wins;
+- a lower one means that an older copy was put in its place: the store fails, and memory stays.
+
+Objects of the command line, the store's key, and the secrets by which that one is encrypted are
+never rows.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any, Final, cast
+
+from secretd.crypto.aead import KEY_BYTES
+from secretd.errors import CommandError, StoreError
+from secretd.memory.arena import LockedBuffer
+from secretd.qom.patterns import matcher
+from secretd.qom.secret_store import UNLOCK_SECONDS, StoreState
+from secretd.qom.store_rows import TakingOver
+from secretd.store.disk import Disk
+from secretd.store.store import Store
+
+if TYPE_CHECKING:
+    from secretd.qom.tree import ObjectTree
+
+log = logging.getLogger("secretd")
+
+DOOMED: Final = "doomed"
+"""The journal's name for the ids whose removal is not in the store yet."""
+
+NEXT: Final = ".new"
+"""What follows ``keyid`` in the id of the key that replaces it; that one is no row, either."""
+
+UUID: Final = "uuid"
+"""The journal's name for the identity of the store that it knows."""
+
+
+class DeclaredStore:
+    """The store of the secret-store object ``store_id``.
+
+    ``on_state``: called after each change of ``state``. ``start``: runs a coroutine beside others;
+    None before the loop serves. ``reason``: why it has failed. ``loaded``: the number of objects
+    that were read when it was opened.
+    """
+
+    def __init__(self, tree: "ObjectTree", store_id: str) -> None:
+        record = tree.journal.get(store_id)
+        assert record is not None
+        given = record.properties
+        self.id = store_id
+        self.path, self.keyid = str(given["path"]), str(given["keyid"])
+        self.pattern = str(given.get("secrets", "*"))
+        self.state: StoreState = "locked"
+        self.reason = ""
+        self.loaded = 0
+        self.store: Store | None = None
+        self._tree = tree
+        self.on_state: Callable[[], object] = lambda: None
+        self._matches = matcher(self.pattern)
+        self._create = given.get("create") is True
+        self._not_rows = {store_id, self.keyid, f"{self.keyid}{NEXT}"}
+        self._doomed: dict[str, None] = dict.fromkeys(cast("list[str]", given.get(DOOMED, [])))
+        self._until = time.monotonic() + cast(int, given.get("unlock-timeout", UNLOCK_SECONDS))
+        self._settled = asyncio.Event()  # not locked
+        self._changing = asyncio.Lock()  # held while it is opened
+        self._dropping = ""
+        self._closing: asyncio.Task[None] | None = None
+        self.start: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]] | None = None
+        self._note(state="locked")
+
+    def covers(self, object_id: str) -> bool:
+        """Return True if the store keeps an object of this id."""
+        return (
+            self._matches(object_id)
+            and object_id not in self._not_rows
+            and object_id not in self._tree.fixed
+        )
+
+    def check(self) -> Store:
+        """Return the open store. Raises CommandError."""
+        if self.store is not None:
+            return self.store
+        if self.state == "locked":
+            raise CommandError(f"Store '{self.id}' is locked; add its key '{self.keyid}' first")
+        raise CommandError(f"Store '{self.id}' has failed: {self.reason}")
+
+    # --- locked, open, failed
+
+    def placed(self, object_id: str) -> None:
+        """An object was added to the tree: if it is the key, open the store."""
+        if object_id == self.keyid and self.store is None and self.start is not None:
+            self.start(self.unlock())
+
+    def lock(self) -> None:
+        """Close the store, once what waits is written; its objects stay in memory."""
+        store, self.store = self.store, None
+        if store is not None:
+            assert self.start is not None
+            self._closing = self.start(store.close())
+            self._set_state("locked")
+
+    async def unlock(self) -> None:
+        """Open the store if its key exists, and take over its objects; see ``state`` then."""
+        async with self._changing:
+            if self.store is None and self.keyid in self._tree.journal:
+                if self._closing is not None:
+                    await self._closing
+                await self._open()
+
+    async def _open(self) -> None:
+        store = Store(self.path, self._tree.scratch, self._note_written)
+        try:
+            if self._create and not await store.exists():
+                await store.create(self._key(self.keyid))
+            else:
+                await store.open(self._key(self.keyid))
+            self._not_rows |= {*self._key_chain()}
+            await self._take_over(store)
+        except Exception as error:  # noqa: BLE001 - the store has failed, and not the daemon
+            await store.close()
+            known = isinstance(error, (CommandError, StoreError))
+            reason = str(error) if known else f"internal error: {type(error).__name__}"
+            log.error("store '%s' (%s) cannot be used: %s", self.id, self.path, reason)
+            self._set_state("failed", reason)
+        else:
+            self.store = store
+            self._note_written()
+            self._set_state("open")
+
+    async def rekey(self, keyid: str, *, only: bool, data: bool) -> None:
+        """Let another key open the store. Raises CommandError and StoreError."""
+        store = self.check()
+        await store.rekey(self._key(keyid), only=only, data=data)
+        self._note_written()
+
+    async def destroy(self) -> None:
+        """Destroy the store and wipe the objects that it keeps. Raises CommandError and
+        StoreError.
+        """
+        store = self.check()
+        self.store = None
+        self._set_state("failed", "it was destroyed")
+        await store.destroy()
+        for object_id in list(self._tree.journal):
+            if self.covers(object_id):
+                self.drop(object_id)
+
+    def _key(self, keyid: str) -> LockedBuffer:
+        """Return a copy of a key in scratch memory. Raises CommandError and StoreError."""
+        plaintext = self._tree.plaintext(keyid)
+        if len(plaintext) != KEY_BYTES:
+            raise StoreError(
+                f"key '{keyid}' has {len(plaintext)} bytes, and {KEY_BYTES} are needed"
+            )
+        key = self._tree.scratch.allocate(KEY_BYTES)
+        key.view[:] = plaintext
+        return key
+
+    def _key_chain(self) -> list[str]:
+        """Return the ids of the key, and of the secrets by which it was encrypted."""
+        chain = [self.keyid]
+        while (record := self._tree.journal.get(chain[-1])) is not None:
+            keyid = record.properties.get("keyid")
+            if not isinstance(keyid, str) or keyid in chain:
+                break
+            chain.append(keyid)
+        return chain
+
+    async def settled(self) -> bool:
+        """Wait until the store is open or has failed, for ``unlock-timeout`` after it was declared.
+
+        Returns True if there was something to wait for.
+        """
+        if self._settled.is_set():
+            return False
+        try:
+            async with asyncio.timeout(self._until - time.monotonic()):
+                await self._settled.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def _set_state(self, state: StoreState, reason: str = "") -> None:
+        self.state, self.reason = state, reason
+        if state == "locked":
+            self._settled.clear()
+        else:
+            self._settled.set()
+        self._note(state=state)
+        self.on_state()
+
+    # --- the journal's part
+
+    def _note_written(self) -> None:
+        """Note the number of the last transaction."""
+        if self.store is not None and self.id in self._tree.journal:
+            self._note(sequence=self.store.sequence, **{UUID: self.store.uuid})
+
+    def _note(self, **changes: object) -> None:
+        """Note in the journal what must survive the process."""
+        record = self._tree.journal.get(self.id)
+        assert record is not None
+        properties = record.properties | changes
+        properties.pop(DOOMED, None)
+        if self._doomed:
+            properties[DOOMED] = list(self._doomed)
+        if properties != record.properties:
+            self._tree.replace_properties(self.id, properties)
+
+    # --- taking over what the store has
+
+    async def _take_over(self, store: Store) -> None:
+        """Make memory and store equal. Raises StoreError; memory is as before then."""
+        record = self._tree.journal.get(self.id)
+        assert record is not None
+        known = record.properties
+        is_known = known.get(UUID) == store.uuid
+        number = cast(int, known.get("sequence", 0)) if is_known else None
+        if number is not None and number > store.sequence:
+            raise StoreError(
+                f"it was rolled back from {number} to {store.sequence}: an older copy was put in "
+                "its place"
+            )
+        self.loaded = 0
+        is_equal = number == store.sequence
+        await self._remove_doomed(store)
+        if is_equal:
+            return
+        await store.call(Disk.check)
+        taking = TakingOver(self._tree, store, self._is_row, self.drop, wins=is_known)
+        try:
+            async for kind, content in store.contents():
+                with content:
+                    await taking.take(kind, content.view)
+        except BaseException:
+            taking.undo()
+            raise
+        self.loaded = len(taking.added)
+        await taking.complete()
+        await self._remove_doomed(store)
+
+    def _is_row(self, object_id: str) -> bool:
+        return self.covers(object_id) and object_id not in self._doomed
+
+    async def _remove_doomed(self, store: Store) -> None:
+        """Delete the rows of what was removed from memory only."""
+        for object_id in list(self._doomed):
+            await store.delete(object_id)
+            self._doomed.pop(object_id, None)
+
+    def drop(self, object_id: str) -> None:
+        """Remove an object from the tree only."""
+        self._dropping = object_id
+        try:
+            self._tree.delete(object_id)
+        finally:
+            self._dropping = ""
+
+    def is_doomed(self, object_id: str) -> bool:
+        """Return True if the object was removed, and its row is not yet."""
+        return object_id in self._doomed

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Keeps the objects that a `secret-store` names in its store on disk.
+
+The tree tells it of every addition, change and removal.
+
+Order. An addition is in the store before it is in the tree. A change is in the tree first, and
+undone if the store fails. A removal is in the tree first: the plaintext is wiped, whatever happens
+to the disk. Replies follow the store in each case (`Commit`).
+"""
+
+from typing import TYPE_CHECKING
+
+from secretd.errors import CommandError
+from secretd.memory.arena import LockedBuffer
+from secretd.qom.declared_store import DeclaredStore
+from secretd.qom.object_type import ObjectType, properties_size
+from secretd.qom.store_rows import as_row
+from secretd.store.commit import Commit
+
+if TYPE_CHECKING:
+    from secretd.qom.tree import ObjectTree
+
+
+class Keeper(DeclaredStore):
+    """The store of the secret-store object ``store_id``, and the objects in it."""
+
+    def __init__(self, tree: "ObjectTree", store_id: str) -> None:
+        super().__init__(tree, store_id)
+        self._replacing: set[str] = set()
+
+    def add(
+        self,
+        object_id: str,
+        kind: ObjectType,
+        properties: dict[str, object],
+        plaintext: LockedBuffer | None,
+        uid: int,
+    ) -> Commit:
+        """Add an object to the store and then to the tree.
+
+        Takes over the plaintext, unless it raises CommandError.
+        """
+        store = self.check()
+        commit = self._put(object_id, kind, properties, plaintext, uid)
+        tree, limits = self._tree, self._tree.limits
+        size = commit.size + properties_size(properties)
+        tree.reserved.add(object_id)
+        limits.objects.count(uid)
+        limits.object_bytes.count(uid, size)
+
+        def written(error: CommandError | None) -> None:
+            tree.reserved.discard(object_id)
+            limits.objects.release(uid)
+            limits.object_bytes.release(uid, size)
+            if error is not None:
+                if plaintext is not None:
+                    plaintext.free()
+                return
+            try:
+                tree.place(object_id, kind, properties, plaintext, uid)
+            except Exception as failure:
+                store.delete(object_id)
+                if not isinstance(failure, CommandError):
+                    raise
+                commit.fail(failure)
+
+        commit.then(written)
+        return commit
+
+    def exchange(
+        self,
+        object_id: str,
+        kind: ObjectType,
+        properties: dict[str, object],
+        plaintext: LockedBuffer,
+        uid: int,
+    ) -> Commit:
+        """Replace an object in the store and then in the tree; see `add`."""
+        commit = self._put(object_id, kind, properties, plaintext, uid)
+        self._replacing.add(object_id)
+
+        def written(error: CommandError | None) -> None:
+            self._replacing.discard(object_id)
+            if error is None and object_id in self._tree.journal:
+                self._tree.replace(object_id, kind, properties, plaintext, uid)
+                return
+            plaintext.free()
+            if error is None:  # it was deleted meanwhile, here and, after this, in the store
+                commit.fail(CommandError(f"No secret with id '{object_id}'"))
+
+        commit.then(written)
+        return commit
+
+    def update(self, object_id: str, properties: dict[str, object], *, undo: bool) -> Commit:
+        """Write an object whose properties the tree is about to change. Raises CommandError."""
+        tree = self._tree
+        record = tree.journal.get(object_id)
+        assert record is not None
+        kind = tree.types.numbered[record.type]
+        plaintext = tree.journal.plaintext(object_id) if record.size else None
+        commit = self._put(object_id, kind, properties, plaintext, record.uid)
+
+        def written(error: CommandError | None) -> None:
+            if error is not None and undo:
+                present = tree.journal.get(object_id)
+                if present is not None and present.properties == properties:
+                    tree.undo(object_id, record.properties)
+
+        commit.then(written)
+        return commit
+
+    def _put(
+        self,
+        object_id: str,
+        kind: ObjectType,
+        properties: dict[str, object],
+        plaintext: LockedBuffer | memoryview | None,
+        uid: int,
+    ) -> Commit:
+        store = self.check()
+        if object_id in self._replacing:
+            raise CommandError(f"object '{object_id}' is being replaced; try again")
+        view = plaintext.view if isinstance(plaintext, LockedBuffer) else plaintext
+        return store.put(kind.number, as_row(object_id, properties, uid), view)
+
+    def removing(self, object_id: str) -> Commit | None:
+        """Remove an object from the store, which the tree is about to wipe.
+
+        Returns None if the store does not keep it.
+        """
+        if object_id == self.id:
+            if self.store is not None or self._changing.locked():
+                raise CommandError(f"object '{object_id}' is in use, can not be deleted")
+            self._tree.keeper = None
+            self._settled.set()
+            return None
+        if object_id == self.keyid:
+            self.lock()
+        if object_id == self._dropping or not self.covers(object_id):
+            return None
+        # Its deadline keeps an expired row from coming back.
+        if not self._tree.deadlines.expired(object_id):
+            self._doomed[object_id] = None
+            self._note()
+        if self.store is None:
+            commit = Commit()
+            commit.finish(
+                CommandError(
+                    f"object '{object_id}' is deleted, but its row in {self.path} remains until "
+                    f"the store is open; it is {self.state}"
+                )
+            )
+            return commit
+        commit = self.store.delete(object_id)
+        commit.then(lambda error: error or self._doomed.pop(object_id, None))
+        return commit

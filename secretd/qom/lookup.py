@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Finding objects: by id, by type, in order of their ids (qcrypto_secret_lookup() and the like).
+
+It changes nothing. The tree is a `Lookup` with the changes; access and the commands use both.
+"""
+
+from collections.abc import Collection, Iterator
+
+from secretd.errors import AccessDenied, CommandError
+from secretd.journal.journal import Journal
+from secretd.limits import Limits
+from secretd.qom.deadlines import Deadlines
+from secretd.qom.object_type import ObjectType, Types
+from secretd.qom.sorted_ids import SortedIds
+
+
+class Lookup:
+    """The objects of a journal.
+
+    ``pinned``: the ids of objects that cannot be deleted, since the daemon itself needs them.
+    """
+
+    _sorted: SortedIds
+
+    def __init__(self, journal: Journal, types: Types) -> None:
+        self.journal = journal
+        self.types = types
+        self.deadlines = Deadlines()
+        self.limits = Limits()
+        self.pinned: set[str] = set()
+
+    def is_secret(self, object_id: str) -> bool:
+        """Return True if there is an unexpired secret of that id."""
+        found = self.journal.summary(object_id)
+        is_secret = found is not None and found[0] in self.types.secrets
+        return is_secret and not self.deadlines.expired(object_id)
+
+    def secret(self, object_id: str) -> tuple[str, int]:
+        """Return the type's name and the size in bytes of an existing secret."""
+        summary = self.journal.summary(object_id)
+        assert summary is not None
+        return self.types.numbered[summary[0]].info.name, summary[1]
+
+    def secrets_after(
+        self, object_id: str, prefixes: Collection[str] = ("",)
+    ) -> Iterator[str | None]:
+        """Yield the ids of the secrets after ``object_id``, as `ids_after` does."""
+        summary, secrets, expired = self.journal.summary, self.types.secrets, self.deadlines.expired
+        for each in self.ids_after(object_id, prefixes):
+            if each is None:
+                yield None
+            elif (found := summary(each)) and found[0] in secrets and not expired(each):
+                yield each
+
+    def ids_after(self, object_id: str, prefixes: Collection[str]) -> Iterator[str | None]:
+        """See SortedIds.with_prefixes."""
+        return self._sorted.with_prefixes(object_id, prefixes)
+
+    def plaintext(self, object_id: str, loading: str | None = None) -> memoryview:
+        """Return a secret's plaintext, borrowed; qcrypto_secret_lookup(). Raises CommandError.
+
+        ``loading`` is the id of an object that exists but has no content yet.
+        """
+        content = self.journal.content(object_id)
+        if content is None or self.deadlines.expired(object_id):
+            if object_id == loading:
+                raise CommandError(f"Secret with id '{object_id}' has no data")
+            raise CommandError(f"No secret with id '{object_id}'")
+        number, size, slot = content
+        if number not in self.types.secrets:
+            raise CommandError(f"Object with id '{object_id}' is not a secret")
+        return self.journal.arena.view(slot, size)
+
+    def key(self, keyid: str, uid: int, loading: str | None = None) -> memoryview:
+        """Return the plaintext of a secret that ``uid`` uses as a key. Raises CommandError.
+
+        Untrusted uids may not use the audit's key: its use would disclose it.
+        """
+        if keyid in self.pinned and uid not in self.limits.trusted:
+            raise AccessDenied(f"Reading secret '{keyid}' is not permitted")
+        return self.plaintext(keyid, loading)
+
+    def type_of(self, object_id: str) -> ObjectType | None:
+        """Return the type of an object, None if there is none of that id."""
+        summary = self.journal.summary(object_id)
+        return None if summary is None else self.types.numbered[summary[0]]

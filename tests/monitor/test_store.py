@@ -1,0 +1,385 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The store over QMP: order of replies, what waits and what does not, events, and its commands."""
+
+import asyncio
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from secretd.limits import REQUESTS_PER_UID
+from tests.support.async_qmp import AsyncClient
+from tests.support.in_loop import Served
+from tests.support.slow_disk import SlowDisk
+
+KEY = "0123456789abcdef" * 2
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> SlowDisk:
+    """A disk that the test stops."""
+    made = SlowDisk(monkeypatch)
+    made.go()
+    return made
+
+
+@pytest.fixture
+async def store(aqmp: AsyncClient, slow: SlowDisk, tmp_path: Path) -> str:
+    """An open store; its path."""
+    path = str(tmp_path / "store")
+    assert await aqmp.add("key", data=KEY) == {"return": {}}
+    options = {"qom-type": "secret-store", "id": "store", "path": path, "keyid": "key"}
+    assert await aqmp.ok("object-add", {**options, "create": True}) == {}
+    assert await aqmp.ok("secret-store-unlock", {"id": "store"}) == {}
+    assert slow.batches == []
+    return path
+
+
+def line(command: str, number: int, **arguments: object) -> bytes:
+    """A request."""
+    request = {"execute": command, "arguments": arguments, "id": number}
+    return json.dumps(request).encode() + b"\n"
+
+
+def addition(object_id: str, number: int, **more: str) -> bytes:
+    """A request that adds a secret."""
+    return line(
+        "object-add", number, **{"qom-type": "secret", "id": object_id, "data": "x"}, **more
+    )
+
+
+@pytest.mark.usefixtures("store")
+async def test_additions_go_on_while_earlier_ones_are_written(
+    aqmp: AsyncClient, slow: SlowDisk
+) -> None:
+    """In a few transactions; a command of another kind waits for all, and replies keep their
+    order.
+    """
+    slow.stop()
+    requests = [addition(f"s{number}", number) for number in range(100)]
+    requests[50] = addition("s1", 50)  # it is taken, though it is not there yet
+    await aqmp.send(b"".join(requests) + line("query-secrets", 100))
+    while len(slow.batches) < 1:
+        await asyncio.sleep(0)
+    slow.go()
+    for number in range(100):
+        reply = await aqmp.reply()
+        assert reply["id"] == number
+        assert ("error" in reply) is (number == 50)
+    assert len((await aqmp.reply())["return"]) == 100
+    assert len(slow.batches) <= 5
+
+
+@pytest.mark.usefixtures("store")
+@pytest.mark.parametrize(
+    "second",
+    [
+        addition("t", 2, keyid="s"),
+        line("object-add", 2, **{"qom-type": "secret", "id": "t", "file": "/dev/null"}),
+        line("object-del", 2, id="s"),
+        b'{"execute": "object-add", "arguments": 1, "id": 2}\n',
+        b'{"execute": x}\n',
+        b"{'execute': 'query-secrets', 'id': 2}\n",
+    ],
+)
+async def test_what_depends_on_an_addition_waits_for_it(
+    aqmp: AsyncClient, slow: SlowDisk, second: bytes
+) -> None:
+    """Keys, sources, other commands and errors."""
+    slow.stop()
+    await aqmp.send(addition("s", 1) + second + addition("u", 3))
+    while not slow.batches:
+        await asyncio.sleep(0)
+    other = slow.batches[:]
+    for _ in range(50):
+        await asyncio.sleep(0)
+    assert slow.batches == other == [["s"]]
+    slow.go()
+    replies = [await aqmp.reply() for _ in range(3)]
+    assert [r.get("id") for r in replies][::2] == [1, 3]
+    assert replies[0] == {"return": {}, "id": 1}
+
+
+@pytest.mark.usefixtures("store")
+async def test_single_quotes_are_executed_alike(aqmp: AsyncClient, slow: SlowDisk) -> None:
+    """The reference parser's requests, too, go on while others are written."""
+    slow.stop()
+    text = "{'execute': 'object-add', 'arguments': {'qom-type': 'secret', 'id': '%s', 'data': 'x'}}"
+    await aqmp.send(b"".join((text % f"s{number}").encode() for number in range(9)))
+    while not slow.batches:
+        await asyncio.sleep(0)
+    slow.go()
+    for _ in range(9):
+        assert await aqmp.reply() == {"return": {}}
+    assert len(slow.batches) <= 3
+
+
+@pytest.mark.usefixtures("store")
+async def test_at_a_number_of_waiting_replies_nothing_is_read(
+    aqmp: AsyncClient, slow: SlowDisk
+) -> None:
+    """All are answered in the end."""
+    slow.stop()
+    for number in range(300):
+        await aqmp.send(addition(f"s{number}", number))
+    slow.go()
+    for number in range(300):
+        assert await aqmp.reply() == {"return": {}, "id": number}
+
+
+async def test_others_do_not_wait_for_the_disk(
+    in_loop: Served, aqmp: AsyncClient, slow: SlowDisk, store: str
+) -> None:
+    """Not other connections, and not out-of-band commands of the same one."""
+    slow.stop()
+    async with asyncio.timeout(20):
+        oob = await in_loop.connect(negotiate=False)
+        await oob.reply()
+        await oob.ok("qmp_capabilities", {"enable": ["oob"]})
+        await oob.send(addition("s", 1) + addition("t", 2) + line("object-del", 3, id="s"))
+        await oob.send(b'{"exec-oob": "query-secrets", "id": 4}\n')
+        reply = await oob.reply()
+        assert reply["id"] == 4
+        assert [secret["id"] for secret in reply["return"]] == ["key"]
+        info = (await aqmp.ok("query-secret-store"))[0]
+        assert info == {
+            "id": "store", "path": store, "keyid": "key", "secrets": "*", "state": "open",
+            "rows": 0, "sequence": 0,
+        }  # fmt: skip
+        slow.go()
+        assert [(await oob.reply())["id"] for _ in range(3)] == [1, 2, 3]
+
+
+@pytest.mark.usefixtures("store")
+async def test_a_client_that_leaves_has_its_additions_made(
+    in_loop: Served, aqmp: AsyncClient, slow: SlowDisk
+) -> None:
+    """The disk may have them by then; the requests are counted to their end."""
+    slow.stop()
+    other = await in_loop.connect()
+    await other.send(addition("s", 1) + addition("t", 2))
+    while not in_loop.tree.reserved >= {"s", "t"}:
+        await asyncio.sleep(0)
+    (session,) = (each for each in in_loop.server.sessions if each.busy)
+    session.transport.close()
+    assert session not in in_loop.server.sessions
+    slow.go()
+    while "t" not in in_loop.journal:
+        await asyncio.sleep(0)
+    assert in_loop.server.core.limits.requests.by_uid == {}
+    assert await aqmp.ok("object-del", {"id": "s"}) == {}
+
+
+@pytest.mark.usefixtures("store")
+async def test_a_failed_write_is_the_reply(aqmp: AsyncClient, slow: SlowDisk) -> None:
+    """Of each command that changes something, with the same words, and nothing has changed."""
+    assert await aqmp.add("s", data="old") == {"return": {}}
+    slow.go("Unable to write /x: No space left on device")
+    words = "Unable to write /x: No space left on device"
+    grant = {"qom-type": "secret-grant", "id": "g", "secret": "*", "authz": "a"}
+    for command, arguments in (
+        ("object-add", {"qom-type": "secret", "id": "t", "data": "x"}),
+        ("object-add", grant),
+        ("secret-generate", {"id": "t", "size": 32}),
+        ("secret-replace", {"qom-type": "secret", "id": "s", "data": "new"}),
+        ("secret-expire", {"id": "s", "after": 99}),
+        ("qom-set", {"path": "s", "property": "format", "value": "base64"}),
+        ("object-del", {"id": "s"}),
+    ):
+        if command == "object-del":
+            assert await aqmp.ok("qom-get", {"path": "s", "property": "format"}) == "raw"
+        assert await aqmp.fail(command, arguments) == words, command
+    line = {"command-line": "object_add secret,id=h,data=x"}
+    assert await aqmp.ok("human-monitor-command", line) == f"Error: {words}\r\n"
+    assert await aqmp.fail("object-del", {"id": "t"}) == "object 't' not found"
+    slow.go()
+    assert await aqmp.ok("human-monitor-command", line) == ""
+    assert await aqmp.ok("human-monitor-command", {"command-line": "object_del h"}) == ""
+
+
+@pytest.mark.usefixtures("store")
+async def test_all_changes_wait_for_the_disk(aqmp: AsyncClient, slow: SlowDisk) -> None:
+    """Each is in a transaction before its reply."""
+    (await aqmp.ok("secret-generate", {"id": "s", "size": 32}))
+    await aqmp.ok("secret-replace", {"qom-type": "secret", "id": "s", "data": "new"})
+    read, write = os.pipe()
+    os.write(write, b"newer")
+    os.close(write)
+    added = await aqmp.ok("add-fd", None, (read,))
+    os.close(read)
+    file = f"/dev/fdset/{added['fdset-id']}"
+    await aqmp.ok("secret-replace", {"qom-type": "secret", "id": "s", "file": file})
+    await aqmp.ok("object-add", {"qom-type": "secret", "id": "t", "file": "/dev/null"})
+    await aqmp.ok("secret-expire", {"id": "s", "after": 99})
+    await aqmp.ok("secret-expire", {"id": "s"})
+    await aqmp.ok("qom-set", {"path": "s", "property": "format", "value": "base64"})
+    await aqmp.ok("object-del", {"id": "s"})
+    assert slow.batches == [["s"]] * 3 + [["t"]] + [["s"]] * 4
+
+
+@pytest.mark.usefixtures("store")
+async def test_a_counted_read_waits_until_its_count_is_written(
+    in_loop: Served, aqmp: AsyncClient, slow: SlowDisk
+) -> None:
+    """Not a byte leaves before; a failure, a revocation and a client that leaves give it back."""
+    await aqmp.add("s", data="letmein")
+    await aqmp.allow("a", "uid:*")
+    grant = {"qom-type": "secret-grant", "id": "g", "secret": "s", "authz": "a", "max-reads": 3}
+    await aqmp.ok("object-add", grant)
+
+    async def reads() -> int:
+        return await aqmp.ok("qom-get", {"path": "g", "property": "reads"})
+
+    for uid in (None, 1001) if os.getuid() == 0 else (None,):
+        client = await in_loop.connect(role="client", uid=uid)
+        source, sink = os.pipe2(os.O_NONBLOCK)
+        request = line("secret-read", 1, id="s")
+        slow.stop()
+        await client.send(request, (sink,))
+        while await reads() == 0:
+            await asyncio.sleep(0)
+        with pytest.raises(BlockingIOError):
+            os.read(source, 99)
+        slow.go("No space left on device")
+        assert (await client.reply())["error"]["desc"] == "No space left on device"
+        while await reads() != 0:
+            await asyncio.sleep(0)
+        slow.stop()
+        await client.send(request, (sink,))
+        while await reads() == 0:
+            await asyncio.sleep(0)
+        others = set(in_loop.server.sessions)
+        leaver = await in_loop.connect(role="client", uid=uid)
+        await leaver.send(request, (sink,))
+        while await reads() == 1:
+            await asyncio.sleep(0)
+        (session,) = set(in_loop.server.sessions) - others
+        session.transport.close()
+        while await reads() == 2:
+            await asyncio.sleep(0)
+        slow.go()
+        assert (await client.reply())["return"] == {"size": 7}
+        assert os.read(source, 99) == b"letmein"
+        await aqmp.ok("qom-set", {"path": "g", "property": "max-reads", "value": 3})
+        os.close(source)
+        os.close(sink)
+        await aqmp.ok("object-del", {"id": "g"})
+        await aqmp.ok("object-add", grant)
+        client.close()
+    client = await in_loop.connect(role="client")
+    source, sink = os.pipe2(os.O_NONBLOCK)
+    slow.stop()
+    await client.send(line("secret-read", 1, id="s"), (sink,))
+    while await reads() == 0:
+        await asyncio.sleep(0)
+    await aqmp.send(line("object-del", 1, id="g"))
+    for _ in range(20):
+        await asyncio.sleep(0)
+    slow.go()
+    assert (await client.reply())["error"]["desc"] == "Secret 's' was withdrawn"
+    await aqmp.reply()
+    with pytest.raises(BlockingIOError):
+        os.read(source, 99)
+    # A reader of a full pipe gets the rest later.
+    await aqmp.ok("object-add", grant)
+    await aqmp.add("big", data="x" * 200_000)
+    await aqmp.ok("qom-set", {"path": "g", "property": "secret", "value": "*"})
+    os.set_blocking(sink, False)
+    await client.send(line("secret-read", 1, id="big"), (sink,))
+    got = 0
+    while got < 200_000:
+        try:
+            got += len(os.read(source, 1 << 16))
+        except BlockingIOError:
+            await asyncio.sleep(0)
+    assert (await client.reply())["return"] == {"size": 200_000}
+    os.close(source)
+    os.close(sink)
+
+
+async def test_states_are_events_for_control_connections(
+    in_loop: Served, aqmp: AsyncClient, store: str
+) -> None:
+    """With the reason of a failure; locked, open and failed."""
+    watcher = await in_loop.connect()
+    await watcher.ok("secret-events", {"enable": True, "events": ["SECRET_STORE"]})
+    await aqmp.ok("object-del", {"id": "key"})
+    assert (await watcher.event())["data"] == {"id": "store", "state": "locked"}
+    assert (await aqmp.add("s", data="x"))["error"]["desc"] == (
+        "Store 'store' is locked; add its key 'key' first"
+    )
+    await aqmp.add("key", data="short")
+    failed = (await watcher.event())["data"]
+    assert failed["reason"] == "key 'key' has 5 bytes, and 32 are needed"
+    assert (await aqmp.ok("query-secret-store"))[0]["reason"] == failed["reason"]
+    words = await aqmp.fail("secret-store-unlock", {"id": "store"})
+    assert words == f"Store 'store' has failed: {failed['reason']}"
+    await watcher.event()
+    await aqmp.ok("object-del", {"id": "key"})
+    await aqmp.add("key", data=KEY)
+    assert (await watcher.event())["data"] == {"id": "store", "state": "open"}
+    assert await aqmp.ok("qom-get", {"path": "store", "property": "state"}) == "open"
+    assert "store.db" in os.listdir(store)
+
+
+async def test_the_store_is_verified_copied_rekeyed_and_destroyed(
+    aqmp: AsyncClient, store: str, tmp_path: Path
+) -> None:
+    """And each says what is wrong."""
+    for command in ("unlock", "verify", "destroy"):
+        words = await aqmp.fail(f"secret-store-{command}", {"id": "nope"})
+        assert words == "Store 'nope' not found"
+    await aqmp.add("s", data="x")
+    assert await aqmp.ok("secret-store-verify", {"id": "store"}) == {"rows": 1}
+    with open(tmp_path / "copy", "wb") as file:
+        assert await aqmp.ok("getfd", {"fdname": "f"}, (file.fileno(),)) == {}
+        copied = await aqmp.ok("secret-store-backup", {"id": "store", "fdname": "f"})
+        assert copied == {"size": os.stat(tmp_path / "copy").st_size}
+    with open("/dev/full", "wb") as file:
+        await aqmp.ok("getfd", {"fdname": "f"}, (file.fileno(),))
+        words = await aqmp.fail("secret-store-backup", {"id": "store", "fdname": "f"})
+        assert words == "Unable to write the copy: No space left on device"
+        await aqmp.ok("getfd", {"fdname": "f"}, (file.fileno(),))
+        await aqmp.fail("secret-store-backup", {"id": "nope", "fdname": "f"})
+    await aqmp.ok("secret-generate", {"id": "key.new", "size": 32})
+    await aqmp.ok("secret-generate", {"id": "long", "size": 33})
+    words = await aqmp.fail("secret-store-rekey", {"id": "store", "keyid": "long"})
+    assert words == "Store 'store': key 'long' has 33 bytes, and 32 are needed"
+    await aqmp.ok("secret-store-rekey", {"id": "store", "keyid": "key.new"})
+    rekey = {"id": "store", "keyid": "key.new"}
+    await aqmp.ok("secret-store-rekey", {**rekey, "only": True})
+    await aqmp.ok("secret-store-rekey", {**rekey, "data": True})
+    assert await aqmp.ok("secret-store-verify", {"id": "store"}) == {"rows": 2}
+    await aqmp.ok("secret-store-destroy", {"id": "store"})
+    assert os.listdir(store) == []
+    left = [secret["id"] for secret in await aqmp.ok("query-secrets")]
+    assert left == ["key", "key.new"]
+
+
+@pytest.mark.usefixtures("store")
+async def test_an_untrusted_administrator_has_a_share_of_the_disk(
+    in_loop: Served, aqmp: AsyncClient, slow: SlowDisk
+) -> None:
+    """Its waiting requests and objects are counted."""
+    if os.getuid() != 0:
+        pytest.skip("needs root")
+    await aqmp.allow("admins", "uid:1001")
+    admin = await in_loop.connect(role="admins", uid=1001)
+    slow.stop()
+    many = REQUESTS_PER_UID + 1
+    for number in range(many):
+        await admin.send(addition(f"s{number}", number))
+    while len(in_loop.tree.reserved) < REQUESTS_PER_UID:
+        await asyncio.sleep(0)
+    assert in_loop.tree.limits.objects.held(1001) == REQUESTS_PER_UID
+    slow.go()
+    replies = [await admin.reply() for _ in range(many)]
+    assert sum("return" in reply for reply in replies) >= REQUESTS_PER_UID
+    assert in_loop.tree.limits.objects.held(1001) >= REQUESTS_PER_UID
+
+
+async def test_there_is_no_store_by_default(aqmp: AsyncClient) -> None:
+    """And a missing one says so."""
+    assert await aqmp.ok("query-secret-store") == []
+    assert await aqmp.fail("secret-store-unlock", {"id": "x"}) == "Store 'x' not found"
