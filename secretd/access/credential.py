@@ -71,8 +71,8 @@ class CredentialMapping:
             raise NothingGranted(f"no grant lets {peer.unit} have it")
         # 3. The one candidate, which may have changed while other connections had their turn.
         ((object_id, rule),) = found.items()
-        if object_id in self._tree.pinned:
-            raise AccessDenied(f"secret '{object_id}' is the audit's key")
+        if object_id in self._tree.own_keys:
+            raise AccessDenied(f"secret '{object_id}' is a key of secretd itself")
         if self._index.rules.get(rule.id) is not rule or not self._tree.is_secret(object_id):
             raise AccessDenied(f"no grant lets {peer.unit} have it")  # any more
         size = self._tree.secret(object_id)[1]

@@ -9,7 +9,7 @@ Theory of operation. Every request for plaintext goes through `Access.check`. It
 refuses. Delivery and sealing accept nothing but a `Grant`, which carries the plaintext, so no code
 can bypass the decision.
 
-- On the control socket everything is allowed, except the audit's key to untrusted peers.
+- On the control socket everything is allowed, except the daemon's own keys to untrusted peers.
 - On the other sockets a secret-grant must match the id, and its authz object must allow the peer.
 - A running delivery holds its `Grant`. When a grant or authz object changes, `holds` is asked
   again, and deliveries that are no longer permitted are withdrawn.
@@ -116,8 +116,8 @@ class Access:
         --audit-policy=require.
         """
         rule = None
-        if object_id in self._tree.pinned and not peer.trusted:
-            # The audit's key: its reader could forge records.
+        if object_id in self._tree.own_keys and not peer.trusted:
+            # The audit's key, with which records can be forged, or the store's.
             self._audit.append_refusal(action, peer.uid, subject, id=object_id)
             raise AccessDenied(f"Reading secret '{object_id}' is not permitted")
         if peer.role is not SocketRole.CONTROL:

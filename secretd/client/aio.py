@@ -227,6 +227,16 @@ class Client(AsyncCommands):
             "size"
         ]
 
+    async def backup_store(self, store_id: str, fd: int) -> int:
+        """Write a copy of a store's database to ``fd`` (borrowed); return its size in bytes.
+
+        The same keys open the copy. Raises ExecuteError, ConnectError and StateError.
+        """
+        name = await self._connection.again(lambda: self._named(fd))
+        arguments = {"id": store_id, "fdname": name}
+        copied = await self._connection.qmp.execute("secret-store-backup", arguments)
+        return cast(dict[str, int], copied)["size"]
+
     async def seal(self, object_id: str, keyid: str) -> Sealed:
         """Return a secret encrypted under another, for QEMU's object-add. Raises ExecuteError."""
         types.check_text([object_id, keyid])

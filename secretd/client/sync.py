@@ -239,6 +239,20 @@ class SyncClient(SyncCommands):
         reply = returned(channel.exchange("secret-read", arguments, (), pump))
         return cast(dict[str, int], reply)["size"]
 
+    def backup_store(self, store_id: str, fd: int) -> int:
+        """Write a copy of a store's database to ``fd`` (borrowed); return its size in bytes.
+
+        The same keys open the copy. Raises ExecuteError, ConnectError and ExecInterruptedError.
+        """
+
+        def once(channel: Channel) -> int:
+            name = self._connection.pass_descriptor(channel, fd)
+            arguments = {"id": store_id, "fdname": name}
+            reply = returned(channel.exchange("secret-store-backup", arguments))
+            return cast(dict[str, int], reply)["size"]
+
+        return self._connection.again(once, twice=False)
+
     def seal(self, object_id: str, keyid: str) -> Sealed:
         """Return a secret encrypted under another, for QEMU's object-add. Raises ExecuteError."""
         types.check_text([object_id, keyid])

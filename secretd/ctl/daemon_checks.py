@@ -11,6 +11,7 @@ from secretd.client.types import figures
 from secretd.ctl.connection import unsure_denials
 from secretd.ctl.findings import Finding
 from secretd.ctl.output import Common
+from secretd.ctl.store_checks import store_findings
 
 ANSWER_SECONDS: Final = 3.0
 """Seconds that the daemon may take for an answer."""
@@ -61,6 +62,7 @@ def _answers(client: SyncClient) -> Iterator[Finding]:
     yield Finding("secrets", "ok", str(len(secrets)))
     yield from _figures(client)
     yield from _rules(client)
+    yield from store_findings(client)
 
 
 def _figures(client: SyncClient) -> Iterator[Finding]:

@@ -23,6 +23,7 @@ SECTIONS: Final = {
     "Hand-over": ("run", "push", "seal", "libvirt"),
     "Access": ("grant", "revoke", "grants", "access", "explain", "audit"),
     "Many at once": ("import", "export", "watch"),
+    "At rest": ("store",),
     "The daemon": ("status", "stats", "metrics", "doctor", "check-config", "shell"),
     "This tool": ("completion", "help"),
 }

@@ -20,6 +20,11 @@ _NEXT_STEPS: Final = (
         r"Key should be 32 bytes in length",
         "it means the secret that --keyid names; 'secretctl list' shows the sizes",
     ),
+    (
+        r"Store '.*' is locked",
+        "'secretctl store unlock' opens it; 'secretctl doctor' says why it is not open",
+    ),
+    (r"Store '.*' has failed", "'secretctl doctor' says what to do"),
     (r"No secret with id|object '.*' not found", "'secretctl list' shows all secrets"),
     (
         r"Reading secret '(.*)' is not permitted",

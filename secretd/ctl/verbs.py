@@ -11,6 +11,7 @@ MODULES: Final = {
     **dict.fromkeys(("run", "push", "seal"), "handover"),
     **dict.fromkeys(("grant", "revoke", "grants", "access", "explain"), "access"),
     "libvirt": "libvirt",
+    "store": "store",
     "show": "show",
     "audit": "audit",
     **dict.fromkeys(("import", "export"), "bulk"),

@@ -15,7 +15,7 @@ from secretd.ctl.verb import flag, verb
 
 @verb("watch", flag("--once", help="end after the first event"))
 def watch(common: Common, once: bool) -> None:
-    """Print events about secrets and grants as they happen.
+    """Print events about secrets, grants and the store as they happen.
 
     On the control socket with the peer that caused them; on the client socket about secrets that
     the caller may read. It says when secretd goes away and comes back, and goes on then.
@@ -42,6 +42,9 @@ def _described(event: Event, *, as_json: bool) -> str:
         name = event.peer.get("unit") or named_identity(f"uid:{event.peer['uid']}")
         by = f"  by {name}, pid {event.peer['pid']}"
     what = event.id or json.dumps(event.data)
+    if "state" in event.data:
+        what += f" is {event.data['state']}"
+        what += f": {event.data['reason']}" if "reason" in event.data else ""
     if "secret" in event.data:
         what += f" for {event.data['secret']}"
     return f"{clock}  {event.name:<18}  {what}{by}"

@@ -21,7 +21,6 @@ from secretd.limits import Tuning
 from secretd.monitor.broadcast import Broadcaster
 from secretd.monitor.tables import tables
 from secretd.qapi.command import Command
-from secretd.qom.keeper import Keeper
 from secretd.qom.paths import Paths
 from secretd.qom.tree import ObjectTree
 from secretd.wire import encoder
@@ -134,6 +133,8 @@ class Core:
 
     def _declared(self, store_id: str) -> None:
         """A secret-store was added: keep objects in it from now on."""
+        from secretd.qom.keeper import Keeper  # it imports SQLite, which most daemons never need
+
         keeper = self.tree.keeper = Keeper(self.tree, store_id)
         if self.serving:
             self.serve_store()

@@ -33,7 +33,7 @@ from secretd.crypto.aead import KEY_BYTES
 from secretd.errors import CommandError, StoreError
 from secretd.memory.arena import LockedBuffer
 from secretd.qom.patterns import matcher
-from secretd.qom.secret_store import UNLOCK_SECONDS, StoreState
+from secretd.qom.secret_store import DOOMED, UNLOCK_SECONDS, UUID, StoreState
 from secretd.qom.store_rows import TakingOver
 from secretd.store.disk import Disk
 from secretd.store.store import Store
@@ -43,14 +43,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("secretd")
 
-DOOMED: Final = "doomed"
-"""The journal's name for the ids whose removal is not in the store yet."""
-
 NEXT: Final = ".new"
 """What follows ``keyid`` in the id of the key that replaces it; that one is no row, either."""
-
-UUID: Final = "uuid"
-"""The journal's name for the identity of the store that it knows."""
 
 
 class DeclaredStore:
@@ -77,6 +71,7 @@ class DeclaredStore:
         self._matches = matcher(self.pattern)
         self._create = given.get("create") is True
         self._not_rows = {store_id, self.keyid, f"{self.keyid}{NEXT}"}
+        tree.own_keys |= {self.keyid, f"{self.keyid}{NEXT}"}
         self._doomed: dict[str, None] = dict.fromkeys(cast("list[str]", given.get(DOOMED, [])))
         self._until = time.monotonic() + cast(int, given.get("unlock-timeout", UNLOCK_SECONDS))
         self._settled = asyncio.Event()  # not locked

@@ -18,6 +18,7 @@ class Lookup:
     """The objects of a journal.
 
     ``pinned``: the ids of objects that cannot be deleted, since the daemon itself needs them.
+    ``own_keys``: those of secrets that only trusted peers may use: the audit's key and the store's.
     """
 
     _sorted: SortedIds
@@ -28,6 +29,7 @@ class Lookup:
         self.deadlines = Deadlines()
         self.limits = Limits()
         self.pinned: set[str] = set()
+        self.own_keys: set[str] = set()
 
     def is_secret(self, object_id: str) -> bool:
         """Return True if there is an unexpired secret of that id."""
@@ -74,9 +76,9 @@ class Lookup:
     def key(self, keyid: str, uid: int, loading: str | None = None) -> memoryview:
         """Return the plaintext of a secret that ``uid`` uses as a key. Raises CommandError.
 
-        Untrusted uids may not use the audit's key: its use would disclose it.
+        Untrusted uids may not use the daemon's own keys: their use would disclose them.
         """
-        if keyid in self.pinned and uid not in self.limits.trusted:
+        if keyid in self.own_keys and uid not in self.limits.trusted:
             raise AccessDenied(f"Reading secret '{keyid}' is not permitted")
         return self.plaintext(keyid, loading)
 

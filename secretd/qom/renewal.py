@@ -12,10 +12,10 @@ from typing import Final
 from secretd.errors import CommandError
 from secretd.memory.arena import LockedBuffer
 from secretd.qom.deadlines import DEADLINE
-from secretd.qom.declared_store import DOOMED, UUID
 from secretd.qom.grant import READS
 from secretd.qom.loading import Loading, then
 from secretd.qom.object_type import ObjectOptions, ObjectType
+from secretd.qom.secret_store import DOOMED, UUID
 from secretd.qom.tree import ObjectTree
 from secretd.store.commit import Commit
 

@@ -5,12 +5,13 @@ secretd's own. The object only has the declaration and what is known of the stor
 the store once the secret that ``keyid`` names exists.
 """
 
+import os
 from collections.abc import Mapping
 from typing import Any, Final, Literal
 
 from msgspec import UNSET, UnsetType
 
-from secretd.errors import CommandError
+from secretd.errors import AccessDenied, CommandError
 from secretd.qom.loading import Loading
 from secretd.qom.object_type import Content, ObjectOptions, ObjectType, TypeInfo
 from secretd.qom.patterns import PATTERN_CHARACTERS
@@ -20,6 +21,12 @@ UNLOCK_SECONDS: Final = 60
 """The default of ``unlock-timeout``."""
 
 LONGEST_UNLOCK_SECONDS: Final = 3600
+
+DOOMED: Final = "doomed"
+"""The journal's name for the ids whose removal is not in the store yet."""
+
+UUID: Final = "uuid"
+"""The journal's name for the identity of the store that it knows."""
 
 StoreState = Literal["locked", "open", "failed"]
 
@@ -67,9 +74,11 @@ class SecretStore(ObjectType):
     }
     declares_store = True
 
-    def create(self, options: Any, _loading: Loading) -> Content:
+    def create(self, options: Any, loading: Loading) -> Content:
         """Check the values; the store is opened later."""
         assert isinstance(options, SecretStoreOptions)
+        if loading.sources.uid not in (0, os.getuid()):
+            raise AccessDenied("Only uid 0 and the daemon's own uid may name a directory")
         if not options.path.startswith("/"):
             raise CommandError("Parameter 'path' expects an absolute path of a directory")
         if options.secrets is not UNSET and not 0 < len(options.secrets) <= PATTERN_CHARACTERS:

@@ -148,6 +148,7 @@ class ObjectTree(Lookup, Subscriptions):
     def pin(self, object_id: str) -> None:
         """Protect an object from deletion and expiry."""
         self.pinned.add(object_id)
+        self.own_keys.add(object_id)
         self.keep(object_id)
 
     def keep(self, object_id: str) -> Commit | None:

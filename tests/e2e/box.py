@@ -39,7 +39,6 @@ MASKED = ("systemd-modules-load.service", "apt-daily.timer", "apt-daily-upgrade.
 
 INSIDE = """
 set -eu
-for d in $CGROUPS; do mkdir -p "$d"; echo $$ > "$d/cgroup.procs"; done
 mount --make-rprivate /
 mount -t tmpfs -o mode=0755 tmpfs "$STATE"
 mkdir "$STATE/upper" "$STATE/work" "$STATE/tree"
@@ -49,12 +48,26 @@ mount -t overlay overlay -o "lowerdir=$LOWER,upperdir=$STATE/upper,workdir=$STAT
 : > "$STATE/tree/etc/machine-id"
 rm -rf "$STATE/tree/var/log/journal" "$STATE/tree/var/lib/systemd/credential.secret"
 for unit in $MASKED; do ln -sf /dev/null "$STATE/tree/etc/systemd/system/$unit"; done
-exec systemd-nspawn --quiet --boot --register=no --keep-unit --private-network --link-journal=no \
-    --machine="$NAME" --directory="$STATE/tree" --console=pipe --kill-signal=SIGRTMIN+3 \
-    --capability=all \
-    --system-call-filter="@keyring memfd_secret bpf" --resolv-conf=off --timezone=off \
-    --bind-ro="$CHECKOUT:/secretd" ${WHEELS:+--bind-ro="$WHEELS:/wheels"} \
-    -- systemd.unit=basic.target systemd.log_target=journal-or-kmsg
+boot() {
+    for d in $CGROUPS; do mkdir -p "$d"; echo "$BASHPID" > "$d/cgroup.procs"; done
+    exec systemd-nspawn --quiet --boot --register=no --keep-unit --private-network \
+        --link-journal=no --machine="$NAME" --directory="$STATE/tree" --console=pipe \
+        --kill-signal=SIGRTMIN+3 --capability=all \
+        --system-call-filter="@keyring memfd_secret bpf" --resolv-conf=off --timezone=off \
+        --bind-ro="$CHECKOUT:/secretd" ${WHEELS:+--bind-ro="$WHEELS:/wheels"} \
+        -- systemd.unit=basic.target systemd.log_target=journal-or-kmsg
+}
+# nspawn ends with 133 for a reboot; this mount namespace keeps what was written.
+code=133
+while [ "$code" = 133 ]; do
+    boot &
+    nspawn=$!
+    trap 'kill -TERM "$nspawn"' TERM
+    code=0
+    wait "$nspawn" || code=$?
+    while kill -0 "$nspawn" 2>/dev/null; do code=0; wait "$nspawn" || code=$?; done
+done
+exit "$code"
 """
 
 
@@ -109,6 +122,12 @@ def wheels(factory: pytest.TempPathFactory, version: str) -> Path:
     return directory
 
 
+def _children(pid: int | str) -> list[str]:
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{pid}/children") as file:
+        return file.read().split()
+    return []
+
+
 class Box:
     """A booted system; ``installed`` is copied over its root file system ``root``, and ``wheels``
     lie in /wheels. Close it, whatever happens.
@@ -160,11 +179,10 @@ class Box:
 
     def _init(self) -> str:
         """The host's number of the box's PID 1; "" while there is none."""
-        pid = self._nspawn.pid
-        with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{pid}/children") as file:
-            with open(f"/proc/{pid}/comm") as comm:
+        for pid in _children(self._nspawn.pid):
+            with contextlib.suppress(OSError), open(f"/proc/{pid}/comm") as comm:
                 if comm.read().strip() == "systemd-nspawn":
-                    return (file.read().split() or [""])[0]
+                    return (_children(pid) or [""])[0]
         return ""
 
     def run(
@@ -182,6 +200,21 @@ class Box:
         if check and done.returncode:
             raise AssertionError(f"{words}: {done.returncode}\n{done.stdout}{done.stderr}")
         return done
+
+    def reboot(self) -> None:
+        """Reboot, and wait for the next boot, which has another boot id and an empty /run."""
+        self.hang_up()
+        before = self._init()
+        self.run("systemctl", "--no-block", "reboot")
+        deadline = time.monotonic() + BOOT_SECONDS
+        # Nothing is run in it meanwhile: nsenter(1) would hang in namespaces that end.
+        while self._init() in ("", before):
+            assert time.monotonic() < deadline, "the box did not reboot"
+        self._wait()
+
+    def boot_id(self) -> str:
+        """The boot id."""
+        return self.run("cat", "/proc/sys/kernel/random/boot_id").stdout.strip()
 
     def path(self, path: str) -> str:
         """What a path of the box is called outside."""

@@ -366,6 +366,20 @@ async def test_an_untrusted_administrator_has_a_share_of_the_disk(
         pytest.skip("needs root")
     await aqmp.allow("admins", "uid:1001")
     admin = await in_loop.connect(role="admins", uid=1001)
+    own = "Only uid 0 and the daemon's own uid may "
+    store = {"qom-type": "secret-store", "id": "x", "path": "/x", "keyid": "key"}
+    assert await admin.fail("object-add", store) == f"{own}name a directory"
+    for command in ("rekey", "backup", "destroy"):
+        arguments = {"id": "store", "rekey": {"keyid": "k"}, "backup": {"fdname": "f"}}
+        more = arguments.get(command, {})
+        assert isinstance(more, dict)
+        if command == "backup":
+            with open(os.devnull, "wb") as file:
+                await admin.ok("getfd", {"fdname": "f"}, (file.fileno(),))
+        words = await admin.fail(f"secret-store-{command}", {"id": "store", **more})
+        assert words == f"{own}do this"
+    words = "Reading secret 'key' is not permitted"
+    assert await admin.fail("secret-seal", {"id": "key", "keyid": "key"}) == words
     slow.stop()
     many = REQUESTS_PER_UID + 1
     for number in range(many):

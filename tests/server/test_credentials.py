@@ -171,10 +171,10 @@ def test_the_audits_key_is_no_credential(
     """A grant does not change that."""
     qmp.add("key", data="letmein")
     grant(qmp, "g", "key")
-    daemon.tree.pinned.add("key")
+    daemon.tree.own_keys.add("key")
     assert len(fetch(daemon, app, address("app.service", "key"))) == REFUSED
-    assert "refused: secret 'key' is the audit's key" in warnings(caplog)[0]
-    daemon.tree.pinned.clear()
+    assert "refused: secret 'key' is a key of secretd itself" in warnings(caplog)[0]
+    daemon.tree.own_keys.clear()
 
 
 @pytest.mark.slow

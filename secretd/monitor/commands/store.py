@@ -5,15 +5,16 @@ import asyncio
 import contextlib
 import os
 from collections.abc import Coroutine, Iterator
-from typing import Final, Literal, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Final, Literal, NotRequired, TypedDict
 
 from msgspec import UNSET, UnsetType
 
-from secretd.errors import CommandError, DeviceNotFound, StoreError
+from secretd.errors import AccessDenied, CommandError, DeviceNotFound, StoreError
 from secretd.monitor.monitor import Monitor
 from secretd.qapi.command import Commands
-from secretd.qom.keeper import Keeper
-from secretd.store.disk import Disk
+
+if TYPE_CHECKING:
+    from secretd.qom.keeper import Keeper
 
 command: Final = Commands()
 
@@ -68,7 +69,14 @@ def query_secret_store(monitor: Monitor) -> list[StoreInfo]:
     return [info]
 
 
-def _keeper(monitor: Monitor, store_id: str) -> Keeper:
+def _own(monitor: Monitor, store_id: str) -> "Keeper":
+    """Return the store, for what only the trusted may do. Raises CommandError."""
+    if not monitor.trusted:
+        raise AccessDenied("Only uid 0 and the daemon's own uid may do this")
+    return _keeper(monitor, store_id)
+
+
+def _keeper(monitor: Monitor, store_id: str) -> "Keeper":
     keeper = monitor.tree.keeper
     if keeper is None or keeper.id != store_id:
         raise DeviceNotFound(f"Store '{store_id}' not found")
@@ -98,7 +106,7 @@ async def secret_store_rekey(
     With ``only`` no other key opens it from then on. With ``data`` all rows are encrypted anew,
     under a new data key, and no other key opens them.
     """
-    keeper = _keeper(monitor, id)
+    keeper = _own(monitor, id)
     with _words(keeper):
         await _whole(monitor, keeper.rekey(keyid, only=only is True, data=data is True))
     monitor.core.audit.append("rekey", monitor.subject, id=id)
@@ -109,7 +117,7 @@ async def secret_store_verify(monitor: Monitor, id: str) -> Verified:  # noqa: A
     """Open every row of the store, and compare all of them with its head."""
     keeper = _keeper(monitor, id)
     with _words(keeper):
-        return {"rows": await keeper.check().call(Disk.verify)}
+        return {"rows": await keeper.check().call(lambda disk: disk.verify())}
 
 
 @command(waits=True)
@@ -119,9 +127,9 @@ async def secret_store_backup(monitor: Monitor, id: str, fdname: str) -> Copied:
     """
     fd = monitor.named.take(fdname)
     try:
-        keeper = _keeper(monitor, id)
+        keeper = _own(monitor, id)
         with _words(keeper):
-            copy = await keeper.check().call(Disk.copy)
+            copy = await keeper.check().call(lambda disk: disk.copy())
     except BaseException:
         fd.close()
         raise
@@ -156,7 +164,7 @@ def _copy(source: int, target: int) -> int:
 @command(waits=True)
 async def secret_store_destroy(monitor: Monitor, id: str) -> None:  # noqa: A002
     """Destroy the store's key and files, and wipe the objects that it keeps from memory."""
-    keeper = _keeper(monitor, id)
+    keeper = _own(monitor, id)
     with _words(keeper):
         await _whole(monitor, keeper.destroy())
     monitor.core.audit.append("destroy", monitor.subject, id=id)
@@ -184,7 +192,7 @@ async def _whole(monitor: Monitor, step: Coroutine[object, object, None]) -> Non
 
 
 @contextlib.contextmanager
-def _words(keeper: Keeper) -> Iterator[None]:
+def _words(keeper: "Keeper") -> Iterator[None]:
     """Turn StoreError into a command's error."""
     try:
         yield
