@@ -14,6 +14,7 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from typing import Final, Literal, NamedTuple
 
+from secretd import client as api
 from secretd.client import SyncClient
 from secretd.errors import UsageError
 from secretd.memory.arena import LockedBuffer
@@ -163,9 +164,11 @@ def _sealed(client: SyncClient, key_id: str, kind: Kind, how: Sealing) -> bytes:
         os.close(source)
     try:
         client.read_into(key_id, sink)
-    except BaseException:
-        process.kill()
-        process.communicate()
+    except BaseException as error:
+        process.kill()  # without the key it must not seal anything
+        _, said = process.communicate()
+        if isinstance(error, api.QMPError) and process.returncode > 0 and said:
+            raise _failed(kind, process, said) from None  # it ended before it had read the key
         raise
     finally:
         os.close(sink)
@@ -224,11 +227,16 @@ def _start(
 
 def _end(kind: Kind, process: "subprocess.Popen[bytes]") -> None:
     assert process.stderr is not None
-    said = " ".join(process.stderr.read().decode(errors="replace").split())
+    said = process.stderr.read()
     process.stderr.close()
     if process.wait():
-        name = shlex.join(list(map(str, process.args))[:2])  # type: ignore[arg-type]
-        raise UsageError(f"recipient '{kind}': {name}: {said or process.returncode}")
+        raise _failed(kind, process, said)
+
+
+def _failed(kind: Kind, process: "subprocess.Popen[bytes]", said: bytes) -> UsageError:
+    name = shlex.join(list(map(str, process.args))[:2])  # type: ignore[arg-type]
+    words = " ".join(said.decode(errors="replace").split())
+    return UsageError(f"recipient '{kind}': {name}: {words or process.returncode}")
 
 
 def _replace(path: str, content: bytes) -> None:
