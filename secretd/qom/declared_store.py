@@ -258,7 +258,9 @@ class DeclaredStore:
     async def _remove_doomed(self, store: Store) -> None:
         """Delete the rows of what was removed from memory only."""
         for object_id in list(self._doomed):
-            await store.delete(object_id)
+            # The process may have ended before it had removed the object: then nothing was.
+            if object_id not in self._tree.journal:
+                await store.delete(object_id)
             self._doomed.pop(object_id, None)
 
     def drop(self, object_id: str) -> None:

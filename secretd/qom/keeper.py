@@ -56,6 +56,7 @@ class Keeper(DeclaredStore):
                 if plaintext is not None:
                     plaintext.free()
                 return
+            self._doomed.pop(object_id, None)  # an earlier one, whose row this one has replaced
             try:
                 tree.place(object_id, kind, properties, plaintext, uid)
             except Exception as failure:

@@ -636,3 +636,68 @@ def scene_level(process: Process) -> str:
     (found,) = client.secrets()
     client.ok("object-del", {"id": "level"})
     return str(found["memory"])
+
+
+def test_a_store_leaves_no_copy(scene: Scene, tmp_path: Path) -> None:
+    """Adding, locking, unlocking, changing its key and encrypting everything anew; and reading all
+    rows by the next process.
+    """
+    client = scene.client
+    scene.add("store.key", KEY.decode(), data=KEY.decode())
+    path = str(tmp_path / "store")
+    store = {"qom-type": "secret-store", "id": "store", "path": path, "keyid": "store.key"}
+    assert client.ok("object-add", {**store, "create": True, "secrets": "s1*"}) == {}
+    assert client.ok("secret-store-unlock", {"id": "store"}) == {}
+    for add in (inline, inline_aes, path_base64, fdset_pipe, rpc):
+        for _ in range(EACH):
+            add(scene, tmp_path)
+    scene.check()
+    replacement = secret(900_001)
+    first = next(each for each in scene.held if each.startswith("s1"))
+    replaced = {"qom-type": "secret", "id": first, "data": replacement}
+    assert client.ok("secret-replace", replaced) == {}
+    scene.held[first] = replacement.encode()
+    assert client.ok("secret-store-verify", {"id": "store"})["rows"] >= 5 * EACH
+    scene.check()
+
+    def unlock() -> None:
+        scene.add("store.key", KEY.decode(), data=KEY.decode())
+        assert client.ok("secret-store-unlock", {"id": "store"}) == {}
+
+    assert client.cmd("object-del", {"id": "store.key"}) == {"return": {}}
+    del scene.held["store.key"]
+    scene.check()
+    scene.add("store.key", secret(900_002), data=secret(900_002))  # a wrong one
+    assert "is not this store's" in client.fail("secret-store-unlock", {"id": "store"})
+    scene.check()
+    assert client.cmd("object-del", {"id": "store.key"}) == {"return": {}}
+    unlock()
+    scene.check()
+    for number, more in ((900_003, {}), (900_003, {"only": True}), (900_004, {"data": True})):
+        if "store.key.new" in scene.held:
+            assert client.cmd("object-del", {"id": "store.key.new"}) == {"return": {}}
+        scene.add("store.key.new", secret(number), data=secret(number))
+        rekey = {"id": "store", "keyid": "store.key.new", **more}
+        assert client.ok("secret-store-rekey", rekey) == {}
+        scene.check()
+    with open(tmp_path / "copy", "wb") as file:
+        client.ok("getfd", {"fdname": "f"}, (file.fileno(),))
+        client.ok("secret-store-backup", {"id": "store", "fdname": "f"})
+    scene.check()
+
+    # Another store's rows are taken over: all are read from the disk.
+    for object_id in ("store.key", "store"):
+        assert client.cmd("object-del", {"id": object_id}) == {"return": {}}
+    rows = {i: content for i, content in scene.held.items() if i.startswith("s1")}
+    for object_id in rows:
+        assert client.cmd("object-del", {"id": object_id}) == {"return": {}}
+    scene.held = {i: c for i, c in scene.held.items() if i not in rows and i != "store.key"}
+    scene.add("store.key", secret(900_004), data=secret(900_004))
+    assert client.ok("object-add", {**store, "secrets": "s1*"}) == {}
+    assert client.ok("secret-store-unlock", {"id": "store"}) == {}
+    scene.held |= rows
+    assert client.read(first) == replacement.encode()
+    scene.check()
+    assert client.ok("secret-store-destroy", {"id": "store"}) == {}
+    scene.held = {i: c for i, c in scene.held.items() if i not in rows}
+    scene.check()

@@ -43,9 +43,9 @@ def _options(**options: Any) -> SecretStoreOptions:
 class Kept:
     """A tree with a store, in this loop."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, arena: Arena | None = None) -> None:
         self.path = path / "store"
-        self.journal = Journal(Arena(ARENA_LEVEL))
+        self.journal = Journal(arena or Arena(ARENA_LEVEL))
         self.scratch = Arena(ARENA_LEVEL)
         self.tree = ObjectTree(self.journal, self.scratch, TYPES)
         self.states: list[str] = []
@@ -620,3 +620,19 @@ async def test_a_directory_that_is_missing_is_made_on_request_only(
     keeper = await kept.declare(create=False)
     assert keeper.state == "failed"
     assert "No such file or directory" in keeper.reason
+
+
+async def test_an_id_that_is_added_again_is_no_longer_doomed(kept: Kept, slow: SlowDisk) -> None:
+    """Its row is the new object's, which no later opening deletes."""
+    slow.go()
+    await kept.add("s", "old")
+    slow.go("Unable to write")
+    with pytest.raises(CommandError, match="Unable to write"):
+        await kept.delete("s")
+    slow.go()
+    await kept.add("s", "new")
+    await kept.close_files()
+    await kept.restart()
+    assert kept.secrets() == {"s": "new"}
+    await kept.reboot()
+    assert kept.secrets() == {"s": "new"}
