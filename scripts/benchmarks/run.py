@@ -25,6 +25,7 @@ from pathlib import Path
 from compare import compared
 from rig import CPU, ROOT, Machine, Result, Row, Server, fill, master, ratio_row, wait_for
 from scale import SCALE_GROUPS
+from store import storing
 
 from tests.support.qmp import Client
 from tests.support.users import connect_as
@@ -583,7 +584,7 @@ GROUPS = {
     "requests": against_qemu, "crowd": crowd, "resident": resident, "delivery": delivery,
     "start": starting,
     "unit": unit, "idle": idle, "fair": fair, "flooded": flooded, "steady": steady,
-    **SCALE_GROUPS,
+    **SCALE_GROUPS, "store": storing,
 }  # fmt: skip
 
 

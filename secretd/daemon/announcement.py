@@ -46,7 +46,7 @@ def _audit_words(audit: Audit) -> str:
 
 
 def say_ready(tree: ObjectTree, listeners: list[Listener], before: int, audit: Audit) -> None:
-    """Log version, sockets, memory and audit, and the next step for a person.
+    """Log version, sockets, memory, audit and store, and the next step for a person.
 
     ``before``: the number of objects that an earlier process left.
     """
@@ -56,6 +56,9 @@ def say_ready(tree: ObjectTree, listeners: list[Listener], before: int, audit: A
     level = tree.journal.arena.level
     lines.append(f"{'memory':<18} {_MEMORY[level]}")
     lines.append(f"{'audit':<18} {_audit_words(audit)}")
+    if tree.keeper is not None:
+        words = tree.keeper.reason or f"keeps {tree.keeper.pattern}"
+        lines.append(f"{'store':<18} {tree.keeper.path} ({tree.keeper.state}; {words})")
     for line in lines:
         log.info("%s", line)
     if words := unmapped_words():

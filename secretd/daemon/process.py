@@ -132,6 +132,7 @@ class _Process:
         self._keep = restored  # the secrets then stay with the service manager, whatever happens
         self._store: DescriptorStore | None = None
         self._served = False
+        self._stored = 0  # objects in the store
         self._scratch: Arena | None = None
 
     def run(self, options: argparse.Namespace, specs: list[SocketSpec]) -> None:
@@ -228,6 +229,9 @@ class _Process:
             loop.add_signal_handler(number, stop)
         loop.add_signal_handler(signal.SIGHUP, on_hangup)
         await server.run(ready)
+        keeper = tree.keeper
+        if keeper is not None and keeper.store is not None:
+            self._stored = keeper.store.rows
 
     def end(self) -> None:
         """Wipe everything, or leave the secrets to the next process."""
@@ -246,6 +250,10 @@ class _Process:
             self._manager.close()
         if self._served and self._keep:
             log.info("stopped; the service manager keeps %s", objects_in_words(objects))
+        elif self._served and self._stored:
+            log.info(
+                "stopped; memory is wiped, and the store keeps %s", objects_in_words(self._stored)
+            )
         elif self._served:
             log.info("stopped; all secrets are wiped")
 

@@ -317,6 +317,7 @@ def test_a_full_disk_refuses_additions_and_keeps_deletions(
     assert client.ok("secret-store-verify", {"id": "store"}) == {"rows": len(kept) + 1}
     process.stop()
     process = start(*options)
+    assert f"store              {small_disk}/store (open; keeps *)\n" in process.said
     assert process.connect().read("s0") == b"again"
 
 
@@ -436,6 +437,6 @@ def test_no_file_shows_a_secret_or_an_id(start: Callable[..., Process], tmp_path
     client.ok("secret-generate", {"id": "store.key.new", "size": 32})
     client.ok("secret-store-rekey", {"id": "store", "keyid": "store.key.new", "data": True})
     check()
-    process.stop()
+    assert process.stop().endswith("stopped; memory is wiped, and the store keeps 100 objects\n")
     check()
     assert isinstance(client, Client)

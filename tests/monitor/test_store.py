@@ -11,6 +11,7 @@ import pytest
 from secretd.limits import REQUESTS_PER_UID
 from tests.support.async_qmp import AsyncClient
 from tests.support.in_loop import Served
+from tests.support.needs import need_root
 from tests.support.slow_disk import SlowDisk
 
 KEY = "0123456789abcdef" * 2
@@ -362,8 +363,7 @@ async def test_an_untrusted_administrator_has_a_share_of_the_disk(
     in_loop: Served, aqmp: AsyncClient, slow: SlowDisk
 ) -> None:
     """Its waiting requests and objects are counted."""
-    if os.getuid() != 0:
-        pytest.skip("needs root")
+    need_root()
     await aqmp.allow("admins", "uid:1001")
     admin = await in_loop.connect(role="admins", uid=1001)
     own = "Only uid 0 and the daemon's own uid may "
