@@ -20,20 +20,20 @@ What can go wrong: an answer, or its time, may reveal the existence of a secret.
 only at the grants of that peer, never at the secret and never at grants to others.
 """
 
+import contextlib
 import itertools
 from collections.abc import Iterable, Iterator
-from typing import Final, NamedTuple
+from typing import Final
 
 from secretd.access.credential import CredentialMapping, NothingGranted
 from secretd.access.grant_index import Granted, GrantIndex, Rule
-from secretd.access.grant_list import GrantInfo, listed_grants
+from secretd.access.grant_list import Considered, GrantInfo, explained_grants, listed_grants
 from secretd.access.peer import Peer, SocketRole
 from secretd.access.uses import Uses
 from secretd.audit.log import Audit
 from secretd.audit.records import Subject
 from secretd.errors import AccessDenied, CommandError
 from secretd.limits import Tuning
-from secretd.qom.authz import Verdict
 from secretd.qom.grant import READS, used_up
 from secretd.qom.identifiers import ID_BYTES
 from secretd.qom.patterns import literal_prefix, matcher
@@ -41,6 +41,9 @@ from secretd.qom.sorted_ids import in_order
 from secretd.qom.tree import ObjectTree
 from secretd.store.commit import Commit
 from secretd.systemd.credential_address import CredentialAddress
+
+NOT_COUNTED: Final = "Reading secret '{}' cannot be counted now; try again later"
+"""The error of a counted read, if a store does not take its count."""
 
 UNITS_WAITING: Final = 64
 """Requests of units for a credential that may wait until a store is unlocked."""
@@ -78,14 +81,6 @@ class Grant:
 
 
 _KEY: Final = object()
-
-
-class Considered(NamedTuple):
-    """The verdict of one secret-grant about a peer, with its reason."""
-
-    grant: str
-    allowed: bool
-    reason: str
 
 
 class Access:
@@ -129,11 +124,17 @@ class Access:
             # Do not reveal objects of other types to clients.
             raise CommandError(f"No secret with id '{object_id}'")
         plaintext = self._tree.plaintext(object_id)
-        by = "control socket" if rule is None else f"grant {rule.id}"
-        self._audit.append_release(action, subject, by, object_id, len(plaintext))
         grant = Grant(_KEY, peer, subject, object_id, rule, plaintext)
-        if rule is not None and rule.limited:
-            grant.counted = self._count(rule.id, 1)
+        limited = rule is not None and rule.limited
+        if limited:
+            grant.counted = self._count(grant, 1)
+        by = "control socket" if rule is None else f"grant {rule.id}"
+        try:
+            self._audit.append_release(action, subject, by, object_id, len(plaintext))
+        except CommandError:
+            if limited:
+                self._count(grant, -1)
+            raise
         self.uses.note(object_id, subject)
         return grant
 
@@ -195,7 +196,8 @@ class Access:
             and grant.peer.role is SocketRole.CLIENT
             and self._index.rules.get(rule.id) is rule
         ):
-            self._count(rule.id, -1)
+            with contextlib.suppress(CommandError):  # a store that is locked keeps the count
+                self._count(grant, -1)
 
     def may_read(self, peer: Peer, object_id: str) -> bool:
         """Return True if the control socket or a grant permits a read. It writes no record: events
@@ -300,14 +302,23 @@ class Access:
         record = self._tree.journal.get(grant_id)
         return record is None or used_up(record)
 
-    def _count(self, grant_id: str, reads: int) -> Commit | None:
+    def _count(self, grant: Grant, reads: int) -> Commit | None:
+        """Count a read of a limited grant; return what waits for the disk, if a store has the
+        grant. Raises CommandError.
+        """
+        grant_id = grant.rule
+        assert grant_id is not None
         record = self._tree.journal.get(grant_id)
         assert record is not None
         before = record.properties.get(READS, 0)
         assert isinstance(before, int)
         counted = record.properties | {READS: before + reads}
         # Not undone if the store fails: the delivery takes its read back itself.
-        return self._tree.replace_properties(grant_id, counted, undo=False)
+        try:
+            return self._tree.replace_properties(grant_id, counted, undo=False)
+        except CommandError:
+            # The reason is the administrator's, not the client's.
+            raise CommandError(NOT_COUNTED.format(grant.object_id)) from None
 
     # --- what is granted, and why
 
@@ -318,22 +329,5 @@ class Access:
         return listed_grants(self._tree, self._index, after, secret, identities)
 
     def explain(self, identities: frozenset[str], object_id: str) -> list[Considered]:
-        """Return the verdict of each secret-grant for this id about a client with some
-        identities.
-        """
-        return [
-            Considered(rule.id, *self._explain(rule, identities))
-            for rule in sorted(self._index.rules.values())
-            if matcher(rule.secret)(object_id)
-        ]
-
-    def _explain(self, rule: Rule, identities: frozenset[str]) -> Verdict:
-        if self._tree.deadlines.expired(rule.id):
-            return Verdict(False, "the grant has expired")
-        if rule.limited and self._used_up(rule.id):
-            return Verdict(False, "the grant has no reads left")
-        judge = self._index.judge(rule.authz)
-        if judge is None:
-            return Verdict(False, f"there is no authz object '{rule.authz}'")
-        verdict = judge.judge(identities)
-        return Verdict(verdict.allowed, f"'{rule.authz}': {verdict.why}")
+        """See grant_list.explained_grants."""
+        return explained_grants(self._tree, self._index, identities, object_id)

@@ -5,10 +5,11 @@ It only reads the tree and the index of grants, and decides nothing. decision ca
 """
 
 from collections.abc import Iterator
-from typing import Final, NotRequired, TypedDict
+from typing import Final, NamedTuple, NotRequired, TypedDict
 
 from secretd.access.grant_index import GrantIndex, Rule
-from secretd.qom.grant import READS
+from secretd.qom.authz import Verdict
+from secretd.qom.grant import READS, used_up
 from secretd.qom.patterns import matcher
 from secretd.qom.sorted_ids import IDS_PER_LOOK
 from secretd.qom.tree import ObjectTree
@@ -106,3 +107,37 @@ def _cut(names: list[str]) -> tuple[list[str], int]:
         if room < 0:
             return names[:kept], len(names) - kept
     return names, 0
+
+
+class Considered(NamedTuple):
+    """The verdict of one secret-grant about a peer, with its reason."""
+
+    grant: str
+    allowed: bool
+    reason: str
+
+
+def explained_grants(
+    tree: ObjectTree, index: GrantIndex, identities: frozenset[str], object_id: str
+) -> list[Considered]:
+    """Return the verdict of each secret-grant for this id about a client with some identities."""
+    return [
+        Considered(rule.id, *_verdict(tree, index, rule, identities))
+        for rule in sorted(index.rules.values())
+        if matcher(rule.secret)(object_id)
+    ]
+
+
+def _verdict(
+    tree: ObjectTree, index: GrantIndex, rule: Rule, identities: frozenset[str]
+) -> Verdict:
+    if tree.deadlines.expired(rule.id):
+        return Verdict(False, "the grant has expired")
+    record = tree.journal.get(rule.id)
+    if rule.limited and (record is None or used_up(record)):
+        return Verdict(False, "the grant has no reads left")
+    judge = index.judge(rule.authz)
+    if judge is None:
+        return Verdict(False, f"there is no authz object '{rule.authz}'")
+    verdict = judge.judge(identities)
+    return Verdict(verdict.allowed, f"'{rule.authz}': {verdict.why}")

@@ -91,6 +91,8 @@ class Recipients:
         tested = kind == "systemd" or how.identity is not None
         if tested:
             self._compare(client, key_id, kind, sealed, how)
+        if os.path.islink(self.directory):
+            raise UsageError(f"{self.directory} is a symlink")
         os.makedirs(self.directory, 0o700, exist_ok=True)
         _replace(self.file(name or kind), sealed)
         given = how.to if kind == "age" else how.options
@@ -242,7 +244,10 @@ def _failed(kind: Kind, process: "subprocess.Popen[bytes]", said: bytes) -> Usag
 def _replace(path: str, content: bytes) -> None:
     """Write a file in one step; on return it is on the disk."""
     fresh = f"{path}.writing"
-    fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(fresh)
+    # The directory may be another user's: never follow a link that lies there.
+    fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         os.write(fd, content)
         os.fsync(fd)

@@ -30,6 +30,9 @@ from secretd.errors import UsageError
 
 STORE: Final = "store"
 KEY: Final = "store.key"
+SYSTEMS_STORE: Final = "/var/lib/secretd/store"
+"""The store of the system's unit, whose key secretd-unlock.service brings."""
+
 DECLARATION: Final = "store.json"
 """The file in the directory of objects that declares the store at each start."""
 
@@ -121,9 +124,14 @@ def default_directory() -> str:
     user.
     """
     if os.getuid() == 0:
-        return "/var/lib/secretd/store"
+        return SYSTEMS_STORE
     home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
     return os.path.join(home, "secretd", "store")
+
+
+def _is_the_systems(socket: str) -> bool:
+    """Return True for the daemon of the system's unit."""
+    return os.getuid() == 0 and socket == paths.control_path()
 
 
 def _rows(reply: object) -> int:
@@ -144,16 +152,20 @@ def _init(common: Common, directory: str, pattern: str, kinds: Sequence[Kind], h
         present = find_store(client)
         if present is not None:
             raise UsageError(f"secretd has a store already: {present.path}")
+        if os.path.lexists(os.path.join(path, "store.db")):
+            raise UsageError(f"{path} has a store already; docs/howto/recover.md opens it")
+        if "systemd" in kinds and _is_the_systems(client.path) and path != SYSTEMS_STORE:
+            raise UsageError(
+                f"secretd-unlock.service brings the key of {SYSTEMS_STORE} only; leave DIR out"
+            )
         if os.getuid() != 0:
             os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
         client.generate(KEY, KEY_BYTES)
-        made = False
         try:
             _declare(client, path, pattern)
-            made = True
             unsure = [kind for kind in kinds if not Recipients(path).add(client, KEY, kind, how)]
         except BaseException:
-            _undo(client, path, made=made)
+            _undo(client, path)
             raise
         rows = declared_store(client).rows
     declared = _declare_for_good(client.path, path, pattern)
@@ -183,25 +195,34 @@ def _declare(client: SyncClient, path: str, pattern: str) -> None:
     client.execute("secret-store-unlock", {"id": STORE})
 
 
-def _undo(client: SyncClient, path: str, *, made: bool) -> None:
-    """Leave nothing of a store that could not be made."""
-    if made:
-        Recipients(path).remove_all()
-        _try(client, "secret-store-destroy", STORE)
+def _undo(client: SyncClient, path: str) -> None:
+    """Leave nothing of a store that could not be made; what secretd has stays in memory."""
     for object_id in (KEY, STORE):
         _try(client, "object-del", object_id)
+    while _try(client, "object-del", STORE) and find_store(client) is not None:
+        pass  # it is in use until its files are closed
+    Recipients(path).remove_all()
+    for name in ("store.db", "store.db-wal", "tombstones"):
+        with contextlib.suppress(OSError):
+            os.unlink(os.path.join(path, name))
+    with contextlib.suppress(OSError):
+        os.rmdir(path)
 
 
-def _try(client: SyncClient, command: str, object_id: str) -> None:
-    with contextlib.suppress(api.ExecuteError):  # it was not there
+def _try(client: SyncClient, command: str, object_id: str) -> bool:
+    """Execute a command; return True if it failed."""
+    try:
         client.execute(command, {"id": object_id})
+    except api.ExecuteError:
+        return True
+    return False
 
 
 def _declare_for_good(socket: str, path: str, pattern: str) -> str | None:
     """Write the declaration that the system's unit reads at its start; return its file, None for
     another daemon.
     """
-    if os.getuid() != 0 or socket != paths.control_path():
+    if not _is_the_systems(socket):
         return None
     declaration = {"qom-type": "secret-store", "id": STORE, "path": path, "keyid": KEY}
     if pattern != "*":
@@ -285,7 +306,7 @@ def _destroy(common: Common, client: SyncClient, found: DeclaredStore, *, yes: b
     _try(client, "object-del", found.keyid)
     _try(client, "object-del", found.id)
     file = os.path.join(paths.OBJECTS_DIR, DECLARATION)
-    if os.getuid() == 0 and client.path == paths.control_path() and os.path.exists(file):
+    if _is_the_systems(client.path) and os.path.exists(file):
         os.unlink(file)
     confirm(common, f"destroyed {what}")
     done(common, path=found.path)

@@ -126,6 +126,11 @@ def rekey(
     """Replace the key. Interrupted anywhere, both keys open the store, and it can be run again."""
     recipients, fresh = found.recipients, f"{found.keyid}{_NEXT}"
     kinds = recipients.present()
+    if not kinds:
+        raise UsageError(
+            "the store has no recipient, so nothing would bring the new key back after a reboot; "
+            "'secretctl store recipient add' adds one"
+        )
     if client.info(fresh) is not None:
         client.delete(fresh)  # of an interrupted change
     client.generate(fresh, KEY_BYTES)
@@ -151,5 +156,5 @@ def rekey(
         {"id": found.id, "keyid": found.keyid, "data" if data else "only": True},
     )
     client.delete(fresh)
-    confirm(common, f"the store has a new key, sealed for {' and '.join(kinds) or 'no recipient'}")
+    confirm(common, f"the store has a new key, sealed for {' and '.join(kinds)}")
     done(common, recipients=kinds, data=data)

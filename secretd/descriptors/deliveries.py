@@ -12,7 +12,7 @@ import contextlib
 from collections.abc import Awaitable, Callable
 from typing import Final
 
-from secretd.access.decision import Grant
+from secretd.access.decision import NOT_COUNTED, Grant
 from secretd.descriptors.delivery import Delivery, LoopDelivery
 from secretd.descriptors.fd import Fd
 from secretd.descriptors.target import Target, open_target
@@ -119,13 +119,15 @@ class Deliveries:
         """
         if delivery.grant.counted is None:
             return
+        words = NOT_COUNTED.format(delivery.grant.object_id)
         try:
             await delivery.grant.counted
             if delivery.withdrawn:
                 raise delivery.withdrawal()
         except CommandError as error:
             self._end(delivery)
-            raise delivery.fail(error) from None
+            # Why the store did not take it is the administrator's to know.
+            raise delivery.fail(error if delivery.withdrawn else CommandError(words)) from None
         except asyncio.CancelledError:
             self._end(delivery)
             delivery.fail(_DISCONNECTED)

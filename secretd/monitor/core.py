@@ -19,6 +19,7 @@ from secretd.descriptors.deliveries import Deliveries
 from secretd.descriptors.threads import BlockingCalls
 from secretd.limits import Tuning
 from secretd.monitor.broadcast import Broadcaster
+from secretd.monitor.failures import log_internal
 from secretd.monitor.tables import tables
 from secretd.qapi.command import Command
 from secretd.qom.paths import Paths
@@ -66,6 +67,7 @@ class Core:
         self.start_time = int(time.time())
         self.stopping = False
         self.serving = False
+        self._background: set[asyncio.Task[None]] = set()
         self.has_one_session: Callable[[], bool] = lambda: False
         self.log_dropped: Callable[[], int] = lambda: 0
         # 2. The parts that depend on the tree.
@@ -138,20 +140,33 @@ class Core:
         keeper = self.tree.keeper = Keeper(self.tree, store_id)
         if self.serving:
             self.serve_store()
-            self.start(keeper.unlock())
+            self.background(keeper.unlock())
 
     async def open_store(self) -> None:
         """Open the store before the first connection, if it answers within some seconds."""
         if self.tree.keeper is not None:
-            opening = asyncio.ensure_future(self.tree.keeper.unlock())
+            opening = self.background(self.tree.keeper.unlock())
             await asyncio.wait({opening}, timeout=self.tuning.source_seconds)
+
+    def background(self, coroutine: Coroutine[object, object, None]) -> "asyncio.Task[None]":
+        """Run a step of the store. Neither its failure nor its disk ends or holds up the server."""
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._background.add(task)
+        task.add_done_callback(self._background_ended)
+        return task
+
+    def _background_ended(self, task: "asyncio.Task[None]") -> None:
+        self._background.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if isinstance(error, Exception):
+            log_internal(error)
 
     def serve_store(self) -> None:
         """From now on, record and announce the store's state."""
         self.serving = True
         keeper = self.tree.keeper
         if keeper is not None:
-            keeper.start = self.start
+            keeper.start = self.background
             keeper.on_state = self._note_store
             self._note_store()
 
@@ -168,8 +183,12 @@ class Core:
         """Write what waits and close the store, at the end of the process."""
         keeper = self.tree.keeper
         if keeper is not None and keeper.store is not None:
-            closing = asyncio.ensure_future(keeper.store.close())
-            await asyncio.wait({closing}, timeout=self.tuning.stop_seconds)
+            self.background(keeper.store.close())
+        if self._background:
+            waiting = set(self._background)
+            await asyncio.wait(waiting, timeout=self.tuning.stop_seconds)
+            for task in waiting:
+                task.cancel()
 
 
 def wire_event(name: str, data: str) -> bytes:

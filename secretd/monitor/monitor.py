@@ -37,7 +37,7 @@ from secretd.qapi.command import Command, check
 from secretd.store.commit import Commit
 from secretd.wire import messages as wire
 from secretd.wire.messages import Malformed, Request
-from secretd.wire.parser import Fault
+from secretd.wire.parser import Fault, Text
 
 QUOTED_BYTES: Final = 1024
 """Bytes of the sender's own text that an error quotes; they wait in locked memory until they are
@@ -49,7 +49,10 @@ MAX_REPLY_BYTES: Final = 64 << 10
 limit.
 """
 
-_DEPENDING: Final = ("keyid", "file", "serial")
+_INDEPENDENT: Final = ("secret", "secret-grant", "authz-simple", "authz-list")
+"""The types of objects whose addition never waits for a source, without these members."""
+
+_DEPENDING: Final = ("keyid", "file")
 
 Reply: TypeAlias = "bytes | Locked | Stored | Coroutine[object, object, bytes]"
 
@@ -120,6 +123,14 @@ class Monitor(PassedDescriptors):
         """Append an audit record of the connection; a person at a terminal is spared these."""
         if not self.core.audit.on_terminal:
             self.core.audit.append("connect", self.subject)
+
+    def check_own(self, object_id: str) -> None:
+        """Raise AccessDenied if an untrusted peer changes one of the daemon's keys, or a store."""
+        tree = self.tree
+        if not self.trusted and (object_id in tree.own_keys or object_id in tree.declared):
+            raise AccessDenied(
+                f"Only uid 0 and the daemon's own uid may add, change or delete '{object_id}'"
+            )
 
     def check(self, object_id: str, action: str) -> Grant:
         """Return permission to release a secret; see access.decision.Access.check."""
@@ -219,12 +230,20 @@ class Monitor(PassedDescriptors):
             return False
         if isinstance(request, Request):
             given = request.arguments
-            return request.command == "object-add" and given.keys().isdisjoint(_DEPENDING)
+            kind = given.get("qom-type")
+            return (
+                request.command == "object-add"
+                and isinstance(kind, Text)
+                and kind.to_str() in _INDEPENDENT
+                and given.keys().isdisjoint(_DEPENDING)
+            )
         command = self._by_request.get(type(request))  # a batch has none
         if command is None or command.name != "object-add":
             return False
         arguments = request.arguments  # type: ignore[attr-defined]
-        return all(getattr(arguments, name, UNSET) is UNSET for name in _DEPENDING)
+        return arguments.__struct_config__.tag in _INDEPENDENT and all(
+            getattr(arguments, name, UNSET) is UNSET for name in _DEPENDING
+        )
 
     def _failure(self, error: Exception, id_text: str | None) -> bytes:
         if isinstance(error, CommandError):

@@ -24,6 +24,7 @@ never rows.
 """
 
 import asyncio
+import hashlib
 import logging
 import time
 from collections.abc import Callable, Coroutine
@@ -33,8 +34,9 @@ from secretd.crypto.aead import KEY_BYTES
 from secretd.errors import CommandError, StoreError
 from secretd.memory.arena import LockedBuffer
 from secretd.qom.patterns import matcher
-from secretd.qom.secret_store import DOOMED, UNLOCK_SECONDS, UUID, StoreState
-from secretd.qom.store_rows import TakingOver
+from secretd.qom.secret_store import COVERAGE, DOOMED, UNLOCK_SECONDS, UUID, StoreState
+from secretd.qom.store_rows import TakingOver, Winner
+from secretd.store.commit import Commit
 from secretd.store.disk import Disk
 from secretd.store.store import Store
 
@@ -77,6 +79,7 @@ class DeclaredStore:
         self._settled = asyncio.Event()  # not locked
         self._changing = asyncio.Lock()  # held while it is opened
         self._dropping = ""
+        self._ended = False  # it was destroyed
         self._closing: asyncio.Task[None] | None = None
         self.start: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]] | None = None
         self._note(state="locked")
@@ -112,17 +115,24 @@ class DeclaredStore:
             self._closing = self.start(store.close())
             self._set_state("locked")
 
+    @property
+    def is_busy(self) -> bool:
+        """True while the store's files are open, or are being opened or closed."""
+        closing = self._closing is not None and not self._closing.done()
+        return self.store is not None or self._changing.locked() or closing
+
     async def unlock(self) -> None:
         """Open the store if its key exists, and take over its objects; see ``state`` then."""
         async with self._changing:
-            if self.store is None and self.keyid in self._tree.journal:
+            if self.store is None and not self._ended and self.keyid in self._tree.journal:
                 if self._closing is not None:
                     await self._closing
                 await self._open()
 
     async def _open(self) -> None:
-        store = Store(self.path, self._tree.scratch, self._note_written)
+        store: Store | None = None
         try:
+            store = Store(self.path, self._tree.scratch, self._note_written)
             if self._create and not await store.exists():
                 await store.create(self._key(self.keyid))
             else:
@@ -130,33 +140,46 @@ class DeclaredStore:
             self._not_rows |= {*self._key_chain()}
             await self._take_over(store)
         except Exception as error:  # noqa: BLE001 - the store has failed, and not the daemon
-            await store.close()
+            if store is not None:
+                await store.close()
             known = isinstance(error, (CommandError, StoreError))
             reason = str(error) if known else f"internal error: {type(error).__name__}"
             log.error("store '%s' (%s) cannot be used: %s", self.id, self.path, reason)
             self._set_state("failed", reason)
         else:
             self.store = store
-            self._note_written()
+            self._note_written(store)
+            self._remove_doomed(store)  # what was removed meanwhile, too
             self._set_state("open")
 
     async def rekey(self, keyid: str, *, only: bool, data: bool) -> None:
         """Let another key open the store. Raises CommandError and StoreError."""
         store = self.check()
+        if self.keyid in self._tree.fixed:
+            raise CommandError(
+                f"key '{self.keyid}' is an object of the command line, so that a new key would be "
+                "lost at the next start"
+            )
         await store.rekey(self._key(keyid), only=only, data=data)
-        self._note_written()
+        self._note_written(store)
 
     async def destroy(self) -> None:
-        """Destroy the store and wipe the objects that it keeps. Raises CommandError and
-        StoreError.
+        """Destroy the store and wipe the objects that it keeps. Raises CommandError and StoreError;
+        without its files the store is not opened again.
         """
-        store = self.check()
-        self.store = None
-        self._set_state("failed", "it was destroyed")
-        await store.destroy()
-        for object_id in list(self._tree.journal):
-            if self.covers(object_id):
-                self.drop(object_id)
+        async with self._changing:
+            store = self.check()
+            self.store, self._ended = None, True
+            for object_id in list(self._tree.journal):
+                if self.covers(object_id) and object_id not in self._tree.pinned:
+                    self.drop(object_id)
+            try:
+                await store.close(destroyed=True)
+            except StoreError as error:
+                self._ended = False  # its files may still be whole
+                self._set_state("failed", f"it was not destroyed: {error}")
+                raise
+            self._set_state("failed", "it was destroyed")
 
     def _key(self, keyid: str) -> LockedBuffer:
         """Return a copy of a key in scratch memory. Raises CommandError and StoreError."""
@@ -204,10 +227,15 @@ class DeclaredStore:
 
     # --- the journal's part
 
-    def _note_written(self) -> None:
-        """Note the number of the last transaction."""
-        if self.store is not None and self.id in self._tree.journal:
-            self._note(sequence=self.store.sequence, **{UUID: self.store.uuid})
+    def _note_written(self, store: Store) -> None:
+        """Note the number of a store's last transaction."""
+        if self.id in self._tree.journal and self._tree.keeper is self:
+            self._note(sequence=store.sequence, **{UUID: store.uuid, COVERAGE: self._coverage()})
+
+    def _coverage(self) -> str:
+        """Return what decides which objects are rows, in a few bytes."""
+        told = "\n".join((self.pattern, *sorted(self._tree.fixed)))
+        return hashlib.sha256(told.encode()).hexdigest()[:16]
 
     def _note(self, **changes: object) -> None:
         """Note in the journal what must survive the process."""
@@ -236,32 +264,29 @@ class DeclaredStore:
             )
         self.loaded = 0
         is_equal = number == store.sequence
-        await self._remove_doomed(store)
-        if is_equal:
+        if is_equal and known.get(COVERAGE) == self._coverage():
             return
         await store.call(Disk.check)
-        taking = TakingOver(self._tree, store, self._is_row, self.drop, wins=is_known)
-        try:
-            async for kind, content in store.contents():
-                with content:
-                    await taking.take(kind, content.view)
-        except BaseException:
-            taking.undo()
-            raise
-        self.loaded = len(taking.added)
-        await taking.complete()
-        await self._remove_doomed(store)
+        # Where the numbers are equal, other ids are rows than before, and memory is newer.
+        wins: Winner = "memory" if is_equal else "store" if is_known else "neither"
+        taking = TakingOver(self._tree, store, self._is_row, self.drop, wins)
+        self.loaded = await taking.run()
 
     def _is_row(self, object_id: str) -> bool:
         return self.covers(object_id) and object_id not in self._doomed
 
-    async def _remove_doomed(self, store: Store) -> None:
+    def _remove_doomed(self, store: Store) -> None:
         """Delete the rows of what was removed from memory only."""
         for object_id in list(self._doomed):
-            # The process may have ended before it had removed the object: then nothing was.
-            if object_id not in self._tree.journal:
-                await store.delete(object_id)
-            self._doomed.pop(object_id, None)
+            if object_id in self._tree.journal:  # the process ended before it had wiped it
+                self.drop(object_id)
+            self._delete_row(store, object_id)
+
+    def _delete_row(self, store: Store, object_id: str) -> Commit:
+        """Delete the row of an object that is no longer in memory."""
+        commit = store.delete(object_id)
+        commit.then(lambda error: error or self._doomed.pop(object_id, None))
+        return commit
 
     def drop(self, object_id: str) -> None:
         """Remove an object from the tree only."""
@@ -270,7 +295,3 @@ class DeclaredStore:
             self._tree.delete(object_id)
         finally:
             self._dropping = ""
-
-    def is_doomed(self, object_id: str) -> bool:
-        """Return True if the object was removed, and its row is not yet."""
-        return object_id in self._doomed

@@ -11,6 +11,7 @@ to the disk. Replies follow the store in each case (`Commit`).
 from typing import TYPE_CHECKING
 
 from secretd.errors import CommandError
+from secretd.journal.files import ObjectRecord
 from secretd.memory.arena import LockedBuffer
 from secretd.qom.declared_store import DeclaredStore
 from secretd.qom.object_type import ObjectType, properties_size
@@ -27,6 +28,7 @@ class Keeper(DeclaredStore):
     def __init__(self, tree: "ObjectTree", store_id: str) -> None:
         super().__init__(tree, store_id)
         self._replacing: set[str] = set()
+        self._updating: set[str] = set()
 
     def add(
         self,
@@ -78,12 +80,21 @@ class Keeper(DeclaredStore):
     ) -> Commit:
         """Replace an object in the store and then in the tree; see `add`."""
         commit = self._put(object_id, kind, properties, plaintext, uid)
+        tree, limits = self._tree, self._tree.limits
         self._replacing.add(object_id)
+        limits.object_bytes.count(uid, commit.size)
 
         def written(error: CommandError | None) -> None:
             self._replacing.discard(object_id)
-            if error is None and object_id in self._tree.journal:
-                self._tree.replace(object_id, kind, properties, plaintext, uid)
+            limits.object_bytes.release(uid, commit.size)
+            if error is None and object_id in tree.journal:
+                try:
+                    tree.replace(object_id, kind, properties, plaintext, uid)
+                except Exception as failure:
+                    self._write_again(object_id)
+                    if not isinstance(failure, CommandError):
+                        raise
+                    commit.fail(failure)
                 return
             plaintext.free()
             if error is None:  # it was deleted meanwhile, here and, after this, in the store
@@ -93,22 +104,48 @@ class Keeper(DeclaredStore):
         return commit
 
     def update(self, object_id: str, properties: dict[str, object], *, undo: bool) -> Commit:
-        """Write an object whose properties the tree is about to change. Raises CommandError."""
+        """Write an object whose properties the tree is about to change. Raises CommandError.
+
+        ``undo``: if the store fails, the changed ones are as before again. Of such changes one at a
+        time is under way for an object.
+        """
         tree = self._tree
         record = tree.journal.get(object_id)
         assert record is not None
-        kind = tree.types.numbered[record.type]
-        plaintext = tree.journal.plaintext(object_id) if record.size else None
-        commit = self._put(object_id, kind, properties, plaintext, record.uid)
+        if not undo:
+            return self._put_present(object_id, record, properties)
+        if object_id in self._updating:
+            raise CommandError(f"object '{object_id}' is being changed; try again")
+        commit = self._put_present(object_id, record, properties)
+        self._updating.add(object_id)
+        before = record.properties
+        changed = [n for n in {*properties, *before} if properties.get(n) != before.get(n)]
 
         def written(error: CommandError | None) -> None:
-            if error is not None and undo:
-                present = tree.journal.get(object_id)
-                if present is not None and present.properties == properties:
-                    tree.undo(object_id, record.properties)
+            self._updating.discard(object_id)
+            present = tree.journal.get(object_id)
+            if error is not None and present is not None:
+                earlier = {n: v for n, v in present.properties.items() if n not in changed}
+                earlier |= {name: before[name] for name in changed if name in before}
+                tree.undo(object_id, earlier)
 
         commit.then(written)
         return commit
+
+    def _put_present(
+        self, object_id: str, record: ObjectRecord, properties: dict[str, object]
+    ) -> Commit:
+        """Write an object that memory has, with some properties."""
+        tree = self._tree
+        kind = tree.types.numbered[record.type]
+        plaintext = tree.journal.plaintext(object_id) if record.size else None
+        return self._put(object_id, kind, properties, plaintext, record.uid)
+
+    def _write_again(self, object_id: str) -> None:
+        """Write what memory has, after the tree refused what the store has by now."""
+        record = self._tree.journal.get(object_id)
+        assert record is not None
+        self._put_present(object_id, record, record.properties)
 
     def _put(
         self,
@@ -124,34 +161,36 @@ class Keeper(DeclaredStore):
         view = plaintext.view if isinstance(plaintext, LockedBuffer) else plaintext
         return store.put(kind.number, as_row(object_id, properties, uid), view)
 
-    def removing(self, object_id: str) -> Commit | None:
-        """Remove an object from the store, which the tree is about to wipe.
+    def removing(self, object_id: str) -> bool:
+        """Note that the tree is about to wipe an object; return True if the store keeps it.
 
-        Returns None if the store does not keep it.
+        Raises CommandError if it is the store itself, and in use.
         """
         if object_id == self.id:
-            if self.store is not None or self._changing.locked():
+            if self.is_busy:
                 raise CommandError(f"object '{object_id}' is in use, can not be deleted")
             self._tree.keeper = None
             self._settled.set()
-            return None
+            return False
         if object_id == self.keyid:
             self.lock()
         if object_id == self._dropping or not self.covers(object_id):
-            return None
+            return False
         # Its deadline keeps an expired row from coming back.
         if not self._tree.deadlines.expired(object_id):
             self._doomed[object_id] = None
             self._note()
-        if self.store is None:
-            commit = Commit()
-            commit.finish(
-                CommandError(
-                    f"object '{object_id}' is deleted, but its row in {self.path} remains until "
-                    f"the store is open; it is {self.state}"
-                )
+        return True
+
+    def removed(self, object_id: str) -> Commit:
+        """Remove an object from the store, which the tree has wiped."""
+        if self.store is not None:
+            return self._delete_row(self.store, object_id)
+        commit = Commit()
+        commit.finish(
+            CommandError(
+                f"object '{object_id}' is deleted, but its row in {self.path} remains until the "
+                f"store is open; it is {self.state}"
             )
-            return commit
-        commit = self.store.delete(object_id)
-        commit.then(lambda error: error or self._doomed.pop(object_id, None))
+        )
         return commit

@@ -15,11 +15,14 @@ from secretd.qom.deadlines import DEADLINE
 from secretd.qom.grant import READS
 from secretd.qom.loading import Loading, then
 from secretd.qom.object_type import ObjectOptions, ObjectType
-from secretd.qom.secret_store import DOOMED, UUID
+from secretd.qom.secret_store import COVERAGE, DOOMED, UUID
 from secretd.qom.tree import ObjectTree
 from secretd.store.commit import Commit
 
-ACQUIRED: Final = frozenset({DEADLINE, READS, "create", "state", "sequence", UUID, DOOMED})
+KNOWN: Final = ("state", "sequence", UUID, DOOMED, COVERAGE)
+"""What the journal knows of a store on disk, beside its declaration."""
+
+ACQUIRED: Final = frozenset({DEADLINE, READS, "create", *KNOWN})
 """Properties in the journal that were computed and not given; they do not count in the
 comparison.
 """
@@ -43,6 +46,8 @@ def renew(
     if isinstance(content, dict):
         properties |= content
     plaintext = content if isinstance(content, LockedBuffer) else None
+    if known and kind.declares_store:
+        properties = _still_known(tree, options.id, properties)
     if not known:
         tree.store_content(options.id, kind, properties, plaintext, loading.sources.uid)
     elif _is_same(tree, options.id, kind, properties, plaintext):
@@ -52,6 +57,18 @@ def renew(
     else:
         tree.replace(options.id, kind, properties, plaintext, loading.sources.uid)
     return True
+
+
+def _still_known(
+    tree: ObjectTree, object_id: str, properties: dict[str, object]
+) -> dict[str, object]:
+    """Return the properties of a store's declaration with what is known of the same store."""
+    record = tree.journal.get(object_id)
+    assert record is not None
+    if record.properties.get("path") != properties.get("path"):
+        return properties
+    known = {name: record.properties[name] for name in KNOWN if name in record.properties}
+    return properties | known
 
 
 def _is_same(

@@ -25,6 +25,9 @@ LONGEST_UNLOCK_SECONDS: Final = 3600
 DOOMED: Final = "doomed"
 """The journal's name for the ids whose removal is not in the store yet."""
 
+COVERAGE: Final = "coverage"
+"""The journal's name for what decided which objects were rows: pattern and command line."""
+
 UUID: Final = "uuid"
 """The journal's name for the identity of the store that it knows."""
 

@@ -281,7 +281,8 @@ class ObjectTree(Lookup, Subscriptions):
             raise CommandError(f"object '{object_id}' not found")
         if object_id in self.pinned:
             raise CommandError(f"object '{object_id}' is in use, can not be deleted")
-        commit = None if self.keeper is None else self.keeper.removing(object_id)
+        keeper = self.keeper
+        is_row = keeper is not None and keeper.removing(object_id)
         for callback in self._on_removal:
             callback(object_id)
         number, uid, size = self.journal.remove(object_id)
@@ -295,6 +296,7 @@ class ObjectTree(Lookup, Subscriptions):
             self._notify_decision(object_id)
         for counted in self._on_count:
             counted()
+        commit = None if keeper is None or not is_row else keeper.removed(object_id)
         return self.types.numbered[number], commit
 
     def expire_after(self, object_id: str, seconds: int) -> Commit | None:
@@ -317,11 +319,14 @@ class ObjectTree(Lookup, Subscriptions):
         keeper, commit = self.keeper, None
         if keeper is not None and keeper.covers(object_id):
             commit = keeper.update(object_id, properties, undo=undo)
+        self._set_properties(object_id, properties)
+        return commit
+
+    def _set_properties(self, object_id: str, properties: dict[str, object]) -> None:
         uid, before = self.journal.owner(object_id)
         self.journal.set_properties(object_id, properties)
         self.limits.object_bytes.release(uid, before)
         self.limits.object_bytes.count(*self.journal.owner(object_id))
-        return commit
 
     def change(self, object_id: str, changes: dict[str, object]) -> Commit | None:
         """Change some properties of an existing object; its loaded content stays."""
@@ -338,6 +343,6 @@ class ObjectTree(Lookup, Subscriptions):
         """Give an existing object its earlier properties again."""
         record = self.journal.get(object_id)
         assert record is not None
-        self.journal.set_properties(object_id, properties)
+        self._set_properties(object_id, properties)
         self.deadlines.forget(object_id)
         self._changed(object_id, self.types.numbered[record.type], properties)

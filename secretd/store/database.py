@@ -19,6 +19,7 @@ from secretd.errors import StoreError
 from secretd.store.directory import (
     DATABASE,
     FILES,
+    LEFTOVERS,
     TOMBSTONES,
     TOMBSTONES_BYTES,
     check_directory,
@@ -68,6 +69,7 @@ class Database:
         check_directory(directory)
         path = f"{directory}/{DATABASE}"
         check_file(path)
+        remove_leftovers(directory)
         self._connection = _connect(path)
         try:
             application, version = (
@@ -98,9 +100,7 @@ class Database:
         path = f"{directory}/{DATABASE}"
         if os.path.lexists(path):
             raise StoreError(f"{path} exists")
-        leftovers = [f"{DATABASE}.new", f"{DATABASE}.new-wal", f"{TOMBSTONES}.new"]
-        for name in leftovers:
-            _remove(f"{directory}/{name}")
+        remove_leftovers(directory)
         try:
             create_file(f"{path}.new", 0)
             create_file(f"{directory}/{TOMBSTONES}.new", TOMBSTONES_BYTES)
@@ -117,8 +117,7 @@ class Database:
             os.rename(f"{path}.new", path)
             sync_directory(directory)
         except (OSError, sqlite3.Error) as error:
-            for name in leftovers:
-                _remove(f"{directory}/{name}")
+            remove_leftovers(directory)
             raise StoreError(f"{path}: {words(error)}") from None
 
     def _one(self, query: str) -> object:
@@ -214,19 +213,27 @@ class Database:
         self._connection.close()
 
 
+def remove_leftovers(directory: str) -> None:
+    """Remove what an interrupted creation or backup has left."""
+    for name in LEFTOVERS:
+        with contextlib.suppress(OSError):
+            os.unlink(f"{directory}/{name}")
+
+
 def destroy(directory: str) -> None:
-    """Overwrite the database with zeros and remove all files of a store. Raises StoreError.
+    """Overwrite the database with zeros and remove all files of a store. Raises StoreError, and
+    then nothing was changed if a file is not the store's own.
 
     Without the wraps the rows cannot be opened, even where the disk keeps old blocks.
     """
     check_directory(directory)
+    present = [f"{directory}/{n}" for n in FILES if os.path.lexists(f"{directory}/{n}")]
+    for path in present:
+        check_file(path)
     try:
-        for name in FILES:
-            path = f"{directory}/{name}"
-            if os.path.lexists(path):
-                check_file(path)
-                _overwrite(path)
-                os.unlink(path)
+        for path in present:
+            _overwrite(path)
+            os.unlink(path)
         sync_directory(directory)
     except OSError as error:
         raise StoreError(f"{error.filename or directory}: {error.strerror}") from None
@@ -278,8 +285,3 @@ def _connect(path: str) -> sqlite3.Connection:
 
 def _quoted(path: str) -> str:
     return path.replace("%", "%25").replace("?", "%3f").replace("#", "%23")
-
-
-def _remove(path: str) -> None:
-    with contextlib.suppress(OSError):
-        os.unlink(path)

@@ -18,7 +18,18 @@ from secretd.store.keys import MAC_BYTES, ROW_KEY_BYTES
 
 DATABASE: Final = "store.db"
 TOMBSTONES: Final = "tombstones"
-FILES: Final = (DATABASE, f"{DATABASE}-wal", f"{DATABASE}-journal", f"{DATABASE}-shm", TOMBSTONES)
+BACKUP: Final = "backup"
+"""The name of a copy of the database while it is being made."""
+
+LEFTOVERS: Final = (
+    f"{DATABASE}.new", f"{DATABASE}.new-wal", f"{TOMBSTONES}.new", BACKUP, f"{BACKUP}-journal",
+    f"{BACKUP}-wal",
+)  # fmt: skip
+"""Files that an interrupted creation or backup may leave."""
+
+FILES: Final = (
+    DATABASE, f"{DATABASE}-wal", f"{DATABASE}-journal", f"{DATABASE}-shm", TOMBSTONES, *LEFTOVERS,
+)  # fmt: skip
 """All files that a store may have."""
 
 _TOMBSTONE: Final = struct.Struct(f"<{ROW_KEY_BYTES}sQ{MAC_BYTES}s")

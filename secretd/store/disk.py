@@ -17,13 +17,10 @@ from secretd.crypto.aead import OpenError
 from secretd.errors import CommandError, SecretdError, StoreError
 from secretd.memory.arena import Arena, LockedBuffer
 from secretd.store.commit import Commit
-from secretd.store.database import Database, Head, Row, words
-from secretd.store.directory import Tombstone, Tombstones
+from secretd.store.database import Database, Head, Row, remove_leftovers, words
+from secretd.store.directory import BACKUP, Tombstone, Tombstones
 from secretd.store.keys import TAG_BYTES, State, StoreKeys, new_uuid
 from secretd.store.rows import unpack
-
-BACKUP = "backup"
-"""The name of a copy of the database while it is being made."""
 
 WRAPS = 8
 """Keys that may open a store at a time; more than two are those of interrupted changes of keys."""
@@ -220,14 +217,12 @@ class Disk:
         """
         path = f"{self.path}/{BACKUP}"
         try:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
             self._database.copy_to(path)
-            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            os.unlink(path)
+            return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError as error:
             raise StoreError(f"{path}: {words(error)}") from None
-        return fd
+        finally:
+            remove_leftovers(self.path)
 
     def opened(self, row: Row) -> LockedBuffer:
         """Return the content of a row. Raises StoreError."""

@@ -17,14 +17,15 @@ for their type.
 
 import asyncio
 import contextlib
+import logging
 import os
 import sqlite3
 import threading
 from collections.abc import AsyncIterator, Callable
 from queue import Empty, SimpleQueue
-from typing import Final, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
-from secretd.errors import CommandError, StoreError
+from secretd.errors import INTERNAL_ERROR, CommandError, StoreError
 from secretd.memory.arena import Arena, LockedBuffer
 from secretd.store.commit import Commit
 from secretd.store.database import destroy, words
@@ -37,22 +38,32 @@ CHANGES_PER_TRANSACTION: Final = 128
 
 T = TypeVar("T")
 
+log = logging.getLogger("secretd")
+
+
+class _End(NamedTuple):
+    """The last job: close the files, and with ``destroyed`` remove them."""
+
+    destroyed: bool
+
 
 class Store:
     """A store that the process has open.
 
-    ``on_written``: called in the loop after each transaction, once its `Commit`s are finished.
+    ``on_written``: called in the loop with the store after each transaction, once its `Commit`s are
+    finished.
     ``sequence``, ``rows``, ``uuid``, ``clock``: of the head, as of the last report to the loop.
     """
 
-    def __init__(self, path: str, scratch: Arena, on_written: Callable[[], None]) -> None:
+    def __init__(self, path: str, scratch: Arena, on_written: "Callable[[Store], None]") -> None:
         self.path = path
         self.sequence = self.rows = self.clock = 0
         self.uuid = ""
         self._scratch = scratch
         self._on_written = on_written
         self._loop = asyncio.get_running_loop()
-        self._jobs: SimpleQueue[Change | Callable[[], None] | None] = SimpleQueue()
+        self._jobs: SimpleQueue[Change | Callable[[], None] | _End] = SimpleQueue()
+        self._ended: asyncio.Future[None] = self._loop.create_future()
         self._disk: Disk = None  # type: ignore[assignment]  # until it is open
         self._thread = threading.Thread(target=self._run, name="store", daemon=True)
         self._thread.start()
@@ -95,7 +106,7 @@ class Store:
 
     async def exists(self) -> bool:
         """Return True if there is a file in the store's place."""
-        return await asyncio.to_thread(os.path.lexists, f"{self.path}/{DATABASE}")
+        return await self.call(lambda _disk: os.path.lexists(f"{self.path}/{DATABASE}"))
 
     async def contents(self) -> AsyncIterator[tuple[int, LockedBuffer]]:
         """Yield the type number and the content (owned by the caller) of each row that is not
@@ -125,26 +136,30 @@ class Store:
     def _refresh(self) -> None:
         self.sequence, self.rows = self._disk.sequence, self._disk.rows
 
-    async def close(self) -> None:
-        """Write what waits, wipe the keys and close the file."""
-        self._jobs.put(None)
-        await asyncio.to_thread(self._thread.join)
+    async def close(self, *, destroyed: bool = False) -> None:
+        """Write what waits, wipe the keys and close the files; with ``destroyed`` remove them, too.
 
-    async def destroy(self) -> None:
-        """Close the store and remove its files. Raises StoreError."""
-        await self.close()
-        await asyncio.to_thread(destroy, self.path)
+        Raises StoreError if they cannot be removed.
+        """
+        if not self._ended.done():
+            self._jobs.put(_End(destroyed))
+        await asyncio.shield(self._ended)
 
-    async def call(self, function: Callable[[Disk], T]) -> T:
+    async def call(
+        self, function: Callable[[Disk], T], discard: Callable[[T], object] = lambda _value: None
+    ) -> T:
         """Return what ``function`` returns, called in the store's thread with its files. Raises
         what it raises, and StoreError for errors of the database.
+
+        ``discard``: called with the result if the caller was cancelled meanwhile.
         """
         outcome: asyncio.Future[T] = self._loop.create_future()
 
         def finish(value: T | None, error: BaseException | None) -> None:
             if outcome.cancelled():
-                return
-            if error is None:
+                if error is None:
+                    discard(value)  # type: ignore[arg-type]  # it is a T then
+            elif error is None:
                 outcome.set_result(value)  # type: ignore[arg-type]  # it is a T then
             else:
                 outcome.set_exception(error)
@@ -182,16 +197,39 @@ class Store:
                 except Empty:
                     break
             if batch:
-                disk = self._disk
-                errors = disk.write(batch)
-                self._post(self._report, batch, errors, disk.sequence, disk.rows)
+                self._write(batch)
             # 2. The other job.
-            if job is None:
-                break
+            if isinstance(job, _End):
+                self._post(self._finish, self._shut(job))
+                return
             if not isinstance(job, Change):
                 job()
-        if self._disk is not None:
-            self._disk.close()
+
+    def _write(self, batch: list[Change]) -> None:
+        disk = self._disk
+        try:
+            errors = disk.write(batch)
+        except Exception as error:  # noqa: BLE001 - the next ones may succeed, and all are answered
+            log.error("internal error in the store: %s", type(error).__name__)
+            errors = [CommandError(INTERNAL_ERROR)] * len(batch)
+        self._post(self._report, batch, errors, disk.sequence, disk.rows)
+
+    def _shut(self, job: "_End") -> Exception | None:
+        """Close the files; return what went wrong."""
+        try:
+            if self._disk is not None:
+                self._disk.close()
+            if job.destroyed:
+                destroy(self.path)
+        except Exception as error:  # noqa: BLE001 - the caller of close() gets it
+            return error
+        return None
+
+    def _finish(self, error: Exception | None) -> None:
+        if error is None:
+            self._ended.set_result(None)
+        else:
+            self._ended.set_exception(error)
 
     def _report(
         self, batch: list[Change], errors: list[CommandError | None], sequence: int, rows: int
@@ -200,4 +238,4 @@ class Store:
         self.sequence, self.rows = sequence, rows
         for change, error in zip(batch, errors, strict=True):
             change.commit.finish(error)
-        self._on_written()
+        self._on_written(self)

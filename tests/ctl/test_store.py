@@ -225,6 +225,11 @@ def test_what_cannot_be_made_leaves_nothing(
         patch.setenv("PATH", str(tmp_path))
         _, err = run("store", "init", str(tmp_path / "s"), "--age", escrow.public, status=1)
         assert "age was not found; on Debian: apt install age" in err
+    qmp.add("disk0", data="letmein")
+    _, err = run("store", "init", str(tmp_path / "s"), "--age", "age1x", status=1)
+    assert qmp.read("disk0") == b"letmein"
+    assert not (tmp_path / "s").exists()
+    qmp.ok("object-del", {"id": "disk0"})
     os.symlink(tmp_path, tmp_path / "link")
     _, err = run("store", "init", str(tmp_path / "link"), "--age", escrow.public, status=1)
     assert "link is a symlink" in err
@@ -235,6 +240,14 @@ def test_what_cannot_be_made_leaves_nothing(
     assert ",secrets=vm*" in err
     _, err = run("store", "init", str(tmp_path / "t"), "--age", escrow.public, status=1)
     assert f"secretd has a store already: {tmp_path}/s" in err
+    run("store", "recipient", "remove", "age", "--yes")
+    _, err = run("store", "rekey", status=1)
+    assert "the store has no recipient, so nothing would bring the new key back" in err
+    qmp.ok("object-del", {"id": "store.key"})
+    while "error" in qmp.cmd("object-del", {"id": "store"}):
+        pass
+    _, err = run("store", "init", str(tmp_path / "s"), "--age", escrow.public, status=1)
+    assert f"{tmp_path}/s has a store already; docs/howto/recover.md opens it" in err
     for wrong in (("backup",), ("verify", "x"), ("init", "a", "b")):
         run("store", *wrong, status=2)
 
@@ -248,6 +261,8 @@ def test_the_system_daemon_knows_its_store_after_a_restart(
     objects = tmp_path / "objects.d"
     monkeypatch.setattr(paths, "OBJECTS_DIR", str(objects))
     place = str(tmp_path / "store")
+    _, err = run("store", "init", place, "--systemd", status=1)
+    assert "secretd-unlock.service brings the key of /var/lib/secretd/store only" in err
     out, err = run("store", "init", place, "--age", escrow.public, "--secrets", "vm*", "--json")
     assert json.loads(out)["declared"] == str(objects / "store.json")
     assert json.loads((objects / "store.json").read_text()) == {

@@ -69,7 +69,7 @@ def rows(path: Path) -> dict[str, str]:
 
 CALL = re.compile(r"^(\d+) +(\w+)\((\d+)<(.*?)>([,)].*) += (-?\d+)")
 UNFINISHED = re.compile(r"^(\d+) (.*) <unfinished \.\.\.>$")
-RESUMED = re.compile(r"^(\d+) <\.\.\. \w+ resumed>(.*)$")
+RESUMED = re.compile(r"^(\d+) +<\.\.\. \w+ resumed>(.*)$")
 STRING = re.compile(r'"((?:\\x[0-9a-f]{2})*)"')
 
 
@@ -164,7 +164,8 @@ def test_no_reply_leaves_before_the_disk_has_it(
         states.append(states[-1] | {f"w{number}": "x" * 500})
     pid = process.pid
     process.stop()
-    while f"{pid} +++ exited" not in trace.read_text():
+    ended = re.compile(rf"^{pid} +\+\+\+ exited", re.MULTILINE)
+    while not ended.search(trace.read_text()):
         pass
 
     recorded = Recorded(str(store), begin)

@@ -79,6 +79,7 @@ async def test_additions_go_on_while_earlier_ones_are_written(
         addition("t", 2, keyid="s"),
         line("object-add", 2, **{"qom-type": "secret", "id": "t", "file": "/dev/null"}),
         line("object-del", 2, id="s"),
+        line("object-add", 2, **{"qom-type": "authz-listfile", "id": "l", "filename": "/dev/null"}),
         b'{"execute": "object-add", "arguments": 1, "id": 2}\n',
         b'{"execute": x}\n',
         b"{'execute': 'query-secrets', 'id': 2}\n",
@@ -243,7 +244,8 @@ async def test_a_counted_read_waits_until_its_count_is_written(
         with pytest.raises(BlockingIOError):
             os.read(source, 99)
         slow.go("No space left on device")
-        assert (await client.reply())["error"]["desc"] == "No space left on device"
+        words = "Reading secret 's' cannot be counted now; try again later"
+        assert (await client.reply())["error"]["desc"] == words
         while await reads() != 0:
             await asyncio.sleep(0)
         slow.stop()
@@ -369,7 +371,7 @@ async def test_an_untrusted_administrator_has_a_share_of_the_disk(
     own = "Only uid 0 and the daemon's own uid may "
     store = {"qom-type": "secret-store", "id": "x", "path": "/x", "keyid": "key"}
     assert await admin.fail("object-add", store) == f"{own}name a directory"
-    for command in ("rekey", "backup", "destroy"):
+    for command in ("unlock", "verify", "rekey", "backup", "destroy"):
         arguments = {"id": "store", "rekey": {"keyid": "k"}, "backup": {"fdname": "f"}}
         more = arguments.get(command, {})
         assert isinstance(more, dict)
@@ -378,6 +380,17 @@ async def test_an_untrusted_administrator_has_a_share_of_the_disk(
                 await admin.ok("getfd", {"fdname": "f"}, (file.fileno(),))
         words = await admin.fail(f"secret-store-{command}", {"id": "store", **more})
         assert words == f"{own}do this"
+    changes: list[tuple[str, dict[str, object]]] = [
+        ("object-add", {"qom-type": "secret", "id": "key.new", "data": "x" * 32}),
+        ("secret-replace", {"qom-type": "secret", "id": "key", "data": "x" * 32}),
+        ("secret-generate", {"id": "key.new", "size": 32}),
+        ("secret-expire", {"id": "key", "after": 9}),
+        ("object-del", {"id": "key"}),
+        ("object-del", {"id": "store"}),
+        ("qom-set", {"path": "store", "property": "secrets", "value": "x"}),
+    ]
+    for command, change in changes:
+        assert (await admin.fail(command, change)).startswith(f"{own}add, change or delete '")
     words = "Reading secret 'key' is not permitted"
     assert await admin.fail("secret-seal", {"id": "key", "keyid": "key"}) == words
     slow.stop()
@@ -397,3 +410,21 @@ async def test_there_is_no_store_by_default(aqmp: AsyncClient) -> None:
     """And a missing one says so."""
     assert await aqmp.ok("query-secret-store") == []
     assert await aqmp.fail("secret-store-unlock", {"id": "x"}) == "Store 'x' not found"
+
+
+@pytest.mark.tuning(stop_seconds=0.05)
+async def test_a_disk_that_never_answers_does_not_hold_up_the_stop(
+    in_loop: Served, aqmp: AsyncClient, slow: SlowDisk, store: str
+) -> None:
+    """Neither with changes under way, nor while the store is being locked."""
+    assert store
+    slow.stop()
+    await aqmp.send(addition("s", 1))
+    while not slow.batches:
+        await asyncio.sleep(0)
+    other = await in_loop.connect()
+    await other.send(line("object-del", 1, id="key"))
+    in_loop.server.stop()
+    while in_loop.server.sessions:
+        await asyncio.sleep(0)
+    slow.go()

@@ -8,6 +8,7 @@ knows what the journal has.
 import asyncio
 import os
 import shutil
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Coroutine
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 
 from secretd.descriptors.source import CommandLineSources
-from secretd.errors import CommandError, LimitReached
+from secretd.errors import CommandError, LimitReached, StoreError
 from secretd.journal.journal import Journal
 from secretd.memory.arena import Arena
 from secretd.qom import deadlines
@@ -531,6 +532,9 @@ async def test_there_is_one_store(kept: Kept) -> None:
     with pytest.raises(CommandError, match=r"Property 'secret-store.path' is not writable"):
         TYPES.numbered[7].set("path", None)
     kept.tree.delete("key")
+    with pytest.raises(CommandError, match="in use"):
+        kept.tree.delete("store")  # its files are not closed yet
+    await asyncio.gather(*kept._tasks)
     kept.tree.delete("store")
     assert kept.tree.keeper is None
     with pytest.raises(CommandError, match="expects an absolute path"):
@@ -636,3 +640,194 @@ async def test_an_id_that_is_added_again_is_no_longer_doomed(kept: Kept, slow: S
     assert kept.secrets() == {"s": "new"}
     await kept.reboot()
     assert kept.secrets() == {"s": "new"}
+
+
+async def test_what_is_removed_while_the_store_opens_is_deleted(kept: Kept, slow: SlowDisk) -> None:
+    """Though nothing has to be read then."""
+    slow.go()
+    for object_id in ("a", "b"):
+        await kept.add(object_id)
+    kept.tree.delete("key")
+    with pytest.raises(CommandError):
+        await kept.delete("a")
+    await kept.add("key", KEY)
+    await asyncio.sleep(0)
+    with pytest.raises(CommandError, match="remains until the store is open"):
+        await kept.delete("b")
+    await kept.state("open")
+    await kept.reboot()
+    assert kept.secrets() == {}
+
+
+async def test_another_declaration_keeps_what_is_known(kept: Kept) -> None:
+    """At a restart with other options: removals whose rows stayed, and its number."""
+    await kept.add("a")
+    kept.tree.delete("key")
+    with pytest.raises(CommandError):
+        await kept.delete("a")
+    options = SecretStoreOptions(
+        id="store", path=str(kept.path), keyid="key", secrets="*", unlock_timeout=90
+    )
+    assert renew(kept.tree, options, kept._loading(), {})
+    await kept.restart()
+    await kept.add("key", KEY)
+    await kept.state("open")
+    assert kept.secrets() == {}
+    await kept.reboot()
+    assert kept.secrets() == {}
+    elsewhere = SecretStoreOptions(id="store", path="/elsewhere", keyid="key", secrets="*")
+    assert renew(kept.tree, elsewhere, kept._loading(), {})
+    record = kept.journal.get("store")
+    assert record is not None
+    assert "uuid" not in record.properties
+
+
+async def test_of_two_changes_one_is_refused(kept: Kept, slow: SlowDisk) -> None:
+    """So that a failure leads back to what was acknowledged; counts of reads go on."""
+    slow.go()
+    await kept.grant("g", max_reads=5)
+    held = kept.tree.limits.object_bytes.held(0)
+    slow.stop()
+    first = kept.tree.change("g", {"secret": "wide*"})
+    with pytest.raises(CommandError, match="object 'g' is being changed; try again"):
+        kept.tree.change("g", {"secret": "other*"})
+    record = kept.journal.get("g")
+    assert record is not None
+    counted = kept.tree.replace_properties("g", record.properties | {"reads": 1}, undo=False)
+    slow.go("Unable to write")
+    for commit in (first, counted):
+        assert commit is not None
+        with pytest.raises(CommandError, match="Unable to write"):
+            await commit
+    record = kept.journal.get("g")
+    assert record is not None
+    assert (record.properties["secret"], record.properties["reads"]) == ("*", 1)
+    assert abs(kept.tree.limits.object_bytes.held(0) - held) <= 16
+
+
+async def test_a_replacement_that_memory_refuses_is_taken_back(
+    kept: Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store has what memory has."""
+    await kept.add("s", "old")
+    for failure, words in (
+        (LimitReached("x", "no room"), "no room"), (OSError(28, "x"), "Internal error"),
+    ):  # fmt: skip
+
+        def fail(*_args: object, failure: Exception = failure) -> int:
+            raise failure
+
+        with monkeypatch.context() as patch:
+            patch.setattr(kept.journal, "replace", fail)
+            with pytest.raises(CommandError, match=words):
+                await kept.replace("s", "new")
+        assert kept.secrets() == {"s": "old"}
+    await kept.reboot()
+    assert kept.secrets() == {"s": "old"}
+
+
+async def test_replacements_under_way_count_for_their_owner(kept: Kept, slow: SlowDisk) -> None:
+    """Their bytes are held from the beginning."""
+    slow.go()
+    await kept.add("s", "old")
+    slow.stop()
+    before = kept.tree.limits.object_bytes.held(0)
+    commit = kept.replace_soon("s", "x" * 5000)
+    assert kept.tree.limits.object_bytes.held(0) == before + 5000
+    slow.go("Unable to write")
+    with pytest.raises(CommandError):
+        await commit
+    assert kept.tree.limits.object_bytes.held(0) == before
+
+
+async def test_what_leaves_the_command_line_becomes_a_row(kept: Kept) -> None:
+    """Memory is newer than an old row of that id."""
+    await kept.add("s", "old row")
+    await kept.close_files()
+    kept.tree.keeper = None
+    kept.tree.delete("s")
+    await kept.add("s", "of the command line")
+    await kept.add("u", "of the command line")
+    kept.tree.fixed |= {"s", "u"}
+    await kept.restart()
+    assert kept.keeper.store is not None
+    assert kept.keeper.store.rows == 1
+    await kept.close_files()
+    kept.tree.fixed.clear()
+    await kept.restart()
+    both = {"s": "of the command line", "u": "of the command line"}
+    assert kept.secrets() == both
+    await kept.reboot()
+    assert kept.secrets() == both
+
+
+async def test_a_failed_take_over_leaves_memory_as_it_was(kept: Kept) -> None:
+    """Replaced objects, too."""
+    for number in range(3):
+        await kept.add(f"s{number}", "before")
+    record = kept.journal.get("store")
+    assert record is not None
+    before = dict(record.properties)
+    for number in range(3):
+        await kept.replace(f"s{number}", "after")
+    assert kept.keeper.store is not None
+    await kept.keeper.store.put(99, store_module.Stored("zzz", 0, {}), None)
+    await kept.close_files()
+    kept.tree.keeper = None
+    kept.tree.replace_properties("store", before)
+    for number in range(3):
+        kept.tree.delete(f"s{number}")
+        await kept.add(f"s{number}", "before")
+    keeper = await kept.restart()
+    assert keeper.state == "failed"
+    assert set(kept.secrets().values()) == {"before"}
+
+
+async def test_a_destroyed_store_does_not_come_back(kept: Kept) -> None:
+    """Not by its key, nor by an unlock at the same time; a failure says so and can be repeated."""
+    await kept.add("s")
+    kept.tree.pinned.add("s")
+    (kept.path / "tombstones").chmod(0o640)
+    with pytest.raises(StoreError, match="has mode 0640"):
+        await kept.keeper.destroy()
+    assert kept.keeper.reason.startswith("it was not destroyed: ")
+    (kept.path / "tombstones").chmod(0o600)
+    await kept.keeper.unlock()
+    assert kept.keeper.state == "open"
+    await asyncio.gather(kept.keeper.destroy(), kept.keeper.unlock())
+    await kept.keeper.unlock()
+    assert (kept.keeper.state, kept.keeper.reason) == ("failed", "it was destroyed")
+    assert os.listdir(kept.path) == []
+    assert kept.secrets() == {"s": "letmein"}  # pinned: the daemon needs it
+    kept.tree.pinned.clear()
+
+
+async def test_faults_of_the_stores_thread_are_reported(
+    kept: Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes on, and whoever waits gets an error; without a thread the store has failed."""
+
+    def fail(*_args: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Disk, "_try", fail)
+        with pytest.raises(CommandError, match="Internal error"):
+            await kept.add("s")
+    await kept.add("s")
+    kept.tree.delete("key")
+    await asyncio.gather(*kept._tasks)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail)
+        await kept.add("key", KEY)
+        await kept.state("failed")
+    assert kept.keeper.reason == "internal error: MemoryError"
+    await kept.keeper.unlock()
+    assert kept.secrets() == {"s": "letmein"}
+
+
+async def test_keys_of_the_command_line_are_not_replaced(kept: Kept) -> None:
+    """The next start would bring the earlier one."""
+    kept.tree.fixed.add("key")
+    with pytest.raises(CommandError, match="key 'key' is an object of the command line"):
+        await kept.keeper.rekey("key", only=True, data=False)

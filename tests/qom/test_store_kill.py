@@ -127,6 +127,7 @@ async def _continued(copied: Journal, place: Path) -> State:
     assert objects.keeper.state == "open", objects.keeper.reason
     found = state(objects)
     assert objects.keeper.store is not None
+    await objects.keeper.store.call(lambda _disk: None)  # what was removed is deleted by then
     rows = objects.keeper.store.rows
     await objects.keeper.store.close()
     assert rows == len(found)

@@ -377,9 +377,14 @@ def test_a_copy_is_a_store(files: Files, tmp_path: Path) -> None:
     files.path = other
     assert files.open().verify() == 1
     (other / "backup").mkdir()
-    with pytest.raises(StoreError, match="Is a directory"):
+    with pytest.raises(StoreError, match="File exists"):
         files.disk.copy()
     (other / "backup").rmdir()
+    # What an interrupted copy has left goes at the next opening, and with the store.
+    (other / "backup").write_bytes(b"left over")
+    files.disk.close()
+    files.open()
+    assert "backup" not in os.listdir(other)
 
 
 def test_a_destroyed_store_leaves_no_file(files: Files) -> None:

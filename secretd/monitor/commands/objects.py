@@ -25,6 +25,7 @@ command: Final = Commands()
 @command(waits=True)
 def object_add(monitor: Monitor, arguments: AnyOptions) -> Awaitable[None] | None:
     """Create an object."""
+    monitor.check_own(arguments.id)
     size = monitor.tree.add(arguments, monitor.loading)
     if isinstance(size, int):
         added(monitor, arguments, size)
@@ -69,6 +70,7 @@ def added(monitor: Monitor, options: ObjectOptions, size: int) -> None:
 @command(waits=True)
 def object_del(monitor: Monitor, id: str) -> Awaitable[None] | None:  # noqa: A002 - the wire's name
     """Delete an object; a secret's plaintext is wiped before the reply."""
+    monitor.check_own(id)
     kind, commit = monitor.tree.delete(id)
     name = kind.info.name
     if name == "secret-grant":
@@ -102,6 +104,7 @@ def qom_set(
 ) -> Awaitable[None] | None:
     """Change a property; the object's loaded content stays."""
     paths = monitor.core.paths
+    monitor.check_own(paths.resolve(path)[0] or "")
     try:
         commit = paths.set(path, property, value)  # type: ignore[arg-type]  # JSON by the schema
     except StoredInvalidValue:

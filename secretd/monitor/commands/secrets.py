@@ -128,6 +128,7 @@ def secret_seal(
 def secret_generate(monitor: Monitor, id: str, size: int) -> Awaitable[None] | None:  # noqa: A002
     """Add a secret of ``size`` random bytes, generated inside secretd."""
     check_size(size)
+    monitor.check_own(id)
     tree = monitor.tree
     tree.check_new(id)
     options = SecretOptions(id=id)
@@ -146,6 +147,7 @@ def secret_replace(monitor: Monitor, arguments: SecretOptions) -> Awaitable[None
     The arguments are those of object-add. Until the reply clients read the old content, and if the
     command fails, afterwards too. The secret has no lifetime then.
     """
+    monitor.check_own(arguments.id)
     size = exchange(monitor.tree, arguments, monitor.loading)
     if isinstance(size, int):
         _replaced(monitor, arguments, size)
@@ -195,6 +197,7 @@ def secret_expire(
     never expires.
     """
     monitor.tree.plaintext(id)
+    monitor.check_own(id)
     if after is UNSET:
         commit = monitor.tree.keep(id)
         monitor.core.audit.append("lifetime", monitor.subject, id=id)

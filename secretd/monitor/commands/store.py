@@ -88,7 +88,7 @@ async def secret_store_unlock(monitor: Monitor, id: str) -> None:  # noqa: A002 
     """Open a store whose key exists, or wait until it is open; the reply says why it cannot be
     opened.
     """
-    keeper = _keeper(monitor, id)
+    keeper = _own(monitor, id)
     await _whole(monitor, keeper.unlock())
     keeper.check()
 
@@ -115,7 +115,7 @@ async def secret_store_rekey(
 @command(waits=True)
 async def secret_store_verify(monitor: Monitor, id: str) -> Verified:  # noqa: A002
     """Open every row of the store, and compare all of them with its head."""
-    keeper = _keeper(monitor, id)
+    keeper = _own(monitor, id)
     with _words(keeper):
         return {"rows": await keeper.check().call(lambda disk: disk.verify())}
 
@@ -129,7 +129,7 @@ async def secret_store_backup(monitor: Monitor, id: str, fdname: str) -> Copied:
     try:
         keeper = _own(monitor, id)
         with _words(keeper):
-            copy = await keeper.check().call(lambda disk: disk.copy())
+            copy = await keeper.check().call(lambda disk: disk.copy(), os.close)
     except BaseException:
         fd.close()
         raise
@@ -187,7 +187,7 @@ async def _whole(monitor: Monitor, step: Coroutine[object, object, None]) -> Non
         else:
             outcome.set_exception(failure)
 
-    monitor.core.start(run())
+    monitor.core.background(run())
     await outcome
 
 
