@@ -415,8 +415,12 @@ def test_a_disk_that_takes_ten_seconds_holds_up_only_its_changes(
 
 def test_no_file_shows_a_secret_or_an_id(start: Callable[..., Process], tmp_path: Path) -> None:
     """Database, WAL, tombstones, backup; while it is open and afterwards; after every command."""
-    process = start(*declared(tmp_path), "--audit", "none")
+    process = start("--audit", "none")
     client = process.connect()
+    assert client.add("store.key", data=KEY.decode()) == {"return": {}}
+    store = {"qom-type": "secret-store", "id": "store", "path": f"{tmp_path}/store"}
+    client.ok("object-add", {**store, "keyid": "store.key", "create": True})
+    client.ok("secret-store-unlock", {"id": "store"})
     names = {f"canary-{number}" for number in range(200)}
 
     def check() -> None:
