@@ -117,7 +117,7 @@ class Terminal:
     def __init__(self, *command: str) -> None:
         need_program("tmux")
         self._server = f"secretd-test-{uuid.uuid4()}"
-        self.tmux("new-session", "-d", "-x", "200", "-y", "120", *command)
+        self.tmux("new-session", "-d", "-x", "200", "-y", "240", *command)
 
     def tmux(self, *words: str) -> str:
         """Run a command of tmux."""
