@@ -15,7 +15,7 @@ from secretd import paths
 from secretd.ctl import recipients, store, store_checks
 from secretd.errors import UsageError
 from tests.support.daemon import Daemon
-from tests.support.needs import need_program
+from tests.support.needs import need_program, need_root
 from tests.support.qmp import Client
 from tests.support.secretctl import SECRETCTL, Ctl
 
@@ -256,7 +256,7 @@ def test_the_system_daemon_knows_its_store_after_a_restart(
     run: Ctl, daemon: Daemon, escrow: Escrow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its directory of objects has the declaration, and loses it with the store."""
-    monkeypatch.setattr(os, "getuid", lambda: 0)
+    need_root()
     monkeypatch.setattr(paths, "control_path", lambda: daemon.control)
     objects = tmp_path / "objects.d"
     monkeypatch.setattr(paths, "OBJECTS_DIR", str(objects))

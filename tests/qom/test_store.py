@@ -94,7 +94,7 @@ class Kept:
         buffer = self.journal.arena.allocate(len(text))
         buffer.view[:] = text.encode()
         self.tree.check_new(object_id)
-        return self.tree.store(SecretOptions(id=object_id), buffer, 0)
+        return self.tree.store(SecretOptions(id=object_id), buffer, os.getuid())
 
     async def grant(self, object_id: str, **options: Any) -> None:
         """Add a grant."""
@@ -414,11 +414,11 @@ async def test_a_failed_addition_leaves_nothing(kept: Kept, slow: SlowDisk) -> N
     """Neither memory, nor a count, nor its id."""
     held = kept.journal.arena.held
     commit = kept.add_soon("s")
-    assert kept.tree.limits.objects.held(0) == 3
+    assert kept.tree.limits.objects.held(os.getuid()) == 3
     slow.go("Unable to write")
     with pytest.raises(CommandError, match="Unable to write"):
         await commit
-    assert (kept.journal.arena.held, kept.tree.limits.objects.held(0)) == (held, 2)
+    assert (kept.journal.arena.held, kept.tree.limits.objects.held(os.getuid())) == (held, 2)
     slow.go()
     await kept.add("s")
 
@@ -686,7 +686,7 @@ async def test_of_two_changes_one_is_refused(kept: Kept, slow: SlowDisk) -> None
     """So that a failure leads back to what was acknowledged; counts of reads go on."""
     slow.go()
     await kept.grant("g", max_reads=5)
-    held = kept.tree.limits.object_bytes.held(0)
+    held = kept.tree.limits.object_bytes.held(os.getuid())
     slow.stop()
     first = kept.tree.change("g", {"secret": "wide*"})
     with pytest.raises(CommandError, match="object 'g' is being changed; try again"):
@@ -702,7 +702,7 @@ async def test_of_two_changes_one_is_refused(kept: Kept, slow: SlowDisk) -> None
     record = kept.journal.get("g")
     assert record is not None
     assert (record.properties["secret"], record.properties["reads"]) == ("*", 1)
-    assert abs(kept.tree.limits.object_bytes.held(0) - held) <= 16
+    assert abs(kept.tree.limits.object_bytes.held(os.getuid()) - held) <= 16
 
 
 async def test_a_replacement_that_memory_refuses_is_taken_back(
@@ -731,13 +731,13 @@ async def test_replacements_under_way_count_for_their_owner(kept: Kept, slow: Sl
     slow.go()
     await kept.add("s", "old")
     slow.stop()
-    before = kept.tree.limits.object_bytes.held(0)
+    before = kept.tree.limits.object_bytes.held(os.getuid())
     commit = kept.replace_soon("s", "x" * 5000)
-    assert kept.tree.limits.object_bytes.held(0) == before + 5000
+    assert kept.tree.limits.object_bytes.held(os.getuid()) == before + 5000
     slow.go("Unable to write")
     with pytest.raises(CommandError):
         await commit
-    assert kept.tree.limits.object_bytes.held(0) == before
+    assert kept.tree.limits.object_bytes.held(os.getuid()) == before
 
 
 async def test_what_leaves_the_command_line_becomes_a_row(kept: Kept) -> None:
