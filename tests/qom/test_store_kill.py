@@ -167,7 +167,9 @@ async def test_at_every_moment_changes_are_whole_or_absent(tmp_path: Path) -> No
     states = [state(kept.tree)]
     # The store's thread is told to look by the job that it carries out next.
     assert kept.keeper.store is not None
+    before = await kept.keeper.store.call(lambda _disk: sys.gettrace())
     await kept.keeper.store.call(lambda _disk: sys.settrace(watch.trace))
+    own = sys.gettrace()
     sys.settrace(watch.trace)
     try:
         for step in steps:
@@ -177,8 +179,8 @@ async def test_at_every_moment_changes_are_whole_or_absent(tmp_path: Path) -> No
             watch.look()
             states.append(state(kept.tree))
     finally:
-        sys.settrace(None)
-        await kept.keeper.store.call(lambda _disk: sys.settrace(None))
+        sys.settrace(own)
+        await kept.keeper.store.call(lambda _disk: sys.settrace(before))
     await kept.end()
 
     assert len(watch.moments) > 4 * len(steps)
