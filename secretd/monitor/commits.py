@@ -56,7 +56,7 @@ class Commits:
                     await reply.commit
             data = reply.reply(reply.commit) if isinstance(reply, Stored) else reply
             safely(self._transport, lambda: self._outbox.add(framed(data)))  # noqa: B023 - now
-            if self._queue:  # it is empty if the connection has ended
+            with contextlib.suppress(IndexError):  # it is empty if the connection has ended
                 self._queue.popleft()
 
     def clear(self) -> None:

@@ -70,9 +70,8 @@ class TakingOver:
                 with content:
                     await self._take(kind, content.view)
         except BaseException:
-            for object_id in self._added:
-                if object_id in self._tree.journal:
-                    self._drop(object_id)
+            for object_id in filter(self._tree.journal.__contains__, self._added):
+                self._drop(object_id)
             raise
         if self._differing and self._wins == "store":
             async for kind, content in self._store.contents():

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from secretd import paths
-from secretd.ctl import recipients, store, store_checks
+from secretd.ctl import recipients, store, store_checks, store_keys
 from secretd.errors import UsageError
 from tests.support.daemon import Daemon
 from tests.support.needs import need_program, need_root
@@ -272,6 +272,10 @@ def test_the_system_daemon_knows_its_store_after_a_restart(
     assert err == ""
     run("store", "destroy", "--yes", "--json")
     assert list(objects.iterdir()) == []
+    out, err = run("store", "init", place, "--age", escrow.public)
+    assert "it keeps all secrets" in out
+    assert "start it with" not in err
+    assert "secrets" not in json.loads((objects / "store.json").read_text())
 
 
 def test_the_usual_place_is_the_users_own(
@@ -339,3 +343,47 @@ def test_watch_shows_the_store(daemon: Daemon, qmp: Client, made: str) -> None:
     process.stdout.close()
     assert "SECRET_STORE        store is locked\n" in shown
     assert "store is failed: key 'store.key' has 5 bytes, and 32 are needed\n" in shown
+
+
+def test_what_fails_half_way_leaves_what_was(
+    run: Ctl, qmp: Client, made: str, escrow: Escrow, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """A backup without room, a refusal at the terminal, a recipient's directory that is a link."""
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _fd: (_ for _ in ()).throw(OSError(28, "No space")))
+        _, err = run("store", "backup", str(tmp_path / "copy"), status=1)
+        assert "No space" in err
+    assert not (tmp_path / "copy").exists()
+    with monkeypatch.context() as patch:
+        for module in (store, store_keys):
+            patch.setattr(module, "agreed", lambda _question: False)
+        run("store", "destroy", status=1)
+        run("store", "recipient", "remove", "age", status=1)
+    assert qmp.ok("query-secret-store")[0]["state"] == "open"
+    run("store", "recipient", "add", "age", escrow.public, "--identity", escrow.file)
+    # A recipient of unknown making cannot be sealed for again.
+    os.unlink(f"{made}/recipients/age.how")
+    assert "age needs a public key" in run("store", "rekey", status=1)[1]
+    run("store", "recipient", "add", "age", escrow.public)
+    real, calls = store_keys.SyncClient.read_into, iter(range(9))
+
+    def second_fails(*args: object, **named: object) -> int:
+        if next(calls) == 1:
+            raise UsageError("interrupted")
+        return real(*args, **named)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store_keys.SyncClient, "read_into", second_fails)
+        assert "interrupted" in run("store", "rekey", status=1)[1]
+    os.rename(f"{made}/recipients", tmp_path / "elsewhere")
+    os.symlink(tmp_path / "elsewhere", f"{made}/recipients")
+    _, err = run("store", "recipient", "add", "age", escrow.public, status=1)
+    assert "recipients is a symlink" in err
+
+
+def test_doctor_is_silent_without_a_store(daemon: Daemon) -> None:
+    """And on a socket that does not have the command."""
+    for path in (daemon.control, daemon.client):
+        with store.client_of(store.Common(path, None, json=False)) as client:
+            assert list(store_checks.store_findings(client)) == []

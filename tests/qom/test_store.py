@@ -8,9 +8,10 @@ knows what the journal has.
 import asyncio
 import os
 import shutil
+import sqlite3
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -831,3 +832,62 @@ async def test_keys_of_the_command_line_are_not_replaced(kept: Kept) -> None:
     kept.tree.fixed.add("key")
     with pytest.raises(CommandError, match="key 'key' is an object of the command line"):
         await kept.keeper.rekey("key", only=True, data=False)
+
+
+async def test_a_removal_that_a_kill_interrupted_is_completed(kept: Kept) -> None:
+    """It was noted, and the object was still there."""
+    await kept.add("s")
+    kept.keeper._doomed["s"] = None
+    kept.keeper._note()
+    await kept.close_files()
+    await kept.restart()
+    assert kept.secrets() == {}
+    await kept.reboot()
+    assert kept.secrets() == {}
+
+
+async def test_a_store_that_is_no_longer_declared_notes_nothing(kept: Kept) -> None:
+    """A transaction may end after that; the chain of keys ends at a missing one."""
+    keeper, store = kept.keeper, kept.keeper.store
+    assert store is not None
+    kept.tree.keeper = None
+    keeper._note_written(store)
+    kept.journal.set_properties("key", {"keyid": "gone"})
+    assert keeper._key_chain() == ["key", "gone"]
+    kept.tree.keeper = keeper
+
+
+async def test_many_objects_are_written_in_groups(kept: Kept) -> None:
+    """When a store is declared over what memory has."""
+    await kept.end()
+    shutil.rmtree(kept.path)
+    kept.__init__(kept.path.parent)  # type: ignore[misc]
+    await kept.add("key", KEY)
+    for number in range(300):
+        await kept.add(f"s{number}")
+    await kept.declare()
+    assert kept.keeper.store is not None
+    assert kept.keeper.store.rows == 300
+
+
+async def test_calls_of_the_stores_thread_are_answered_or_discarded(kept: Kept) -> None:
+    """Errors of the database in its words; a result that nothing waits for is given back."""
+    store = kept.keeper.store
+    assert store is not None
+
+    def fail(_disk: Disk) -> None:
+        raise sqlite3.OperationalError("disk I/O error")
+
+    with pytest.raises(StoreError, match="disk I/O error"):
+        await store.call(fail)
+    discarded: list[int] = []
+    functions: list[Callable[[Disk], Any]] = [lambda _disk: 7, fail]
+    for function in functions:
+        waiting = asyncio.ensure_future(store.call(function, discarded.append))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+    await store.call(lambda _disk: None)
+    assert discarded == [7]
+    await kept.close_files()
+    await store.close()  # a second time

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from secretd.crypto import aead
 from secretd.crypto.aead import OpenError, seal, unseal
 from secretd.errors import CommandError, StoreError
 from secretd.memory.arena import Arena, LockedBuffer
@@ -524,3 +525,68 @@ async def test_a_commit_tells_all_who_wait() -> None:
     broken.finish(None)
     with pytest.raises(CommandError, match="Internal error"):
         await broken
+
+
+def test_faults_of_the_system_are_reported_in_words(
+    files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At each place where a file is opened, read, copied or removed."""
+
+    def fail(*_args: object, **_named: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    def fail_sqlite(*_args: object, **_named: object) -> None:
+        raise sqlite3.OperationalError("unable to open")
+
+    files.write(a="one")
+    files.disk._database.rollback()  # there is nothing to undo
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", fail)
+        with pytest.raises(StoreError, match="Input/output error"):
+            files.disk.copy()
+        with pytest.raises(StoreError, match="Input/output error"):
+            directory.Tombstones(str(files.path), files.disk._keys.mac)
+    files.disk.close()
+    with pytest.raises(StoreError, match="closed database"):
+        list(files.disk._database.rows())
+    with monkeypatch.context() as patch:
+        patch.setattr(sqlite3, "connect", fail_sqlite)
+        with pytest.raises(StoreError, match="unable to open"):
+            files.open()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", fail)
+        with pytest.raises(StoreError, match="Input/output error"):
+            database.destroy(str(files.path))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "geteuid", lambda: 12345)
+        with pytest.raises(StoreError, match="belongs to uid"):
+            directory.check_directory(str(files.path))
+        with pytest.raises(StoreError, match="/etc/passwd belongs to uid 0, not to uid 12345"):
+            directory.check_file("/etc/passwd")
+    with pytest.raises(StoreError, match="Not a directory"):
+        directory.check_file("/etc/passwd/x")
+    shutil.rmtree(files.path)
+    files.disk = Disk.create(str(files.path), files.key(), files.arena)
+
+
+def test_a_row_with_the_id_of_another_is_noticed(
+    files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though it was sealed for its place; and a failure of the cipher keeps no memory."""
+    keys = files.disk._keys
+    row_key = keys.row_key("a")
+    change = files.change("b", "value")
+    assert change.content is not None
+    with change.content as content:
+        row = database.Row(row_key, 1, keys.seal_row(row_key, 1, content.view))
+    with pytest.raises(StoreError, match="was changed, or moved from elsewhere"):
+        files.disk.opened(row)
+
+    def fail(_key: object) -> None:
+        raise MemoryError
+
+    held = files.arena.held
+    monkeypatch.setattr(aead, "_aes_gcm", lambda: fail)
+    with pytest.raises(MemoryError):
+        keys.open_row(row.key, 1, row.box)
+    assert files.arena.held == held
