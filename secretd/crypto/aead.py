@@ -7,6 +7,7 @@ keeps the key in the heap, so it lives within one function. The store calls this
 
 import functools
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from secretd.memory.arena import Arena, LockedBuffer
@@ -38,11 +39,21 @@ def seal(plaintext: memoryview | bytes, key: memoryview, purpose: bytes) -> byte
 
     ``key``: 32 bytes. ``purpose``: the associated data, which `unseal` must repeat.
     """
-    box = bytearray(BOX_BYTES + len(plaintext))
-    nonce = os.urandom(NONCE_BYTES)
-    box[:NONCE_BYTES] = nonce
-    _aes_gcm()(key).encrypt_into(nonce, plaintext, purpose, memoryview(box)[NONCE_BYTES:])
-    return bytes(box)
+    return sealer(key)(plaintext, purpose)
+
+
+def sealer(key: memoryview) -> Callable[[memoryview | bytes, bytes], bytes]:
+    """Return `seal` for many boxes under one key; the caller drops it in the same function."""
+    encrypt_into = _aes_gcm()(key).encrypt_into
+
+    def seal_one(plaintext: memoryview | bytes, purpose: bytes) -> bytes:
+        box = bytearray(BOX_BYTES + len(plaintext))
+        nonce = os.urandom(NONCE_BYTES)
+        box[:NONCE_BYTES] = nonce
+        encrypt_into(nonce, plaintext, purpose, memoryview(box)[NONCE_BYTES:])
+        return bytes(box)
+
+    return seal_one
 
 
 def unseal(box: bytes, key: memoryview, purpose: bytes, arena: Arena) -> LockedBuffer:

@@ -10,6 +10,7 @@ identities.
 import re
 from collections.abc import Callable
 from functools import lru_cache
+from operator import methodcaller
 from typing import Final
 
 PATTERN_CHARACTERS: Final = 4096
@@ -33,6 +34,8 @@ def matcher(pattern: str) -> Match:
     """Return the function that returns True for a matching text."""
     if not is_pattern(pattern):
         return pattern.__eq__
+    if pattern.find("*") == len(pattern) - 1 and "?" not in pattern:
+        return methodcaller("startswith", pattern[:-1])
     # Each piece between two asterisks has a fixed length: its first match is the best.
     first, *middle = [_piece(part) for part in pattern.split("*")]
     if not middle:

@@ -164,9 +164,10 @@ class Database:
         ).fetchone()
         return None if found is None else found[0]
 
-    def put(self, row: Row) -> None:
-        """Add or replace a row."""
-        self._connection.execute("INSERT OR REPLACE INTO rows VALUES (?, ?, ?)", row)
+    def add(self, row: Row) -> bool:
+        """Add a row; return False if there is one of its key."""
+        added = self._connection.execute("INSERT OR IGNORE INTO rows VALUES (?, ?, ?)", row)
+        return added.rowcount == 1
 
     def delete(self, row_key: bytes) -> None:
         """Delete a row."""

@@ -165,15 +165,19 @@ class Disk:
 
     def _apply(self, batch: list[Change]) -> None:
         keys = self._keys
+        seal = keys.row_sealer()
         for change in batch:
             row_key = keys.row_key(change.object_id)
-            self._delete(row_key)
-            if change.content is not None:
-                box = keys.seal_row(row_key, change.kind, change.content.view)
+            if change.content is None:
+                self._delete(row_key)
+            else:
+                box = seal(row_key, change.kind, change.content.view)
                 self._put(Row(row_key, change.kind, box))
 
     def _put(self, row: Row) -> None:
-        self._database.put(row)
+        if not self._database.add(row):  # there is an earlier one
+            self._delete(row.key)
+            self._database.add(row)
         self._state = self._state.plus(self._keys.digest(row.key, row.box[-TAG_BYTES:]))
 
     def _delete(self, row_key: bytes) -> None:
@@ -265,7 +269,7 @@ class Disk:
                 with self.opened(row) as content:
                     row_key = fresh.row_key(unpack(content.view)[0].id)
                     box = fresh.seal_row(row_key, row.kind, content.view)
-                database.put(Row(row_key, row.kind, box))
+                database.add(Row(row_key, row.kind, box))
                 self._state = self._state.plus(fresh.digest(row_key, box[-TAG_BYTES:]))
             database.set_wraps([wrap])
             self._keys = fresh

@@ -9,10 +9,11 @@ is not sealed. Everything lies in locked memory. store.store calls this module.
 import hashlib
 import os
 import struct
+from collections.abc import Callable
 from typing import Final, NamedTuple, Self
 
 from secretd.crypto import aead
-from secretd.crypto.aead import KEY_BYTES, OpenError, seal, unseal
+from secretd.crypto.aead import KEY_BYTES, OpenError, seal, sealer, unseal
 from secretd.errors import StoreError
 from secretd.memory.arena import Arena, LockedBuffer
 
@@ -100,7 +101,12 @@ class StoreKeys:
 
     def seal_row(self, row_key: bytes, kind: int, content: memoryview) -> bytes:
         """Return the box of a row; its key and its object's type number are bound to it."""
-        return seal(content, self._data.view, self._purpose(row_key, kind))
+        return self.row_sealer()(row_key, kind, content)
+
+    def row_sealer(self) -> Callable[[bytes, int, memoryview], bytes]:
+        """Return `seal_row` for many rows; the caller drops it in the same function."""
+        seal_one = sealer(self._data.view)
+        return lambda row_key, kind, content: seal_one(content, self._purpose(row_key, kind))
 
     def open_row(self, row_key: bytes, kind: int, box: bytes) -> LockedBuffer:
         """Return the content of a row in scratch memory. Raises OpenError."""
