@@ -44,7 +44,7 @@ def follow(box: Box, page: str) -> int:
             rebooted = True
             rest = code.removesuffix("systemctl reboot\n")
             if rest:
-                check(box, Block(rest, []), "/root")
+                check(box, Block(rest, []), "/srv")
             boot_id = box.boot_id()
             box.reboot()
             assert box.boot_id() != boot_id
@@ -53,7 +53,7 @@ def follow(box: Box, page: str) -> int:
                 "sh", "-c", "systemctl show -P ActiveState secretd-unlock | grep -v activating"
             )
         else:
-            check(box, block, "/root")
+            check(box, block, "/srv")
     return commands
 
 
@@ -84,13 +84,13 @@ def test_the_pages_lead_over_reboots_and_losses(box: Box) -> None:
         "/etc/systemd/system/backup.service",
         "[Service]\nType=oneshot\nRemainAfterExit=yes\n"
         f"LoadCredential=disk0:{CREDENTIALS}\n"
-        "ExecStart=sh -c 'cp $CREDENTIALS_DIRECTORY/disk0 /root/got'\n"
+        "ExecStart=sh -c 'cp $CREDENTIALS_DIRECTORY/disk0 /srv/got'\n"
         "[Install]\nWantedBy=basic.target\n",
     )
     box.run("systemctl", "enable", "backup.service", "secretd-credentials.socket")
     box.reboot()
     box.wait("systemctl", "is-active", "backup.service")
-    assert box.run("cat", "/root/got").stdout == "letmein"
+    assert box.run("cat", "/srv/got").stdout == "letmein"
     assert not any("kept from before" in line for line in box.journal("secretd", "--boot"))
     secrets = json.loads(box.run("secretctl", "list", "--json").stdout)
     (short,) = (each for each in secrets if each["id"] == "short")
@@ -124,7 +124,7 @@ def test_the_pages_lead_over_reboots_and_losses(box: Box) -> None:
     # The end of a store is the end of its secrets.
     box.run(
         "sh", "-c",
-        "age -d -i /root/escrow.txt /var/lib/secretd/store/recipients/age"
+        "age -d -i /srv/escrow.txt /var/lib/secretd/store/recipients/age"
         " | secretctl store unlock --stdin",
     )  # fmt: skip
     box.run("secretctl", "store", "destroy", "--yes")

@@ -32,17 +32,18 @@ def object_add(monitor: Monitor, arguments: AnyOptions) -> Awaitable[None] | Non
         return None
     if isinstance(size, Commit):
         return once_written(size, lambda: added(monitor, arguments, size.size))
-    return _add_later(monitor, arguments, size)
+    return once_loaded(size, lambda loaded: added(monitor, arguments, loaded))
 
 
-async def _add_later(
-    monitor: Monitor, options: ObjectOptions, loading: Awaitable[int | Commit]
-) -> None:
+async def once_loaded(loading: Awaitable[int | Commit], use: Callable[[int], object]) -> None:
+    """Call ``use`` with an object's size in bytes once it is loaded and, if a store has it,
+    written.
+    """
     size = await loading
     if isinstance(size, Commit):
-        await once_written(size, lambda: added(monitor, options, size.size))
+        await once_written(size, lambda: use(size.size))
     else:
-        added(monitor, options, size)
+        use(size)
 
 
 def once_written(commit: Commit, use: Callable[[], object]) -> Commit:

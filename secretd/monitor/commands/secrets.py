@@ -12,7 +12,7 @@ from secretd.descriptors.delivery import Delivery
 from secretd.descriptors.target import open_target, open_trusted_target
 from secretd.errors import CommandError
 from secretd.monitor.commands.listing import Page, SecretInfo, fill_later
-from secretd.monitor.commands.objects import added, once_written
+from secretd.monitor.commands.objects import added, once_loaded, once_written
 from secretd.monitor.events import EventName
 from secretd.monitor.monitor import Monitor
 from secretd.qapi.command import Commands
@@ -154,17 +154,7 @@ def secret_replace(monitor: Monitor, arguments: SecretOptions) -> Awaitable[None
         return None
     if isinstance(size, Commit):
         return once_written(size, lambda: _replaced(monitor, arguments, size.size))
-    return _replace_later(monitor, arguments, size)
-
-
-async def _replace_later(
-    monitor: Monitor, options: SecretOptions, loading: Awaitable[int | Commit]
-) -> None:
-    size = await loading
-    if isinstance(size, Commit):
-        await once_written(size, lambda: _replaced(monitor, options, size.size))
-    else:
-        _replaced(monitor, options, size)
+    return once_loaded(size, lambda loaded: _replaced(monitor, arguments, loaded))
 
 
 def _replaced(monitor: Monitor, options: SecretOptions, size: int) -> None:
