@@ -20,7 +20,6 @@ from secretd.store.rows import unpack
 from tests.e2e.conftest import SECRETD, Process
 from tests.e2e.scan import parts, secret
 from tests.support.needs import need_program, need_root
-from tests.support.qmp import Client
 
 KEY = secret(777).encode()
 
@@ -444,4 +443,3 @@ def test_no_file_shows_a_secret_or_an_id(start: Callable[..., Process], tmp_path
     check()
     assert process.stop().endswith("stopped; memory is wiped, and the store keeps 100 objects\n")
     check()
-    assert isinstance(client, Client)

@@ -6,7 +6,6 @@ bytecode. From each such moment the next process, and the next boot, have what w
 of the change that was under way all or nothing.
 """
 
-import asyncio
 import os
 import sys
 import threading
@@ -189,4 +188,3 @@ async def test_at_every_moment_changes_are_whole_or_absent(tmp_path: Path) -> No
         for boot in (False, True):
             found = await resumed(moment, tmp_path / f"m{number}{boot}", boot=boot)
             assert found in allowed, (number, boot)
-    await asyncio.sleep(0)
