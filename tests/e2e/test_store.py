@@ -216,7 +216,7 @@ def test_what_was_acknowledged_survives_kills_of_all_memory(
     for _ in range(20):
         process = start(*declared(tmp_path), "--audit", "none")
         client = process.connect()
-        held = {each["id"] for each in client.ok("query-secrets")} - {"store.key"}
+        held = {each["id"] for each in client.secrets()} - {"store.key"}
         for object_id in uncertain:  # not acknowledged: there or not
             if object_id in held:
                 model[object_id] = client.read(object_id).decode()
@@ -309,7 +309,7 @@ def test_a_full_disk_refuses_additions_and_keeps_deletions(
     process.stop()
     process = start(*options)
     client = process.connect()
-    assert {s["id"] for s in client.ok("query-secrets")} == kept | {"store.key"}
+    assert {s["id"] for s in client.secrets()} == kept | {"store.key"}
     assert client.ok("query-secret-store")[0]["state"] == "open"
     assert "error" in client.add("u", data="y" * 100_000)
     os.unlink(small_disk / "fill")
