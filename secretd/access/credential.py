@@ -12,7 +12,9 @@ from collections.abc import Iterator
 
 from secretd.access.grant_index import GrantIndex, Rule
 from secretd.access.peer import Peer
+from secretd.access.permission import Permissions
 from secretd.errors import AccessDenied
+from secretd.qom.alias import alias_of
 from secretd.qom.patterns import is_pattern, literal_prefix, matcher
 from secretd.qom.tree import ObjectTree
 from secretd.systemd.credential_address import CREDENTIAL_BYTES, CredentialAddress
@@ -25,12 +27,13 @@ class NothingGranted(AccessDenied):
 class CredentialMapping:
     """Maps units and names of credentials to secrets."""
 
-    def __init__(self, tree: ObjectTree, index: GrantIndex) -> None:
+    def __init__(self, tree: ObjectTree, index: GrantIndex, permissions: Permissions) -> None:
         self._tree = tree
         self._index = index
+        self._permissions = permissions
 
     async def find(self, peer: Peer, claimed: CredentialAddress | None) -> tuple[str, Rule]:
-        """Return the id of the secret that a unit asks for, and the grant that permits it.
+        """Return the id of the secret or alias that a unit asks for, and the grant that permits it.
 
         ``peer``: the process that connected; ``claimed``: the unit and name in its address, None if
         the address has another form (systemd.exec(5), LoadCredential=). Raises AccessDenied with
@@ -49,9 +52,9 @@ class CredentialMapping:
         found: dict[str, Rule] = {}
         missing = ""
         for rule in self._living(peer.identities):
-            if matcher(rule.secret)(name):
+            if any(map(matcher(rule.secret), {name, self._tree.resolved(name)})):
                 missing = missing or name
-                if self._tree.is_secret(name):
+                if self._tree.names_secret(name):
                     found[name] = rule
             if rule.credential == name:
                 missing = rule.secret
@@ -71,10 +74,15 @@ class CredentialMapping:
             raise NothingGranted(f"no grant lets {peer.unit} have it")
         # 3. The one candidate, which may have changed while other connections had their turn.
         ((object_id, rule),) = found.items()
-        if object_id in self._tree.own_keys:
-            raise AccessDenied(f"secret '{object_id}' is a key of secretd itself")
-        if self._index.rules.get(rule.id) is not rule or not self._tree.is_secret(object_id):
+        version = self._tree.resolved(object_id)
+        if version in self._tree.own_keys:
+            raise AccessDenied(f"secret '{version}' is a key of secretd itself")
+        if self._index.rules.get(rule.id) is not rule or not self._tree.is_secret(version):
             raise AccessDenied(f"no grant lets {peer.unit} have it")  # any more
+        if version is not object_id and self._permissions.is_denied(
+            peer.identities, object_id, version
+        ):
+            raise AccessDenied(f"a rule denies {peer.unit} '{object_id}' or '{version}'")
         size = self._tree.secret(object_id)[1]
         if len(name.encode()) + size > CREDENTIAL_BYTES:
             raise AccessDenied(
@@ -87,10 +95,16 @@ class CredentialMapping:
     def _secrets(self, rule: Rule) -> Iterator[str | None]:
         """Yield the secrets that a grant covers; None after each block of examined ids."""
         if not is_pattern(rule.secret):
-            return iter([rule.secret] if self._tree.is_secret(rule.secret) else [])
-        fits = matcher(rule.secret)
+            return iter([rule.secret] if self._tree.names_secret(rule.secret) else [])
+        fits, aliases = matcher(rule.secret), self._tree.aliases
         found = self._tree.secrets_after("", [literal_prefix(rule.secret)])
-        return (object_id for object_id in found if object_id is None or fits(object_id))
+        # The versions of an alias that the pattern covers, too, are the same secret.
+        return (
+            each
+            for each in found
+            if each is None
+            or (fits(each) and not ((alias := alias_of(each)) in aliases and fits(alias)))
+        )
 
     def _living(self, identities: frozenset[str]) -> list[Rule]:
         """Return the grants that have not expired, with or without reads left."""

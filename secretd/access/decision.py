@@ -11,6 +11,8 @@ can bypass the decision.
 
 - On the control socket everything is allowed, except the daemon's own keys to untrusted peers.
 - On the other sockets a secret-grant must match the id, and its authz object must allow the peer.
+- An alias is resolved once. The `Grant` names the version, which is released whatever becomes of
+  the alias meanwhile; permission decides by both names.
 - A running delivery holds its `Grant`. When a grant or authz object changes, `holds` is asked
   again, and deliveries that are no longer permitted are withdrawn.
 - A limited grant counts a read before the delivery starts. `take_back` subtracts it if no byte was
@@ -29,14 +31,16 @@ from secretd.access.credential import CredentialMapping, NothingGranted
 from secretd.access.grant_index import Granted, GrantIndex, Rule
 from secretd.access.grant_list import Considered, GrantInfo, explained_grants, listed_grants
 from secretd.access.peer import Peer, SocketRole
+from secretd.access.permission import Permissions
 from secretd.access.uses import Uses
 from secretd.audit.log import Audit
 from secretd.audit.records import Subject
 from secretd.errors import AccessDenied, CommandError
 from secretd.limits import Tuning
-from secretd.qom.grant import READS, used_up
-from secretd.qom.identifiers import ID_BYTES
+from secretd.qom.alias import alias_of
+from secretd.qom.grant import READS
 from secretd.qom.patterns import literal_prefix, matcher
+from secretd.qom.rotation import note_read
 from secretd.qom.sorted_ids import in_order
 from secretd.qom.tree import ObjectTree
 from secretd.store.commit import Commit
@@ -53,12 +57,13 @@ class Grant:
     """Permission to release one secret to one peer, made by `Access` only.
 
     ``peer``, ``subject``: the peer, and its form in the audit. ``object_id``: the secret.
-    ``plaintext``: a borrowed view, valid until the secret is removed. ``rule``: the id of the
-    permitting secret-grant, None on the control socket. ``counted``: the count of the read that a
-    store must have before the first byte leaves, None without one.
+    ``alias``: the alias by which the peer named it, or "". ``plaintext``: a borrowed view, valid
+    until the secret is removed. ``rule``: the id of the permitting secret-grant, None on the
+    control socket. ``counted``: the count of the read that a store must have before the first byte
+    leaves, None without one.
     """
 
-    __slots__ = ("counted", "object_id", "peer", "plaintext", "rule", "subject", "terms")
+    __slots__ = ("alias", "counted", "object_id", "peer", "plaintext", "rule", "subject", "terms")
 
     def __init__(  # noqa: PLR0917 - what a decision is about
         self,
@@ -68,9 +73,11 @@ class Grant:
         object_id: str,
         terms: "Rule | None",
         plaintext: memoryview,
+        alias: str,
     ) -> None:
         if key is not _KEY:
             raise TypeError("only access makes a Grant")
+        self.alias = alias
         self.peer = peer
         self.subject = subject
         self.object_id = object_id
@@ -95,7 +102,8 @@ class Access:
         self._tree = tree
         self._audit = audit
         self._index = GrantIndex(tree, tuning)
-        self._credentials = CredentialMapping(tree, self._index)
+        self._permissions = Permissions(tree, self._index)
+        self._credentials = CredentialMapping(tree, self._index, self._permissions)
         self.uses = Uses()
         self._units_waiting = 0
         tree.subscribe(decision=self._index.changed, removal=self.uses.forget)
@@ -110,33 +118,47 @@ class Access:
         permitted peer names a missing secret, or if the audit record cannot be written under
         --audit-policy=require.
         """
-        rule = None
-        if object_id in self._tree.own_keys and not peer.trusted:
+        rule, alias = None, ""
+        version = self._tree.resolved(object_id)
+        if version is not object_id:
+            alias = object_id
+        if version in self._tree.own_keys and not peer.trusted:
             # The audit's key, with which records can be forged, or the store's.
             self._audit.append_refusal(action, peer.uid, subject, id=object_id)
             raise AccessDenied(f"Reading secret '{object_id}' is not permitted")
         if peer.role is not SocketRole.CONTROL:
-            rule = self._permitting(peer.identities, object_id)
+            rule = self._permissions.permitting(peer.identities, object_id)
             if rule is None:
                 self._audit.append_refusal(action, peer.uid, subject, id=object_id)
                 raise AccessDenied(f"Reading secret '{object_id}' is not permitted")
-        if rule is not None and not self._tree.is_secret(object_id):
+        if rule is not None and not self._tree.is_secret(version):
             # Do not reveal objects of other types to clients.
-            raise CommandError(f"No secret with id '{object_id}'")
-        plaintext = self._tree.plaintext(object_id)
-        grant = Grant(_KEY, peer, subject, object_id, rule, plaintext)
+            raise CommandError(f"No secret with id '{version}'")
+        plaintext = self._tree.plaintext(version)
+        grant = Grant(_KEY, peer, subject, version, rule, plaintext, alias)
         limited = rule is not None and rule.limited
         if limited:
             grant.counted = self._count(grant, 1)
         by = "control socket" if rule is None else f"grant {rule.id}"
         try:
-            self._audit.append_release(action, subject, by, object_id, len(plaintext))
+            self._audit.append_release(action, subject, by, version, len(plaintext), alias=alias)
         except CommandError:
             if limited:
                 self._count(grant, -1)
             raise
-        self.uses.note(object_id, subject)
+        self.uses.note(version, subject)
         return grant
+
+    def delivered(self, grant: Grant) -> None:
+        """Note that a release has reached its reader: aliases know what each has read.
+
+        On the control socket only consumers that an alias names count: others there rotate it.
+        """
+        if self._tree.aliases:
+            peer = grant.peer
+            reader = "" if grant.rule is None else peer.unit or f"uid:{peer.uid}"
+            alias = grant.alias or alias_of(grant.object_id)
+            note_read(self._tree, alias, grant.object_id, peer.identities, reader)
 
     async def credential(
         self, peer: Peer, subject: Subject, claimed: CredentialAddress | None
@@ -157,11 +179,13 @@ class Access:
                 "credential", peer.uid, subject, credential=name, reason=error.desc
             )
             raise
-        plaintext = self._tree.plaintext(object_id)
+        version = self._tree.resolved(object_id)
+        alias = "" if version is object_id else object_id
+        plaintext = self._tree.plaintext(version)
         by = f"grant {rule.id}"
-        self._audit.append_release("credential", subject, by, object_id, len(plaintext), name)
-        self.uses.note(object_id, subject)
-        return Grant(_KEY, peer, subject, object_id, rule, plaintext)
+        self._audit.append_release("credential", subject, by, version, len(plaintext), name, alias)
+        self.uses.note(version, subject)
+        return Grant(_KEY, peer, subject, version, rule, plaintext, alias)
 
     async def _find(self, peer: Peer, claimed: CredentialAddress | None) -> tuple[str, Rule]:
         """Return what a unit asks for; while a store is locked, wait for it."""
@@ -205,7 +229,7 @@ class Access:
         """
         return (
             peer.role is SocketRole.CONTROL
-            or self._permitting(peer.identities, object_id) is not None
+            or self._permissions.permitting(peer.identities, object_id) is not None
         )
 
     def readable(self, peer: Peer, object_ids: Iterable[str]) -> Iterator[str]:
@@ -226,7 +250,7 @@ class Access:
     def _granted_after(self, peer: Peer, after: str) -> Iterator[str | None]:
         granted, asked = self._granted_and_asked(peer)
         prefixes = granted.prefixes.union(literal_prefix(rule.secret) for rule in asked)
-        is_secret = self._tree.is_secret
+        names_secret, aliases = self._tree.names_secret, self._tree.aliases
         for object_id in in_order(
             granted.exact_after(after), self._tree.ids_after(after, prefixes)
         ):
@@ -234,9 +258,12 @@ class Access:
                 yield None
                 # Others had their turn, and may have revoked a grant.
                 granted, asked = self._granted_and_asked(peer)
-            elif (asked or granted.names(object_id)) and is_secret(object_id):
+            elif (asked or granted.names(object_id)) and names_secret(object_id):
                 rules = (rule for rule in asked if matcher(rule.secret)(object_id))
-                if any(map(self._is_usable, itertools.chain(granted.naming(object_id), rules))):
+                usable = map(
+                    self._permissions.is_usable, itertools.chain(granted.naming(object_id), rules)
+                )
+                if any(usable) and (object_id not in aliases or self.may_read(peer, object_id)):
                     yield object_id
 
     def _granted_and_asked(self, peer: Peer) -> tuple[Granted, list[Rule]]:
@@ -247,21 +274,12 @@ class Access:
         rules = granted.uncacheable.values()
         return granted, [rule for rule in rules if self._index.allows(rule.authz, peer.identities)]
 
-    def _is_usable(self, rule: Rule) -> bool:
-        return not self._tree.deadlines.expired(rule.id) and not (
-            rule.limited and self._used_up(rule.id)
-        )
-
     def holds(self, grant: Grant) -> bool:
         """Return True if the secret-grant of a release still permits it."""
         if grant.rule is None:
             return self.admits(grant.peer)
-        rule = self._index.rules.get(grant.rule)
-        return (
-            rule is not None
-            and matcher(rule.secret)(grant.object_id)
-            and not self._tree.deadlines.expired(rule.id)
-            and self._index.allows(rule.authz, grant.peer.identities)
+        return self._permissions.still_permits(
+            grant.peer.identities, grant.rule, grant.object_id, grant.alias
         )
 
     def admits(self, peer: Peer) -> bool:
@@ -275,32 +293,6 @@ class Access:
             or peer.trusted
             or (peer.authz is not None and self._index.allows(peer.authz, peer.identities))
         )
-
-    def _permitting(self, identities: frozenset[str], object_id: str) -> Rule | None:
-        """Return a grant that permits, preferably one without a limited number of reads."""
-        granted = self._index.granted_to(identities)
-        asked: Iterable[Rule] = ()
-        if granted.uncacheable:
-            asked = [
-                rule
-                for rule in granted.uncacheable.values()
-                if self._index.allows(rule.authz, identities)
-                and len(object_id) <= ID_BYTES
-                and matcher(rule.secret)(object_id)
-            ]
-        found = None
-        for rule in (*granted.naming(object_id), *asked):
-            if self._tree.deadlines.expired(rule.id):
-                continue
-            if not rule.limited:
-                return rule
-            if found is None and not self._used_up(rule.id):
-                found = rule
-        return found
-
-    def _used_up(self, grant_id: str) -> bool:
-        record = self._tree.journal.get(grant_id)
-        return record is None or used_up(record)
 
     def _count(self, grant: Grant, reads: int) -> Commit | None:
         """Count a read of a limited grant; return what waits for the disk, if a store has the
@@ -327,6 +319,10 @@ class Access:
     ) -> Iterator[GrantInfo | None]:
         """See grant_list.listed_grants."""
         return listed_grants(self._tree, self._index, after, secret, identities)
+
+    def is_denied(self, identities: frozenset[str], alias: str, version: str) -> bool:
+        """See Permissions.is_denied."""
+        return self._permissions.is_denied(identities, alias, version)
 
     def explain(self, identities: frozenset[str], object_id: str) -> list[Considered]:
         """See grant_list.explained_grants."""

@@ -40,6 +40,7 @@ class Granted:
     """The grants of all peers with certain identities.
 
     ``all``: by the grant's id. ``uncacheable``: those whose authz object must be asked each time.
+    ``denied``: those whose authz object has a rule that denies the peer; they matter for aliases.
     """
 
     def __init__(self, identities: frozenset[str], position: int) -> None:
@@ -48,6 +49,7 @@ class Granted:
         self.doubtful: set[str] = set()  # ids of grants that have changed
         self.all: dict[str, Rule] = {}
         self.uncacheable: dict[str, Rule] = {}
+        self.denied: dict[str, Rule] = {}
         self._exact: dict[str, dict[str, Rule]] = {}  # by the secret's id
         self._patterns: dict[str, dict[str, Rule]] = {}  # by the pattern's literal prefix
         self._lengths: Counter[int] = Counter()  # of these prefixes
@@ -55,6 +57,7 @@ class Granted:
 
     def remove(self, grant_id: str) -> None:
         """Remove a grant, if it is there."""
+        self.denied.pop(grant_id, None)
         rule = self.all.pop(grant_id, None)
         if rule is None or self.uncacheable.pop(grant_id, None) is not None:
             return
@@ -146,7 +149,7 @@ class GrantIndex:
         self.sorted = SortedIds(())  # their ids
         self._by_authz: dict[str, set[str]] = {}
         self._judges: dict[str, Rules | FileRules] = {}
-        # Authz objects that a grant names, by what they can allow.
+        # Authz objects that a grant names, by the identities that they can allow or deny.
         self._reach: dict[str, Reach] = {}
         self._exact = _Keys()
         self._prefixes = _Keys()
@@ -289,7 +292,7 @@ class GrantIndex:
                 del self._interested[identity]
 
     def _candidates(self, identities: frozenset[str]) -> set[str]:
-        """Return the authz objects that can allow a peer with these identities."""
+        """Return the authz objects that can allow or deny a peer with these identities."""
         found: set[str] = set()
         for identity in identities:
             found |= self._exact.get(identity, set())
@@ -302,8 +305,11 @@ class GrantIndex:
         judge = None if rule is None else self.judge(rule.authz)
         if rule is None or judge is None:
             return
-        if not judge.steady or judge.judge(granted.identities).allowed:
+        verdict = judge.judge(granted.identities) if judge.steady else None
+        if verdict is None or verdict.allowed:
             granted.add(rule, cacheable=judge.steady)
+        elif verdict.denied:
+            granted.denied[rule.id] = rule
 
     def judge(self, authz: str) -> Rules | FileRules | None:
         """Return the rules of an authz object, None if there is none of that id."""
@@ -322,3 +328,10 @@ class GrantIndex:
         """
         judge = self.judge(authz)
         return judge is not None and judge.judge(identities).allowed
+
+    def denies(self, authz: str, identities: frozenset[str]) -> bool:
+        """Return True if a rule of the authz object of that id denies a peer with these
+        identities.
+        """
+        judge = self.judge(authz)
+        return judge is not None and judge.judge(identities).denied

@@ -120,11 +120,14 @@ class Considered(NamedTuple):
 def explained_grants(
     tree: ObjectTree, index: GrantIndex, identities: frozenset[str], object_id: str
 ) -> list[Considered]:
-    """Return the verdict of each secret-grant for this id about a client with some identities."""
+    """Return the verdict of each secret-grant for this id, and for the current version of an alias,
+    about a client with some identities.
+    """
+    names = {object_id, tree.resolved(object_id)}
     return [
-        Considered(rule.id, *_verdict(tree, index, rule, identities))
+        Considered(rule.id, *_verdict(tree, index, rule, identities)[:2])
         for rule in sorted(index.rules.values())
-        if matcher(rule.secret)(object_id)
+        if any(map(matcher(rule.secret), names))
     ]
 
 
@@ -140,4 +143,4 @@ def _verdict(
     if judge is None:
         return Verdict(False, f"there is no authz object '{rule.authz}'")
     verdict = judge.judge(identities)
-    return Verdict(verdict.allowed, f"'{rule.authz}': {verdict.why}")
+    return verdict._replace(why=f"'{rule.authz}': {verdict.why}")

@@ -19,15 +19,24 @@ def object_event(event: str, subject: Subject, object_id: str, kind: str, size: 
 
 
 def release(  # noqa: PLR0917 - the members that each of these records has
-    event: str, subject: Subject, rule: str, object_id: str, size: int, credential: str
+    event: str,
+    subject: Subject,
+    rule: str,
+    object_id: str,
+    size: int,
+    credential: str,
+    alias: str = "",
 ) -> str:
     """Return the record of a release of a secret by a rule.
 
-    ``credential``: the name that a unit requested, "" for a read or seal.
+    ``credential``: the name that a unit requested, "" for a read or seal. ``alias``: the alias that
+    was named, or "".
     """
     if len(object_id) > AUDIT_ID_CHARACTERS:
         object_id = object_id[:AUDIT_ID_CHARACTERS]
-    by = "" if not credential else f'"credential":{json_text(credential)},'
+    by = "" if not alias else f'"alias":"{alias[:AUDIT_ID_CHARACTERS]}",'
+    if credential:
+        by += f'"credential":{json_text(credential)},'
     return (
         f'"event":"{event}","decision":"allow","rule":"{rule}","id":"{object_id}",'
         f'{by}"size":{size},{subject.text}'

@@ -173,14 +173,16 @@ class Audit:
         object_id: str,
         size: int,
         credential: str = "",
+        alias: str = "",
     ) -> None:
         """Append the record of a release, which must not happen if this raises CommandError.
 
-        ``rule`` permits it. ``credential``: the name that a unit requested, "" for a read or seal.
+        ``rule`` permits it. ``credential``: the name that a unit requested, "" for a read or seal;
+        ``alias``: the alias that was named, or "".
         """
         if self._sink is None:
             return
-        text = release(event, subject, rule, object_id, size, credential)
+        text = release(event, subject, rule, object_id, size, credential, alias)
         if not self._require:
             self._number(text)
             if not self.in_turn:

@@ -27,6 +27,7 @@ class AuditRecord(Struct, omit_defaults=True, rename="kebab"):
     decision: str | UnsetType = UNSET
     rule: str | UnsetType = UNSET
     id: str | UnsetType = UNSET
+    alias: str | UnsetType = UNSET
     credential: str | UnsetType = UNSET
     type: str | UnsetType = UNSET
     size: int | UnsetType = UNSET
@@ -34,6 +35,9 @@ class AuditRecord(Struct, omit_defaults=True, rename="kebab"):
     peer: Raw | UnsetType = UNSET
     reason: str | UnsetType = UNSET
     state: str | UnsetType = UNSET
+    current: str | UnsetType = UNSET
+    staged: str | UnsetType = UNSET
+    previous: str | UnsetType = UNSET
     count: int | UnsetType = UNSET
     of: int | UnsetType = UNSET
     version: str | UnsetType = UNSET

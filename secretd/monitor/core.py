@@ -8,10 +8,11 @@ creates it.
 import asyncio
 import os
 import time
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from types import MappingProxyType
 from typing import Final, Literal
 
-from secretd.access.decision import Access
+from secretd.access.decision import Access, Grant
 from secretd.access.peer import Peer
 from secretd.audit.log import Audit
 from secretd.audit.records import AUDIT_ID_CHARACTERS
@@ -92,10 +93,25 @@ class Core:
     def _recheck_deliveries(self, _object_id: str) -> None:
         self.deliveries.recheck(self.access.holds)
 
-    def announce(self, name: str, object_id: str, peer: Peer | None, origin: object) -> None:
+    def delivered(self, grant: Grant, origin: object) -> None:
+        """Note and announce that a secret has reached its reader; ``origin``: its session."""
+        self.access.delivered(grant)
+        if self.broadcaster.subscribers:  # usually there are none
+            members = {"alias": grant.alias} if grant.alias else {}
+            self.announce("SECRET_READ", grant.object_id, grant.peer, origin, members)
+
+    def announce(
+        self,
+        name: str,
+        object_id: str,
+        peer: Peer | None,
+        origin: object,
+        members: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         """Publish an event about a secret.
 
-        ``peer``: the peer that caused it, None without one; ``origin``: its session.
+        ``peer``: the peer that caused it, None without one; ``origin``: its session. ``members``:
+        further ids that its data has.
         """
         uid = None if peer is None or peer.trusted else peer.uid
         if not self.broadcaster.accepts(name, object_id, uid, origin):
@@ -103,10 +119,13 @@ class Core:
         # An identifier is plain ASCII; a requested id may be anything, and is cut as in the audit.
         shown = object_id[:AUDIT_ID_CHARACTERS] if name == "SECRET_DENIED" else object_id
         quoted = encoder.value(shown)
-        bare = wire_event(name, f'{{"id": {quoted}}}')
+        data = f'"id": {quoted}'
+        for member, value in members.items():
+            data += f', "{member}": {encoder.value(value)}'
+        bare = wire_event(name, f"{{{data}}}")
         full = bare
         if peer is not None:
-            full = wire_event(name, f'{{"id": {quoted}, "peer": {encoder.value(peer.info)}}}')
+            full = wire_event(name, f'{{{data}, "peer": {encoder.value(peer.info)}}}')
         self.broadcaster.publish(name, object_id, full, bare, origin, uid)
 
     def announce_to_control(

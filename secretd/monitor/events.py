@@ -40,10 +40,19 @@ class PeerInfo(TypedDict):
 
 class AboutSecret(TypedDict):
     """An event of the secret ``id``; on the control socket with the peer that caused it, if there
-    is one.
+    is one. ``alias``: the alias by which it was read.
     """
 
     id: str
+    alias: NotRequired[str]
+    peer: NotRequired[PeerInfo]
+
+
+class AboutAlias(TypedDict):
+    """An event of the secret-alias ``id``: ``version`` is its current version from now on."""
+
+    id: str
+    version: str
     peer: NotRequired[PeerInfo]
 
 
@@ -81,6 +90,7 @@ EventName = Literal[
     "SECRET_EXPIRED",
     "SECRET_READ",
     "SECRET_DENIED",
+    "SECRET_ROTATED",
     "SECRET_GRANTED",
     "SECRET_REVOKED",
     "SECRET_STORE",
@@ -94,6 +104,7 @@ EVENTS: Final[dict[str, type]] = {
     "SECRET_EXPIRED": AboutSecret,
     "SECRET_READ": AboutSecret,
     "SECRET_DENIED": AboutSecret,
+    "SECRET_ROTATED": AboutAlias,
     "SECRET_GRANTED": AboutGrant,
     "SECRET_REVOKED": AboutGrant,
     "SECRET_STORE": AboutStore,

@@ -103,12 +103,12 @@ class Monitor(PassedDescriptors):
         self._on_negotiated()
         self.negotiated = True
 
-    def announce(self, event: str, object_id: str) -> None:
+    def announce(self, event: str, object_id: str, **members: str) -> None:
         """Announce to the other sessions what this one did to a secret; its own client has the
         reply.
         """
         if self.core.broadcaster.subscribers:  # usually there are none
-            self.core.announce(event, object_id, self.peer, self)
+            self.core.announce(event, object_id, self.peer, self, members)
 
     def announce_grant(self, event: str, members: dict[str, object]) -> None:
         """Announce to the other control connections what this one did to a grant."""

@@ -80,8 +80,8 @@ class AuthZListFileOptions(ObjectOptions, tag="authz-listfile", kw_only=True):
 
 
 class Reach(NamedTuple):
-    """The identities that an authz object can allow: ``exact`` ones, and those with one of
-    ``prefixes``; the prefix "" stands for any.
+    """The identities that an authz object can allow, or deny by a rule: ``exact`` ones, and those
+    with one of ``prefixes``; the prefix "" stands for any.
     """
 
     exact: frozenset[str]
@@ -92,10 +92,11 @@ ANY: Final = Reach(frozenset(), frozenset(("",)))
 
 
 class Verdict(NamedTuple):
-    """An authz object's decision about a peer, and its reason."""
+    """A decision about a peer, and its reason; ``denied``: a rule denies, not policy or fault."""
 
     allowed: bool
     why: str
+    denied: bool = False
 
 
 class Named(NamedTuple):
@@ -125,13 +126,12 @@ class Rules:
         ]
 
     def reach(self) -> Reach:
-        """Return the identities that these rules can allow."""
+        """Return the identities that these rules can allow or deny."""
         if self._policy == "allow":
             return ANY
-        allowing = [(match, fits) for match, fits, policy in self._rules if policy == "allow"]
         return Reach(
-            frozenset(match for match, fits in allowing if fits is None),
-            frozenset(literal_prefix(match) for match, fits in allowing if fits is not None),
+            frozenset(match for match, fits, _ in self._rules if fits is None),
+            frozenset(literal_prefix(match) for match, fits, _ in self._rules if fits is not None),
         )
 
     def named(self) -> Named:
@@ -147,7 +147,8 @@ class Rules:
         """Return whether a peer with these identities is allowed, and why."""
         for number, (match, fits, policy) in enumerate(self._rules):
             if match in identities if fits is None else any(map(fits, identities)):
-                return Verdict(policy == "allow", f"rule {number} ('{match}') says {policy}")
+                why = f"rule {number} ('{match}') says {policy}"
+                return Verdict(policy == "allow", why, policy == "deny")
         return Verdict(
             self._policy == "allow", f"no rule matches, and its policy says {self._policy}"
         )

@@ -75,7 +75,7 @@ class Keeper(DeclaredStore):
         object_id: str,
         kind: ObjectType,
         properties: dict[str, object],
-        plaintext: LockedBuffer,
+        plaintext: LockedBuffer | None,
         uid: int,
     ) -> Commit:
         """Replace an object in the store and then in the tree; see `add`."""
@@ -96,7 +96,8 @@ class Keeper(DeclaredStore):
                         raise
                     commit.fail(failure)
                 return
-            plaintext.free()
+            if plaintext is not None:
+                plaintext.free()
             if error is None:  # it was deleted meanwhile, here and, after this, in the store
                 commit.fail(CommandError(f"No secret with id '{object_id}'"))
 

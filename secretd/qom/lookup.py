@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator
 from secretd.errors import AccessDenied, CommandError
 from secretd.journal.journal import Journal
 from secretd.limits import Limits
+from secretd.qom.alias import Alias, alias_of
 from secretd.qom.deadlines import Deadlines
 from secretd.qom.object_type import ObjectType, Types
 from secretd.qom.sorted_ids import SortedIds
@@ -19,6 +20,7 @@ class Lookup:
 
     ``pinned``: the ids of objects that cannot be deleted, since the daemon itself needs them.
     ``own_keys``: those of secrets that only trusted peers may use: the audit's key and the store's.
+    ``aliases``: the secret-alias objects, by id.
     """
 
     _sorted: SortedIds
@@ -30,6 +32,7 @@ class Lookup:
         self.limits = Limits()
         self.pinned: set[str] = set()
         self.own_keys: set[str] = set()
+        self.aliases: dict[str, Alias] = {}
 
     def is_secret(self, object_id: str) -> bool:
         """Return True if there is an unexpired secret of that id."""
@@ -37,20 +40,50 @@ class Lookup:
         is_secret = found is not None and found[0] in self.types.secrets
         return is_secret and not self.deadlines.expired(object_id)
 
+    def resolved(self, object_id: str) -> str:
+        """Return the current version of an alias; any other id as it is."""
+        alias = self.aliases.get(object_id)
+        return object_id if alias is None else alias.current
+
+    def names_secret(self, object_id: str) -> bool:
+        """Return True if there is an unexpired secret of that id, or of an alias of that id."""
+        return self.is_secret(self.resolved(object_id))
+
+    def check_deletable(self, object_id: str) -> None:
+        """Raise CommandError if an alias has a secret as its current version; expiry does not
+        ask.
+        """
+        alias = self.aliases.get(alias_of(object_id)) if self.aliases else None
+        if alias is not None and alias.current == object_id and object_id in self.journal:
+            raise CommandError(f"object '{object_id}' is in use, can not be deleted")
+
     def secret(self, object_id: str) -> tuple[str, int]:
-        """Return the type's name and the size in bytes of an existing secret."""
+        """Return the type's name and the size in bytes of an existing secret; for an alias the size
+        of its current version.
+        """
         summary = self.journal.summary(object_id)
         assert summary is not None
-        return self.types.numbered[summary[0]].info.name, summary[1]
+        size = summary[1]
+        if object_id in self.aliases:
+            version = self.journal.summary(self.resolved(object_id))
+            assert version is not None
+            size = version[1]
+        return self.types.numbered[summary[0]].info.name, size
 
     def secrets_after(
         self, object_id: str, prefixes: Collection[str] = ("",)
     ) -> Iterator[str | None]:
-        """Yield the ids of the secrets after ``object_id``, as `ids_after` does."""
+        """Yield the ids of the secrets and their aliases after ``object_id``, as `ids_after`
+        does.
+        """
         summary, secrets, expired = self.journal.summary, self.types.secrets, self.deadlines.expired
+        aliases = self.aliases
         for each in self.ids_after(object_id, prefixes):
             if each is None:
                 yield None
+            elif each in aliases:
+                if self.names_secret(each):
+                    yield each
             elif (found := summary(each)) and found[0] in secrets and not expired(each):
                 yield each
 

@@ -78,7 +78,8 @@ class ObjectType:
 
     ``number`` stands in the journal and never changes. ``defaults``: the values of properties that
     were not given. ``decides``: access depends on such objects. ``declares_store``: such an object
-    is a store on disk.
+    is a store on disk; ``names_versions``: it is an alias. ``acquired``: the properties that change
+    by use; an object of the command line keeps them at the next start.
     """
 
     info: TypeInfo
@@ -87,6 +88,8 @@ class ObjectType:
     defaults: Mapping[str, object]
     decides: bool = False
     declares_store: bool = False
+    names_versions: bool = False
+    acquired: frozenset[str] = frozenset()
 
     def create(self, _options: Any, _loading: Loading) -> Content | Awaitable[Content]:
         """Return the content that the options describe, at once or later. Raises CommandError."""

@@ -6,6 +6,7 @@ Each type's behaviour is defined in its own module. daemon and monitor.commands 
 
 from typing import Final, TypeAlias
 
+from secretd.qom.alias import SecretAlias, SecretAliasOptions
 from secretd.qom.authz import (
     AUTHZ,
     AuthZList,
@@ -34,6 +35,7 @@ _CREATABLE: Final[tuple[ObjectType, ...]] = (
     AuthZListFile(),
     SecretGrant(),
     SecretStore(),
+    SecretAlias(),
 )
 
 AnyOptions: TypeAlias = (
@@ -44,6 +46,7 @@ AnyOptions: TypeAlias = (
     | SecretKeyringOptions
     | SecretGrantOptions
     | SecretStoreOptions
+    | SecretAliasOptions
 )
 """The arguments of object-add: ObjectOptions of qapi/qom.json, with the types in its order."""
 
@@ -57,6 +60,7 @@ _INFOS: Final = (
     AuthZListFile.info,
     SecretGrant.info,
     SecretStore.info,
+    SecretAlias.info,
     AuthZSimple.info,
     TypeInfo("object", None, True, ("object",)),
     AuthZList.info,

@@ -11,6 +11,7 @@ from typing import Final
 
 from secretd.errors import CommandError
 from secretd.memory.arena import LockedBuffer
+from secretd.qom.alias import alias_of
 from secretd.qom.deadlines import DEADLINE
 from secretd.qom.grant import READS
 from secretd.qom.loading import Loading, then
@@ -48,6 +49,8 @@ def renew(
     plaintext = content if isinstance(content, LockedBuffer) else None
     if known and kind.declares_store:
         properties = _still_known(tree, options.id, properties)
+    if known and kind.acquired:
+        properties = _still_acquired(tree, options.id, kind, properties)
     if not known:
         tree.store_content(options.id, kind, properties, plaintext, loading.sources.uid)
     elif _is_same(tree, options.id, kind, properties, plaintext):
@@ -69,6 +72,18 @@ def _still_known(
         return properties
     known = {name: record.properties[name] for name in KNOWN if name in record.properties}
     return properties | known
+
+
+def _still_acquired(
+    tree: ObjectTree, object_id: str, kind: ObjectType, properties: dict[str, object]
+) -> dict[str, object]:
+    """Return the properties of an object with those that an existing one has acquired."""
+    record = tree.journal.get(object_id)
+    assert record is not None
+    if record.type != kind.number:
+        return properties
+    acquired = {n: value for n, value in record.properties.items() if n in kind.acquired}
+    return properties | acquired
 
 
 def _is_same(
@@ -128,3 +143,9 @@ def _check_replaceable(tree: ObjectTree, object_id: str) -> None:
     tree.plaintext(object_id)
     if object_id in tree.pinned:
         raise CommandError(f"object '{object_id}' is in use, can not be deleted")
+    alias = tree.aliases.get(alias_of(object_id))
+    if alias is not None and object_id in (alias.current, alias.previous):
+        raise CommandError(
+            f"'{object_id}' is a version of alias '{alias_of(object_id)}', and is written once; "
+            "add another version instead"
+        )

@@ -13,10 +13,10 @@ from secretd.errors import CommandError, LimitReached
 from secretd.journal.journal import Journal
 from secretd.journal.load_result import LoadSummary
 from secretd.memory.arena import Arena, LockedBuffer
-from secretd.qom.deadlines import DEADLINE, now
+from secretd.qom.alias import alias_in
+from secretd.qom.deadlines import DEADLINE
 from secretd.qom.identifiers import ID_BYTES, IDENTIFIER, check_identifier
 from secretd.qom.loading import Loading, SourceReader
-from secretd.qom.lookup import Lookup
 from secretd.qom.object_type import (
     Content,
     ObjectOptions,
@@ -24,17 +24,18 @@ from secretd.qom.object_type import (
     Types,
     properties_size,
 )
+from secretd.qom.properties import Properties
 from secretd.qom.sorted_ids import SortedIds
 from secretd.qom.subscriptions import Subscriptions
 from secretd.store.commit import Commit
 
 if TYPE_CHECKING:
-    from secretd.qom.keeper import Keeper
+    pass
 
 _is_identifier: Final = IDENTIFIER.fullmatch
 
 
-class ObjectTree(Lookup, Subscriptions):
+class ObjectTree(Properties, Subscriptions):
     """All objects.
 
     Plaintext lies in the journal's arena; ``scratch`` is locked memory for intermediate results.
@@ -44,7 +45,7 @@ class ObjectTree(Lookup, Subscriptions):
     """
 
     def __init__(self, journal: Journal, scratch: Arena, types: Types) -> None:
-        Lookup.__init__(self, journal, types)
+        Properties.__init__(self, journal, types)
         Subscriptions.__init__(self)
         self.scratch = scratch
         self._types_by_options = types.of
@@ -52,7 +53,6 @@ class ObjectTree(Lookup, Subscriptions):
         self.reserved: set[str] = set()
         self.fixed: set[str] = set()
         self.declared: set[str] = set()
-        self.keeper: Keeper | None = None
         self._ids = journal.ids
         self._take_over()
 
@@ -70,9 +70,8 @@ class ObjectTree(Lookup, Subscriptions):
             self.limits.object_bytes.count(uid, size)
         for number, object_ids in survey.by_type.items():
             kind = self.types.numbered[number]
-            for object_id in (
-                object_ids if kind.decides else survey.described.intersection(object_ids)
-            ):
+            every = kind.decides or kind.names_versions
+            for object_id in object_ids if every else survey.described.intersection(object_ids):
                 record = self.journal.get(object_id)
                 assert record is not None
                 self._changed(object_id, kind, record.properties)
@@ -141,6 +140,7 @@ class ObjectTree(Lookup, Subscriptions):
         limits.object_bytes.count(uid, size)
         self.deadlines.forget(object_id)
         self.deciding.discard(object_id)
+        self.aliases.pop(object_id, None)
         self._changed(object_id, kind, properties)
         if self.keeper is not None:
             self.keeper.placed(object_id)
@@ -150,17 +150,6 @@ class ObjectTree(Lookup, Subscriptions):
         self.pinned.add(object_id)
         self.own_keys.add(object_id)
         self.keep(object_id)
-
-    def keep(self, object_id: str) -> Commit | None:
-        """Remove the lifetime of an existing object; see `replace_properties`."""
-        record = self.journal.get(object_id)
-        assert record is not None
-        if DEADLINE not in record.properties:
-            return None
-        left = {n: value for n, value in record.properties.items() if n != DEADLINE}
-        commit = self.replace_properties(object_id, left)
-        self.deadlines.forget(object_id)
-        return commit
 
     def end_due(self) -> list[str]:
         """Delete the objects that expired while no process ran; return their ids."""
@@ -260,6 +249,10 @@ class ObjectTree(Lookup, Subscriptions):
         deadline = changes.get(DEADLINE)
         if isinstance(deadline, int):
             self.deadlines.set(object_id, deadline)
+        if kind.names_versions:
+            record = self.journal.get(object_id)
+            assert record is not None
+            self.aliases[object_id] = alias_in(record.properties)
         if kind.declares_store:
             self.declared.add(object_id)
             for declared in self._on_store:
@@ -287,6 +280,7 @@ class ObjectTree(Lookup, Subscriptions):
             callback(object_id)
         number, uid, size = self.journal.remove(object_id)
         self.declared.discard(object_id)
+        self.aliases.pop(object_id, None)
         self._sorted.remove(object_id)
         self.limits.objects.release(uid)
         self.limits.object_bytes.release(uid, size)
@@ -298,51 +292,3 @@ class ObjectTree(Lookup, Subscriptions):
             counted()
         commit = None if keeper is None or not is_row else keeper.removed(object_id)
         return self.types.numbered[number], commit
-
-    def expire_after(self, object_id: str, seconds: int) -> Commit | None:
-        """Set the lifetime of an existing object, from now; see `replace_properties`."""
-        record = self.journal.get(object_id)
-        assert record is not None
-        deadline = now() + seconds * 1_000_000_000
-        commit = self.replace_properties(object_id, record.properties | {DEADLINE: deadline})
-        self.deadlines.set(object_id, deadline)
-        return commit
-
-    def replace_properties(
-        self, object_id: str, properties: dict[str, object], *, undo: bool = True
-    ) -> Commit | None:
-        """Replace all properties of an existing object.
-
-        Returns what waits for the disk if a store has the object. If the store fails then, the
-        properties are the earlier ones again, with ``undo``. Raises CommandError.
-        """
-        keeper, commit = self.keeper, None
-        if keeper is not None and keeper.covers(object_id):
-            commit = keeper.update(object_id, properties, undo=undo)
-        self._set_properties(object_id, properties)
-        return commit
-
-    def _set_properties(self, object_id: str, properties: dict[str, object]) -> None:
-        uid, before = self.journal.owner(object_id)
-        self.journal.set_properties(object_id, properties)
-        self.limits.object_bytes.release(uid, before)
-        self.limits.object_bytes.count(*self.journal.owner(object_id))
-
-    def change(self, object_id: str, changes: dict[str, object]) -> Commit | None:
-        """Change some properties of an existing object; its loaded content stays."""
-        record = self.journal.get(object_id)
-        assert record is not None
-        properties = record.properties | changes
-        more = max(0, properties_size(properties) - properties_size(record.properties))
-        self.limits.object_bytes.check(record.uid, more)
-        commit = self.replace_properties(object_id, properties)
-        self._changed(object_id, self.types.numbered[record.type], changes)
-        return commit
-
-    def undo(self, object_id: str, properties: dict[str, object]) -> None:
-        """Give an existing object its earlier properties again."""
-        record = self.journal.get(object_id)
-        assert record is not None
-        self._set_properties(object_id, properties)
-        self.deadlines.forget(object_id)
-        self._changed(object_id, self.types.numbered[record.type], properties)

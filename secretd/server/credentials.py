@@ -132,7 +132,7 @@ class Credentials:
         copy = Fd(os.dup(sock.fileno()))
         decision = core.access.credential(peer, subject, claimed)
         grant = await core.deliveries.release_decided(copy, decision, SocketTarget)
-        core.announce("SECRET_READ", grant.object_id, peer, self)
+        core.delivered(grant, self)
 
     def _say(self, claimed: CredentialAddress | None, peer: Peer, error: Exception) -> None:
         """Log why a unit gets no credential: the unit learns only that it failed."""

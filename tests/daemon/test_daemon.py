@@ -163,7 +163,8 @@ def test_help_on_objects_ends_the_start(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == (
         "List of user creatable objects:\n"
-        "  authz-list\n  authz-listfile\n  authz-simple\n  secret\n  secret-grant\n"
+        "  authz-list\n  authz-listfile\n  authz-simple\n  secret\n  secret-alias\n"
+        "  secret-grant\n"
         "  secret-store\n"
         "  secret_keyring\n"
     )

@@ -415,7 +415,7 @@ def test_only_access_makes_a_grant() -> None:
     """There is no way to deliver without a decision."""
     peer = Peer(0, 0, 1, SocketRole.CONTROL)
     with pytest.raises(TypeError, match="only access makes"):
-        Grant(object(), peer, Subject("client", None), "s", None, memoryview(b"x"))
+        Grant(object(), peer, Subject("client", None), "s", None, memoryview(b"x"), "")
 
 
 async def test_an_unidentified_descriptor_is_refused(

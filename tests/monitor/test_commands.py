@@ -271,6 +271,7 @@ async def test_types_are_listed(aqmp: AsyncClient) -> None:
     """With their parents, abstract ones on request, by what they implement."""
     assert [entry["name"] for entry in await aqmp.ok("qom-list-types")] == [
         "container", "secret", "secret_keyring", "authz-list-file", "secret-grant", "secret-store",
+            "secret-alias",
         "authz-simple", "authz-list",
     ]  # fmt: skip
     abstract = await aqmp.ok("qom-list-types", {"abstract": True})

@@ -518,3 +518,33 @@ def test_a_unit_waits_until_the_store_is_open(
         daemon.empty()
         qmp.ok("object-add", {**store, "unlock-timeout": 0})
         assert len(fetch(daemon, app, address("app.service", "token"))) == REFUSED
+
+
+def test_an_alias_is_a_credential(daemon: Daemon, qmp: Client, app: str) -> None:
+    """By its own name, by one that maps to it, and where a grant names only the version."""
+    qmp.add("web.v1", data="first")
+    qmp.add("web.v2", data="second")
+    qmp.ok("object-add", {"qom-type": "secret-alias", "id": "web", "current": "web.v1"})
+    assert fetch(daemon, app, address("app.service", "web")) != b"first"
+    grant(qmp, "g", "web.v1")
+    assert fetch(daemon, app, address("app.service", "web")) == b"first"
+    change = {"id": "web", "expect": {"current": "web.v1"}}
+    qmp.ok("secret-alias-set", {**change, "current": "web.v2", "previous": "web.v1"})
+    assert len(fetch(daemon, app, address("app.service", "web"))) == REFUSED
+    qmp.ok("object-del", {"id": "g"})
+    # Its versions do not make a pattern that covers them, too, ambiguous.
+    grant(qmp, "h", "web*", more={"credential": "token"})
+    (found,) = qmp.ok("query-secret-alias")
+    assert found["missing"] == ["unit:app.service"]
+    for name in ("web", "token"):
+        assert fetch(daemon, app, address("app.service", name)) == b"second"
+    (found,) = qmp.ok("query-secret-alias")
+    assert found["missing"] == []
+    assert found["readers"] == [{"identity": "unit:app.service", "version": "web.v2"}]
+    rules = [{"match": "unit:app.service", "policy": "deny"}]
+    qmp.ok("object-add", {"qom-type": "authz-list", "id": "no", "rules": rules})
+    denial = {"qom-type": "secret-grant", "id": "d", "secret": "web.v2", "authz": "no"}
+    qmp.ok("object-add", denial)
+    qmp.ok("object-del", {"id": "h"})
+    grant(qmp, "i", "web")
+    assert len(fetch(daemon, app, address("app.service", "web"))) == REFUSED

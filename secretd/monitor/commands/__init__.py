@@ -10,6 +10,7 @@ are those of QEMU 10's qapi/ unless their docstring says that they are secretd's
 from typing import Final
 
 from secretd.monitor.commands import (
+    aliases,
     base,
     descriptors,
     grants,
@@ -27,6 +28,7 @@ COMMANDS: Final = Commands(
     descriptors.command,
     secrets.command,
     grants.command,
+    aliases.command,
     stats.command,
     store.command,
     human.command,

@@ -31,11 +31,14 @@ class ConsideredGrant(TypedDict):
 
 
 class Explanation(TypedDict):
-    """The result of secret-explain. ``grant``: one that lets the client read the secret."""
+    """The result of secret-explain. ``grant``: one that lets the client read the secret.
+    ``version``: the current version of an alias, whose grants are listed, too.
+    """
 
     allowed: bool
     exists: bool
     grant: NotRequired[str]
+    version: NotRequired[str]
     grants: list[ConsideredGrant]
 
 
@@ -45,15 +48,21 @@ def secret_explain(monitor: Monitor, id: str, peer: list[str]) -> Explanation:  
 
     ``grants`` lists the verdict of each secret-grant that names the secret.
     """
-    considered = monitor.core.access.explain(frozenset(peer), id)
+    access, identities = monitor.core.access, frozenset(peer)
+    considered = access.explain(identities, id)
     allowed = next((c for c in considered if c.allowed), None)
+    version = monitor.tree.resolved(id)
+    if version is not id and access.is_denied(identities, id, version):
+        allowed = None
     found: Explanation = {
         "allowed": allowed is not None,
-        "exists": monitor.tree.is_secret(id),
+        "exists": monitor.tree.names_secret(id),
         "grants": [c._asdict() for c in considered[:EXPLAINED_GRANTS]],  # type: ignore[misc]
     }
     if allowed is not None:
         found["grant"] = allowed.grant
+    if version is not id:
+        found["version"] = version
     return found
 
 

@@ -23,9 +23,12 @@ SecretInfo = TypedDict(
         "size": int,
         "memory": Literal["secretmem", "mlock", "none"],
         "expires-in": NotRequired[int],
+        "version": NotRequired[str],
     },
 )
-"""An entry of query-secrets: the size in bytes, the time left in seconds if it is limited."""
+"""An entry of query-secrets: the size in bytes, the time left in seconds if it is limited. An alias
+has these of its current version, which ``version`` names.
+"""
 
 
 async def fill_later(page: "Page", found: Iterator[str | None]) -> list[SecretInfo]:
@@ -51,7 +54,8 @@ class Page:
         have their turn.
         """
         memory, listed = self.monitor.core.memory, self.listed
-        secret, remaining = self.monitor.tree.secret, self.monitor.tree.deadlines.remaining
+        tree = self.monitor.tree
+        secret, remaining, aliases = tree.secret, tree.deadlines.remaining, tree.aliases
         for object_id in found:
             if object_id is None:
                 return False
@@ -62,7 +66,10 @@ class Page:
             info: SecretInfo = {
                 "id": object_id, "qom-type": qom_type, "size": size, "memory": memory,
             }  # fmt: skip
-            left = remaining(object_id)
+            version = object_id
+            if object_id in aliases:
+                version = info["version"] = tree.resolved(object_id)
+            left = remaining(version)
             if left is not None:
                 info["expires-in"] = left
             listed.append(info)

@@ -72,6 +72,7 @@ def added(monitor: Monitor, options: ObjectOptions, size: int) -> None:
 def object_del(monitor: Monitor, id: str) -> Awaitable[None] | None:  # noqa: A002 - the wire's name
     """Delete an object; a secret's plaintext is wiped before the reply."""
     monitor.check_own(id)
+    monitor.tree.check_deletable(id)
     kind, commit = monitor.tree.delete(id)
     name = kind.info.name
     if name == "secret-grant":

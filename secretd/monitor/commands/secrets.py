@@ -67,7 +67,7 @@ def secret_read(
 
 
 def _delivered(monitor: Monitor, delivery: Delivery) -> JSONText[Delivered]:
-    monitor.announce("SECRET_READ", delivery.grant.object_id)
+    monitor.core.delivered(delivery.grant, monitor)
     return JSONText(f'{{"size": {delivery.size}}}')
 
 
@@ -111,7 +111,9 @@ def secret_seal(
             fd.close()
         raise
     if fd is None:
-        data, iv = cipher.seal(monitor.check(id, "seal").plaintext, key, monitor.scratch)
+        grant = monitor.check(id, "seal")
+        data, iv = cipher.seal(grant.plaintext, key, monitor.scratch)
+        monitor.core.access.delivered(grant)
         return {"data": data, "iv": iv}
     reply: Sealed = {"iv": ""}
 
@@ -121,7 +123,12 @@ def secret_seal(
 
     delivery = monitor.core.deliveries.release(fd, lambda: monitor.check(id, "seal"), seal=seal)
     reply["size"] = delivery.size
-    return reply if delivery.rest is None else then(delivery.rest, lambda _: reply)
+
+    def sealed(_done: None = None) -> Sealed:
+        monitor.core.access.delivered(delivery.grant)
+        return reply
+
+    return sealed() if delivery.rest is None else then(delivery.rest, sealed)
 
 
 @command(waits=True)

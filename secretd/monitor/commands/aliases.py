@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""secretd's own commands about aliases: set, convert, and list them with their readers."""
+
+from collections.abc import Awaitable, Callable
+from typing import Final, NotRequired, TypedDict
+
+from msgspec import UNSET, Struct, UnsetType
+
+from secretd.monitor.monitor import Monitor
+from secretd.qapi.command import Commands
+from secretd.qom import rotation
+from secretd.qom.alias import number_of
+from secretd.store.commit import Commit
+from secretd.wire import encoder
+from secretd.wire.encoder import JSONText
+
+command: Final = Commands()
+
+ALIASES_BYTES: Final = 48 << 10
+"""Bytes of JSON text in one reply of query-secret-alias; a single alias may have more."""
+
+
+class AliasVersions(Struct, forbid_unknown_fields=True, rename="kebab", kw_only=True):
+    """The versions that an alias is expected to have; one that is not given is expected to be
+    none, "".
+    """
+
+    current: str
+    staged: str | UnsetType = UNSET
+    previous: str | UnsetType = UNSET
+
+
+class AliasReader(TypedDict):
+    """An identity, and the version that it has read last, "" for none."""
+
+    identity: str
+    version: str
+
+
+class AliasInfo(TypedDict):
+    """An entry of query-secret-alias.
+
+    ``next``: the id for another version. ``consumers``: the identities that are awaited, if they
+    were given. ``readers``: what each has read last. ``missing``: those that are awaited
+    and have not read the current version. ``more``: more identities have read it than are
+    remembered. ``fault``: why it cannot be read now.
+    """
+
+    id: str
+    current: str
+    staged: NotRequired[str]
+    previous: NotRequired[str]
+    next: str
+    consumers: NotRequired[list[str]]
+    readers: list[AliasReader]
+    missing: list[str]
+    more: NotRequired[bool]
+    fault: NotRequired[str]
+
+
+@command(waits=True)
+def secret_alias_set(  # noqa: PLR0917 - the arguments of the command
+    monitor: Monitor,
+    id: str,  # noqa: A002 - the wire's name
+    expect: AliasVersions,
+    current: str | UnsetType = UNSET,
+    staged: str | UnsetType = UNSET,
+    previous: str | UnsetType = UNSET,
+    consumers: list[str] | UnsetType = UNSET,
+) -> Awaitable[None] | None:
+    """Change an alias, if its versions are those that ``expect`` names.
+
+    ``staged`` and ``previous`` may be "" for none. A new ``current`` must exist.
+    """
+    tree = monitor.tree
+    before = rotation.alias(tree, id)
+    given = {"current": current, "staged": staged, "previous": previous}
+    expected = {
+        "current": expect.current,
+        "staged": "" if expect.staged is UNSET else expect.staged,
+        "previous": "" if expect.previous is UNSET else expect.previous,
+    }
+    versions = {name: each for name, each in given.items() if each is not UNSET}
+    commit = rotation.set_alias(
+        tree, id, expected, versions, None if consumers is UNSET else consumers
+    )
+
+    def changed() -> None:
+        after = tree.aliases.get(id, before)
+        monitor.core.audit.append(
+            "alias", monitor.subject, id=id, current=after.current,
+            **{n: v for n, v in (("staged", after.staged), ("previous", after.previous)) if v},
+        )  # fmt: skip
+        if after.current != before.current:
+            monitor.announce("SECRET_ROTATED", id, version=after.current)
+
+    if commit is None:
+        changed()
+    else:
+        commit.then(lambda error: changed() if error is None else None)
+    return commit
+
+
+@command(waits=True)
+def secret_alias_convert(monitor: Monitor, id: str) -> Awaitable[None] | None:  # noqa: A002
+    """Turn a secret into an alias whose current version is ID.v1, in one step for its readers.
+
+    The version gets the secret's content, lifetime and owner. Running reads of the secret end.
+    """
+    monitor.check_own(id)
+    outcome = rotation.convert(monitor.tree, id)
+
+    def converted() -> None:
+        monitor.core.audit.append("alias", monitor.subject, id=id, current=f"{id}.v1")
+        monitor.announce("SECRET_ROTATED", id, version=f"{id}.v1")
+
+    if outcome is None:
+        converted()
+    elif isinstance(outcome, Commit):
+        outcome.then(lambda error: converted() if error is None else None)
+    else:
+        return _once(outcome, converted)
+    return outcome
+
+
+async def _once(outcome: Awaitable[None], use: Callable[[], object]) -> None:
+    await outcome
+    use()
+
+
+@command()
+def query_secret_alias(
+    monitor: Monitor,
+    id: str | UnsetType = UNSET,  # noqa: A002
+    after: str | UnsetType = UNSET,
+) -> JSONText[list[AliasInfo]]:
+    """List the aliases by id: their versions, and which of them each reader has read last.
+
+    ``id``: only this one. ``after`` continues after that id, until the list is empty.
+    """
+    tree = monitor.tree
+    if id is not UNSET:
+        rotation.alias(tree, id)
+        return JSONText(f"[{encoder.value(_info(monitor, id))}]")
+    listed: list[str] = []
+    room = ALIASES_BYTES
+    for alias_id in sorted(each for each in tree.aliases if after is UNSET or each > after):
+        text = encoder.value(_info(monitor, alias_id))
+        room -= len(text) + 2
+        if listed and room < 0:
+            break
+        listed.append(text)
+    return JSONText(f"[{', '.join(listed)}]")
+
+
+def _info(monitor: Monitor, alias_id: str) -> AliasInfo:
+    tree = monitor.tree
+    found = tree.aliases[alias_id]
+    versions = {number_of(each): each for each in (found.current, found.previous)}
+    awaited = {*found.readers, *found.consumers}
+    info: AliasInfo = {
+        "id": alias_id,
+        "current": found.current,
+        "next": f"{alias_id}.v{_next_number(monitor, alias_id)}",
+        "readers": [
+            {"identity": each, "version": versions.get(found.readers.get(each, 0), "")}
+            for each in sorted(awaited)
+        ],
+        "missing": found.missing,
+    }
+    if found.staged:
+        info["staged"] = found.staged
+    if found.previous:
+        info["previous"] = found.previous
+    if found.consumers:
+        info["consumers"] = list(found.consumers)
+    if found.more:
+        info["more"] = True
+    if not tree.is_secret(found.current):
+        info["fault"] = f"there is no secret '{found.current}'"
+    return info
+
+
+def _next_number(monitor: Monitor, alias_id: str) -> int:
+    """Return the number after the highest that a version has had, and that no object has."""
+    number = monitor.tree.aliases[alias_id].last + 1
+    while f"{alias_id}.v{number}" in monitor.tree.journal:
+        number += 1
+    return number
