@@ -10,9 +10,10 @@ Only decision calls this module.
 import asyncio
 from collections.abc import Iterator
 
-from secretd.access.grant_index import GrantIndex, Rule
+from secretd.access.grant_index import GrantIndex
 from secretd.access.peer import Peer
 from secretd.access.permission import Permissions
+from secretd.access.rule_names import Rule
 from secretd.errors import AccessDenied
 from secretd.qom.alias import alias_of
 from secretd.qom.patterns import is_pattern, literal_prefix, matcher

@@ -28,10 +28,11 @@ from collections.abc import Iterable, Iterator
 from typing import Final
 
 from secretd.access.credential import CredentialMapping, NothingGranted
-from secretd.access.grant_index import Granted, GrantIndex, Rule
+from secretd.access.grant_index import Granted, GrantIndex
 from secretd.access.grant_list import Considered, GrantInfo, explained_grants, listed_grants
 from secretd.access.peer import Peer, SocketRole
 from secretd.access.permission import Permissions
+from secretd.access.rule_names import Rule
 from secretd.access.uses import Uses
 from secretd.audit.log import Audit
 from secretd.audit.records import Subject
@@ -40,7 +41,7 @@ from secretd.limits import Tuning
 from secretd.qom.alias import alias_of
 from secretd.qom.grant import READS
 from secretd.qom.patterns import literal_prefix, matcher
-from secretd.qom.rotation import note_read
+from secretd.qom.rotation import forget_version, note_read
 from secretd.qom.sorted_ids import in_order
 from secretd.qom.tree import ObjectTree
 from secretd.store.commit import Commit
@@ -106,7 +107,12 @@ class Access:
         self._credentials = CredentialMapping(tree, self._index, self._permissions)
         self.uses = Uses()
         self._units_waiting = 0
-        tree.subscribe(decision=self._index.changed, removal=self.uses.forget)
+        tree.subscribe(decision=self._index.changed, removal=self._removed)
+
+    def _removed(self, object_id: str) -> None:
+        self.uses.forget(object_id)
+        if self._tree.aliases:
+            forget_version(self._tree, object_id)
 
     # --- decisions
 

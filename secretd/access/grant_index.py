@@ -10,33 +10,17 @@ decision asks it, and it asks the authz objects.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterable
 
+from secretd.access.rule_names import Rule, RuleNames
 from secretd.limits import Tuning
 from secretd.qom.authz import AuthZ, FileRules, Reach, Rules
 from secretd.qom.grant import SecretGrant
-from secretd.qom.identifiers import ID_BYTES
-from secretd.qom.patterns import is_pattern, literal_prefix, matcher
-from secretd.qom.sorted_ids import IDS_PER_LOOK, SortedIds
+from secretd.qom.sorted_ids import SortedIds
 from secretd.qom.tree import ObjectTree
 
 
-class Rule(NamedTuple):
-    """A secret-grant as the tree has it.
-
-    ``secret``: an id or a pattern; ``authz``: the id of the authz object. ``limited``: it counts
-    reads. ``credential``: the name by which units know the secret, "" for its id only.
-    """
-
-    id: str
-    secret: str
-    authz: str
-    limited: bool
-    credential: str
-
-
-class Granted:
+class Granted(RuleNames):
     """The grants of all peers with certain identities.
 
     ``all``: by the grant's id. ``uncacheable``: those whose authz object must be asked each time.
@@ -44,86 +28,36 @@ class Granted:
     """
 
     def __init__(self, identities: frozenset[str], position: int) -> None:
+        super().__init__()
         self.identities = identities
         self.position = position  # in the list of changes
         self.doubtful: set[str] = set()  # ids of grants that have changed
         self.all: dict[str, Rule] = {}
         self.uncacheable: dict[str, Rule] = {}
-        self.denied: dict[str, Rule] = {}
-        self._exact: dict[str, dict[str, Rule]] = {}  # by the secret's id
-        self._patterns: dict[str, dict[str, Rule]] = {}  # by the pattern's literal prefix
-        self._lengths: Counter[int] = Counter()  # of these prefixes
-        self._sorted = SortedIds(())  # the keys of _exact
+        self.denied = RuleNames()
+        self._denied: dict[str, Rule] = {}
 
-    def remove(self, grant_id: str) -> None:
+    def forget(self, grant_id: str) -> None:
         """Remove a grant, if it is there."""
-        self.denied.pop(grant_id, None)
+        denied = self._denied.pop(grant_id, None)
+        if denied is not None:
+            self.denied.remove(denied)
         rule = self.all.pop(grant_id, None)
-        if rule is None or self.uncacheable.pop(grant_id, None) is not None:
-            return
-        key, place = self._place(rule)
-        place[key].pop(grant_id)
-        if not place[key]:
-            del place[key]
-            if place is self._exact:
-                self._sorted.remove(key)
-            else:
-                self._lengths[len(key)] -= 1
-                self._lengths += Counter()  # without zeros
+        if rule is not None and self.uncacheable.pop(grant_id, None) is None:
+            self.remove(rule)
 
-    def add(self, rule: Rule, *, cacheable: bool) -> None:
-        """Add a grant."""
+    def grant(self, rule: Rule, *, cacheable: bool) -> None:
+        """Add a grant that allows, or may allow."""
         self.all[rule.id] = rule
-        if not cacheable:
+        if cacheable:
+            self.add(rule)
+        else:
             self.uncacheable[rule.id] = rule
-            return
-        key, place = self._place(rule)
-        if key not in place:
-            place[key] = {}
-            if place is self._exact:
-                self._sorted.add(key)
-            else:
-                self._lengths[len(key)] += 1
-        place[key][rule.id] = rule
 
-    def _place(self, rule: Rule) -> tuple[str, dict[str, dict[str, Rule]]]:
-        if is_pattern(rule.secret):
-            return literal_prefix(rule.secret), self._patterns
-        return rule.secret, self._exact
-
-    @property
-    def prefixes(self) -> set[str]:
-        """The literal prefixes of the patterns of cacheable grants."""
-        return set(self._patterns)
-
-    def exact_after(self, object_id: str) -> Iterator[str | None]:
-        """Yield, in order, the ids after ``object_id`` that cacheable grants name without a
-        pattern; None after each IDS_PER_LOOK.
-        """
-        while found := self._sorted.after(object_id, IDS_PER_LOOK):
-            yield from found
-            yield None
-            object_id = found[-1]
-
-    def names(self, object_id: str) -> bool:
-        """Return True if a cacheable grant covers this secret."""
-        if object_id in self._exact:
-            return True
-        for length in self._lengths:
-            rules = self._patterns.get(object_id[:length])
-            if rules is not None and any(matcher(r.secret)(object_id) for r in rules.values()):
-                return True
-        return False
-
-    def naming(self, object_id: str) -> Iterator[Rule]:
-        """Yield the cacheable grants that cover a secret."""
-        yield from self._exact.get(object_id, {}).values()
-        if len(object_id) > ID_BYTES:
-            return  # no object has such an id, and matching it would take long
-        for length in self._lengths:
-            for rule in self._patterns.get(object_id[:length], {}).values():
-                if matcher(rule.secret)(object_id):
-                    yield rule
+    def deny(self, rule: Rule) -> None:
+        """Add a grant that denies."""
+        self._denied[rule.id] = rule
+        self.denied.add(rule)
 
 
 class _Keys(dict[str, set[str]]):
@@ -266,7 +200,7 @@ class GrantIndex:
             granted.doubtful.clear()
             granted.position = position
             for grant_id in doubtful:
-                granted.remove(grant_id)
+                granted.forget(grant_id)
                 self._consider(granted, grant_id)
         return granted
 
@@ -307,9 +241,9 @@ class GrantIndex:
             return
         verdict = judge.judge(granted.identities) if judge.steady else None
         if verdict is None or verdict.allowed:
-            granted.add(rule, cacheable=judge.steady)
+            granted.grant(rule, cacheable=judge.steady)
         elif verdict.denied:
-            granted.denied[rule.id] = rule
+            granted.deny(rule)
 
     def judge(self, authz: str) -> Rules | FileRules | None:
         """Return the rules of an authz object, None if there is none of that id."""

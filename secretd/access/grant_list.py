@@ -7,7 +7,8 @@ It only reads the tree and the index of grants, and decides nothing. decision ca
 from collections.abc import Iterator
 from typing import Final, NamedTuple, NotRequired, TypedDict
 
-from secretd.access.grant_index import GrantIndex, Rule
+from secretd.access.grant_index import GrantIndex
+from secretd.access.rule_names import Rule
 from secretd.qom.authz import Verdict
 from secretd.qom.grant import READS, used_up
 from secretd.qom.patterns import matcher

@@ -13,7 +13,8 @@ what is no alias.
 from collections.abc import Iterable, Iterator
 from typing import Final
 
-from secretd.access.grant_index import Granted, GrantIndex, Rule
+from secretd.access.grant_index import Granted, GrantIndex
+from secretd.access.rule_names import Rule
 from secretd.qom.grant import used_up
 from secretd.qom.identifiers import ID_BYTES
 from secretd.qom.patterns import matcher
@@ -42,8 +43,12 @@ class Permissions:
                 self._usable(granted, object_id + _NO_VERSION)
             return found
         by_version = self._usable(granted, alias.current)
-        if self._denial_wins(granted, (object_id, alias.current)):
+        if found is None and by_version is None:
             return None
+        # A name that a grant allows is not denied; one whose grants are used up is.
+        for rule, name in ((found, object_id), (by_version, alias.current)):
+            if rule is None and self._denied(granted, name):
+                return None
         if found is None or (found.limited and by_version is not None and not by_version.limited):
             return by_version
         return found
@@ -66,8 +71,14 @@ class Permissions:
         return not alias or not self.is_denied(identities, alias, object_id)
 
     def is_denied(self, identities: frozenset[str], alias: str, version: str) -> bool:
-        """Return True if a denial of an alias or of its version wins."""
-        return self._denial_wins(self._index.granted_to(identities), (alias, version))
+        """Return True if a denial of an alias or of its version wins; reads that are left do not
+        count.
+        """
+        granted = self._index.granted_to(identities)
+        return any(
+            self._denied(granted, name) and next(self._living(granted, name), None) is None
+            for name in (alias, version)
+        )
 
     def is_usable(self, rule: Rule) -> bool:
         """Return True if a grant has neither expired nor been used up."""
@@ -100,21 +111,16 @@ class Permissions:
             if not expired(rule.id):
                 yield rule
 
-    def _denial_wins(self, granted: Granted, names: tuple[str, str]) -> bool:
-        """Return True if one of the names is denied, and no grant allows that one."""
-        return any(
-            self._denied(granted, name) and next(self._living(granted, name), None) is None
-            for name in names
-        )
-
     def _denied(self, granted: Granted, object_id: str) -> bool:
         """Return True if a grant names a secret and rules of its authz object deny the peer."""
-        return any(
-            matcher(rule.secret)(object_id)
-            and not self._tree.deadlines.expired(rule.id)
+        asked = (
+            rule
+            for rule in granted.uncacheable.values()
+            if matcher(rule.secret)(object_id)
             and self._index.denies(rule.authz, granted.identities)
-            for rule in (*granted.denied.values(), *granted.uncacheable.values())
         )
+        expired = self._tree.deadlines.expired
+        return any(not expired(r.id) for r in (*granted.denied.naming(object_id), *asked))
 
     def _used_up(self, grant_id: str) -> bool:
         record = self._tree.journal.get(grant_id)

@@ -13,6 +13,7 @@ from secretd.client.socket_path import default_socket
 from secretd.client.sync import SyncClient
 from secretd.client.types import (
     PLAIN,
+    AliasInfo,
     Considered,
     Encoding,
     Event,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PLAIN",
+    "AliasInfo",
     "Client",
     "ConnectError",
     "Considered",

@@ -63,24 +63,37 @@ class Channel:
     """A connection to ``path``.
 
     ``timeout``: seconds for each answer, None for no limit. ``on_wait``: called with the reason of
-    a long wait. ``greeting``: the server's; ``events``: those between replies.
+    a long wait. ``sock``: a connected socket to use, which is taken over. ``greeting``: the
+    server's; ``events``: those between replies.
     """
 
-    def __init__(self, path: str, timeout: float | None, on_wait: OnWait | None = None) -> None:
+    def __init__(
+        self,
+        path: str,
+        timeout: float | None,
+        on_wait: OnWait | None = None,
+        sock: socket.socket | None = None,
+    ) -> None:
         self.path = path
         self._timeout = timeout
-        self._on_wait = on_wait
+        self.on_wait = on_wait
         self._buffer = bytearray()
         self.events: deque[Message] = deque()
         self.greeting: Message = {}
-        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        self._sock = sock or socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
             self._sock.setblocking(False)
-            self._connect()
+            if sock is None:
+                self._connect()
             self._negotiate()
         except BaseException:
             self.close()
             raise
+
+    @property
+    def sock(self) -> socket.socket:
+        """The connected socket, borrowed."""
+        return self._sock
 
     @property
     def package(self) -> str:
@@ -95,7 +108,7 @@ class Channel:
     # --- connecting
 
     def _connect(self) -> None:
-        until = _Deadline(self._timeout, self._on_wait, f"a place in the queue of {self.path}")
+        until = _Deadline(self._timeout, self.on_wait, f"a place in the queue of {self.path}")
         while True:
             try:
                 self._sock.connect(self.path)
@@ -197,7 +210,7 @@ class Channel:
             return None
 
     def _send(self, data: bytes | memoryview, fds: Sequence[int]) -> None:
-        until = _Deadline(self._timeout, self._on_wait, f"room to send to {self.path}")
+        until = _Deadline(self._timeout, self.on_wait, f"room to send to {self.path}")
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         view = memoryview(data)
         sent = 0
@@ -213,7 +226,7 @@ class Channel:
 
     def _line(self, what: str, pump: Pump | None = None) -> Message | None:
         """Return the next message, None at the end of the connection."""
-        until = _Deadline(self._timeout, self._on_wait, what)
+        until = _Deadline(self._timeout, self.on_wait, what)
         while (message := self._next()) is None:
             if pump is None:
                 until.wait(self._sock.fileno(), select.POLLIN)

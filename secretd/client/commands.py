@@ -13,7 +13,7 @@ from secretd.client import plans, types
 from secretd.client.channel import Channel
 from secretd.client.plans import Plan, T
 from secretd.client.sync_connection import returned
-from secretd.client.types import Explanation, GrantInfo, Sealed, SecretInfo, Usage
+from secretd.client.types import AliasInfo, Explanation, GrantInfo, Sealed, SecretInfo, Usage
 
 
 def _limits(
@@ -113,6 +113,23 @@ class SyncCommands(ABC):
     def usage(self, object_id: str) -> Usage:
         """Return a secret's owner, and how often it was released since the daemon started."""
         return types.usage(self.execute("query-secret-usage", {"id": object_id}))
+
+    def alias(self, object_id: str) -> AliasInfo:
+        """Return an alias: its versions, and what its readers have read. Raises ExecuteError."""
+        found = self.execute("query-secret-alias", {"id": object_id})
+        return types.alias_infos(found)[0]
+
+    def set_alias(self, expected: AliasInfo, **versions: str) -> None:
+        """Change the versions of an alias, if it is as expected: ``current``, ``staged`` and
+        ``previous``, "" for none. Raises ExecuteError.
+        """
+        expect = {n: getattr(expected, n) for n in ("current", "staged", "previous")}
+        arguments = {"id": expected.id, "expect": expect, **versions}
+        self.execute("secret-alias-set", arguments)
+
+    def convert(self, object_id: str) -> None:
+        """Turn a secret into an alias of its first version, ``ID.v1``. Raises ExecuteError."""
+        self.execute("secret-alias-convert", {"id": object_id})
 
     def push(
         self,
@@ -229,6 +246,23 @@ class AsyncCommands(ABC):
     async def usage(self, object_id: str) -> Usage:
         """See SyncClient.usage."""
         return types.usage(await self.execute("query-secret-usage", {"id": object_id}))
+
+    async def alias(self, object_id: str) -> AliasInfo:
+        """Return an alias: its versions, and what its readers have read. Raises ExecuteError."""
+        found = await self.execute("query-secret-alias", {"id": object_id})
+        return types.alias_infos(found)[0]
+
+    async def set_alias(self, expected: AliasInfo, **versions: str) -> None:
+        """Change the versions of an alias, if it is as expected: ``current``, ``staged`` and
+        ``previous``, "" for none. Raises ExecuteError.
+        """
+        expect = {n: getattr(expected, n) for n in ("current", "staged", "previous")}
+        arguments = {"id": expected.id, "expect": expect, **versions}
+        await self.execute("secret-alias-set", arguments)
+
+    async def convert(self, object_id: str) -> None:
+        """Turn a secret into an alias of its first version, ``ID.v1``. Raises ExecuteError."""
+        await self.execute("secret-alias-convert", {"id": object_id})
 
     async def push(
         self,

@@ -13,7 +13,7 @@ class SecretInfo(NamedTuple):
     """An entry of query-secrets.
 
     ``size``: bytes; ``memory``: secretmem, mlock or none; ``expires_in``: the seconds that are
-    left, None without a lifetime.
+    left, None without a lifetime; ``version``: the current version of an alias, "" for a secret.
     """
 
     id: str
@@ -21,6 +21,7 @@ class SecretInfo(NamedTuple):
     size: int
     memory: str
     expires_in: int | None = None
+    version: str = ""
 
 
 class Sealed(NamedTuple):
@@ -63,6 +64,27 @@ class GrantInfo(NamedTuple):
     max_reads: int | None
     reads_left: int | None
     expires_in: int | None
+
+
+class AliasInfo(NamedTuple):
+    """An entry of query-secret-alias: the versions of a secret, "" for none.
+
+    ``next``: the id for another version. ``consumers``: the identities that are awaited, if they
+    were given. ``readers``: what each identity has read last, "current", "previous" or "nothing".
+    ``missing``: those that are to read the current version and have not. ``more``: more have read
+    it than are remembered. ``fault``: why it cannot be read now.
+    """
+
+    id: str
+    current: str
+    staged: str
+    previous: str
+    next: str
+    consumers: list[str]
+    readers: dict[str, str]
+    missing: list[str]
+    more: bool
+    fault: str
 
 
 class Considered(NamedTuple):
@@ -122,7 +144,14 @@ PLAIN: Final = Encoding()
 def secret_infos(entries: object) -> list[SecretInfo]:
     """Return the entries of query-secrets as SecretInfo."""
     return [
-        SecretInfo(s["id"], s["qom-type"], s["size"], s["memory"], s.get("expires-in"))
+        SecretInfo(
+            s["id"],
+            s["qom-type"],
+            s["size"],
+            s["memory"],
+            s.get("expires-in"),
+            s.get("version", ""),
+        )
         for s in cast("list[dict[str, Any]]", entries)
     ]
 
@@ -144,6 +173,25 @@ def grant_infos(entries: object) -> list[GrantInfo]:
             g.get("expires-in"),
         )
         for g in cast("list[dict[str, Any]]", entries)
+    ]
+
+
+def alias_infos(entries: object) -> list[AliasInfo]:
+    """Return the entries of query-secret-alias as AliasInfo."""
+    return [
+        AliasInfo(
+            a["id"],
+            a["current"],
+            a.get("staged", ""),
+            a.get("previous", ""),
+            a["next"],
+            a.get("consumers", []),
+            {each["identity"]: each["read"] for each in a["readers"]},
+            [e["identity"] for e in a["readers"] if e["awaited"] and e["read"] != "current"],
+            a.get("more", False),
+            a.get("fault", ""),
+        )
+        for a in cast("list[dict[str, Any]]", entries)
     ]
 
 

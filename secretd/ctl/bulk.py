@@ -203,7 +203,8 @@ def export(common: Common, ids: tuple[str, ...], keyid: str) -> int:
             return fail(
                 f"--keyid {keyid}: a key has {KEY_BYTES} bytes, and this secret has {key.size}"
             )
-        wanted = ids or [i for i in every if i != keyid]
+        # An alias has no value of its own; its versions are exported.
+        wanted = ids or [i for i, each in every.items() if i != keyid and not each.version]
         with progress("exporting", len(wanted)) as step:
             for object_id in wanted:
                 try:

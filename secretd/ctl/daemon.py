@@ -18,7 +18,7 @@ from secretd.paths import OBJECTS_DIR
 def status(common: Common) -> None:
     """Print the daemon's version, socket, secrets and level."""
     with client_of(common) as client:
-        secrets = client.list()
+        secrets = [each for each in client.list() if not each.version]
         facts = {
             "daemon": client.version(),
             "socket": client.path,

@@ -19,7 +19,7 @@ from secretd.ctl.verb import COMMAND, PATH, Parameter, Verb, argument, carry_out
 from secretd.ctl.verbs import MODULES, find
 
 SECTIONS: Final = {
-    "Secrets": ("add", "read", "list", "show", "del", "generate", "expire"),
+    "Secrets": ("add", "read", "list", "show", "del", "generate", "expire", "rotate"),
     "Hand-over": ("run", "push", "seal", "libvirt"),
     "Access": ("grant", "revoke", "grants", "access", "explain", "audit"),
     "Many at once": ("import", "export", "watch"),
@@ -145,7 +145,7 @@ def _command(done: Verb) -> click.Command:
     ]
     examples = done.examples
     epilog = "\b\nExamples:\n" + "\n".join(f"  {e}" for e in examples) if examples else None
-    return click.Command(
+    return _Command(
         done.name,
         params=options,
         help=done.function.__doc__,
@@ -153,6 +153,22 @@ def _command(done: Verb) -> click.Command:
         callback=partial(_call, done),
         **done.settings,
     )
+
+
+class _Command(click.Command):
+    """A verb; what follows the flag ``rest_after`` is a command line with options of its own."""
+
+    def __init__(self, *args: Any, rest_after: str = "", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._rest_after = rest_after
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """See click.Command."""
+        if self._rest_after in args:
+            after = args.index(self._rest_after) + 1
+            if args[after : after + 1] != ["--"]:
+                args = [*args[:after], "--", *args[after:]]
+        return super().parse_args(ctx, args)
 
 
 def _first_sentence(text: str) -> str:

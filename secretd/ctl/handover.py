@@ -129,7 +129,7 @@ def run(common: Common, secret: tuple[str, ...], via: str, command: tuple[str, .
     with client_of(common) as client:
         for wanted in secret:
             object_id, _, name = wanted.partition("=")
-            read = _via_memfd if via == "memfd" else _via_pipe
+            read = as_memfd if via == "memfd" else _via_pipe
             name = name or object_id
             if all(f"{{{name}}}" not in word for word in command):
                 raise UsageError(f"{{{name}}} does not occur in the command")
@@ -153,7 +153,7 @@ def run(common: Common, secret: tuple[str, ...], via: str, command: tuple[str, .
         return NOT_FOUND if error.errno == errno.ENOENT else NOT_EXECUTABLE
 
 
-def _via_memfd(client: SyncClient, object_id: str) -> int:
+def as_memfd(client: SyncClient, object_id: str) -> int:
     """Return a memfd with the secret that only the command's own user may open, and that cannot be
     changed.
     """

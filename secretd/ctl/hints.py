@@ -36,7 +36,10 @@ _NEXT_STEPS: Final = (
     ),
     (r"The command (\S+) has not been found", "the control socket has it: --socket names that one"),
     (r"No locked memory left|\(object-bytes-per-uid\)", "'secretctl doctor' says how to get more"),
-    (r"has no data|is not a secret", "'secretctl list' shows which are secrets"),
+    (
+        r"has no data|is not a secret",
+        "'secretctl list' shows which are secrets; 'secretctl rotate' gives an alias a new value",
+    ),
     (r"IV is required to decrypt secret", "--iv gives it"),
     (
         r"Invalid base64 data|non-base64|not valid base64",

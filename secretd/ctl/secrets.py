@@ -92,7 +92,7 @@ def add(
         raise UsageError("--iv needs --keyid, the secret that it is encrypted under")
     lifetime = None if expires is None else seconds(expires)
     with client_of(common) as client:
-        adding = _Adding(client, object_id, Encoding(form, keyid, iv), replace)
+        adding = Adding(client, object_id, Encoding(form, keyid, iv), replace)
         if file is not None:
             opened = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
             try:
@@ -117,7 +117,7 @@ def add(
         print(f"added {object_id}{words}")
 
 
-class _Adding(NamedTuple):
+class Adding(NamedTuple):
     """A secret on its way into secretd."""
 
     client: SyncClient
@@ -134,7 +134,7 @@ class _Adding(NamedTuple):
         _add_fd(self, fd, where)
 
 
-def _add_fd(adding: _Adding, fd: int, where: str) -> None:
+def _add_fd(adding: Adding, fd: int, where: str) -> None:
     client, encoding = adding.client, adding.encoding
     try:
         status = os.fstat(fd)
@@ -231,7 +231,11 @@ def list_secrets(common: Common, patterns: tuple[str, ...], quiet: bool) -> None
     else:
         limited = any(s.expires_in is not None for s in secrets)
         head = ("ID", "TYPE", "BYTES", "MEMORY", "EXPIRES IN")[: 5 if limited else 4]
-        rows = ((s.id, s.qom_type, str(s.size), s.memory, duration(s.expires_in)) for s in secrets)
+        rows = (
+            (s.id, f"{s.qom_type} of {s.version}" if s.version else s.qom_type, str(s.size),
+             s.memory, duration(s.expires_in))
+            for s in secrets
+        )  # fmt: skip
         table(head, (row[: len(head)] for row in rows), right=(2,))
 
 
@@ -240,7 +244,7 @@ def secret_members(secret: SecretInfo) -> dict[str, object]:
     return {
         name.replace("_", "-"): value
         for name, value in secret._asdict().items()
-        if value is not None
+        if value is not None and (value or name != "version")
     }
 
 

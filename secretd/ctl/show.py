@@ -39,7 +39,7 @@ def show(common: Common, object_id: str, file: str | None) -> None:
         if info is None:
             raise UsageError(f"No secret with id '{object_id}'")
         with contextlib.suppress(api.ExecuteError):
-            usage = client.usage(object_id)
+            usage = client.usage(info.version or object_id)
             grants = client.grants(secret=object_id)
     # 2. What the audit knows.
     path = file if file is not None else (usage.audit if usage is not None else "")
@@ -89,6 +89,8 @@ def _lines(
 ) -> Iterator[str]:
     yield info.id
     yield f"  type      {info.qom_type}, {count(info.size, 'byte')}, in {info.memory} memory"
+    if info.version:
+        yield f"  version   {info.version}; 'secretctl rotate {info.id} --status' says more"
     # 1. Its beginning and end.
     if added is not None:
         yield f"  added     {_clock(time_of(added))} by {peer_words(added.get('peer'))}"

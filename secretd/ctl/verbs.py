@@ -8,6 +8,7 @@ from secretd.ctl.verb import Verb
 
 MODULES: Final = {
     **dict.fromkeys(("add", "read", "list", "del", "generate", "expire"), "secrets"),
+    "rotate": "rotate",
     **dict.fromkeys(("run", "push", "seal"), "handover"),
     **dict.fromkeys(("grant", "revoke", "grants", "access", "explain"), "access"),
     "libvirt": "libvirt",

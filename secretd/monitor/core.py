@@ -97,8 +97,9 @@ class Core:
         """Note and announce that a secret has reached its reader; ``origin``: its session."""
         self.access.delivered(grant)
         if self.broadcaster.subscribers:  # usually there are none
-            members = {"alias": grant.alias} if grant.alias else {}
-            self.announce("SECRET_READ", grant.object_id, grant.peer, origin, members)
+            members = {"version": grant.object_id} if grant.alias else {}
+            name = grant.alias or grant.object_id
+            self.announce("SECRET_READ", name, grant.peer, origin, members)
 
     def announce(
         self,

@@ -40,11 +40,11 @@ class PeerInfo(TypedDict):
 
 class AboutSecret(TypedDict):
     """An event of the secret ``id``; on the control socket with the peer that caused it, if there
-    is one. ``alias``: the alias by which it was read.
+    is one. ``version``: what was read, where ``id`` is an alias.
     """
 
     id: str
-    alias: NotRequired[str]
+    version: NotRequired[str]
     peer: NotRequired[PeerInfo]
 
 

@@ -7,7 +7,7 @@ The tree holds the aliases, access resolves them, and qom.rotation changes them.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final, NamedTuple
 
 from msgspec import UNSET, UnsetType
@@ -15,13 +15,20 @@ from msgspec import UNSET, UnsetType
 from secretd.errors import CommandError
 from secretd.qom.loading import Loading
 from secretd.qom.object_type import Content, ObjectOptions, ObjectType, TypeInfo
+from secretd.wire import encoder
 from secretd.wire.parser import JSON
 
 CONSUMERS: Final = 256
 """The identities that ``consumers`` may have, and the readers that an alias remembers."""
 
-IDENTITY_CHARACTERS: Final = 512
-"""Characters of an identity in ``consumers``."""
+CONSUMERS_BYTES: Final = 8 << 10
+"""Bytes of the JSON text of these identities: one reply has room for both."""
+
+ALIAS_ID_BYTES: Final = 1024
+"""Bytes of the id of an alias; a reply has it several times."""
+
+LAST_NUMBER: Final = 999_999_999
+"""The highest number of a version."""
 
 READERS: Final = "readers"
 """The journal's name for the number of the version that each identity has read last."""
@@ -70,19 +77,26 @@ class Alias(NamedTuple):
         return [each for each in self.awaited if self.readers.get(each) != number]
 
     @property
+    def next(self) -> int:
+        """The number of another version."""
+        return self.last + 1 if self.last < LAST_NUMBER else number_of(self.current) + 1
+
+    @property
     def awaited(self) -> tuple[str, ...]:
         """The consumers; by default those that have read the current or previous version."""
         return self.consumers or tuple(sorted(self.readers))
 
 
 def alias_in(properties: Mapping[str, Any]) -> Alias:
-    """Return the alias in an object's properties."""
+    """Return the alias in an object's properties, with readers of these versions only."""
+    current, previous = properties["current"], properties.get("previous", "")
+    numbers = (number_of(current), number_of(previous) or -1)
     return Alias(
-        properties["current"],
+        current,
         properties.get("staged", ""),
-        properties.get("previous", ""),
-        tuple(properties.get("consumers", ())),
-        dict(properties.get(READERS, {})),
+        previous,
+        tuple(dict.fromkeys(properties.get("consumers", ()))),
+        {each: n for each, n in properties.get(READERS, {}).items() if n in numbers},
         properties[LAST],
         properties.get(MORE, False),
     )
@@ -104,6 +118,10 @@ def check_versions(alias_id: str, versions: Mapping[str, str]) -> None:
     """Raise CommandError unless all versions, by their property, belong to the alias and differ;
     "" is no version.
     """
+    if len(alias_id) > ALIAS_ID_BYTES:
+        raise CommandError(
+            f"Parameter 'id' is longer than the limit of {ALIAS_ID_BYTES} bytes for an alias"
+        )
     for name, version in versions.items():
         if alias_of(version) != alias_id and (version or name == "current"):
             raise CommandError(
@@ -119,11 +137,20 @@ def check_consumers(consumers: list[str]) -> None:
     if len(consumers) > CONSUMERS:
         raise CommandError(f"Parameter 'consumers' expects at most {CONSUMERS} identities")
     for each in consumers:
-        if not 0 < len(each) <= IDENTITY_CHARACTERS or "*" in each or "?" in each:
+        if not each or "*" in each or "?" in each:
             raise CommandError(
-                "Parameter 'consumers' expects identities, such as 'unit:nginx.service', without "
-                f"patterns and of at most {IDENTITY_CHARACTERS} characters"
+                "Parameter 'consumers' expects identities, such as 'unit:nginx.service', and no "
+                "patterns"
             )
+    if text_size(consumers) > CONSUMERS_BYTES:
+        raise CommandError(
+            f"Parameter 'consumers' expects at most {CONSUMERS_BYTES} bytes of identities"
+        )
+
+
+def text_size(identities: Iterable[str]) -> int:
+    """Return the bytes that identities take in JSON."""
+    return sum(len(encoder.string(each)) + 2 for each in identities)
 
 
 class SecretAlias(ObjectType):

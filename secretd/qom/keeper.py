@@ -8,6 +8,7 @@ undone if the store fails. A removal is in the tree first: the plaintext is wipe
 to the disk. Replies follow the store in each case (`Commit`).
 """
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from secretd.errors import CommandError
@@ -29,6 +30,8 @@ class Keeper(DeclaredStore):
         super().__init__(tree, store_id)
         self._replacing: set[str] = set()
         self._updating: set[str] = set()
+        self._noting: set[str] = set()
+        self._unwritten: dict[str, None] = {}  # noted in memory only
 
     def add(
         self,
@@ -129,9 +132,44 @@ class Keeper(DeclaredStore):
                 earlier = {n: v for n, v in present.properties.items() if n not in changed}
                 earlier |= {name: before[name] for name in changed if name in before}
                 tree.undo(object_id, earlier)
+            self._write_noted()
 
         commit.then(written)
         return commit
+
+    def _opened(self) -> None:
+        self._write_noted()
+
+    def is_changing(self, object_id: str) -> bool:
+        """True while a change of an object is being written, which may yet fail."""
+        return object_id in self._updating or object_id in self._replacing
+
+    def note(self, object_id: str) -> None:
+        """Write an object whose noted properties have changed in memory.
+
+        One such write of an object is under way, and none beside a change that may be undone; later
+        notes are written with the next one, also after a failure.
+        """
+        self._unwritten[object_id] = None
+        self._write_noted()
+
+    def _write_noted(self) -> None:
+        for object_id in list(self._unwritten):
+            if self.store is None or object_id in self._noting or self.is_changing(object_id):
+                continue
+            del self._unwritten[object_id]
+            record = self._tree.journal.get(object_id)
+            if record is not None:
+                self._noting.add(object_id)
+                commit = self._put_present(object_id, record, record.properties)
+                commit.then(partial(self._noted, object_id))
+
+    def _noted(self, object_id: str, error: CommandError | None) -> None:
+        self._noting.discard(object_id)
+        if error is not None:
+            self._unwritten[object_id] = None  # for the next one
+        else:
+            self._write_noted()
 
     def _put_present(
         self, object_id: str, record: ObjectRecord, properties: dict[str, object]

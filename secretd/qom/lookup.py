@@ -4,6 +4,7 @@
 It changes nothing. The tree is a `Lookup` with the changes; access and the commands use both.
 """
 
+from collections import Counter
 from collections.abc import Collection, Iterator
 
 from secretd.errors import AccessDenied, CommandError
@@ -20,7 +21,8 @@ class Lookup:
 
     ``pinned``: the ids of objects that cannot be deleted, since the daemon itself needs them.
     ``own_keys``: those of secrets that only trusted peers may use: the audit's key and the store's.
-    ``aliases``: the secret-alias objects, by id.
+    ``aliases``: the secret-alias objects, by id. ``promised``: the versions that become current
+    again if a store fails.
     """
 
     _sorted: SortedIds
@@ -33,6 +35,7 @@ class Lookup:
         self.pinned: set[str] = set()
         self.own_keys: set[str] = set()
         self.aliases: dict[str, Alias] = {}
+        self.promised: Counter[str] = Counter()
 
     def is_secret(self, object_id: str) -> bool:
         """Return True if there is an unexpired secret of that id."""
@@ -50,11 +53,14 @@ class Lookup:
         return self.is_secret(self.resolved(object_id))
 
     def check_deletable(self, object_id: str) -> None:
-        """Raise CommandError if an alias has a secret as its current version; expiry does not
-        ask.
+        """Raise CommandError if an alias has a secret as its current version, or may get it back.
+
+        Expiry does not ask, and the daemon's own keys can always be deleted.
         """
         alias = self.aliases.get(alias_of(object_id)) if self.aliases else None
-        if alias is not None and alias.current == object_id and object_id in self.journal:
+        if alias is None or object_id not in self.journal or object_id in self.own_keys:
+            return
+        if alias.current == object_id or object_id in self.promised:
             raise CommandError(f"object '{object_id}' is in use, can not be deleted")
 
     def secret(self, object_id: str) -> tuple[str, int]:

@@ -8,7 +8,6 @@ call it.
 from abc import abstractmethod
 from typing import TYPE_CHECKING
 
-from secretd.errors import CommandError
 from secretd.qom.deadlines import DEADLINE, now
 from secretd.qom.lookup import Lookup
 from secretd.qom.object_type import ObjectType, properties_size
@@ -79,16 +78,15 @@ class Properties(Lookup):
         return commit
 
     def note(self, object_id: str, properties: dict[str, object]) -> None:
-        """Replace the properties of an object by what the daemon has noted; a store that is locked
-        misses it.
+        """Replace the properties of an object by what the daemon has noted; a store gets them at
+        leisure.
         """
-        try:
-            self.replace_properties(object_id, properties, undo=False)
-        except CommandError:
-            self._set_properties(object_id, properties)
         record = self.journal.get(object_id)
         assert record is not None
+        self._set_properties(object_id, properties)
         self._changed(object_id, self.types.numbered[record.type], {})
+        if self.keeper is not None and self.keeper.covers(object_id):
+            self.keeper.note(object_id)
 
     def undo(self, object_id: str, properties: dict[str, object]) -> None:
         """Give an existing object its earlier properties again."""

@@ -112,7 +112,7 @@ def exchange(
     A failure leaves the existing secret unchanged. Its lifetime ends with the old content. Raises
     CommandError.
     """
-    _check_replaceable(tree, options.id)
+    check_replaceable(tree, options.id)
     kind = tree.types.of[type(options)]
     content = kind.create(options, loading)
 
@@ -120,7 +120,7 @@ def exchange(
         assert isinstance(loaded, LockedBuffer)
         uid = loading.sources.uid
         try:
-            _check_replaceable(tree, options.id)  # again: it may have been deleted meanwhile
+            check_replaceable(tree, options.id)  # again: it may have been deleted meanwhile
             owner, before = tree.journal.owner(options.id)
             more = loaded.size if owner != uid else max(0, loaded.size - before)
             tree.limits.object_bytes.check(uid, more)
@@ -138,7 +138,7 @@ def exchange(
     return store(content)
 
 
-def _check_replaceable(tree: ObjectTree, object_id: str) -> None:
+def check_replaceable(tree: ObjectTree, object_id: str) -> None:
     """Raise CommandError unless there is an unexpired secret that may be replaced."""
     tree.plaintext(object_id)
     if object_id in tree.pinned:

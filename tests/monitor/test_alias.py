@@ -3,6 +3,7 @@
 
 import asyncio
 import os
+from pathlib import Path
 
 import pytest
 
@@ -38,6 +39,12 @@ async def info(qmp: AsyncClient) -> dict:
     return found
 
 
+async def missing(qmp: AsyncClient) -> list[str]:
+    """Those that are to read the current version, and have not."""
+    readers = (await info(qmp))["readers"]
+    return [each["identity"] for each in readers if each["awaited"] and each["read"] != "current"]
+
+
 async def test_an_alias_reads_as_its_current_version(ceph: AsyncClient) -> None:
     """Before and after a commit, by secret-read and secret-seal; it is listed beside them."""
     assert await ceph.read("ceph") == b"first"
@@ -54,7 +61,7 @@ async def test_an_alias_reads_as_its_current_version(ceph: AsyncClient) -> None:
     assert listed["ceph"]["version"] == V2
     assert "version" not in listed[V2]
     assert await info(ceph) == {
-        "id": "ceph", "current": V2, "next": V3, "readers": [], "missing": [], "previous": V1,
+        "id": "ceph", "current": V2, "next": V3, "readers": [], "previous": V1,
     }  # fmt: skip
 
 
@@ -65,8 +72,7 @@ def expects(name: str) -> str:
 
 DIFFERENT = "Parameters 'current', 'staged' and 'previous' expect different ids"
 IDENTITIES = (
-    "Parameter 'consumers' expects identities, such as 'unit:nginx.service', without patterns and "
-    "of at most 512 characters"
+    "Parameter 'consumers' expects identities, such as 'unit:nginx.service', and no patterns"
 )
 
 
@@ -85,6 +91,10 @@ IDENTITIES = (
         (
             {"current": V1, "consumers": ["uid:1"] * 257},
             "Parameter 'consumers' expects at most 256 identities",
+        ),
+        (
+            {"current": V1, "consumers": ["é" * 2000]},
+            "Parameter 'consumers' expects at most 8192 bytes of identities",
         ),
         ({}, "Parameter 'current' is missing"),
     ],
@@ -179,19 +189,19 @@ async def test_readers_are_remembered(in_loop: Served, ceph: AsyncClient) -> Non
     await set_(ceph, {"current": V1}, staged=V2)
     assert await one.read(V2) == b"second"
     found = await info(ceph)
-    assert [each["version"] for each in found["readers"]] == [V1, V1]
-    assert found["missing"] == []
+    assert [each["read"] for each in found["readers"]] == ["current", "current"]
+    assert await missing(ceph) == []
     expect = {"current": V1, "staged": V2}
     await set_(ceph, expect, current=V2, staged="", previous=V1)
     names = [each["identity"] for each in found["readers"]]
-    assert (await info(ceph))["missing"] == names
+    assert await missing(ceph) == names
     assert await one.read("ceph") == b"second"
-    assert len((await info(ceph))["missing"]) == 1
+    assert len(await missing(ceph)) == 1
     assert await one.read(V1) == b"first"  # it holds the previous one again
-    assert (await info(ceph))["missing"] == names
+    assert await missing(ceph) == names
     for reader in (one, two):
         assert await reader.read("ceph") == b"second"
-    assert (await info(ceph))["missing"] == []
+    assert await missing(ceph) == []
     # Whoever has read none of the two is forgotten.
     await ceph.add(V3, data="third")
     await set_(ceph, {"current": V2, "previous": V1}, current=V3, previous="")
@@ -206,15 +216,17 @@ async def test_named_consumers_are_awaited(in_loop: Served, aqmp: AsyncClient) -
     await aqmp.allow("all", "uid:*")
     await aqmp.grant("g", "ceph", "all")
     found = await info(aqmp)
-    assert found["missing"] == found["consumers"] == ["uid:1001", f"uid:{os.getuid()}"]
-    assert {each["version"] for each in found["readers"]} == {""}
+    assert found["consumers"] == ["uid:1001", f"uid:{os.getuid()}"]
+    assert sorted(await missing(aqmp)) == sorted(found["consumers"])
+    assert {each["read"] for each in found["readers"]} == {"nothing"}
     await aqmp.read("ceph")
     for uid in (1001, 1002):
         client = await in_loop.connect(role="client", uid=uid)
         assert await client.read("ceph") == b"first"
     found = await info(aqmp)
-    assert found["missing"] == []
+    assert await missing(aqmp) == []
     assert len(found["readers"]) == 3
+    assert [each["awaited"] for each in found["readers"]].count(True) == 2
     assert await set_(aqmp, {"current": V1}, consumers=[]) == {"return": {}}
     assert "consumers" not in await info(aqmp)
 
@@ -290,8 +302,8 @@ async def test_events_follow_a_rotation(in_loop: Served, ceph: AsyncClient) -> N
     assert (await reader.event())["data"] == {"id": "ceph", "version": V2}
     assert await reader.read("ceph") == b"second"
     event = await watcher.event()
-    assert (event["event"], event["data"]["id"], event["data"]["alias"]) == (
-        "SECRET_READ", V2, "ceph",
+    assert (event["event"], event["data"]["id"], event["data"]["version"]) == (
+        "SECRET_READ", "ceph", V2,
     )  # fmt: skip
     await ceph.allow("all", "uid:*")
     await ceph.grant("h", "x", "all")
@@ -346,7 +358,7 @@ async def test_aliases_are_listed_in_pages(
     aqmp: AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the order of their ids, as many as fit."""
-    monkeypatch.setattr("secretd.monitor.commands.aliases.ALIASES_BYTES", 200)
+    monkeypatch.setattr("secretd.monitor.commands.pages.PAGE_BYTES", 200)
     for number in range(9):
         options = {"qom-type": "secret-alias", "id": f"a{number}", "current": f"a{number}.v7"}
         await aqmp.ok("object-add", {**options, "staged": f"a{number}.v8"})
@@ -366,7 +378,7 @@ async def test_aliases_are_listed_in_pages(
 async def test_more_readers_than_are_remembered(
     in_loop: Served, ceph: AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The alias says so, until the next commit."""
+    """The alias says so, until its consumers are named."""
     need_root()
     monkeypatch.setattr("secretd.qom.rotation.CONSUMERS", 0)
     await ceph.allow("all", "uid:*")
@@ -375,5 +387,111 @@ async def test_more_readers_than_are_remembered(
     for _ in range(2):
         await client.read("ceph")
         assert ((await info(ceph))["more"], (await info(ceph))["readers"]) == (True, [])
+    # A commit does not say which version they hold; named consumers are all that count.
     await set_(ceph, {"current": V1}, current=V2)
+    assert (await info(ceph))["more"]
+    await set_(ceph, {"current": V2}, consumers=["uid:1001"])
     assert "more" not in await info(ceph)
+
+
+async def test_a_used_up_grant_does_not_stand_against_a_denial(
+    in_loop: Served, ceph: AsyncClient
+) -> None:
+    """It allows no more; a grant of the other name does not help."""
+    need_root()
+    await ceph.allow("one", "uid:1001")
+    await ceph.grant("g", "ceph", "one", **{"max-reads": 1})
+    await ceph.grant("h", V1, "one")
+    rules = [{"match": "uid:1001", "policy": "deny"}]
+    await ceph.ok("object-add", {"qom-type": "authz-list", "id": "no", "rules": rules})
+    await ceph.grant("d", "ceph", "no")
+    client = await in_loop.connect(role="client", uid=1001)
+    assert await client.read("ceph") == b"first"  # by h, which has no limit; g allows it, too
+    await ceph.ok("qom-set", {"path": "g", "property": "secret", "value": V1})
+    assert await client.denied("ceph")
+
+
+async def test_a_list_file_denies_by_name(
+    in_loop: Served, ceph: AsyncClient, tmp_path: Path
+) -> None:
+    """As it is at the moment of the read."""
+    need_root()
+    await ceph.allow("one", "uid:1001")
+    await ceph.grant("g", "ceph", "one")
+    list_ = tmp_path / "list"
+    list_.write_text("{}")
+    options = {"qom-type": "authz-listfile", "id": "file", "filename": str(list_)}
+    await ceph.ok("object-add", options)
+    await ceph.grant("d", V1, "file")
+    client = await in_loop.connect(role="client", uid=1001)
+    assert await client.read("ceph") == b"first"
+    list_.write_text('{"rules": [{"match": "uid:1001", "policy": "deny"}]}')
+    assert await client.denied("ceph")
+
+
+async def test_an_admitted_administrator_names_no_key_of_the_daemon(
+    in_loop: Served, aqmp: AsyncClient
+) -> None:
+    """Neither in an alias nor by a conversion, whose outcome would compare the key."""
+    need_root()
+    await aqmp.allow("admins", "uid:1001")
+    await aqmp.add("k.v1", data="same")
+    in_loop.tree.own_keys.add("k.v1")
+    admin = await in_loop.connect(role="admins", uid=1001)
+    await admin.add("k", data="same")
+    words = "Only uid 0 and the daemon's own uid may add, change or delete 'k.v1'"
+    assert await admin.fail("secret-alias-convert", {"id": "k"}) == words
+    await admin.ok("object-del", {"id": "k"})
+    for given in ({"current": "k.v1"}, {"current": "k.v2", "staged": "k.v1"}):
+        options = {"qom-type": "secret-alias", "id": "k", **given}
+        assert await admin.fail("object-add", options) == words
+    await admin.ok("object-add", {"qom-type": "secret-alias", "id": "k", "current": "k.v2"})
+    change = {"id": "k", "expect": {"current": "k.v2"}, "current": "k.v1"}
+    assert await admin.fail("secret-alias-set", change) == words
+    assert await aqmp.ok("secret-alias-set", change) == {}
+    assert await aqmp.ok("object-del", {"id": "k.v1"}) == {}  # a key can always be deleted
+
+
+async def test_a_conversion_is_charged_to_its_caller(in_loop: Served, aqmp: AsyncClient) -> None:
+    """The version stays its owner's."""
+    need_root()
+    await aqmp.allow("admins", "uid:1001")
+    await aqmp.add("a", data="x")
+    admin = await in_loop.connect(role="admins", uid=1001)
+    await admin.ok("secret-alias-convert", {"id": "a"})
+    owners = {
+        name: (await aqmp.ok("query-secret-usage", {"id": name}))["uid"] for name in ("a.v1",)
+    }
+    assert owners == {"a.v1": 0}
+    assert in_loop.tree.limits.objects.held(1001) == 1
+    assert await admin.fail("secret-alias-convert", {"id": "a.v1"}) == (
+        "'a.v1' is a version of alias 'a', and is written once; add another version instead"
+    )
+    long = "x" * 1100
+    await aqmp.add(long, data="x")
+    assert await aqmp.fail("secret-alias-convert", {"id": long}) == (
+        "Parameter 'id' is longer than the limit of 1024 bytes for an alias"
+    )
+
+
+async def test_readers_of_a_deleted_version_are_forgotten(
+    in_loop: Served, ceph: AsyncClient
+) -> None:
+    """Another secret of that id is another secret."""
+    need_root()
+    await ceph.allow("all", "uid:*")
+    await ceph.grant("g", "ceph*", "all")
+    client = await in_loop.connect(role="client", uid=1001)
+    await set_(ceph, {"current": V1}, current=V2, previous=V1)
+    await client.read("ceph")
+    await client.read(V1)
+    assert len(await missing(ceph)) == 1
+    await ceph.ok("object-del", {"id": V1})
+    await ceph.add(V1, data="another")
+    assert (await info(ceph))["readers"] == []
+
+
+async def test_a_number_beyond_all_others_blocks_no_rotation(ceph: AsyncClient) -> None:
+    """The next version is one that can be named."""
+    await set_(ceph, {"current": V1}, staged="ceph.v999999999")
+    assert (await info(ceph))["next"] == V3

@@ -535,12 +535,12 @@ def test_an_alias_is_a_credential(daemon: Daemon, qmp: Client, app: str) -> None
     # Its versions do not make a pattern that covers them, too, ambiguous.
     grant(qmp, "h", "web*", more={"credential": "token"})
     (found,) = qmp.ok("query-secret-alias")
-    assert found["missing"] == ["unit:app.service"]
+    reader = {"identity": "unit:app.service", "read": "previous", "awaited": True}
+    assert found["readers"] == [reader]
     for name in ("web", "token"):
         assert fetch(daemon, app, address("app.service", name)) == b"second"
     (found,) = qmp.ok("query-secret-alias")
-    assert found["missing"] == []
-    assert found["readers"] == [{"identity": "unit:app.service", "version": "web.v2"}]
+    assert found["readers"] == [{**reader, "read": "current"}]
     rules = [{"match": "unit:app.service", "policy": "deny"}]
     qmp.ok("object-add", {"qom-type": "authz-list", "id": "no", "rules": rules})
     denial = {"qom-type": "secret-grant", "id": "d", "secret": "web.v2", "authz": "no"}

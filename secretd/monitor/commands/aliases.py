@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """secretd's own commands about aliases: set, convert, and list them with their readers."""
 
-from collections.abc import Awaitable, Callable
-from typing import Final, NotRequired, TypedDict
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Final, Literal, NotRequired, TypedDict
 
 from msgspec import UNSET, Struct, UnsetType
 
+from secretd.monitor.commands.pages import Page, fill_later
 from secretd.monitor.monitor import Monitor
 from secretd.qapi.command import Commands
 from secretd.qom import rotation
@@ -15,9 +16,6 @@ from secretd.wire import encoder
 from secretd.wire.encoder import JSONText
 
 command: Final = Commands()
-
-ALIASES_BYTES: Final = 48 << 10
-"""Bytes of JSON text in one reply of query-secret-alias; a single alias may have more."""
 
 
 class AliasVersions(Struct, forbid_unknown_fields=True, rename="kebab", kw_only=True):
@@ -31,18 +29,18 @@ class AliasVersions(Struct, forbid_unknown_fields=True, rename="kebab", kw_only=
 
 
 class AliasReader(TypedDict):
-    """An identity, and the version that it has read last, "" for none."""
+    """An identity: which version it has read last, and whether it is to read the current one."""
 
     identity: str
-    version: str
+    read: Literal["current", "previous", "nothing"]
+    awaited: bool
 
 
 class AliasInfo(TypedDict):
     """An entry of query-secret-alias.
 
     ``next``: the id for another version. ``consumers``: the identities that are awaited, if they
-    were given. ``readers``: what each has read last. ``missing``: those that are awaited
-    and have not read the current version. ``more``: more identities have read it than are
+    were given; by default all readers are. ``more``: more identities have read it than are
     remembered. ``fault``: why it cannot be read now.
     """
 
@@ -53,7 +51,6 @@ class AliasInfo(TypedDict):
     next: str
     consumers: NotRequired[list[str]]
     readers: list[AliasReader]
-    missing: list[str]
     more: NotRequired[bool]
     fault: NotRequired[str]
 
@@ -81,6 +78,8 @@ def secret_alias_set(  # noqa: PLR0917 - the arguments of the command
         "previous": "" if expect.previous is UNSET else expect.previous,
     }
     versions = {name: each for name, each in given.items() if each is not UNSET}
+    for name in (id, *versions.values()):
+        monitor.check_own(name)
     commit = rotation.set_alias(
         tree, id, expected, versions, None if consumers is UNSET else consumers
     )
@@ -107,8 +106,9 @@ def secret_alias_convert(monitor: Monitor, id: str) -> Awaitable[None] | None:  
 
     The version gets the secret's content, lifetime and owner. Running reads of the secret end.
     """
-    monitor.check_own(id)
-    outcome = rotation.convert(monitor.tree, id)
+    for name in (id, f"{id}.v1"):
+        monitor.check_own(name)
+    outcome = rotation.convert(monitor.tree, id, monitor.peer.uid)
 
     def converted() -> None:
         monitor.core.audit.append("alias", monitor.subject, id=id, current=f"{id}.v1")
@@ -128,12 +128,12 @@ async def _once(outcome: Awaitable[None], use: Callable[[], object]) -> None:
     use()
 
 
-@command()
+@command(waits=True)
 def query_secret_alias(
     monitor: Monitor,
     id: str | UnsetType = UNSET,  # noqa: A002
     after: str | UnsetType = UNSET,
-) -> JSONText[list[AliasInfo]]:
+) -> JSONText[list[AliasInfo]] | Coroutine[Any, Any, JSONText[list[AliasInfo]]]:
     """List the aliases by id: their versions, and which of them each reader has read last.
 
     ``id``: only this one. ``after`` continues after that id, until the list is empty.
@@ -142,31 +142,37 @@ def query_secret_alias(
     if id is not UNSET:
         rotation.alias(tree, id)
         return JSONText(f"[{encoder.value(_info(monitor, id))}]")
-    listed: list[str] = []
-    room = ALIASES_BYTES
-    for alias_id in sorted(each for each in tree.aliases if after is UNSET or each > after):
-        text = encoder.value(_info(monitor, alias_id))
-        room -= len(text) + 2
-        if listed and room < 0:
-            break
-        listed.append(text)
-    return JSONText(f"[{', '.join(listed)}]")
+    found = (
+        None if each is None else _info(monitor, each)
+        for each in tree.ids_after("" if after is UNSET else after, ("",))
+        if each is None or each in tree.aliases
+    )
+    page: Page[AliasInfo] = Page()
+    return page.text if page.fill(found) else fill_later(page, monitor, found)
 
 
 def _info(monitor: Monitor, alias_id: str) -> AliasInfo:
     tree = monitor.tree
     found = tree.aliases[alias_id]
-    versions = {number_of(each): each for each in (found.current, found.previous)}
-    awaited = {*found.readers, *found.consumers}
+    read: dict[int, Literal["current", "previous", "nothing"]] = {
+        number_of(found.previous): "previous", 0: "nothing", number_of(found.current): "current",
+    }  # fmt: skip
+    awaited = found.awaited
+    number = found.next
+    while f"{alias_id}.v{number}" in tree.journal:
+        number += 1
     info: AliasInfo = {
         "id": alias_id,
         "current": found.current,
-        "next": f"{alias_id}.v{_next_number(monitor, alias_id)}",
+        "next": f"{alias_id}.v{number}",
         "readers": [
-            {"identity": each, "version": versions.get(found.readers.get(each, 0), "")}
-            for each in sorted(awaited)
+            {
+                "identity": each,
+                "read": read[found.readers.get(each, 0)],
+                "awaited": each in awaited,
+            }
+            for each in sorted({*found.readers, *found.consumers})
         ],
-        "missing": found.missing,
     }
     if found.staged:
         info["staged"] = found.staged
@@ -179,11 +185,3 @@ def _info(monitor: Monitor, alias_id: str) -> AliasInfo:
     if not tree.is_secret(found.current):
         info["fault"] = f"there is no secret '{found.current}'"
     return info
-
-
-def _next_number(monitor: Monitor, alias_id: str) -> int:
-    """Return the number after the highest that a version has had, and that no object has."""
-    number = monitor.tree.aliases[alias_id].last + 1
-    while f"{alias_id}.v{number}" in monitor.tree.journal:
-        number += 1
-    return number

@@ -1,25 +1,21 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """secretd's own commands about grants: list them, and explain a decision."""
 
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine
 from typing import Any, Final, NotRequired, TypedDict
 
 from msgspec import UNSET, UnsetType
 
 from secretd.access.grant_list import GrantInfo
+from secretd.monitor.commands.pages import Page, fill_later
 from secretd.monitor.monitor import Monitor
-from secretd.net.loop import turn
 from secretd.qapi.command import Commands
-from secretd.wire import encoder
 from secretd.wire.encoder import JSONText
 
 command: Final = Commands()
 
 EXPLAINED_GRANTS: Final = 100
 """Grants that secret-explain lists."""
-
-GRANTS_BYTES: Final = 48 << 10
-"""Bytes of JSON text in one reply of query-secret-grants; a single grant may have more."""
 
 
 class ConsideredGrant(TypedDict):
@@ -83,42 +79,5 @@ def query_secret_grants(
         None if secret is UNSET else secret,
         None if peer is UNSET else frozenset(peer),
     )
-    page = _Page()
-    return page.text if page.fill(found) else _fill_later(page, monitor, found)
-
-
-async def _fill_later(
-    page: "_Page", monitor: Monitor, found: Iterator[GrantInfo | None]
-) -> JSONText[list[GrantInfo]]:
-    done = False
-    while not done:
-        await turn(None if monitor.trusted else monitor.peer.uid)
-        done = page.fill(found)
-    return page.text
-
-
-class _Page:
-    """One reply of query-secret-grants."""
-
-    def __init__(self) -> None:
-        self._grants: list[str] = []
-        self._room = GRANTS_BYTES
-
-    @property
-    def text(self) -> JSONText[list[GrantInfo]]:
-        """The list as JSON."""
-        return JSONText(f"[{', '.join(self._grants)}]")
-
-    def fill(self, found: Iterator[GrantInfo | None]) -> bool:
-        """List found grants until the page is full or none is left; return False to let others
-        have their turn.
-        """
-        for grant in found:
-            if grant is None:
-                return False
-            text = encoder.value(grant)
-            self._room -= len(text) + 2
-            if self._grants and self._room < 0:
-                break
-            self._grants.append(text)
-        return True
+    page: Page[GrantInfo] = Page()
+    return page.text if page.fill(found) else fill_later(page, monitor, found)

@@ -9,6 +9,7 @@ from msgspec import UNSET, UnsetType
 from secretd.monitor.monitor import Monitor
 from secretd.qapi.command import Commands
 from secretd.qapi.visitor import SensitiveAny
+from secretd.qom.alias import SecretAliasOptions
 from secretd.qom.grant import SecretGrantOptions
 from secretd.qom.object_type import (
     ObjectOptions,
@@ -26,6 +27,9 @@ command: Final = Commands()
 def object_add(monitor: Monitor, arguments: AnyOptions) -> Awaitable[None] | None:
     """Create an object."""
     monitor.check_own(arguments.id)
+    if isinstance(arguments, SecretAliasOptions):
+        for version in (arguments.current, arguments.staged, arguments.previous):
+            monitor.check_own("" if version is UNSET else version)
     size = monitor.tree.add(arguments, monitor.loading)
     if isinstance(size, int):
         added(monitor, arguments, size)
