@@ -166,6 +166,7 @@ MEANINGS = {
     "secret-store.keyid": "the id of the secret of 32 bytes that opens the store",
     "secret-store-rekey.keyid": "the id of the secret of 32 bytes that opens the store, too",
     "max-reads": "how many reads the grant permits",
+    "note": "a text of the program that rotates",
     "only": "no other key opens the store from then on",
     "opaque": "a text that query-fdsets returns",
     "path": "an object's id, or its path",

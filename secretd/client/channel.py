@@ -26,6 +26,12 @@ _SEND: Final = int(socket.MSG_NOSIGNAL) | int(socket.MSG_DONTWAIT)
 _SERVER_ERROR: Final = -32000
 """JSON-RPC's code of errors that are not about the form of a request."""
 
+_EVENTS: Final = 1 << 16
+"""Events that wait to be asked for; earlier ones are dropped."""
+
+_LINE_BYTES: Final = 64 << 20
+"""Bytes of the longest line that a server may send."""
+
 _SUCCESS: Final = b'{"return": {}}'  # nearly all replies to many commands at once
 
 Message = dict[str, Any]
@@ -63,8 +69,8 @@ class Channel:
     """A connection to ``path``.
 
     ``timeout``: seconds for each answer, None for no limit. ``on_wait``: called with the reason of
-    a long wait. ``sock``: a connected socket to use, which is taken over. ``greeting``: the
-    server's; ``events``: those between replies.
+    a wait after ``patience`` seconds. ``sock``: a connected socket to use, which is taken over.
+    ``greeting``: the server's; ``events``: those between replies.
     """
 
     def __init__(
@@ -77,8 +83,9 @@ class Channel:
         self.path = path
         self._timeout = timeout
         self.on_wait = on_wait
+        self.patience = PATIENCE_SECONDS
         self._buffer = bytearray()
-        self.events: deque[Message] = deque()
+        self.events: deque[Message] = deque(maxlen=_EVENTS)
         self.greeting: Message = {}
         self._sock = sock or socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
@@ -108,7 +115,9 @@ class Channel:
     # --- connecting
 
     def _connect(self) -> None:
-        until = _Deadline(self._timeout, self.on_wait, f"a place in the queue of {self.path}")
+        until = _Deadline(
+            self._timeout, self.on_wait, self.patience, f"a place in the queue of {self.path}"
+        )
         while True:
             try:
                 self._sock.connect(self.path)
@@ -210,7 +219,9 @@ class Channel:
             return None
 
     def _send(self, data: bytes | memoryview, fds: Sequence[int]) -> None:
-        until = _Deadline(self._timeout, self.on_wait, f"room to send to {self.path}")
+        until = _Deadline(
+            self._timeout, self.on_wait, self.patience, f"room to send to {self.path}"
+        )
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         view = memoryview(data)
         sent = 0
@@ -226,7 +237,7 @@ class Channel:
 
     def _line(self, what: str, pump: Pump | None = None) -> Message | None:
         """Return the next message, None at the end of the connection."""
-        until = _Deadline(self._timeout, self.on_wait, what)
+        until = _Deadline(self._timeout, self.on_wait, self.patience, what)
         while (message := self._next()) is None:
             if pump is None:
                 until.wait(self._sock.fileno(), select.POLLIN)
@@ -261,16 +272,21 @@ class Channel:
     def _receive(self) -> int:
         data = self._sock.recv(1 << 16)
         self._buffer += data
+        if len(self._buffer) > _LINE_BYTES:
+            raise Lost("The server sent a line without an end", sent=True)
         return len(data)
 
 
 class _Deadline:
     """The deadline of a wait, and the callback before it."""
 
-    def __init__(self, timeout: float | None, on_wait: OnWait | None, what: str) -> None:
+    def __init__(
+        self, timeout: float | None, on_wait: OnWait | None, patience: float, what: str
+    ) -> None:
         self._begin = time.monotonic()
         self._timeout = timeout
         self._on_wait = on_wait
+        self._patience = patience
         self._what = what
 
     def _left(self) -> float | None:
@@ -283,11 +299,11 @@ class _Deadline:
         left = None if self._timeout is None else self._timeout - passed
         if self._on_wait is None:
             return left
-        if passed >= PATIENCE_SECONDS:
+        if passed >= self._patience:
             self._on_wait(self._what)
             self._on_wait = None
             return left
-        patience = PATIENCE_SECONDS - passed
+        patience = self._patience - passed
         return patience if left is None else min(patience, left)
 
     def wait(self, fd: int, events: int) -> None:

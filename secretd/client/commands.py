@@ -121,9 +121,9 @@ class SyncCommands(ABC):
 
     def set_alias(self, expected: AliasInfo, **versions: str) -> None:
         """Change the versions of an alias, if it is as expected: ``current``, ``staged`` and
-        ``previous``, "" for none. Raises ExecuteError.
+        ``previous``, "" for none; and its ``note``. Raises ExecuteError.
         """
-        expect = {n: getattr(expected, n) for n in ("current", "staged", "previous")}
+        expect = {n: getattr(expected, n) for n in ("current", "staged", "previous", "note")}
         arguments = {"id": expected.id, "expect": expect, **versions}
         self.execute("secret-alias-set", arguments)
 
@@ -254,9 +254,9 @@ class AsyncCommands(ABC):
 
     async def set_alias(self, expected: AliasInfo, **versions: str) -> None:
         """Change the versions of an alias, if it is as expected: ``current``, ``staged`` and
-        ``previous``, "" for none. Raises ExecuteError.
+        ``previous``, "" for none; and its ``note``. Raises ExecuteError.
         """
-        expect = {n: getattr(expected, n) for n in ("current", "staged", "previous")}
+        expect = {n: getattr(expected, n) for n in ("current", "staged", "previous", "note")}
         arguments = {"id": expected.id, "expect": expect, **versions}
         await self.execute("secret-alias-set", arguments)
 

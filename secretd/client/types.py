@@ -72,7 +72,8 @@ class AliasInfo(NamedTuple):
     ``next``: the id for another version. ``consumers``: the identities that are awaited, if they
     were given. ``readers``: what each identity has read last, "current", "previous" or "nothing".
     ``missing``: those that are to read the current version and have not. ``more``: more have read
-    it than are remembered. ``fault``: why it cannot be read now.
+    it than are remembered. ``fault``: why it cannot be read now. ``note``: a text of the program
+    that rotates.
     """
 
     id: str
@@ -85,6 +86,7 @@ class AliasInfo(NamedTuple):
     missing: list[str]
     more: bool
     fault: str
+    note: str
 
 
 class Considered(NamedTuple):
@@ -190,6 +192,7 @@ def alias_infos(entries: object) -> list[AliasInfo]:
             [e["identity"] for e in a["readers"] if e["awaited"] and e["read"] != "current"],
             a.get("more", False),
             a.get("fault", ""),
+            a.get("note", ""),
         )
         for a in cast("list[dict[str, Any]]", entries)
     ]

@@ -15,30 +15,43 @@ from typing import Any
 
 from secretd.client import SyncClient
 from secretd.ctl.handover import as_memfd
-from secretd.ctl.qemu import BUSY, TRIES, WRONG
+from secretd.ctl.qemu import BUSY, NOT_TEXT, TRIES, WRONG, no_way_back
 from secretd.errors import UsageError
 
 
 class LuksImage:
-    """The disk in the file or block device ``path``."""
+    """The disk in the file or block device ``path``; ``iter_time``: milliseconds to try a new
+    passphrase, None for QEMU's default.
+    """
 
-    def __init__(self, client: SyncClient, path: str) -> None:
+    def __init__(self, client: SyncClient, path: str, iter_time: int | None) -> None:
         self._client = client
+        self._more = {} if iter_time is None else {"iter-time": str(iter_time)}
         self._path = path
         self._format = self._found_format()
 
     # --- the steps of a Resource
 
+    def accepts(self, version: str) -> bool:
+        """Return True if a version opens it."""
+        return self._opens(version)
+
     def apply(self, old: str, new: str) -> None:
         """Add a keyslot for the new passphrase, unless it has one."""
         self._check_opens(old)
         if not self._opens(new):
-            self._amend(old, new, {"state": "active", "new-secret": "changed"})
+            self._amend(old, new, {"state": "active", "new-secret": "changed", **self._more})
             self._check_opens(new)
 
     def restore(self, old: str, new: str) -> None:  # noqa: ARG002 - the other one of a Resource
         """Check the passphrase, whose keyslot is there until it is retired."""
-        self._check_opens(new)
+        if not self._opens(new):
+            raise no_way_back(self._path, new)
+
+    def undo(self, gone: str, kept: str) -> None:
+        """Remove the keyslot of the new passphrase, if it has one."""
+        if self._opens(gone):
+            self.retire(gone, kept)
 
     def retire(self, gone: str, kept: str) -> None:
         """Remove the keyslots of a passphrase, if the other one opens the disk."""
@@ -69,8 +82,8 @@ class LuksImage:
     def _opens(self, version: str) -> bool:
         with self._secrets(version) as (options, fds):
             opened = self._run(["qemu-io", *options, "-r", "-c", "quit", self._opened("s0")], fds)
-        if opened.returncode and WRONG not in opened.stderr:
-            raise self._failure(f"{opened.stderr.strip()} ('{version}' is s0)")
+        if opened.returncode and WRONG not in opened.stderr and NOT_TEXT not in opened.stderr:
+            raise self._failure(opened.stderr)
         return not opened.returncode
 
     def _check_opens(self, version: str) -> None:
@@ -94,7 +107,7 @@ class LuksImage:
     def _opened(self, secret: str) -> str:
         key: dict[str, Any] = {"key-secret": secret}
         if self._format == "qcow2":
-            key = {"encrypt": {"format": "luks", **key}}
+            key = {"encrypt": {"format": "luks", **key}, "backing": None}
         return self._json({"driver": self._format, **key})
 
     def _json(self, options: dict[str, Any]) -> str:

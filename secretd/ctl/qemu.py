@@ -10,6 +10,9 @@ from secretd.errors import UsageError
 WRONG: Final = "Invalid password, cannot unlock any keyslot"
 """QEMU's words for a passphrase that opens no keyslot."""
 
+NOT_TEXT: Final = "is not valid UTF-8"
+"""QEMU's words for a value that can be no passphrase."""
+
 BUSY: Final = "Unable to get accurate CPU usage"
 """QEMU's words for a machine on which it cannot measure PBKDF2; another try helps."""
 
@@ -53,3 +56,11 @@ def _ended(qemu: Channel, job: str) -> str:
             ask(qemu, "job-dismiss", {"id": job})
             return str(found.get("error", ""))
         time.sleep(POLL_SECONDS)
+
+
+def no_way_back(where: str, version: str) -> UsageError:
+    """Return the error of going back to a version that the disk has lost."""
+    return UsageError(
+        f"{where}: '{version}' does not open it any more, so there is no way back; run rotate "
+        "again without --rollback to end the rotation"
+    )

@@ -5,6 +5,7 @@ The verb rotate calls this module. It asks secretd again and again: a reader tha
 within a second.
 """
 
+import os
 import subprocess
 import sys
 import time
@@ -108,17 +109,23 @@ class Readers:
             return
         if self._drawn:
             sys.stdout.write(f"\x1b[{self._drawn}F\x1b[J")
-        rows = []
+        size = os.get_terminal_size(sys.stdout.fileno())
         width = max([len(named_identity(each)) for each in alias.readers] + [6])
-        for each, read in alias.readers.items():
+        # Those that are waited for first, and no more than fit.
+        order = sorted(alias.readers, key=lambda each: (each not in alias.missing, each))
+        rows = []
+        for each in order:
             mark = "waiting" if each in alias.missing else "done"
-            rows.append(f"  {named_identity(each):<{width}}  {mark:<7}  {_shown(alias, read)}")
-        if alias.missing or alias.more:
+            read = _shown(alias, alias.readers[each])
+            rows.append(f"  {named_identity(each):<{width}}  {mark:<7}  {read}")
+        room = max(1, size.lines - 4)
+        if len(rows) > room:
+            rows = [*rows[: room - 1], f"  and {len(rows) - room + 1} more"]
+        if not self._is_complete(alias):
             limit = "" if left is None else f", {duration(max(0, int(left)))} left"
-            rows.append(
-                f"waiting for {count(len(alias.missing), 'reader')}{limit}; Ctrl-C stops it"
-            )
-        sys.stdout.write("".join(f"{row}\n" for row in rows))
+            which = count(len(alias.missing), "reader") if alias.missing else "unknown readers"
+            rows.append(f"waiting for {which}{limit}; Ctrl-C stops it")
+        sys.stdout.write("".join(f"{row[: size.columns - 1]}\n" for row in rows))
         sys.stdout.flush()
         self._drawn = len(rows)
 

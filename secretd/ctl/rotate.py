@@ -2,8 +2,8 @@
 """The verb rotate: replace a secret by another version, with both valid for a while.
 
 Theory of operation. The alias in secretd is the only state: which version is staged, current and
-previous says which step is next (docs/design.md, "Rotation"). So a rotation that was interrupted
-anywhere goes on when it is run again with the same options.
+previous, and a note with the phase and the disk (docs/design.md, "Rotation"). So a rotation that
+was interrupted anywhere goes on when it is run again.
 
 1. Stage: name the new version, then add it.
 2. Apply: make the resource accept it, too (resources).
@@ -11,14 +11,14 @@ anywhere goes on when it is run again with the same options.
 4. Wait until the readers have read it (readers).
 5. Retire: take the previous version from the resource, delete it, then forget its name.
 
-Each step may be repeated. Going back before the commit ends the new version; after it, the two
-versions change places, and the other one is retired.
+Each step may be repeated, and expects the alias as it was. Going back before the commit ends the
+new version; after it, the two versions change places, and the other one is retired. Once the
+retirement has begun there is no way back.
 """
 
 import contextlib
 import json
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from secretd import client as api
 from secretd.client import AliasInfo, SyncClient
@@ -26,7 +26,8 @@ from secretd.ctl.connection import client_of
 from secretd.ctl.new_value import Value
 from secretd.ctl.output import DONE, Common, note
 from secretd.ctl.readers import Patience, Readers
-from secretd.ctl.resources import Resource, resource_of
+from secretd.ctl.resources import Wanted, absolute, resource_of
+from secretd.ctl.rotation import Rotation, agreed_note, no_rotation, note_of
 from secretd.ctl.verb import COMMAND, PATH, WrongUsage, argument, flag, option, verb
 from secretd.errors import UsageError
 
@@ -40,6 +41,8 @@ from secretd.errors import UsageError
     flag("--prompt", help="the new value: ask for it on the terminal"),
     option("--luks", metavar="DISK", help="a LUKS disk: IMAGE, or qmp=SOCKET,node=NODE"
            "[,secret=ID][,master=ID][,pid=N] of a running QEMU"),
+    option("--iter-time", metavar="MS", type=int,
+           help="with --luks: how long it takes to try the new passphrase (QEMU's default: 2000)"),
     option("--wait", metavar="S", type=int,
            help="retire the previous version after S seconds at the latest"),
     flag("--restart-units", help="restart units that have not read the new version"),
@@ -64,6 +67,7 @@ def rotate(
     file: str | None,
     prompt: bool,
     luks: str | None,
+    iter_time: int | None,
     wait: int | None,
     restart_units: bool,
     reload_units: bool,
@@ -93,18 +97,24 @@ def rotate(
         raise WrongUsage("--status and --rollback exclude each other")
     if text and generate is None:
         raise WrongUsage("--text belongs to --generate")
-    value = Value(generate, text or luks is not None, file, prompt)
+    if iter_time is not None and (luks is None or iter_time < 1):
+        raise WrongUsage("--iter-time belongs to --luks, and takes milliseconds")
+    if wait is not None and wait < 0:
+        raise WrongUsage("--wait takes seconds from 0 on")
     patience = Patience(wait, "restart" if restart_units else "reload" if reload_units else "")
     with client_of(common) as client:
         if status:
             return _status(common, client, object_id)
-        with resource_of(common, client, object_id, luks, command) as resource:
-            rotation = _Rotation(common, client, object_id, resource)
-            with _going_on(object_id):
-                rotation.begin()
+        with _going_on(object_id):
+            alias = _begun(common, client, object_id, rollback=rollback)
+            wanted = Wanted(absolute(luks), iter_time, command)
+            note = agreed_note(alias, wanted)
+            value = Value(generate, text or bool(note.luks), file, prompt)
+            with resource_of(common, client, object_id, wanted._replace(luks=note.luks)) as found:
+                rotation = Rotation(common, client, object_id, found, note)
                 if rollback:
                     rotation.back()
-                elif not rotation.alias.previous:
+                elif not alias.previous:
                     rotation.forward(value)
                 rotation.end(Readers(common, client, object_id), patience)
     return DONE
@@ -117,8 +127,8 @@ def _going_on(object_id: str) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         note(
-            f"the rotation of '{object_id}' is interrupted, and both versions are there: run it "
-            "again with the same options to go on, or with --rollback to go back"
+            f"interrupted; 'secretctl rotate {object_id} --status' shows where it is: run it again "
+            "with the same options to go on, or with --rollback to go back"
         )
         raise
 
@@ -130,12 +140,32 @@ def _is_secret(error: "api.ExecuteError", object_id: str) -> bool:
     return "is not a secret-alias" in str(error)
 
 
+def _begun(common: Common, client: SyncClient, object_id: str, *, rollback: bool) -> AliasInfo:
+    """Return the alias, which a secret becomes the first time. Raises UsageError."""
+    try:
+        alias = client.alias(object_id)
+    except api.ExecuteError as error:
+        if not _is_secret(error, object_id):
+            raise
+        if rollback:
+            raise no_rotation(object_id) from None
+        client.convert(object_id)
+        if not common.json:
+            print(f"'{object_id}' is an alias now; its value is {object_id}.v1", flush=True)
+        return client.alias(object_id)
+    if alias.fault:
+        raise UsageError(f"'{object_id}' has no current version: {alias.fault}; add it again first")
+    return alias
+
+
 def _status(common: Common, client: SyncClient, object_id: str) -> int:
     try:
         alias = client.alias(object_id)
     except api.ExecuteError as error:
         if not _is_secret(error, object_id):
             raise
+        if common.json:
+            print(json.dumps({"id": object_id, "current": None}))
         note(f"'{object_id}' is a secret with one version, and was never rotated")
         return DONE
     if common.json:
@@ -147,154 +177,14 @@ def _status(common: Common, client: SyncClient, object_id: str) -> int:
     ):  # fmt: skip
         if version:
             print(f"{name:<9} {version}{'' if version in known else '  (there is no such secret)'}")
+    found = note_of(alias)
+    if found.luks:
+        print(f"{'disk':<9} {found.luks}")
     Readers(common, client, object_id).show(alias)
-    if alias.staged:
+    if found.phase == "retiring":
+        note(f"the retirement of '{alias.previous}' has begun: run rotate again to end it")
+    elif alias.staged:
         note(f"'{alias.staged}' is not committed: run rotate again to go on, or --rollback")
     elif alias.previous:
         note(f"'{alias.previous}' is not retired: run rotate again to go on, or --rollback")
     return DONE
-
-
-class _Rotation(NamedTuple):
-    """A rotation of the alias ``object_id``."""
-
-    common: Common
-    client: SyncClient
-    object_id: str
-    resource: Resource
-
-    @property
-    def alias(self) -> AliasInfo:
-        """The alias as it is now."""
-        return self.client.alias(self.object_id)
-
-    def begin(self) -> None:
-        """Make sure that there is an alias, and that its current version is there."""
-        try:
-            alias = self.alias
-        except api.ExecuteError as error:
-            if not _is_secret(error, self.object_id):
-                raise
-            self.client.convert(self.object_id)
-            self._say(f"'{self.object_id}' is an alias now; its value is {self.object_id}.v1")
-            return
-        if alias.fault:
-            raise UsageError(
-                f"'{self.object_id}' has no current version: {alias.fault}; add it again first"
-            )
-
-    # --- forward
-
-    def forward(self, value: Value) -> None:
-        """Stage, apply and commit."""
-        staged = self._stage(value)
-        alias = self.alias
-        self.resource.apply(alias.current, staged)
-        self._set(alias, current=staged, staged="", previous=alias.current)
-        self._say(f"committed: '{self.object_id}' is {staged}")
-
-    def _stage(self, value: Value) -> str:
-        """Return the new version, which exists and is staged then."""
-        alias = self.alias
-        staged = alias.staged
-        if not staged:
-            staged = alias.next if value.given else self._added_by_hand(alias)
-            self._set(alias, staged=staged)
-        if self.client.info(staged) is None:
-            try:
-                value.add(self.client, staged)
-            except BaseException:
-                self._unstage()
-                raise
-        if self._is_same(alias.current, staged):
-            self._unstage()
-            raise UsageError(
-                f"the new value of '{self.object_id}' is the current one, so nothing was rotated"
-            )
-        self._say(f"staged: {staged}")
-        return staged
-
-    def _added_by_hand(self, alias: AliasInfo) -> str:
-        """Return the version that exists and is not named yet. Raises UsageError."""
-        prefix = f"{self.object_id}.v"
-        first = int(alias.current.removeprefix(prefix)) + 1
-        numbers = [
-            int(number)
-            for each in self.client.list()
-            if (number := each.id.removeprefix(prefix)) != each.id and number.isdecimal()
-        ]
-        found = [f"{prefix}{number}" for number in sorted(numbers) if number >= first]
-        if len(found) == 1:
-            return found[0]
-        words = f"one of {', '.join(found)} is to be staged; remove the others" if found else (
-            f"give the new value with --generate N, --file FILE or --prompt, or add it as "
-            f"'{alias.next}' first"
-        )  # fmt: skip
-        raise UsageError(words)
-
-    def _is_same(self, one: str, other: str) -> bool:
-        """Compare two versions in locked memory."""
-        with self.client.read(one) as first, self.client.read(other) as second:
-            return first.view == second.view
-
-    def _unstage(self) -> None:
-        """End the staged version: first the secret, then its name."""
-        alias = self.alias
-        self._delete(alias.staged)
-        self._set(alias, staged="")
-
-    # --- back
-
-    def back(self) -> None:
-        """Go back: end a staged version, or let the current and previous one change places."""
-        alias = self.alias
-        exists = {each.id for each in self.client.list()}
-        if alias.staged:
-            if alias.staged in exists:
-                self.resource.restore(alias.staged, alias.current)
-                self.resource.retire(alias.staged, alias.current)
-            self._unstage()
-            self._say(f"rolled back: '{self.object_id}' is {alias.current}, as it was")
-        elif alias.previous in exists:
-            self.resource.restore(alias.current, alias.previous)
-            self._set(alias, current=alias.previous, previous=alias.current)
-            self._say(f"rolled back: '{self.object_id}' is {alias.previous} again")
-        else:
-            raise UsageError(
-                f"no rotation of '{self.object_id}' is under way, so there is no version to go "
-                "back to"
-            )
-
-    # --- the end
-
-    def end(self, readers: Readers, patience: Patience) -> None:
-        """Wait for the readers of the current version, and retire the previous one."""
-        alias = self.alias
-        if alias.previous:
-            readers.wait(patience)
-            self._retire(alias)
-        alias = self.alias
-        if self.common.json:
-            print(json.dumps({"id": self.object_id, "version": alias.current}))
-
-    def _retire(self, alias: AliasInfo) -> None:
-        if self.client.info(alias.previous) is not None:
-            self.resource.retire(alias.previous, alias.current)
-            self._delete(alias.previous)
-        self._set(alias, previous="")
-        self._say(f"retired: {alias.previous}")
-
-    # --- steps
-
-    def _set(self, alias: AliasInfo, **versions: str) -> None:
-        self.client.set_alias(alias, **versions)
-
-    def _delete(self, version: str) -> None:
-        with contextlib.suppress(api.ExecuteError):  # it was deleted before
-            self.client.delete(version)
-        if self.client.info(version) is not None:
-            raise UsageError(f"'{version}' was not deleted")
-
-    def _say(self, words: str) -> None:
-        if not self.common.json:
-            print(words, flush=True)

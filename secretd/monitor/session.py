@@ -228,9 +228,9 @@ class Session(Refusals):
     def _answer(self, reply: Reply) -> None:
         """Send a reply soon, together with others, or start to wait for it."""
         if isinstance(reply, Stored):
+            assert self._pending is None  # no command that runs out of band changes a store
             self._commits.add(reply)
-            if self._pending is None:
-                self._pending = self._core.start(self._drain())
+            self._pending = self._core.start(self._drain())
         elif isinstance(reply, bytes):
             self.outbox.add(self._framed(reply))
         elif isinstance(reply, Locked):

@@ -27,6 +27,9 @@ CONSUMERS_BYTES: Final = 8 << 10
 ALIAS_ID_BYTES: Final = 1024
 """Bytes of the id of an alias; a reply has it several times."""
 
+NOTE_CHARACTERS: Final = 1024
+"""Characters of ``note``."""
+
 LAST_NUMBER: Final = 999_999_999
 """The highest number of a version."""
 
@@ -45,13 +48,14 @@ _VERSION: Final = re.compile(r"(.+)\.v([1-9][0-9]{0,8})")
 class SecretAliasOptions(ObjectOptions, tag="secret-alias", rename="kebab", kw_only=True):
     """``current``: the id of the version that readers get. ``staged``: one that is to become
     current; ``previous``: one that was current. ``consumers``: the identities that must have read
-    the current version before the previous one ends.
+    the current version before the previous one ends. ``note``: a text of the program that rotates.
     """
 
     current: str
     staged: str | UnsetType = UNSET
     previous: str | UnsetType = UNSET
     consumers: list[str] | UnsetType = UNSET
+    note: str | UnsetType = UNSET
 
 
 class Alias(NamedTuple):
@@ -69,6 +73,7 @@ class Alias(NamedTuple):
     readers: dict[str, int]
     last: int
     more: bool
+    note: str
 
     @property
     def missing(self) -> list[str]:
@@ -99,6 +104,7 @@ def alias_in(properties: Mapping[str, Any]) -> Alias:
         {each: n for each, n in properties.get(READERS, {}).items() if n in numbers},
         properties[LAST],
         properties.get(MORE, False),
+        properties.get("note", ""),
     )
 
 
@@ -148,6 +154,12 @@ def check_consumers(consumers: list[str]) -> None:
         )
 
 
+def check_note(note: str) -> None:
+    """Raise CommandError for a note that is too long."""
+    if len(note) > NOTE_CHARACTERS:
+        raise CommandError(f"Parameter 'note' expects at most {NOTE_CHARACTERS} characters")
+
+
 def text_size(identities: Iterable[str]) -> int:
     """Return the bytes that identities take in JSON."""
     return sum(len(encoder.string(each)) + 2 for each in identities)
@@ -167,13 +179,14 @@ class SecretAlias(ObjectType):
             ("staged", "string"),
             ("previous", "string"),
             ("consumers", "strList"),
+            ("note", "string"),
         ),
     )
     number = 8
     options = SecretAliasOptions
-    defaults: Mapping[str, object] = {"staged": "", "previous": "", "consumers": []}
+    defaults: Mapping[str, object] = {"staged": "", "previous": "", "consumers": [], "note": ""}
     names_versions = True
-    acquired = frozenset(("current", "staged", "previous", READERS, LAST, MORE))
+    acquired = frozenset(("current", "staged", "previous", "note", READERS, LAST, MORE))
 
     def create(self, options: Any, _loading: Loading) -> Content:
         """Check the values. As with grants, the versions may be added later."""
@@ -184,6 +197,8 @@ class SecretAlias(ObjectType):
         check_versions(options.id, given)
         if options.consumers is not UNSET:
             check_consumers(options.consumers)
+        if options.note is not UNSET:
+            check_note(options.note)
         return {LAST: max(map(number_of, given.values()))}
 
     def set(self, name: str, _value: JSON) -> dict[str, object]:

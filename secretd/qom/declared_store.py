@@ -151,10 +151,6 @@ class DeclaredStore:
             self._note_written(store)
             self._remove_doomed(store)  # what was removed meanwhile, too
             self._set_state("open")
-            self._opened()
-
-    def _opened(self) -> None:
-        """Write what could not be written before; the keeper knows what that is."""
 
     async def rekey(self, keyid: str, *, only: bool, data: bool) -> None:
         """Let another key open the store. Raises CommandError and StoreError."""

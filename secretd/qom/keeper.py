@@ -18,6 +18,7 @@ from secretd.qom.declared_store import DeclaredStore
 from secretd.qom.object_type import ObjectType, properties_size
 from secretd.qom.store_rows import as_row
 from secretd.store.commit import Commit
+from secretd.store.store import Store
 
 if TYPE_CHECKING:
     from secretd.qom.tree import ObjectTree
@@ -32,6 +33,7 @@ class Keeper(DeclaredStore):
         self._updating: set[str] = set()
         self._noting: set[str] = set()
         self._unwritten: dict[str, None] = {}  # noted in memory only
+        self._retried_at = -1  # the number of the transaction after which that was written again
 
     def add(
         self,
@@ -137,8 +139,12 @@ class Keeper(DeclaredStore):
         commit.then(written)
         return commit
 
-    def _opened(self) -> None:
-        self._write_noted()
+    def _note_written(self, store: Store) -> None:
+        """After a transaction: if it was written, write what could not be written before."""
+        super()._note_written(store)
+        if store.sequence != self._retried_at:
+            self._retried_at = store.sequence
+            self._write_noted()
 
     def is_changing(self, object_id: str) -> bool:
         """True while a change of an object is being written, which may yet fail."""

@@ -18,6 +18,7 @@ from secretd.qom.alias import (
     SecretAlias,
     alias_of,
     check_consumers,
+    check_note,
     check_versions,
     number_of,
     text_size,
@@ -39,22 +40,25 @@ def alias(tree: ObjectTree, alias_id: str) -> Alias:
     return found
 
 
-def set_alias(
+def set_alias(  # noqa: PLR0917 - what there is to set
     tree: ObjectTree,
     alias_id: str,
     expect: Mapping[str, str],
     versions: Mapping[str, str],
     consumers: list[str] | None,
+    note: str | None = None,
 ) -> Commit | None:
     """Change an alias if its versions are the expected ones; see `ObjectTree.change`.
 
-    ``expect``, ``versions``: by property; "" is none, and so is a missing one in ``expect``.
-    Raises CommandError, and then nothing has changed.
+    ``expect``, ``versions``: by property; "" is none, and so is a missing one in ``expect``; it may
+    have the note, too. Raises CommandError, and then nothing has changed.
     """
     # 1. Compare.
     before = alias(tree, alias_id)
     present = {name: getattr(before, name) for name in _VERSIONS}
     expected = {name: expect.get(name, "") for name in _VERSIONS}
+    if "note" in expect and expect["note"] != before.note:
+        raise CommandError(f"Alias '{alias_id}' is not as expected: its note is '{before.note}'")
     if present != expected:
         raise CommandError(
             f"Alias '{alias_id}' is not as expected: its {_named(present)}; expected were "
@@ -74,6 +78,9 @@ def set_alias(
     if consumers is not None:
         check_consumers(consumers)
         changes |= {"consumers": consumers, MORE: False}
+    if note is not None:
+        check_note(note)
+        changes["note"] = note
     # 3. Set. Until a store has it, the version before stays: the change may be undone.
     commit = tree.change(alias_id, changes)
     if commit is None:

@@ -428,3 +428,31 @@ def test_the_client_without_asyncio_does_the_same(daemon: Daemon, tmp_path: Path
 def announce(daemon: Daemon) -> None:
     """Tell of something."""
     daemon.server.core.announce("SECRET_ADDED", "told", None, None)
+
+
+async def test_a_copy_of_the_store_goes_to_a_descriptor(in_loop: Served, tmp_path: Path) -> None:
+    """And its size is returned."""
+    async with Client(in_loop.control) as client:
+        with client.buffer(32) as key:
+            key.view[:] = bytes(range(32))
+            await client.add_bytes("key", key.view)
+        path = str(tmp_path / "store")
+        options = {"qom-type": "secret-store", "id": "store", "path": path, "keyid": "key"}
+        await client.execute("object-add", {**options, "create": True})
+        await client.execute("secret-store-unlock", {"id": "store"})
+        with open(tmp_path / "copy", "wb") as file:
+            size = await client.backup_store("store", file.fileno())
+        assert (tmp_path / "copy").stat().st_size == size > 4096
+
+
+async def test_aliases_are_set_and_asked_for(in_loop: Served) -> None:
+    """The same values as without asyncio."""
+    async with Client(in_loop.control) as client:
+        await client.generate("a", 8)
+        await client.convert("a")
+        await client.generate("a.v2", 8)
+        await client.set_alias(await client.alias("a"), current="a.v2", previous="a.v1")
+        found = await client.alias("a")
+        assert (found.current, found.previous, found.next) == ("a.v2", "a.v1", "a.v3")
+        with pytest.raises(ExecuteError, match="is not as expected"):
+            await client.set_alias(found._replace(current="a.v1", previous=""), current="a.v2")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from secretd.limits import REQUESTS_PER_UID
+from secretd.qom.keeper import Keeper
 from tests.support.async_qmp import AsyncClient
 from tests.support.in_loop import Served
 from tests.support.needs import need_root
@@ -428,3 +429,76 @@ async def test_a_disk_that_never_answers_does_not_hold_up_the_stop(
     while in_loop.server.sessions:
         await asyncio.sleep(0)
     slow.go()
+
+
+@pytest.mark.usefixtures("store")
+async def test_a_stop_takes_no_further_additions(
+    in_loop: Served, aqmp: AsyncClient, slow: SlowDisk
+) -> None:
+    """What is being written is answered."""
+    slow.stop()
+    await aqmp.send(addition("a", 1))
+    while not slow.batches:
+        await asyncio.sleep(0)
+    in_loop.server.core.stopping = True
+    await aqmp.send(addition("b", 2))
+    for _ in range(20):
+        await asyncio.sleep(0)
+    slow.go()
+    assert await aqmp.reply() == {"return": {}, "id": 1}
+    in_loop.server.core.stopping = False
+    assert "b" not in in_loop.tree.journal
+
+
+@pytest.mark.usefixtures("store")
+@pytest.mark.tuning(stop_seconds=0.2)
+async def test_a_step_ends_though_its_session_has_ended(
+    in_loop: Served, aqmp: AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a stop that waits no longer for the reply."""
+    go, begun, ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def unlock(_keeper: Keeper) -> None:
+        begun.set()
+        await go.wait()
+        ended.set()
+
+    monkeypatch.setattr(Keeper, "unlock", unlock)
+    await aqmp.send(line("secret-store-unlock", 1, id="store"))
+    await begun.wait()
+    in_loop.server.stop()
+    while in_loop.server.core.limits.requests.held(os.getuid()):
+        await asyncio.sleep(0)
+    go.set()
+    await ended.wait()
+
+
+async def test_a_failing_step_is_logged(in_loop: Served, caplog: pytest.LogCaptureFixture) -> None:
+    """By its type only: the text might quote a secret."""
+
+    async def step() -> None:
+        raise ValueError(words)
+
+    words = "letmein"
+    task = in_loop.server.core.background(step())
+    await asyncio.wait({task})
+    await asyncio.sleep(0)
+    assert "ValueError" in caplog.text
+    assert "letmein" not in caplog.text
+
+
+@pytest.mark.usefixtures("store")
+async def test_a_read_that_cannot_be_counted_is_refused(in_loop: Served, aqmp: AsyncClient) -> None:
+    """While the store of its grant is locked; the words say nothing about the store."""
+    need_root()
+    await aqmp.add("s", data="letmein")
+    await aqmp.allow("one", "uid:1001")
+    await aqmp.grant("g", "s", "one", **{"max-reads": 3})
+    client = await in_loop.connect(role="client", uid=1001)
+    assert await client.read("s") == b"letmein"
+    await aqmp.ok("object-del", {"id": "key"})
+    fd = os.memfd_create("x")
+    os.posix_fallocate(fd, 0, 4096)
+    words = await client.fail("secret-read", {"id": "s"}, (fd,))
+    os.close(fd)
+    assert words == "Reading secret 's' cannot be counted now; try again later"

@@ -20,12 +20,13 @@ command: Final = Commands()
 
 class AliasVersions(Struct, forbid_unknown_fields=True, rename="kebab", kw_only=True):
     """The versions that an alias is expected to have; one that is not given is expected to be
-    none, "".
+    none, "". The note is compared only if it is given.
     """
 
     current: str
     staged: str | UnsetType = UNSET
     previous: str | UnsetType = UNSET
+    note: str | UnsetType = UNSET
 
 
 class AliasReader(TypedDict):
@@ -50,6 +51,7 @@ class AliasInfo(TypedDict):
     previous: NotRequired[str]
     next: str
     consumers: NotRequired[list[str]]
+    note: NotRequired[str]
     readers: list[AliasReader]
     more: NotRequired[bool]
     fault: NotRequired[str]
@@ -64,6 +66,7 @@ def secret_alias_set(  # noqa: PLR0917 - the arguments of the command
     staged: str | UnsetType = UNSET,
     previous: str | UnsetType = UNSET,
     consumers: list[str] | UnsetType = UNSET,
+    note: str | UnsetType = UNSET,
 ) -> Awaitable[None] | None:
     """Change an alias, if its versions are those that ``expect`` names.
 
@@ -77,11 +80,18 @@ def secret_alias_set(  # noqa: PLR0917 - the arguments of the command
         "staged": "" if expect.staged is UNSET else expect.staged,
         "previous": "" if expect.previous is UNSET else expect.previous,
     }
+    if expect.note is not UNSET:
+        expected["note"] = expect.note
     versions = {name: each for name, each in given.items() if each is not UNSET}
     for name in (id, *versions.values()):
         monitor.check_own(name)
     commit = rotation.set_alias(
-        tree, id, expected, versions, None if consumers is UNSET else consumers
+        tree,
+        id,
+        expected,
+        versions,
+        None if consumers is UNSET else consumers,
+        None if note is UNSET else note,
     )
 
     def changed() -> None:
@@ -180,6 +190,8 @@ def _info(monitor: Monitor, alias_id: str) -> AliasInfo:
         info["previous"] = found.previous
     if found.consumers:
         info["consumers"] = list(found.consumers)
+    if found.note:
+        info["note"] = found.note
     if found.more:
         info["more"] = True
     if not tree.is_secret(found.current):
