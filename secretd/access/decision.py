@@ -61,10 +61,13 @@ class Grant:
     ``alias``: the alias by which the peer named it, or "". ``plaintext``: a borrowed view, valid
     until the secret is removed. ``rule``: the id of the permitting secret-grant, None on the
     control socket. ``counted``: the count of the read that a store must have before the first byte
-    leaves, None without one.
+    leaves, None without one. ``identities``: those that it permits: the peer's, or a host's.
     """
 
-    __slots__ = ("alias", "counted", "object_id", "peer", "plaintext", "rule", "subject", "terms")
+    __slots__ = (
+        "alias", "counted", "identities", "object_id", "peer", "plaintext", "rule", "subject",
+        "terms",
+    )  # fmt: skip
 
     def __init__(  # noqa: PLR0917 - what a decision is about
         self,
@@ -80,6 +83,7 @@ class Grant:
             raise TypeError("only access makes a Grant")
         self.alias = alias
         self.peer = peer
+        self.identities = peer.identities
         self.subject = subject
         self.object_id = object_id
         self.rule = None if terms is None else terms.id
@@ -116,10 +120,13 @@ class Access:
 
     # --- decisions
 
-    def check(self, peer: Peer, subject: Subject, object_id: str, action: str = "read") -> Grant:
+    def check(
+        self, peer: Peer, subject: Subject, object_id: str, action: str = "read", host: str = ""
+    ) -> Grant:
         """Return permission to release a secret.
 
-        ``subject``: the peer as the audit names it; ``action``: "read" or "seal". Raises
+        ``subject``: the peer as the audit names it; ``action``: "read", "seal" or "wrap". With
+        ``host`` a grant must name that host, whoever the peer is. Raises
         AccessDenied, which does not reveal whether the secret exists. Raises CommandError if a
         permitted peer names a missing secret, or if the audit record cannot be written under
         --audit-policy=require.
@@ -128,26 +135,33 @@ class Access:
         version = self._tree.resolved(object_id)
         if version is not object_id:
             alias = object_id
-        if version in self._tree.own_keys and not peer.trusted:
-            # The audit's key, with which records can be forged, or the store's.
-            self._audit.append_refusal(action, peer.uid, subject, id=object_id)
-            raise AccessDenied(f"Reading secret '{object_id}' is not permitted")
-        if peer.role is not SocketRole.CONTROL:
-            rule = self._permissions.permitting(peer.identities, object_id)
-            if rule is None:
-                self._audit.append_refusal(action, peer.uid, subject, id=object_id)
-                raise AccessDenied(f"Reading secret '{object_id}' is not permitted")
+        refused = version in self._tree.own_keys and (bool(host) or not peer.trusted)
+        identities = frozenset((f"host:{host}",)) if host else peer.identities
+        if not refused and (host or peer.role is not SocketRole.CONTROL):
+            rule = self._permissions.permitting(identities, object_id)
+            refused = rule is None
+        if refused:  # by a grant, or since it is a key of the daemon's own
+            members = {"host": host} if host else {}
+            self._audit.append_refusal(action, peer.uid, subject, id=object_id, **members)
+            raise AccessDenied(
+                f"Reading secret '{object_id}' is not permitted"
+                if not host
+                else f"No grant lets host '{host}' have secret '{object_id}'"
+            )
         if rule is not None and not self._tree.is_secret(version):
             # Do not reveal objects of other types to clients.
             raise CommandError(f"No secret with id '{version}'")
         plaintext = self._tree.plaintext(version)
         grant = Grant(_KEY, peer, subject, version, rule, plaintext, alias)
+        grant.identities = identities
         limited = rule is not None and rule.limited
         if limited:
             grant.counted = self._count(grant, 1)
         by = "control socket" if rule is None else f"grant {rule.id}"
         try:
-            self._audit.append_release(action, subject, by, version, len(plaintext), alias=alias)
+            self._audit.append_release(
+                action, subject, by, version, len(plaintext), alias=alias, host=host
+            )
         except CommandError:
             if limited:
                 self._count(grant, -1)
@@ -223,7 +237,7 @@ class Access:
         if (
             rule is not None
             and rule.limited
-            and grant.peer.role is SocketRole.CLIENT
+            and grant.peer.role is not SocketRole.CREDENTIALS
             and self._index.rules.get(rule.id) is rule
         ):
             with contextlib.suppress(CommandError):  # a store that is locked keeps the count
@@ -285,7 +299,7 @@ class Access:
         if grant.rule is None:
             return self.admits(grant.peer)
         return self._permissions.still_permits(
-            grant.peer.identities, grant.rule, grant.object_id, grant.alias
+            grant.identities, grant.rule, grant.object_id, grant.alias
         )
 
     def admits(self, peer: Peer) -> bool:

@@ -14,10 +14,11 @@ from collections.abc import Iterable
 
 from secretd.access.rule_names import Rule, RuleNames
 from secretd.limits import Tuning
-from secretd.qom.authz import AuthZ, FileRules, Reach, Rules
+from secretd.qom.authz import AuthZ, FileRules, Rules
 from secretd.qom.grant import SecretGrant
 from secretd.qom.sorted_ids import SortedIds
 from secretd.qom.tree import ObjectTree
+from secretd.qom.verdict import Reach
 
 
 class Granted(RuleNames):

@@ -9,11 +9,11 @@ from typing import Final, NamedTuple, NotRequired, TypedDict
 
 from secretd.access.grant_index import GrantIndex
 from secretd.access.rule_names import Rule
-from secretd.qom.authz import Verdict
 from secretd.qom.grant import READS, used_up
 from secretd.qom.patterns import matcher
 from secretd.qom.sorted_ids import IDS_PER_LOOK
 from secretd.qom.tree import ObjectTree
+from secretd.qom.verdict import Verdict
 from secretd.wire import encoder
 
 IDENTITIES_BYTES: Final = 8 << 10

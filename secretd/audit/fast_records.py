@@ -26,15 +26,18 @@ def release(  # noqa: PLR0917 - the members that each of these records has
     size: int,
     credential: str,
     alias: str = "",
+    host: str = "",
 ) -> str:
     """Return the record of a release of a secret by a rule.
 
     ``credential``: the name that a unit requested, "" for a read or seal. ``alias``: the alias that
-    was named, or "".
+    was named, or "". ``host``: the host that it is wrapped for, or "".
     """
     if len(object_id) > AUDIT_ID_CHARACTERS:
         object_id = object_id[:AUDIT_ID_CHARACTERS]
     by = "" if not alias else f'"alias":"{alias[:AUDIT_ID_CHARACTERS]}",'
+    if host:
+        by += f'"host":"{host}",'
     if credential:
         by += f'"credential":{json_text(credential)},'
     return (

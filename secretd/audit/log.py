@@ -174,15 +174,16 @@ class Audit:
         size: int,
         credential: str = "",
         alias: str = "",
+        host: str = "",
     ) -> None:
         """Append the record of a release, which must not happen if this raises CommandError.
 
         ``rule`` permits it. ``credential``: the name that a unit requested, "" for a read or seal;
-        ``alias``: the alias that was named, or "".
+        ``alias``: the alias that was named, or ""; ``host``: the host that it is wrapped for.
         """
         if self._sink is None:
             return
-        text = release(event, subject, rule, object_id, size, credential, alias)
+        text = release(event, subject, rule, object_id, size, credential, alias, host)
         if not self._require:
             self._number(text)
             if not self.in_turn:

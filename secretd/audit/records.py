@@ -28,6 +28,7 @@ class AuditRecord(Struct, omit_defaults=True, rename="kebab"):
     rule: str | UnsetType = UNSET
     id: str | UnsetType = UNSET
     alias: str | UnsetType = UNSET
+    host: str | UnsetType = UNSET
     credential: str | UnsetType = UNSET
     type: str | UnsetType = UNSET
     size: int | UnsetType = UNSET

@@ -10,6 +10,7 @@ from secretd import paths
 from secretd.client import SyncClient, default_socket
 from secretd.client.channel import Refused
 from secretd.ctl.output import REFUSED, Common, fail, note
+from secretd.ctl.record_client import RecordClient
 from secretd.errors import UsageError
 
 RETRY_SECONDS: Final = 5.0
@@ -39,7 +40,7 @@ def cannot_connect(error: "api.ConnectError", common: Common) -> int:
     return REFUSED
 
 
-class _Client(SyncClient):
+class _Client(RecordClient):
     """The client of all verbs, which checks that secretd answers."""
 
     def connect(self, *, retry_seconds: float = 0) -> None:
@@ -52,7 +53,7 @@ class _Client(SyncClient):
             )
 
 
-def client_of(common: Common) -> SyncClient:
+def client_of(common: Common) -> RecordClient:
     """Return the client of all verbs."""
     if common.socket is None and not os.environ.get("SECRETD_SOCKET"):
         path = default_socket()

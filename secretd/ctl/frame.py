@@ -24,6 +24,7 @@ SECTIONS: Final = {
     "Access": ("grant", "revoke", "grants", "access", "explain", "audit"),
     "Many at once": ("import", "export", "watch"),
     "At rest": ("store",),
+    "Other hosts": ("host", "peer", "offer", "wrap", "accept", "handover"),
     "The daemon": ("status", "stats", "metrics", "doctor", "check-config", "shell"),
     "This tool": ("completion", "help"),
 }

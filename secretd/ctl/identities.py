@@ -13,7 +13,7 @@ from typing import Final
 
 from secretd.errors import UsageError
 
-IDENTITY: Final = "unit:NAME, user:NAME, group:NAME, uid:N, gid:N or user-unit:USER/NAME"
+IDENTITY: Final = "unit:NAME, user:NAME, group:NAME, uid:N, gid:N, user-unit:USER/NAME or host:NAME"
 
 _UNIT_SUFFIX: Final = re.compile(
     r"\.(?:service|scope|socket|mount|automount|swap|timer|path|target|device|slice)$|[*?]$"
@@ -43,16 +43,15 @@ def identities(identity: str) -> list[str]:
             return [f"gid:{grp.getgrnam(name).gr_gid}"]
         except KeyError:
             raise UsageError(f"'{identity}': there is no group '{name}'") from None
+    if kind == "host":
+        return [f"host:{name}"]
     # 2. Units.
     if kind == "unit":
         return [f"unit:{_unit(name)}"]
     if kind == "user-unit" and "/" in name:
         user, _, unit = name.partition("/")
         return [f"user-unit:{user if user.isdecimal() else _uid(user)}/{_unit(unit)}"]
-    raise UsageError(
-        f"'{identity}': expected unit:NAME, user:NAME, group:NAME, uid:N, gid:N or "
-        "user-unit:USER/NAME"
-    )
+    raise UsageError(f"'{identity}': expected {IDENTITY}")
 
 
 def named_identity(identity: str) -> str:

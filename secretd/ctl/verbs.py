@@ -9,6 +9,8 @@ from secretd.ctl.verb import Verb
 MODULES: Final = {
     **dict.fromkeys(("add", "read", "list", "del", "generate", "expire"), "secrets"),
     "rotate": "rotate",
+    **dict.fromkeys(("host", "peer"), "hosts"),
+    **dict.fromkeys(("offer", "wrap", "accept", "handover"), "transfer"),
     **dict.fromkeys(("run", "push", "seal"), "handover"),
     **dict.fromkeys(("grant", "revoke", "grants", "access", "explain"), "access"),
     "libvirt": "libvirt",

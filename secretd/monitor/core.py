@@ -146,9 +146,9 @@ class Core:
         """End the deliveries of an expired object, wipe it, and announce that."""
         kind, _ = self.tree.delete(object_id)  # a row that stays has expired, too
         self.audit.append("expire", id=object_id, type=kind.info.name)
-        if not kind.decides:
+        if kind.number in self.tree.types.secrets:
             self.announce("SECRET_EXPIRED", object_id, None, None)
-        else:  # no other object has a lifetime
+        elif kind.decides:
             self.announce_to_control("SECRET_REVOKED", {"id": object_id}, None, None)
 
     # --- the store

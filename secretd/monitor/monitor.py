@@ -132,10 +132,10 @@ class Monitor(PassedDescriptors):
                 f"Only uid 0 and the daemon's own uid may add, change or delete '{object_id}'"
             )
 
-    def check(self, object_id: str, action: str) -> Grant:
+    def check(self, object_id: str, action: str, host: str = "") -> Grant:
         """Return permission to release a secret; see access.decision.Access.check."""
         try:
-            return self.core.access.check(self.peer, self.subject, object_id, action)
+            return self.core.access.check(self.peer, self.subject, object_id, action, host)
         except AccessDenied:
             self.announce("SECRET_DENIED", object_id)
             raise

@@ -10,7 +10,7 @@ import stat
 import time
 from collections.abc import Awaitable, Mapping
 from functools import partial
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal
 
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
@@ -27,6 +27,7 @@ from secretd.qom.patterns import (
     literal_prefix,
     matcher,
 )
+from secretd.qom.verdict import ANY, SIGNED, Named, Reach, Verdict
 from secretd.wire.hash_order import qdict_items
 from secretd.wire.lexer import document
 from secretd.wire.parser import JSON, Fault
@@ -79,34 +80,6 @@ class AuthZListFileOptions(ObjectOptions, tag="authz-listfile", kw_only=True):
     refresh: bool | UnsetType = UNSET
 
 
-class Reach(NamedTuple):
-    """The identities that an authz object can allow, or deny by a rule: ``exact`` ones, and those
-    with one of ``prefixes``; the prefix "" stands for any.
-    """
-
-    exact: frozenset[str]
-    prefixes: frozenset[str]
-
-
-ANY: Final = Reach(frozenset(), frozenset(("",)))
-
-
-class Verdict(NamedTuple):
-    """A decision about a peer, and its reason; ``denied``: a rule denies, not policy or fault."""
-
-    allowed: bool
-    why: str
-    denied: bool = False
-
-
-class Named(NamedTuple):
-    """The identities and patterns that rules name. ``fault``: why they cannot be used, or ""."""
-
-    allows: list[str]
-    denies: list[str]
-    fault: str
-
-
 class Rules:
     """Rules and a policy: the first rule that matches any identity decides, else the policy
     (qauthz_list_is_allowed()).
@@ -145,10 +118,15 @@ class Rules:
 
     def judge(self, identities: frozenset[str]) -> Verdict:
         """Return whether a peer with these identities is allowed, and why."""
+        signed = any(each.startswith(SIGNED) for each in identities)
         for number, (match, fits, policy) in enumerate(self._rules):
             if match in identities if fits is None else any(map(fits, identities)):
+                if signed and policy == "allow" and not match.startswith(SIGNED):
+                    continue
                 why = f"rule {number} ('{match}') says {policy}"
                 return Verdict(policy == "allow", why, policy == "deny")
+        if signed:
+            return Verdict(False, "no rule names it")
         return Verdict(
             self._policy == "allow", f"no rule matches, and its policy says {self._policy}"
         )

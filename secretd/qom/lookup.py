@@ -6,6 +6,7 @@ It changes nothing. The tree is a `Lookup` with the changes; access and the comm
 
 from collections import Counter
 from collections.abc import Collection, Iterator
+from typing import Final
 
 from secretd.errors import AccessDenied, CommandError
 from secretd.journal.journal import Journal
@@ -15,6 +16,9 @@ from secretd.qom.deadlines import Deadlines
 from secretd.qom.object_type import ObjectType, Types
 from secretd.qom.sorted_ids import SortedIds
 
+ORIGIN: Final = "origin"
+"""The journal's name for the host that a secret came from."""
+
 
 class Lookup:
     """The objects of a journal.
@@ -22,7 +26,9 @@ class Lookup:
     ``pinned``: the ids of objects that cannot be deleted, since the daemon itself needs them.
     ``own_keys``: those of secrets that only trusted peers may use: the audit's key and the store's.
     ``aliases``: the secret-alias objects, by id. ``promised``: the versions that become current
-    again if a store fails.
+    again if a store fails. ``origins``: the hosts that secrets came from.
+    ``host``: the id of the secret-host, or ""; ``peers``: those of
+    secret-peers by name; ``offers``: those of secret-offers by nonce.
     """
 
     _sorted: SortedIds
@@ -36,6 +42,10 @@ class Lookup:
         self.own_keys: set[str] = set()
         self.aliases: dict[str, Alias] = {}
         self.promised: Counter[str] = Counter()
+        self.origins: dict[str, str] = {}
+        self.host = ""
+        self.peers: dict[str, str] = {}
+        self.offers: dict[str, str] = {}
 
     def is_secret(self, object_id: str) -> bool:
         """Return True if there is an unexpired secret of that id."""

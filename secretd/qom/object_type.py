@@ -6,7 +6,7 @@ calls this module.
 """
 
 from collections.abc import Awaitable, Collection, Mapping
-from typing import Any, Final, NamedTuple, NotRequired, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, NotRequired, TypeAlias, TypedDict
 
 import msgspec
 from msgspec import Struct
@@ -17,6 +17,9 @@ from secretd.memory.arena import LockedBuffer
 from secretd.qapi.visitor import JSON_VISITOR, members
 from secretd.qom.loading import Loading
 from secretd.wire.parser import JSON, Text
+
+if TYPE_CHECKING:
+    from secretd.qom.tree import ObjectTree
 
 ObjectPropertyInfo = TypedDict(
     "ObjectPropertyInfo",
@@ -79,7 +82,9 @@ class ObjectType:
     ``number`` stands in the journal and never changes. ``defaults``: the values of properties that
     were not given. ``decides``: access depends on such objects. ``declares_store``: such an object
     is a store on disk; ``names_versions``: it is an alias. ``acquired``: the properties that change
-    by use; an object of the command line keeps them at the next start.
+    by use; an object of the command line keeps them at the next start. ``by_command``: the command
+    that makes such objects, if object-add does not; ``registers``: the tree keeps a register of
+    them (`joined`, `left`).
     """
 
     info: TypeInfo
@@ -90,10 +95,25 @@ class ObjectType:
     declares_store: bool = False
     names_versions: bool = False
     acquired: frozenset[str] = frozenset()
+    by_command = ""
+    registers: bool = False
 
     def create(self, _options: Any, _loading: Loading) -> Content | Awaitable[Content]:
         """Return the content that the options describe, at once or later. Raises CommandError."""
         return None
+
+    def check(
+        self, _tree: "ObjectTree", _object_id: str, _properties: Mapping[str, object]
+    ) -> None:
+        """Raise CommandError if the tree cannot have the new object beside its others."""
+
+    def joined(
+        self, _tree: "ObjectTree", _object_id: str, _properties: Mapping[str, object]
+    ) -> None:
+        """An object was added, or taken over from an earlier process."""
+
+    def left(self, _tree: "ObjectTree", _object_id: str, _record: ObjectRecord) -> None:
+        """An object is about to be removed."""
 
     def stored(self, options: ObjectOptions) -> dict[str, object]:
         """Return the properties to store: those that were given."""
@@ -134,7 +154,11 @@ class Types:
         """Return the output of ``--object TYPE,help`` (user_creatable_print_help())."""
         name = type_name.to_str() if isinstance(type_name, Text) else ""
         # People type the names of object-add; one of them differs from the type's own.
-        kinds = {kind.options.__struct_config__.tag: kind.info for kind in self.numbered.values()}
+        kinds = {
+            kind.options.__struct_config__.tag: kind.info
+            for kind in self.numbered.values()
+            if not kind.by_command
+        }
         info = kinds.get(name) or self._infos.get(name)
         if info is None:
             head = "List of user creatable objects:"

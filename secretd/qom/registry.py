@@ -17,6 +17,13 @@ from secretd.qom.authz import (
     AuthZSimpleOptions,
 )
 from secretd.qom.grant import SecretGrant, SecretGrantOptions
+from secretd.qom.hosts import (
+    SecretHost,
+    SecretHostOptions,
+    SecretOffer,
+    SecretPeer,
+    SecretPeerOptions,
+)
 from secretd.qom.object_type import ObjectType, TypeInfo, Types
 from secretd.qom.secret import (
     SECRET_COMMON,
@@ -36,6 +43,9 @@ _CREATABLE: Final[tuple[ObjectType, ...]] = (
     SecretGrant(),
     SecretStore(),
     SecretAlias(),
+    SecretHost(),
+    SecretPeer(),
+    SecretOffer(),
 )
 
 AnyOptions: TypeAlias = (
@@ -47,6 +57,8 @@ AnyOptions: TypeAlias = (
     | SecretGrantOptions
     | SecretStoreOptions
     | SecretAliasOptions
+    | SecretHostOptions
+    | SecretPeerOptions
 )
 """The arguments of object-add: ObjectOptions of qapi/qom.json, with the types in its order."""
 
@@ -61,6 +73,9 @@ _INFOS: Final = (
     SecretGrant.info,
     SecretStore.info,
     SecretAlias.info,
+    SecretHost.info,
+    SecretPeer.info,
+    SecretOffer.info,
     AuthZSimple.info,
     TypeInfo("object", None, True, ("object",)),
     AuthZList.info,

@@ -17,6 +17,7 @@ from secretd.qom.alias import alias_in
 from secretd.qom.deadlines import DEADLINE
 from secretd.qom.identifiers import ID_BYTES, IDENTIFIER, check_identifier
 from secretd.qom.loading import Loading, SourceReader
+from secretd.qom.lookup import ORIGIN
 from secretd.qom.object_type import (
     Content,
     ObjectOptions,
@@ -70,11 +71,12 @@ class ObjectTree(Properties, Subscriptions):
             self.limits.object_bytes.count(uid, size)
         for number, object_ids in survey.by_type.items():
             kind = self.types.numbered[number]
-            every = kind.decides or kind.names_versions
+            every = kind.decides or kind.names_versions or kind.registers
             for object_id in object_ids if every else survey.described.intersection(object_ids):
                 record = self.journal.get(object_id)
                 assert record is not None
                 self._changed(object_id, kind, record.properties)
+                kind.joined(self, object_id, record.properties)
         self.journal.survey = LoadSummary()
         self._sorted = SortedIds(self.journal)
 
@@ -123,8 +125,7 @@ class ObjectTree(Properties, Subscriptions):
         uid: int,
     ) -> None:
         """Replace an existing object by another one, in one step; its running readers end."""
-        for callback in self._on_removal:
-            callback(object_id)
+        self._leave(object_id)
         try:
             old_uid, old_size, size = self.journal.replace(
                 object_id, kind.number, properties, plaintext, uid
@@ -140,8 +141,9 @@ class ObjectTree(Properties, Subscriptions):
         limits.object_bytes.count(uid, size)
         self.deadlines.forget(object_id)
         self.deciding.discard(object_id)
-        self.aliases.pop(object_id, None)
         self._changed(object_id, kind, properties)
+        if kind.registers:
+            kind.joined(self, object_id, properties)
         if self.keeper is not None:
             self.keeper.placed(object_id)
 
@@ -206,6 +208,8 @@ class ObjectTree(Properties, Subscriptions):
                 limits.object_bytes.check(uid, size + properties_size(properties))
             if kind.declares_store and self.declared:
                 raise CommandError(f"There is a secret-store already: '{min(self.declared)}'")
+            if kind.registers:
+                kind.check(self, object_id, properties)
             if keeper is not None and keeper.covers(object_id):
                 return keeper.add(object_id, kind, properties, plaintext, uid)
         except BaseException:
@@ -240,6 +244,8 @@ class ObjectTree(Properties, Subscriptions):
         limits.object_bytes.count(uid, bytes_held)
         if kind.decides or properties:
             self._changed(object_id, kind, properties)
+        if kind.registers:
+            kind.joined(self, object_id, properties)
         for callback in self._on_count:
             callback()
         if self.keeper is not None:
@@ -253,6 +259,9 @@ class ObjectTree(Properties, Subscriptions):
             record = self.journal.get(object_id)
             assert record is not None
             self.aliases[object_id] = alias_in(record.properties)
+        origin = changes.get(ORIGIN)
+        if isinstance(origin, str):
+            self.origins[object_id] = origin
         if kind.declares_store:
             self.declared.add(object_id)
             for declared in self._on_store:
@@ -260,6 +269,20 @@ class ObjectTree(Properties, Subscriptions):
         if kind.decides:
             self.deciding.add(object_id)
             self._notify_decision(object_id)
+
+    def _leave(self, object_id: str) -> None:
+        """End the readers of an object that is about to be removed, and forget its registration."""
+        for callback in self._on_removal:
+            callback(object_id)
+        self.aliases.pop(object_id, None)
+        self.origins.pop(object_id, None)
+        found = self.journal.summary(object_id)
+        assert found is not None
+        kind = self.types.numbered[found[0]]
+        if kind.registers:
+            record = self.journal.get(object_id)
+            assert record is not None
+            kind.left(self, object_id, record)
 
     def _notify_decision(self, object_id: str) -> None:
         for callback in self._on_decision:
@@ -276,11 +299,9 @@ class ObjectTree(Properties, Subscriptions):
             raise CommandError(f"object '{object_id}' is in use, can not be deleted")
         keeper = self.keeper
         is_row = keeper is not None and keeper.removing(object_id)
-        for callback in self._on_removal:
-            callback(object_id)
+        self._leave(object_id)
         number, uid, size = self.journal.remove(object_id)
         self.declared.discard(object_id)
-        self.aliases.pop(object_id, None)
         self._sorted.remove(object_id)
         self.limits.objects.release(uid)
         self.limits.object_bytes.release(uid, size)

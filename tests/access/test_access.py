@@ -717,6 +717,7 @@ def test_the_client_sockets_commands_are_known() -> None:
         "remove-fd",
         "query-fdsets", "getfd", "closefd", "secret-read", "query-secrets", "query-status",
         "secret-events",
+        "secret-wrap", "secret-accept", "query-secret-host",
     }  # fmt: skip
 
 

@@ -271,7 +271,7 @@ async def test_types_are_listed(aqmp: AsyncClient) -> None:
     """With their parents, abstract ones on request, by what they implement."""
     assert [entry["name"] for entry in await aqmp.ok("qom-list-types")] == [
         "container", "secret", "secret_keyring", "authz-list-file", "secret-grant", "secret-store",
-            "secret-alias",
+            "secret-alias", "secret-host", "secret-peer", "secret-offer",
         "authz-simple", "authz-list",
     ]  # fmt: skip
     abstract = await aqmp.ok("qom-list-types", {"abstract": True})
@@ -655,7 +655,7 @@ async def test_the_client_socket_refuses_every_read_and_shows_nothing(
     assert names == {
         "qmp_capabilities", "query-version", "query-commands", "query-qmp-schema", "add-fd",
         "remove-fd", "query-fdsets", "getfd", "closefd", "secret-read", "query-secrets",
-        "query-status", "secret-events",
+        "query-status", "secret-events", "secret-wrap", "secret-accept", "query-secret-host",
     }  # fmt: skip
 
 

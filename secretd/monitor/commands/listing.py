@@ -24,10 +24,11 @@ SecretInfo = TypedDict(
         "memory": Literal["secretmem", "mlock", "none"],
         "expires-in": NotRequired[int],
         "version": NotRequired[str],
+        "origin": NotRequired[str],
     },
 )
 """An entry of query-secrets: the size in bytes, the time left in seconds if it is limited. An alias
-has these of its current version, which ``version`` names.
+has these of its current version, which ``version`` names. ``origin``: the host that it came from.
 """
 
 
@@ -69,6 +70,8 @@ class Page:
             version = object_id
             if object_id in aliases:
                 version = info["version"] = tree.resolved(object_id)
+            if origin := tree.origins.get(object_id):
+                info["origin"] = f"host:{origin}"
             left = remaining(version)
             if left is not None:
                 info["expires-in"] = left

@@ -65,7 +65,7 @@ def added(monitor: Monitor, options: ObjectOptions, size: int) -> None:
     if isinstance(options, SecretGrantOptions):
         monitor.note("grant", options.id, name)
         monitor.announce_grant("SECRET_GRANTED", {"id": options.id, "secret": options.secret})
-    elif kind.decides or kind.declares_store:
+    elif kind.decides or kind.declares_store or kind.registers:
         monitor.note("add", options.id, name)
     else:
         monitor.note("add", options.id, name, size)
@@ -84,7 +84,7 @@ def object_del(monitor: Monitor, id: str) -> Awaitable[None] | None:  # noqa: A0
         monitor.announce_grant("SECRET_REVOKED", {"id": id})
         return commit
     monitor.note("delete", id, name)
-    if not (kind.decides or kind.declares_store):
+    if not (kind.decides or kind.declares_store or kind.registers):
         monitor.announce("SECRET_DELETED", id)
     return commit
 
