@@ -154,6 +154,7 @@ MEANINGS = {
     "from": "the name of the host that has the secret",
     "name": "the name of the host",
     "offer": "an offer of another host, in base64",
+    "to": "the name of the host that the offer must be from",
     "public": "the public half of its keys, 64 bytes in base64",
     "record": "a record in base64",
     "secret-accept.file": "`/dev/fdset/N` of a passed descriptor with the record's bytes",

@@ -177,8 +177,10 @@ class Access:
         if self._tree.aliases:
             peer = grant.peer
             reader = "" if grant.rule is None else peer.unit or f"uid:{peer.uid}"
+            if grant.identities is not peer.identities:  # a host, for which the peer carries
+                (reader,) = grant.identities
             alias = grant.alias or alias_of(grant.object_id)
-            note_read(self._tree, alias, grant.object_id, peer.identities, reader)
+            note_read(self._tree, alias, grant.object_id, grant.identities, reader)
 
     async def credential(
         self, peer: Peer, subject: Subject, claimed: CredentialAddress | None

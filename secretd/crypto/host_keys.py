@@ -59,3 +59,16 @@ def _derive(seed: memoryview, label: bytes, into: memoryview) -> None:
     from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
     HKDF(SHA256(), _KEY_BYTES, None, label).derive_into(seed, into)
+
+
+def is_usable(keys: PublicKeys) -> bool:
+    """Return False for a point of low order, with which an exchange has no secret."""
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+    from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+
+    try:
+        Ed25519PublicKey.from_public_bytes(keys.signing)
+        X25519PrivateKey.generate().exchange(X25519PublicKey.from_public_bytes(keys.receiving))
+    except ValueError:
+        return False
+    return True

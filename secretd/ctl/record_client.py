@@ -16,8 +16,12 @@ INLINE_RECORD_BYTES: Final = 4000
 class RecordClient(SyncClient):
     """A client that wraps and accepts."""
 
-    def wrap(self, object_id: str, offer: str) -> bytes:
-        """Return a record with a secret for the host that made an offer. Raises ExecuteError."""
+    def wrap(self, object_id: str, offer: str, receiver: str | None = None) -> bytes:
+        """Return a record with a secret for the host that made an offer. Raises ExecuteError.
+
+        ``receiver``: refuse an offer of another host.
+        """
+        to = {} if receiver is None else {"to": receiver}
 
         def once(channel: Channel) -> bytes:
             def deliver(sink: int, pump: Pump) -> dict[str, Any]:
@@ -25,6 +29,7 @@ class RecordClient(SyncClient):
                     "id": object_id,
                     "offer": offer,
                     "fdname": self._connection.pass_descriptor(channel, sink),
+                    **to,
                 }
                 reply = returned(channel.exchange("secret-wrap", arguments, (), pump))
                 return cast("dict[str, Any]", reply)

@@ -26,6 +26,7 @@ from secretd.ctl.verb import argument, option, verb
 from secretd.errors import UsageError
 
 _SUBJECT = re.compile(r"[A-Za-z0-9._:@-]{1,256}")
+_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,62}[A-Za-z0-9])?")
 _FOR = "what they are for, such as a guest"
 
 
@@ -73,16 +74,27 @@ def wrap(common: Common) -> int:
 class _Wrapping:
     """Turns offers into records; ``failed``: the number of those that could not be wrapped."""
 
-    def __init__(self, client: RecordClient) -> None:
+    def __init__(
+        self, client: RecordClient, receiver: str | None = None, ids: Iterable[str] | None = None
+    ) -> None:
+        """``receiver``, ``ids``: the only host and secrets, each once, that offers may name."""
         self._client = client
+        self._receiver = receiver
+        self._ids = None if ids is None else set(ids)
         self.failed = 0
         self.wrapped = 0
 
     def lines(self, offers: Iterable[str]) -> Iterator[str]:
         """Yield the lines of records."""
         for object_id, text in _members(offers, "offer"):
+            if self._ids is not None and object_id not in self._ids:
+                self.failed += 1
+                fail("the other host has offered to take what it was not asked for")
+                continue
+            if self._ids is not None:
+                self._ids.discard(object_id)
             try:
-                record = self._client.wrap(object_id, text)
+                record = self._client.wrap(object_id, text, self._receiver)
             except api.ExecuteError as error:
                 self.failed += 1
                 fail(f"{object_id}: {error}")
@@ -118,7 +130,7 @@ def _members(lines: Iterable[str], name: str) -> Iterator[tuple[str, str]]:
         try:
             members = json.loads(line)
             yield str(members["id"]), str(members[name])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise UsageError(f"line {number}: this is no {name}") from None
 
 
@@ -150,6 +162,8 @@ def handover(
     """
     if subject is not None and not _SUBJECT.fullmatch(subject):
         raise UsageError("--for takes letters, digits and . _ : @ - only")
+    if not _NAME.fullmatch(receiver):
+        raise UsageError(f"'{receiver!a}' is no host's name")
     prefix = shlex.split(ssh) if ssh is not None else ["ssh", receiver]
     with client_of(common) as client:
         own = this_host(client)["name"]
@@ -157,7 +171,7 @@ def handover(
         ids = chosen(patterns, secrets)
         about = [] if subject is None else ["--for", subject]
         asking = [*prefix, "secretctl", "offer", "--from", own, *about]
-        wrapping = _Wrapping(client)
+        wrapping = _Wrapping(client, receiver, ids)
         try:
             with (
                 _running(asking, "\n".join(ids)) as offers,
@@ -179,18 +193,20 @@ def handover(
 
 @contextlib.contextmanager
 def _running(words: list[str], given: str) -> Iterator[IO[str]]:
-    """Yield the output of a command that gets some input; raise UsageError if it fails."""
+    """Yield the output of a command that gets some input; it is ended with the context."""
     process = _started(words)
     assert process.stdin is not None
     assert process.stdout is not None
-    with process:
-        # It prints an offer for each id as it reads them.
-        feeder = threading.Thread(target=_feed, args=(process.stdin, given))
-        feeder.start()
-        try:
-            yield process.stdout
-        finally:
-            feeder.join()
+    # It prints an offer for each id as it reads them.
+    feeder = threading.Thread(target=_feed, args=(process.stdin, given))
+    feeder.start()
+    try:
+        yield process.stdout
+    finally:
+        process.stdout.close()
+        process.terminate()  # it may wait for something
+        process.wait()
+        feeder.join()
 
 
 def _feed(stdin: IO[str], given: str) -> None:

@@ -8,6 +8,7 @@ creates it.
 import asyncio
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from types import MappingProxyType
 from typing import Final, Literal
@@ -69,6 +70,8 @@ class Core:
         self.stopping = False
         self.serving = False
         self._background: set[asyncio.Task[None]] = set()
+        self.used_offers: dict[bytes, int] = {}  # nonces of other hosts, with their ends
+        self.offer_tries: Counter[str] = Counter()
         self.has_one_session: Callable[[], bool] = lambda: False
         self.log_dropped: Callable[[], int] = lambda: 0
         # 2. The parts that depend on the tree.

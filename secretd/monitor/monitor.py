@@ -127,7 +127,14 @@ class Monitor(PassedDescriptors):
     def check_own(self, object_id: str) -> None:
         """Raise AccessDenied if an untrusted peer changes one of the daemon's keys, or a store."""
         tree = self.tree
-        if not self.trusted and (object_id in tree.own_keys or object_id in tree.declared):
+        if self.trusted:
+            return
+        kind = tree.type_of(object_id)
+        if (
+            object_id in tree.own_keys
+            or object_id in tree.declared
+            or (kind is not None and kind.trusted_only)
+        ):
             raise AccessDenied(
                 f"Only uid 0 and the daemon's own uid may add, change or delete '{object_id}'"
             )

@@ -35,7 +35,7 @@ from secretd.errors import CommandError, StoreError
 from secretd.memory.arena import LockedBuffer
 from secretd.qom.patterns import matcher
 from secretd.qom.secret_store import COVERAGE, DOOMED, UNLOCK_SECONDS, UUID, StoreState
-from secretd.qom.store_rows import TakingOver, Winner
+from secretd.qom.store_rows import TakingOver, Winner, dropping_order
 from secretd.store.commit import Commit
 from secretd.store.disk import Disk
 from secretd.store.store import Store
@@ -170,7 +170,7 @@ class DeclaredStore:
         async with self._changing:
             store = self.check()
             self.store, self._ended = None, True
-            for object_id in list(self._tree.journal):
+            for object_id in dropping_order(self._tree, list(self._tree.journal)):
                 if self.covers(object_id) and object_id not in self._tree.pinned:
                     self.drop(object_id)
             try:

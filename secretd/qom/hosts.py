@@ -14,7 +14,13 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
-from secretd.crypto.host_keys import PUBLIC_BYTES, SEED_BYTES, PublicKeys, public_keys
+from secretd.crypto.host_keys import (
+    PUBLIC_BYTES,
+    SEED_BYTES,
+    PublicKeys,
+    is_usable,
+    public_keys,
+)
 from secretd.errors import AccessDenied, CommandError
 from secretd.journal.files import ObjectRecord
 from secretd.qom.loading import Loading
@@ -79,6 +85,12 @@ def decoded(public: str) -> PublicKeys:
     return PublicKeys(data[: PUBLIC_BYTES // 2], data[PUBLIC_BYTES // 2 :])
 
 
+def check_usable(keys: PublicKeys) -> None:
+    """Raise CommandError for public keys that no host can have."""
+    if not is_usable(keys):
+        raise CommandError("Parameter 'public' expects the keys of a host, and these are of none")
+
+
 def encoded(keys: PublicKeys) -> str:
     """Return public keys as base64."""
     return base64.b64encode(keys.receiving + keys.signing).decode()
@@ -103,6 +115,8 @@ class _Fixed(ObjectType):
 class SecretHost(_Fixed):
     """The host on which secretd runs."""
 
+    trusted_only = True
+
     info = TypeInfo(
         "secret-host",
         "object",
@@ -126,28 +140,41 @@ class SecretHost(_Fixed):
             )
         return {"public": encoded(public_keys(seed, loading.scratch))}
 
-    def check(self, tree: "ObjectTree", _object_id: str, _properties: Mapping[str, object]) -> None:
-        """Accept one host only."""
+    def check(self, tree: "ObjectTree", _object_id: str, properties: Mapping[str, object]) -> None:
+        """Accept one host only, and a key of its own that stays."""
         if tree.host:
             raise CommandError(f"There is a secret-host already: '{tree.host}'")
+        keyid = str(properties["keyid"])
+        if keyid in tree.own_keys and keyid not in tree.host_keys:
+            raise CommandError(f"Secret '{keyid}' is another key of secretd itself")
+        if tree.deadlines.remaining(keyid) is not None:
+            raise CommandError(
+                f"Secret '{keyid}' has a lifetime; secret-expire without 'after' removes it"
+            )
 
     def joined(self, tree: "ObjectTree", object_id: str, properties: Mapping[str, object]) -> None:
-        """Protect the secret that the keys come from."""
+        """Protect the secret that the keys come from, and those by which that was encrypted."""
         tree.host = object_id
         keyid = str(properties["keyid"])
         tree.pinned.add(keyid)
-        tree.own_keys.add(keyid)
+        while keyid not in tree.host_keys:
+            tree.host_keys.add(keyid)
+            tree.own_keys.add(keyid)
+            record = tree.journal.get(keyid)
+            keyid = "" if record is None else str(record.properties.get("keyid", ""))
+            if not keyid:
+                break
 
     def left(self, tree: "ObjectTree", _object_id: str, record: ObjectRecord) -> None:
-        """Protect it no longer."""
+        """Let it be deleted; read by others it is never, as it may have signed."""
         tree.host = ""
-        keyid = str(record.properties["keyid"])
-        tree.pinned.discard(keyid)
-        tree.own_keys.discard(keyid)
+        tree.pinned.discard(str(record.properties["keyid"]))
 
 
 class SecretPeer(_Fixed):
     """Another host."""
+
+    trusted_only = True
 
     info = TypeInfo(
         "secret-peer",
@@ -165,7 +192,7 @@ class SecretPeer(_Fixed):
         super().create(options, loading)
         assert isinstance(options, SecretPeerOptions)
         check_name(options.name)
-        decoded(options.public)
+        check_usable(decoded(options.public))
         return None
 
     def check(self, tree: "ObjectTree", _object_id: str, properties: Mapping[str, object]) -> None:

@@ -27,7 +27,8 @@ class Lookup:
     ``own_keys``: those of secrets that only trusted peers may use: the audit's key and the store's.
     ``aliases``: the secret-alias objects, by id. ``promised``: the versions that become current
     again if a store fails. ``origins``: the hosts that secrets came from.
-    ``host``: the id of the secret-host, or ""; ``peers``: those of
+    ``host``: the id of the secret-host, or ""; ``host_keys``: those that its keys come or came
+    from; ``peers``: those of
     secret-peers by name; ``offers``: those of secret-offers by nonce.
     """
 
@@ -44,6 +45,7 @@ class Lookup:
         self.promised: Counter[str] = Counter()
         self.origins: dict[str, str] = {}
         self.host = ""
+        self.host_keys: set[str] = set()
         self.peers: dict[str, str] = {}
         self.offers: dict[str, str] = {}
 

@@ -84,7 +84,8 @@ class ObjectType:
     is a store on disk; ``names_versions``: it is an alias. ``acquired``: the properties that change
     by use; an object of the command line keeps them at the next start. ``by_command``: the command
     that makes such objects, if object-add does not; ``registers``: the tree keeps a register of
-    them (`joined`, `left`).
+    them (`joined`, `left`); ``trusted_only``: only uid 0 and the daemon's own uid may add, change
+    or delete them.
     """
 
     info: TypeInfo
@@ -97,6 +98,7 @@ class ObjectType:
     acquired: frozenset[str] = frozenset()
     by_command = ""
     registers: bool = False
+    trusted_only: bool = False
 
     def create(self, _options: Any, _loading: Loading) -> Content | Awaitable[Content]:
         """Return the content that the options describe, at once or later. Raises CommandError."""

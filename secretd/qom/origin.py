@@ -5,9 +5,9 @@ A secret that was accepted in a record has an origin, which nothing changes. A r
 a secret of the same origin. monitor.commands.records calls this module.
 """
 
-from secretd.errors import CommandError
 from secretd.memory.arena import LockedBuffer
 from secretd.qom.lookup import ORIGIN
+from secretd.qom.renewal import check_replaceable
 from secretd.qom.secret import Secret
 from secretd.qom.tree import ObjectTree
 from secretd.store.commit import Commit
@@ -17,6 +17,8 @@ def check_place(tree: ObjectTree, object_id: str, host: str) -> None:
     """Raise CommandError unless there is no object of that id, or a secret from this host."""
     if tree.origins.get(object_id) != host:
         tree.check_new(object_id)
+    else:
+        check_replaceable(tree, object_id)
 
 
 def place(
@@ -37,8 +39,7 @@ def place(
         owner, before = tree.journal.owner(object_id)
         more = plaintext.size if owner != uid else max(0, plaintext.size - before)
         tree.limits.object_bytes.check(uid, more)
-        if object_id in tree.pinned:
-            raise CommandError(f"object '{object_id}' is in use, can not be deleted")
+        check_replaceable(tree, object_id)
         if tree.keeper is not None and tree.keeper.covers(object_id):
             return tree.keeper.exchange(object_id, kind, properties, plaintext, uid)
     except BaseException:

@@ -6,7 +6,7 @@ qom.declared_store takes the rows over when it opens a store; qom.keeper writes 
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Final, Literal
 
 from secretd.errors import StoreError
@@ -31,6 +31,13 @@ def as_row(object_id: str, properties: dict[str, object], uid: int) -> Stored:
     left = deadline - now()
     given = {name: value for name, value in properties.items() if name != DEADLINE}
     return Stored(object_id, uid, given, time.time_ns() + left, left)
+
+
+def dropping_order(tree: "ObjectTree", object_ids: Iterable[str]) -> list[str]:
+    """Return the present ones of some ids, those that pin others first."""
+    present = [each for each in object_ids if each in tree.journal]
+    kinds = {each: tree.type_of(each) for each in present}
+    return sorted(present, key=lambda each: not getattr(kinds[each], "registers", False))
 
 
 Winner = Literal["store", "memory", "neither"]
@@ -70,7 +77,7 @@ class TakingOver:
                 with content:
                     await self._take(kind, content.view)
         except BaseException:
-            for object_id in filter(self._tree.journal.__contains__, self._added):
+            for object_id in dropping_order(self._tree, self._added):
                 self._drop(object_id)
             raise
         if self._differing and self._wins == "store":

@@ -7,6 +7,7 @@ arena is ordinary memory and must hold exactly one copy of each secret, and none
 """
 
 import base64
+import contextlib
 import json
 import os
 import signal
@@ -19,10 +20,14 @@ from typing import Any
 
 import pytest
 
+from secretd.crypto.host_keys import public_keys, receiving_key, signing_key
+from secretd.crypto.record import Head, make_offer, make_record, open_record, read_offer
+from secretd.memory.arena import Arena
+from secretd.qom.hosts import decoded, encoded
 from tests.e2e.box import ROOT, wheels
 from tests.e2e.conftest import SECRETCTL, SECRETD, Process
 from tests.e2e.scan import SECRET_BYTES, parts, scan, secret
-from tests.support.needs import need_level, need_program, need_root
+from tests.support.needs import ARENA_LEVEL, need_level, need_program, need_root
 from tests.support.qmp import Client
 from tests.support.service_manager import Manager, listening
 from tests.support.transcript import add_key, keyctl
@@ -702,3 +707,82 @@ def test_a_store_leaves_no_copy(scene: Scene, tmp_path: Path) -> None:
     assert client.ok("secret-store-destroy", {"id": "store"}) == {}
     scene.held = {i: c for i, c in scene.held.items() if i not in rows}
     scene.check()
+
+
+def test_records_leave_no_copy(scene: Scene, tmp_path: Path) -> None:
+    """Making offers, wrapping and accepting, refused ones too; neither of secrets, nor of the
+    host's secret and the private keys that come from it.
+    """
+    client = scene.client
+    scratch = Arena(ARENA_LEVEL)
+    seed = scratch.allocate(32)
+    seed.view[:] = bytes(range(1, 33))
+    ours = public_keys(seed.view, scratch)
+    scene.add("host.key", KEY.decode(), data=KEY.decode())
+    host = {"qom-type": "secret-host", "id": "host", "name": "alpha", "keyid": "host.key"}
+    assert client.ok("object-add", host) == {}
+    scene.check()
+    public = encoded(ours)
+    peer = {"qom-type": "secret-peer", "id": "peer", "name": "beta", "public": public}
+    assert client.ok("object-add", peer) == {}
+    rules = [{"match": "host:beta", "policy": "allow"}]
+    client.ok("object-add", {"qom-type": "authz-list", "id": "hosts", "rules": rules})
+    grant = {"qom-type": "secret-grant", "id": "g", "secret": "*", "authz": "hosts"}
+    client.ok("object-add", grant)
+    theirs = decoded(client.ok("query-secret-host")[0]["public"])
+    for number in range(8):
+        # 1. From it: the test is the other host.
+        nonce = number.to_bytes(32, "big")
+        head = Head("alpha", "beta", f"o{number}", "", nonce, 1 << 33)
+        offer = b64(make_offer(head, seed.view, scratch))
+        wrapped = client.ok("secret-wrap", {"id": f"o{number}", "offer": offer})
+        record = base64.b64decode(wrapped["record"])
+        with open_record(record, seed.view, scratch, scratch) as content:
+            assert bytes(content.view) == scene.held[f"o{number}"]
+        scene.check()
+        # 2. To it.
+        object_id, text = scene.next()
+        asked = client.ok("secret-offer", {"from": "beta", "id": object_id})
+        head = read_offer(base64.b64decode(asked["offer"]))
+        with scratch.allocate(len(text)) as plaintext:
+            plaintext.view[:] = text.encode()
+            record = make_record(head, plaintext.view, theirs, seed.view, scratch)
+        changed = bytearray(record)
+        changed[-70] ^= 1
+        assert "cannot be accepted" in client.fail("secret-accept", {"record": b64(bytes(changed))})
+        scene.check()
+        if number % 2:
+            assert client.ok("secret-accept", {"record": b64(record)})["id"] == object_id
+        else:
+            (tmp_path / "record").write_bytes(record)
+            with open(tmp_path / "record", "rb") as file:
+                added = client.ok("add-fd", None, (file.fileno(),))
+            path = f"/dev/fdset/{added['fdset-id']}"
+            assert client.ok("secret-accept", {"file": path})["id"] == object_id
+        scene.held[object_id] = text.encode()
+        scene.check()
+    # 3. The private keys, which have no marker.
+    with scratch.allocate(32) as own:
+        own.view[:] = KEY
+        for key in (receiving_key(own.view, scratch), signing_key(own.view, scratch)):
+            assert key.private_bytes_raw() not in memory_of(scene.process.pid)
+    assert client.cmd("object-del", {"id": "host"}) == {"return": {}}
+    assert client.cmd("object-del", {"id": "host.key"}) == {"return": {}}
+    del scene.held["host.key"]
+    scene.check()
+    seed.free()
+    scratch.close()
+
+
+def memory_of(pid: int) -> bytes:
+    """All readable memory of a process."""
+    parts = []
+    with open(f"/proc/{pid}/maps") as maps, open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
+        for line in maps:
+            ends, rights = line.split()[:2]
+            begin, end = (int(part, 16) for part in ends.split("-"))
+            if rights.startswith("r") and "[v" not in line:
+                with contextlib.suppress(OSError):
+                    memory.seek(begin)
+                    parts.append(memory.read(end - begin))
+    return b"".join(parts)

@@ -238,8 +238,9 @@ async def test_an_expired_offer_is_of_no_use(pair: Pair, monkeypatch: pytest.Mon
     assert "disk0" not in tree.journal
 
 
-async def test_each_bit_of_a_record_counts(pair: Pair) -> None:
+async def test_each_bit_of_a_record_counts(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """Changed anywhere it is refused, and changes nothing; then the whole one is taken."""
+    monkeypatch.setattr("secretd.monitor.commands.arrivals.TRIES", 1 << 20)
     record = await pair.record()
     data = base64.b64decode(record)
     held = sorted(pair.beta_served.tree.journal)
@@ -309,7 +310,7 @@ async def test_a_record_replaces_only_what_came_from_the_same_host(pair: Pair) -
          "There is a secret-host already: 'host'"),
         ({"qom-type": "secret-peer", "name": "beta", "public": "AAAA"},
          "Parameter 'public' expects 64 bytes in base64, as 'secretctl host show' prints them"),
-        ({"qom-type": "secret-peer", "name": "beta", "public": "A" * 86 + "=="},
+        ({"qom-type": "secret-peer", "name": "beta", "public": "CQ" + "A" * 84 + "=="},
          "There is a secret-peer of that name already: 'peer-beta'"),
         ({"qom-type": "secret-offer"}, "Parameter 'qom-type' does not accept value 'secret-offer'"),
     ],
@@ -327,7 +328,7 @@ async def test_admitted_administrators_decide_about_no_hosts(pair: Pair) -> None
     need_root()
     await pair.beta.allow("admins", "uid:1001")
     admin = await pair.beta_served.connect(role="admins", uid=1001)
-    options = {"qom-type": "secret-peer", "id": "p", "name": "x", "public": "A" * 86 + "=="}
+    options = {"qom-type": "secret-peer", "id": "p", "name": "x", "public": "CQ" + "A" * 84 + "=="}
     words = "Only uid 0 and the daemon's own uid may decide about hosts"
     assert await admin.fail("object-add", options) == words
     with pytest.MonkeyPatch.context() as patch:
@@ -340,3 +341,100 @@ async def test_admitted_administrators_decide_about_no_hosts(pair: Pair) -> None
     words = "Parameter 'for' is longer than the limit of 256 characters"
     assert await pair.beta.fail("secret-offer", long) == words
     assert "is not known" in await pair.beta.fail("secret-offer", {"from": "nope", "id": "s4"})
+
+
+async def test_an_offer_is_used_once_on_both_sides(pair: Pair) -> None:
+    """So no carrier exhausts a grant with one; and too many records end it."""
+    offer = await pair.offer()
+    record = await pair.wrap(offer)
+    words = await pair.alpha.fail("secret-wrap", {"id": "disk0", "offer": offer})
+    assert "it was used already; make another one" in words
+    changed = bytearray(base64.b64decode(record))
+    changed[-1] ^= 1
+    for _ in range(8):
+        words = await pair.beta.fail(
+            "secret-accept", {"record": base64.b64encode(changed).decode()}
+        )
+        assert "its signature does not fit" in words
+    assert "it answers no offer" in await pair.beta.fail("secret-accept", {"record": record})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("secretd.monitor.commands.records.USED_OFFERS", 1)
+        fresh = await pair.offer()
+        words = await pair.alpha.fail("secret-wrap", {"id": "disk0", "offer": fresh})
+        assert "1 offers were used within minutes" in words
+        later = time.time() + 500
+        patch.setattr("secretd.monitor.commands.records.OFFER_SECONDS", 1)
+        words = await pair.alpha.fail("secret-wrap", {"id": "disk0", "offer": fresh})
+        assert "which is too late; do the clocks differ?" in words
+        assert later > time.time()
+    wrong = {"id": "disk0", "offer": fresh, "to": "gamma"}
+    words = await pair.alpha.fail("secret-wrap", wrong)
+    assert "it is from host 'beta', and not from 'gamma'" in words
+
+
+async def test_counted_grants_count_what_was_wrapped(pair: Pair) -> None:
+    """Once for each record, and not for one that has no room in a reply."""
+    await pair.alpha.ok("object-del", {"id": "g"})
+    await pair.alpha.grant("g", "disk*", "hosts", **{"max-reads": 1})
+    await pair.alpha.add("disk9", data="x" * 50_000)
+    asked = await pair.beta.ok("secret-offer", {"from": "alpha", "id": "disk9"})
+    words = await pair.alpha.fail("secret-wrap", {"id": "disk9", "offer": asked["offer"]})
+    assert "more than the limit of 45000 bytes of a reply" in words
+    await pair.wrap(await pair.offer())
+    words = await pair.alpha.fail("secret-wrap", {"id": "disk0", "offer": await pair.offer()})
+    assert words == "No grant lets host 'beta' have secret 'disk0'"
+
+
+async def test_an_administrator_does_not_get_the_hosts_key(pair: Pair) -> None:
+    """Neither the host nor a peer is deleted by one that was only admitted."""
+    need_root()
+    await pair.alpha.allow("admins", "uid:1001")
+    admin = await pair.alpha_served.connect(role="admins", uid=1001)
+    for name in ("host", "host.key", "peer-beta"):
+        words = f"Only uid 0 and the daemon's own uid may add, change or delete '{name}'"
+        assert await admin.fail("object-del", {"id": name}) == words
+    await pair.alpha.ok("object-del", {"id": "host"})
+    assert await admin.denied("host.key")
+    options = {"qom-type": "secret-host", "id": "host", "name": "alpha", "keyid": "host.key"}
+    await pair.alpha.ok("object-add", options)
+
+
+async def test_a_hosts_key_is_its_own_and_stays(pair: Pair) -> None:
+    """It has no lifetime, and is no other key of secretd's."""
+    await pair.alpha.ok("object-del", {"id": "host"})
+    options = {"qom-type": "secret-host", "id": "host", "name": "alpha", "keyid": "k"}
+    await pair.alpha.ok("secret-generate", {"id": "k", "size": 32})
+    await pair.alpha.ok("secret-expire", {"id": "k", "after": 1000})
+    assert "Secret 'k' has a lifetime" in await pair.alpha.fail("object-add", options)
+    await pair.alpha.ok("secret-expire", {"id": "k"})
+    pair.alpha_served.tree.pin("k")
+    words = "Secret 'k' is another key of secretd itself"
+    assert await pair.alpha.fail("object-add", options) == words
+    public = {"qom-type": "secret-peer", "id": "p", "name": "zero", "public": "A" * 86 + "=="}
+    words = "Parameter 'public' expects the keys of a host, and these are of none"
+    assert await pair.alpha.fail("object-add", public) == words
+
+
+async def test_a_record_follows_the_rules_of_aliases(pair: Pair) -> None:
+    """A version that an alias has as its current one is written once."""
+    await pair.alpha.add("disk7.v1", data="first")
+    asked = {"from": "alpha", "id": "disk7.v1"}
+    for content in ("first", "second"):
+        offer = (await pair.beta.ok("secret-offer", asked))["offer"]
+        record = await pair.wrap(offer, "disk7.v1")
+        if content == "second":
+            options = {"qom-type": "secret-alias", "id": "disk7", "current": "disk7.v1"}
+            await pair.beta.ok("object-add", options)
+            words = await pair.beta.fail("secret-accept", {"record": record})
+            assert "is written once" in words
+        else:
+            await pair.beta.ok("secret-accept", {"record": record})
+    assert await pair.beta.read("disk7") == b"first"
+
+
+async def test_an_alias_knows_the_host_as_its_reader(pair: Pair) -> None:
+    """And not the carrier."""
+    await pair.alpha.ok("secret-alias-convert", {"id": "disk0"})
+    await pair.wrap(await pair.offer())
+    (found,) = await pair.alpha.ok("query-secret-alias", {"id": "disk0"})
+    assert found["readers"] == [{"identity": "host:beta", "read": "current", "awaited": True}]

@@ -11,10 +11,12 @@ from typing import Final
 
 from secretd.monitor.commands import (
     aliases,
+    arrivals,
     base,
     descriptors,
     grants,
     human,
+    known_hosts,
     objects,
     records,
     secrets,
@@ -30,7 +32,9 @@ COMMANDS: Final = Commands(
     secrets.command,
     grants.command,
     aliases.command,
+    known_hosts.command,
     records.command,
+    arrivals.command,
     stats.command,
     store.command,
     human.command,
