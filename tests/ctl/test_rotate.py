@@ -457,3 +457,53 @@ def test_another_programs_note_is_none(run: Ctl, db: Client) -> None:
     assert db.fail("secret-alias-set", {**expect, "note": "x" * 1025}) == words
     wrong = {"id": "db", "expect": {"current": "db.v2", "note": "x"}, "note": "y"}
     assert "is not as expected: its note is ''" in db.fail("secret-alias-set", wrong)
+
+
+def test_programs_get_json(run: Ctl, db: Client) -> None:
+    """Of a status that is none yet, and of a whole rotation; a list shows what an alias means."""
+    assert json.loads(run("rotate", "db", "--status", "--json")[0]) == {"id": "db", "current": None}
+    out, err = run("rotate", "db", "--generate", "4", "--json")
+    assert (json.loads(out)["version"], err) == ("db.v2", "")
+    consumers = {"consumers": ["uid:7"]}
+    db.ok("secret-alias-set", {"id": "db", "expect": {"current": "db.v2"}, **consumers})
+    out, err = run("rotate", "db", "--generate", "4", "--json", "--wait", "0")
+    assert json.loads(out) == {"id": "db", "version": "db.v3"}
+    assert "version   db.v3; 'secretctl rotate db --status' says more" in run("show", "db")[0]
+    assert "secret-alias of db.v3" in run("list")[0]
+    assert "1" in run("status")[0]
+
+
+def test_going_back_runs_the_command_again(run: Ctl, db: Client, tmp_path: Path) -> None:
+    """With the values exchanged; a staged version that has no value needs one."""
+    db.ok("secret-alias-convert", {"id": "db"})
+    db.add("db.v2", data="second")
+    note = json.dumps({"phase": "forward", "luks": "", "command": True})
+    expect = {"id": "db", "expect": {"current": "db.v1"}}
+    versions = {"current": "db.v2", "previous": "db.v1"}
+    db.ok("secret-alias-set", {**expect, **versions, "note": note})
+    out = tmp_path / "out"
+    run("rotate", "db", "--rollback", "--apply", "sh", "-c", f"cat > {out}")
+    assert out.read_text() == "first"
+    db.ok("secret-alias-set", {**expect, "staged": "db.v5"})
+    _, err = run("rotate", "db", status=1)
+    assert "'db.v5' is staged and has no value yet" in err
+    assert state(db) == ("db.v1", "db.v5", "")
+    run("rotate", "db", "--generate", "4")
+    assert state(db) == ("db.v5", "", "")
+
+
+@pytest.mark.slow
+def test_many_readers_fit_into_a_terminal(daemon: Daemon, db: Client) -> None:
+    """Those that are waited for come first, and the others are counted."""
+    db.ok("secret-alias-convert", {"id": "db"})
+    db.add("db.v2", data="second")
+    consumers = [f"unit:a-rather-long-name-{number:03}.service" for number in range(60)]
+    expect = {"id": "db", "expect": {"current": "db.v1"}}
+    versions = {"current": "db.v2", "previous": "db.v1"}
+    db.ok("secret-alias-set", {**expect, **versions, "consumers": consumers})
+    words = ["--socket", daemon.control, "rotate", "db", "--wait", "2"]
+    status, seen = in_terminal(words, b"", expect=b"waiting", hidden=False, columns=40)
+    assert status == 0
+    assert b"and 41 more" in seen
+    assert b"waiting for 60 readers, " in seen
+    assert b"retired: db.v1" in seen

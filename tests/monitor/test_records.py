@@ -2,6 +2,7 @@
 """Secrets between two hosts: offers, records, and a carrier that tries everything."""
 
 import base64
+import json
 import os
 import time
 from collections.abc import AsyncIterator, Callable
@@ -11,6 +12,7 @@ from typing import NamedTuple
 
 import pytest
 
+from secretd.audit.log import Audit
 from secretd.limits import Tuning
 from tests.support.async_qmp import AsyncClient
 from tests.support.in_loop import Served, served
@@ -438,3 +440,44 @@ async def test_an_alias_knows_the_host_as_its_reader(pair: Pair) -> None:
     await pair.wrap(await pair.offer())
     (found,) = await pair.alpha.ok("query-secret-alias", {"id": "disk0"})
     assert found["readers"] == [{"identity": "host:beta", "read": "current", "awaited": True}]
+
+
+async def test_both_sides_record_what_goes(
+    pair: Pair, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Offer, wrap and accept with the other host's name; refusals with their reason; no value."""
+    audits = {}
+    for name, each in (("alpha", pair.alpha_served), ("beta", pair.beta_served)):
+        audits[name] = tmp_path / f"{name}.audit"
+        audit = Audit(str(audits[name]))
+        each.server.core.audit = each.server.core.access._audit = audit
+    record = await pair.record()
+    await pair.beta.ok("secret-accept", {"record": record})
+    await pair.beta.fail("secret-accept", {"record": record})
+    await pair.alpha.ok("object-del", {"id": "g"})
+    await pair.alpha.fail("secret-wrap", {"id": "disk0", "offer": await pair.offer()})
+    for each in (pair.alpha_served, pair.beta_served):
+        each.server.core.audit.end_turn()
+    found = {
+        name: [json.loads(line) for line in path.read_text().splitlines()]
+        for name, path in audits.items()
+    }
+    told = [
+        (name, r["event"], r.get("decision"), r.get("id"), r.get("host"))
+        for name, records in found.items() for r in records
+    ]  # fmt: skip
+    assert told == [
+        ("alpha", "wrap", "allow", "disk0", "beta"),
+        ("alpha", "revoke", None, "g", None),
+        ("alpha", "wrap", "deny", "disk0", "beta"),
+        ("beta", "offer", None, "disk0", "alpha"),
+        ("beta", "accept", None, "disk0", "alpha"),
+        ("beta", "accept", "deny", None, None),
+        ("beta", "offer", None, "disk0", "alpha"),
+    ]
+    assert "an offer is used once" in found["beta"][2]["reason"]
+    for text in (*(path.read_text() for path in audits.values()), caplog.text):
+        assert SECRET not in text
+        assert base64.b64encode(SECRET.encode()).decode()[:16] not in text
+    for each in (pair.alpha_served, pair.beta_served):
+        each.server.core.audit.stop()

@@ -502,3 +502,31 @@ async def test_a_read_that_cannot_be_counted_is_refused(in_loop: Served, aqmp: A
     words = await client.fail("secret-read", {"id": "s"}, (fd,))
     os.close(fd)
     assert words == "Reading secret 's' cannot be counted now; try again later"
+
+
+@pytest.mark.usefixtures("store")
+async def test_aliases_wait_for_the_store(
+    in_loop: Served, aqmp: AsyncClient, slow: SlowDisk
+) -> None:
+    """Their changes are announced once they are written, and a failed one is none."""
+    watcher = await (await in_loop.connect()).watch("SECRET_ROTATED")
+    await aqmp.add("a", data="first")
+    assert await aqmp.ok("secret-alias-convert", {"id": "a"}) == {}
+    assert (await watcher.event())["data"]["version"] == "a.v1"
+    await aqmp.add("a.v2", data="second")
+    change = {"id": "a", "expect": {"current": "a.v1"}, "current": "a.v2"}
+    slow.go("No space left on device")
+    assert "No space left" in await aqmp.fail("secret-alias-set", change)
+    slow.go()
+    assert await aqmp.ok("secret-alias-set", {**change, "current": "a.v1", "note": "x"}) == {}
+    expect = {"current": "a.v1", "note": "x"}
+    assert await aqmp.ok("secret-alias-set", {**change, "expect": expect}) == {}
+    assert (await watcher.event())["data"]["version"] == "a.v2"
+    # One that only an interrupted conversion is left of is taken up.
+    await aqmp.add("b", data="same")
+    await aqmp.add("b.v1", data="same")
+    assert await aqmp.ok("secret-alias-convert", {"id": "b"}) == {}
+    assert (await watcher.event())["data"]["version"] == "b.v1"
+    options = {"qom-type": "secret-alias", "id": "c", "current": "c.v1", "note": "n" * 1025}
+    assert "at most 1024 characters" in await aqmp.fail("object-add", options)
+    assert await aqmp.ok("object-add", {**options, "note": "n"}) == {}
