@@ -154,8 +154,8 @@ class SecretHost(_Fixed):
 
     def joined(self, tree: "ObjectTree", object_id: str, properties: Mapping[str, object]) -> None:
         """Protect the secret that the keys come from, and those by which that was encrypted."""
-        tree.host = object_id
         keyid = str(properties["keyid"])
+        tree.host, tree.host_name, tree.host_keyid = object_id, str(properties["name"]), keyid
         tree.pinned.add(keyid)
         while keyid not in tree.host_keys:
             tree.host_keys.add(keyid)
@@ -203,11 +203,15 @@ class SecretPeer(_Fixed):
 
     def joined(self, tree: "ObjectTree", object_id: str, properties: Mapping[str, object]) -> None:
         """Know the peer by its name."""
-        tree.peers[str(properties["name"])] = object_id
+        name = str(properties["name"])
+        tree.peers[name] = object_id
+        tree.peer_keys[name] = decoded(str(properties["public"]))
 
     def left(self, tree: "ObjectTree", _object_id: str, record: ObjectRecord) -> None:
         """Forget the name."""
-        tree.peers.pop(str(record.properties["name"]), None)
+        name = str(record.properties["name"])
+        tree.peers.pop(name, None)
+        tree.peer_keys.pop(name, None)
 
 
 class SecretOffer(_Fixed):
@@ -232,7 +236,10 @@ class SecretOffer(_Fixed):
     def joined(self, tree: "ObjectTree", object_id: str, properties: Mapping[str, object]) -> None:
         """Know the offer by its nonce."""
         tree.offers[str(properties[NONCE])] = object_id
+        sender, asked, subject = (str(properties[each]) for each in ("from", "secret", "for"))
+        tree.asked[object_id] = (sender, asked, subject)
 
-    def left(self, tree: "ObjectTree", _object_id: str, record: ObjectRecord) -> None:
+    def left(self, tree: "ObjectTree", object_id: str, record: ObjectRecord) -> None:
         """Forget it."""
         tree.offers.pop(str(record.properties[NONCE]), None)
+        tree.asked.pop(object_id, None)

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from typing import Final
 
+from secretd.crypto.host_keys import PublicKeys
 from secretd.errors import AccessDenied, CommandError
 from secretd.journal.journal import Journal
 from secretd.limits import Limits
@@ -27,9 +28,9 @@ class Lookup:
     ``own_keys``: those of secrets that only trusted peers may use: the audit's key and the store's.
     ``aliases``: the secret-alias objects, by id. ``promised``: the versions that become current
     again if a store fails. ``origins``: the hosts that secrets came from.
-    ``host``: the id of the secret-host, or ""; ``host_keys``: those that its keys come or came
-    from; ``peers``: those of
-    secret-peers by name; ``offers``: those of secret-offers by nonce.
+    ``host``, ``host_name``, ``host_keyid``: of the secret-host, or ""; ``host_keys``: the ids of
+    the secrets that its keys come or came from. ``peers``, ``peer_keys``: the secret-peers and
+    their keys by name. ``offers``: the secret-offers by nonce; ``asked``: what each asks for.
     """
 
     _sorted: SortedIds
@@ -46,8 +47,11 @@ class Lookup:
         self.origins: dict[str, str] = {}
         self.host = ""
         self.host_keys: set[str] = set()
+        self.host_name = self.host_keyid = ""
         self.peers: dict[str, str] = {}
+        self.peer_keys: dict[str, PublicKeys] = {}
         self.offers: dict[str, str] = {}
+        self.asked: dict[str, tuple[str, str, str]] = {}
 
     def is_secret(self, object_id: str) -> bool:
         """Return True if there is an unexpired secret of that id."""

@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -733,7 +734,7 @@ def test_records_leave_no_copy(scene: Scene, tmp_path: Path) -> None:
     for number in range(8):
         # 1. From it: the test is the other host.
         nonce = number.to_bytes(32, "big")
-        head = Head("alpha", "beta", f"o{number}", "", nonce, 1 << 33)
+        head = Head("alpha", "beta", f"o{number}", "", nonce, int(time.time()) + 600)
         offer = b64(make_offer(head, seed.view, scratch))
         wrapped = client.ok("secret-wrap", {"id": f"o{number}", "offer": offer})
         record = base64.b64decode(wrapped["record"])

@@ -124,10 +124,8 @@ def _offer(monitor: Monitor, head: Head) -> str:
     offer_id = tree.offers.get(head.nonce.hex())
     if offer_id is None or tree.deadlines.expired(offer_id):
         raise Malformed("it answers no offer that can be used; an offer is used once")
-    offer = tree.journal.get(offer_id)
-    assert offer is not None
-    asked = [offer.properties[each] for each in ("from", "secret", "for")]
-    if asked != [head.sender, head.object_id, head.subject]:
+    asked = tree.asked[offer_id]
+    if asked != (head.sender, head.object_id, head.subject):
         raise Malformed(
             "the offer that it answers is for "
             f"'{asked[1]}' from '{asked[0]}'{f' for {asked[2]!r}' if asked[2] else ''}"

@@ -12,7 +12,6 @@ from secretd.crypto.record import Malformed
 from secretd.errors import CommandError
 from secretd.monitor.monitor import Monitor
 from secretd.qapi.command import Commands
-from secretd.qom import hosts
 
 command: Final = Commands()
 
@@ -54,19 +53,15 @@ def own(monitor: Monitor) -> tuple[str, memoryview]:
     tree = monitor.tree
     if not tree.host:
         raise CommandError("This host has no name; object-add a secret-host first")
-    found = tree.journal.get(tree.host)
-    assert found is not None
-    return str(found.properties["name"]), tree.plaintext(str(found.properties["keyid"]))
+    return tree.host_name, tree.plaintext(tree.host_keyid)
 
 
 def peer(monitor: Monitor, name: str) -> PublicKeys:
     """Return the keys of a known host. Raises CommandError."""
-    object_id = monitor.tree.peers.get(name)
-    if object_id is None:
+    keys = monitor.tree.peer_keys.get(name)
+    if keys is None:
         raise CommandError(f"Host '{name}' is not known; object-add a secret-peer first")
-    found = monitor.tree.journal.get(object_id)
-    assert found is not None
-    return hosts.decoded(str(found.properties["public"]))
+    return keys
 
 
 def decoded(text: str) -> bytes:
