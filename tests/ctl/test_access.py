@@ -213,7 +213,7 @@ def test_names_become_what_the_daemon_calls_them(who: str, wanted: list[str]) ->
         ("group:no-such-group", "'group:no-such-group': there is no group 'no-such-group'"),
         ("user-unit:no-such/x", "there is no user 'no-such'"),
         ("user-unit:x", "'user-unit:x': expected unit:NAME"),
-        ("vm:x", "'vm:x': expected unit:NAME, user:NAME, group:NAME, uid:N, gid:N or"),
+        ("vm:x", "'vm:x': expected unit:NAME, user:NAME, group:NAME, uid:N, gid:N, user-unit"),
     ],
 )
 def test_an_unknown_identity_is_an_error(who: str, words: str) -> None:

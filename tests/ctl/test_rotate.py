@@ -141,7 +141,7 @@ def test_a_command_applies_the_new_value(run: Ctl, db: Client, tmp_path: Path) -
     assert out.read_text().endswith("thirdthird")
     assert state(db) == ("db.v3", "", "")
     (tmp_path / "value").write_text("fourth")
-    _, err = run("rotate", "db", *source, "--apply", "no-such-command", status=1)
+    _, err = run("rotate", "db", *source, "--apply", "/no/such/command", status=1)
     assert "exit status 127" in err
     _, err = run("rotate", "db", "--apply", str(tmp_path), status=1)
     assert f"{tmp_path}: Permission denied" in err
