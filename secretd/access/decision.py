@@ -143,11 +143,8 @@ class Access:
         if refused:  # by a grant, or since it is a key of the daemon's own
             members = {"host": host} if host else {}
             self._audit.append_refusal(action, peer.uid, subject, id=object_id, **members)
-            raise AccessDenied(
-                f"Reading secret '{object_id}' is not permitted"
-                if not host
-                else f"No grant lets host '{host}' have secret '{object_id}'"
-            )
+            words = f"No grant lets host '{host}' have secret '{object_id}'"
+            raise AccessDenied(words if host else f"Reading secret '{object_id}' is not permitted")
         if rule is not None and not self._tree.is_secret(version):
             # Do not reveal objects of other types to clients.
             raise CommandError(f"No secret with id '{version}'")

@@ -52,7 +52,8 @@ class Host:
             ["unshare", "--net", "--mount", "sh", "-c", f"{mount} && exec sleep infinity"]
         )
         self.pid = self._anchor.pid
-        while not os.path.exists(f"/proc/{self.pid}/root/usr/bin/secretd"):
+        seen = Path("/proc", str(self.pid), "root", "usr", "bin", "secretd")
+        while not seen.exists():
             assert self._anchor.poll() is None
         self.directory = directory
         self._daemon: subprocess.Popen[bytes] | None = None
