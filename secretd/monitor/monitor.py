@@ -61,7 +61,8 @@ class Monitor(PassedDescriptors):
     """The session of ``peer``.
 
     ``table``: the commands of its socket. ``on_negotiated``: called when the client leaves
-    negotiation mode; a dialect without a greeting has none.
+    negotiation mode; a dialect without a greeting has none. ``is_alone()``: True while no other
+    connection waits for its turn.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class Monitor(PassedDescriptors):
         )
         self.oob = False
         self.on_events: Callable[[Collection[str] | None], None] | None = None
+        self.is_alone: Callable[[], bool] = lambda: False
         self.subject = Subject(peer.role.value, peer.info)
 
     @property

@@ -14,6 +14,7 @@ import pytest
 
 from tests.support.daemon import Daemon
 from tests.support.qmp import Client
+from tests.support.scan import parts, scan, secret
 from tests.support.secretctl import SECRETCTL, Ctl
 
 
@@ -151,3 +152,42 @@ def test_a_carrier_that_fails_is_named(run: Ctl, qmp: Client, hosts: str) -> Non
     assert "the other host has not accepted all of them" in err
     assert subprocess.run(["true"], check=True).returncode == 0
     assert hosts
+
+
+def test_a_hostile_carrier_achieves_nothing(
+    run: Ctl, qmp: Client, daemon: Daemon, hosts: str, beta: Daemon, tmp_path: Path
+) -> None:
+    """It keeps, repeats, swaps, cuts and holds back; its memory and all files have ciphertext."""
+    count = 6
+    ids = [f"vm1.s{number}" for number in range(count)]
+    for number, object_id in enumerate(ids):
+        qmp.add(object_id, data=secret(number))
+    run("grant", "vm1.*", "--to", "host:beta")
+    client = beta.connect()
+    offers = [client.ok("secret-offer", {"from": "alpha", "id": each})["offer"] for each in ids]
+    words = [sys.executable, str(Path(__file__).with_name("carrier.py")), daemon.client,
+             beta.client, str(count)]  # fmt: skip
+    log = tmp_path / "log"
+    with (
+        log.open("wb") as errors,
+        subprocess.Popen(
+            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+        ) as carrier,
+    ):
+        assert carrier.stdin is not None
+        assert carrier.stdout is not None
+        for object_id, text in zip(ids, offers, strict=True):
+            carrier.stdin.write(f"{object_id} {text}\n")
+        carrier.stdin.flush()
+        said = json.loads(carrier.stdout.readline())
+        found = scan(carrier.pid)
+        assert found.scanned > 1 << 20
+        assert found.outside == []
+        assert found.inside == []
+    assert said == {"wrong": [], "right": ids[::-1]}
+    assert [client.read(each) for each in ids] == [secret(n).encode() for n in range(count)]
+    assert [qmp.read(each) for each in ids] == [secret(n).encode() for n in range(count)]
+    files = [each for each in tmp_path.rglob("*") if each.is_file()]
+    assert files
+    for each in files:
+        assert parts(each.read_bytes()) == []

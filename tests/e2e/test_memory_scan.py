@@ -27,9 +27,9 @@ from secretd.memory.arena import Arena
 from secretd.qom.hosts import decoded, encoded
 from tests.e2e.box import ROOT, wheels
 from tests.e2e.conftest import SECRETCTL, SECRETD, Process
-from tests.e2e.scan import SECRET_BYTES, parts, scan, secret
 from tests.support.needs import ARENA_LEVEL, need_level, need_program, need_root
 from tests.support.qmp import Client
+from tests.support.scan import SECRET_BYTES, parts, scan, secret
 from tests.support.service_manager import Manager, listening
 from tests.support.transcript import add_key, keyctl
 from tests.support.users import connect_as

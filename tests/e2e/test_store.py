@@ -18,8 +18,8 @@ from secretd.memory.arena import Arena
 from secretd.store.disk import Disk
 from secretd.store.rows import unpack
 from tests.e2e.conftest import SECRETD, Process
-from tests.e2e.scan import parts, secret
 from tests.support.needs import need_program, need_root
+from tests.support.scan import parts, secret
 
 KEY = secret(777).encode()
 

@@ -10,7 +10,7 @@ from secretd.crypto import record as records
 from secretd.crypto.record import Head, Malformed
 from secretd.errors import CommandError
 from secretd.memory.arena import LockedBuffer
-from secretd.monitor.commands.known_hosts import decoded, own, peer, refused
+from secretd.monitor.commands.known_hosts import decoded, own, peer, recorded
 from secretd.monitor.commands.objects import once_written
 from secretd.monitor.monitor import Monitor
 from secretd.net.loop import turn
@@ -54,40 +54,43 @@ def secret_accept(
         data = decoded(record)
     except Malformed as error:
         raise CommandError(f"The record cannot be accepted: {error}") from None
-    if monitor.core.has_one_session():
-        return _accept_at_once(monitor, data)
     return _accept(monitor, data)
 
 
 async def _accept_later(monitor: Monitor, outcome: Awaitable[bytes]) -> Accepted:
-    return await _accept(monitor, await outcome)
+    accepted = _accept(monitor, await outcome)
+    return await accepted if isinstance(accepted, Awaitable) else accepted
 
 
-async def _accept(monitor: Monitor, data: bytes) -> Accepted:
-    """Add the secret in a record, in two halves of some arithmetic; others have their turn between
-    them.
-    """
-    try:
+def _accept(
+    monitor: Monitor, data: bytes
+) -> Accepted | Coroutine[Any, Any, Accepted] | Awaitable[Accepted]:
+    """Add the secret in a record, in two halves of some arithmetic."""
+    with recorded(monitor, "accept"):
         head, offer_id = _verified(monitor, data)
-        for _ in range(2):
-            await turn(None if monitor.trusted else monitor.peer.uid)
+    if not monitor.is_alone():
+        return _accept_in_turn(monitor, data, head, offer_id)
+    with recorded(monitor, "accept"):
         plaintext = _opened(monitor, data, head, offer_id)
-    except CommandError as error:
-        refused(monitor, "accept", error)
-        raise
+    return _placed(monitor, head, offer_id, plaintext)
+
+
+async def _accept_in_turn(monitor: Monitor, data: bytes, head: Head, offer_id: str) -> Accepted:
+    """Do the second half, and place the secret, each when others have had their turn."""
+    uid = None if monitor.trusted else monitor.peer.uid
+    await turn(uid)
+    with recorded(monitor, "accept"):
+        plaintext = _opened(monitor, data, head, offer_id)
+    if not monitor.is_alone():
+        try:
+            await turn(uid)
+            with recorded(monitor, "accept"):
+                _check_offer(monitor, head, offer_id)
+        except BaseException:
+            plaintext.free()
+            raise
     placed = _placed(monitor, head, offer_id, plaintext)
     return await placed if isinstance(placed, Awaitable) else placed
-
-
-def _accept_at_once(monitor: Monitor, data: bytes) -> Accepted | Awaitable[Accepted]:
-    """Do the same while there are no others."""
-    try:
-        head, offer_id = _verified(monitor, data)
-        plaintext = _opened(monitor, data, head, offer_id)
-    except CommandError as error:
-        refused(monitor, "accept", error)
-        raise
-    return _placed(monitor, head, offer_id, plaintext)
 
 
 def _placed(
@@ -98,11 +101,8 @@ def _placed(
     uid, _ = tree.journal.owner(offer_id)
     # The offer ends first: whatever happens then, the record is never accepted a second time.
     tree.delete(offer_id)
-    try:
+    with recorded(monitor, "accept", id=head.object_id, host=head.sender):
         stored = place(tree, head.object_id, head.sender, plaintext, uid)
-    except CommandError as error:
-        refused(monitor, "accept", error, id=head.object_id, host=head.sender)
-        raise
 
     def noted() -> None:
         monitor.core.audit.append(
@@ -139,6 +139,15 @@ def _offer(monitor: Monitor, head: Head) -> str:
     return offer_id
 
 
+def _check_offer(monitor: Monitor, head: Head, offer_id: str) -> None:
+    """Raise CommandError unless an offer is still there: others had their turn."""
+    try:
+        if _offer(monitor, head) != offer_id:
+            raise Malformed("it answers no offer that can be used; an offer is used once")
+    except Malformed as error:
+        raise CommandError(f"The record cannot be accepted: {error}") from None
+
+
 def _verified(monitor: Monitor, data: bytes) -> tuple[Head, str]:
     """Return a record's head and the offer that it answers, once its signature fits. Raises
     CommandError.
@@ -164,10 +173,9 @@ def _verified(monitor: Monitor, data: bytes) -> tuple[Head, str]:
 
 def _opened(monitor: Monitor, data: bytes, head: Head, offer_id: str) -> LockedBuffer:
     """Return the secret in a verified record. Raises CommandError."""
+    _check_offer(monitor, head, offer_id)
     _, seed = own(monitor)
     try:
-        if _offer(monitor, head) != offer_id:  # again: others had their turn
-            raise Malformed("it answers no offer that can be used; an offer is used once")
         return records.open_record(data, seed, monitor.scratch, monitor.tree.journal.arena)
     except Malformed as error:
         _count_try(monitor, offer_id)

@@ -5,6 +5,8 @@ share.
 
 import base64
 import binascii
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final, TypedDict
 
 from secretd.crypto.host_keys import PublicKeys
@@ -72,9 +74,12 @@ def decoded(text: str) -> bytes:
         raise Malformed("it is no base64") from None
 
 
-def refused(monitor: Monitor, event: str, error: BaseException, **members: object) -> None:
-    """Record a refusal that no grant has to do with."""
-    if isinstance(error, CommandError):
+@contextmanager
+def recorded(monitor: Monitor, event: str, **members: object) -> Iterator[None]:
+    """Record a refusal that no grant has to do with, if a CommandError comes."""
+    try:
+        yield
+    except CommandError as error:
         monitor.core.audit.append_refusal(
             event,
             monitor.peer.uid,
@@ -82,3 +87,4 @@ def refused(monitor: Monitor, event: str, error: BaseException, **members: objec
             reason=error.desc[:_REASON_CHARACTERS],
             **members,
         )
+        raise

@@ -19,7 +19,7 @@ from secretd.crypto import record as records
 from secretd.crypto.host_keys import PublicKeys
 from secretd.crypto.record import NONCE_BYTES, Head, Malformed
 from secretd.errors import CommandError, LimitReached
-from secretd.monitor.commands.known_hosts import decoded, own, peer, refused
+from secretd.monitor.commands.known_hosts import decoded, own, peer, recorded
 from secretd.monitor.commands.objects import once_written
 from secretd.monitor.monitor import Monitor
 from secretd.net.loop import turn
@@ -133,25 +133,16 @@ def secret_wrap(
     """
     fd = None if fdname is UNSET else monitor.named.take(fdname)
     try:
-        head, keys = _checked(monitor, id, offer, to)
-    except BaseException as error:
+        with recorded(monitor, "wrap", id=id):
+            head, keys = _checked(monitor, id, offer, to)
+    except BaseException:
         if fd is not None:
             fd.close()
-        refused(monitor, "wrap", error, id=id)
         raise
     if fd is None:
-        grant = monitor.check(id, "wrap", head.receiver)
-        if len(grant.plaintext) > INLINE_BYTES:
-            words = (
-                f"The record has more than the limit of {INLINE_BYTES} bytes of a reply; pass a "
-                "descriptor and name it with 'fdname'"
-            )
-            monitor.core.access.take_back(grant, words)
-            raise LimitReached("reply-bytes", words)
-        if grant.counted is None and monitor.core.has_one_session():
-            data = records.wrapped(head, grant.plaintext, keys, monitor.scratch)
-            return _signed(monitor, grant, head, data)
-        return _wrap_inline(monitor, grant, head, keys)
+        if monitor.is_alone():
+            return _wrap_inline(monitor, head, keys)
+        return _wrap_in_turn(monitor, head, keys)
     delivery = monitor.core.deliveries.release(
         fd,
         lambda: monitor.check(id, "wrap", head.receiver),
@@ -169,21 +160,57 @@ def secret_wrap(
     return done() if delivery.rest is None else then(delivery.rest, done)
 
 
-async def _wrap_inline(monitor: Monitor, grant: Grant, head: Head, keys: PublicKeys) -> Wrapped:
-    """Wrap into the reply, once a store has the count of the read if it keeps it."""
+async def _wrap_in_turn(monitor: Monitor, head: Head, keys: PublicKeys) -> Wrapped:
+    """Wrap into the reply when others have had their turn: the offer's signature took some
+    arithmetic.
+    """
+    await turn(None if monitor.trusted else monitor.peer.uid)
+    wrapped = _wrap_inline(monitor, head, keys)
+    return await wrapped if isinstance(wrapped, Coroutine) else wrapped
+
+
+def _wrap_inline(
+    monitor: Monitor, head: Head, keys: PublicKeys
+) -> Wrapped | Coroutine[Any, Any, Wrapped]:
+    """Wrap into the reply."""
+    grant = monitor.check(head.object_id, "wrap", head.receiver)
+    if len(grant.plaintext) > INLINE_BYTES:
+        words = (
+            f"The record has more than the limit of {INLINE_BYTES} bytes of a reply; pass a "
+            "descriptor and name it with 'fdname'"
+        )
+        monitor.core.access.take_back(grant, words)
+        raise LimitReached("reply-bytes", words)
     if grant.counted is not None:
-        try:
-            await grant.counted
-            if not monitor.core.access.holds(grant):
-                raise CommandError(f"Secret '{grant.object_id}' was withdrawn")
-            monitor.tree.plaintext(grant.object_id)
-        except CommandError as error:
-            monitor.core.access.take_back(grant, error.desc)
-            raise CommandError(NOT_COUNTED.format(grant.object_id)) from None
+        return _wrap_counted(monitor, grant, head, keys)
     data = records.wrapped(head, grant.plaintext, keys, monitor.scratch)
-    # Each half costs some arithmetic: others have their turn between them.
-    for _ in range(2):
+    if monitor.is_alone():
+        return _signed(monitor, grant, head, data)
+    return _sign_in_turn(monitor, grant, head, data)
+
+
+async def _wrap_counted(monitor: Monitor, grant: Grant, head: Head, keys: PublicKeys) -> Wrapped:
+    """Wrap into the reply, once a store has the count of the read."""
+    assert grant.counted is not None
+    try:
+        await grant.counted
+        if not monitor.core.access.holds(grant):
+            raise CommandError(f"Secret '{grant.object_id}' was withdrawn")
+        monitor.tree.plaintext(grant.object_id)
+    except CommandError as error:
+        monitor.core.access.take_back(grant, error.desc)
+        raise CommandError(NOT_COUNTED.format(grant.object_id)) from None
+    data = records.wrapped(head, grant.plaintext, keys, monitor.scratch)
+    return await _sign_in_turn(monitor, grant, head, data)
+
+
+async def _sign_in_turn(monitor: Monitor, grant: Grant, head: Head, data: bytes) -> Wrapped:
+    """Sign when others have had their turn: each half costs some arithmetic."""
+    try:
         await turn(None if monitor.trusted else monitor.peer.uid)
+    except BaseException:
+        monitor.core.access.take_back(grant, "The client went away")
+        raise
     return _signed(monitor, grant, head, data)
 
 
