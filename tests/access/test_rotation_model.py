@@ -91,6 +91,12 @@ class Model:
         if state and version in (state["current"], state["previous"]):
             self.seen.setdefault(alias, {})[reader] = version
 
+    def remove(self, name: str) -> None:
+        """A secret goes. Another one of that id, later, is one that nobody has read."""
+        del self.secrets[name]
+        for alias, seen in self.seen.items():
+            self.seen[alias] = {reader: each for reader, each in seen.items() if each != name}
+
     def set(self, alias: str, new: Mapping[str, str]) -> bool:
         """Compare and set, with the right expectation."""
         after = {**self.aliases[alias], **new}
@@ -255,12 +261,14 @@ def play(real: Real, model: Model, step: tuple[Any, ...]) -> None:
         known = name in model.secrets or name in model.aliases or name in model.grants
         assert attempt(lambda: real.delete(name)) is (known and not model.is_current(name))
         if not model.is_current(name):
-            for place in (model.secrets, model.aliases, model.grants):
+            if name in model.secrets:
+                model.remove(name)
+            for place in (model.aliases, model.grants):
                 place.pop(name, None)
     elif kind == "expire":
         if of[0] in model.secrets:
             real.tree.delete(of[0])  # as monitor.core.expire does
-            del model.secrets[of[0]]
+            model.remove(of[0])
     elif kind == "grant":
         number, pattern, says = of
         rules = [{"match": r, "policy": p} for r, p in says.items()]

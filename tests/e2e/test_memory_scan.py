@@ -72,7 +72,7 @@ sys.stdin.read()
     found = []
     for number in range(6):
         process = subprocess.Popen(
-            [sys.executable, "-c", plant, str(Path(__file__).parent), str(number)],
+            [sys.executable, "-c", plant, HERE, str(number)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
         assert process.stdout.readline() == b"ready\n"
