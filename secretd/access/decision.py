@@ -126,10 +126,9 @@ class Access:
         """Return permission to release a secret.
 
         ``subject``: the peer as the audit names it; ``action``: "read", "seal" or "wrap". With
-        ``host`` a grant must name that host, whoever the peer is. Raises
-        AccessDenied, which does not reveal whether the secret exists. Raises CommandError if a
-        permitted peer names a missing secret, or if the audit record cannot be written under
-        --audit-policy=require.
+        ``host`` a grant must name that host, whoever the peer is. Raises AccessDenied, which does
+        not reveal whether the secret exists; CommandError if a permitted peer names a missing or
+        locked secret, or if the audit record cannot be written under --audit-policy=require.
         """
         rule, alias = None, ""
         version = self._tree.resolved(object_id)
@@ -149,6 +148,7 @@ class Access:
             # Do not reveal objects of other types to clients.
             raise CommandError(f"No secret with id '{version}'")
         plaintext = self._tree.plaintext(version)
+        self._tree.check_fresh(version)
         grant = Grant(_KEY, peer, subject, version, rule, plaintext, alias)
         grant.identities = identities
         limited = rule is not None and rule.limited
@@ -186,9 +186,8 @@ class Access:
         does not count it.
 
         ``claimed``: the unit and name in the peer's address, which any process can forge. See
-        `CredentialMapping.find`. Raises AccessDenied with the reason, which is for the
-        administrator, and CommandError if the audit record cannot be written under
-        --audit-policy=require.
+        `CredentialMapping.find`. Raises AccessDenied with the reason, for the administrator, and
+        CommandError as `check` does.
         """
         name = claimed.credential if claimed else ""
         try:
@@ -201,6 +200,7 @@ class Access:
         version = self._tree.resolved(object_id)
         alias = "" if version is object_id else object_id
         plaintext = self._tree.plaintext(version)
+        self._tree.check_fresh(version)
         by = f"grant {rule.id}"
         self._audit.append_release("credential", subject, by, version, len(plaintext), name, alias)
         self.uses.note(version, subject)
@@ -243,9 +243,7 @@ class Access:
                 self._count(grant, -1)
 
     def may_read(self, peer: Peer, object_id: str) -> bool:
-        """Return True if the control socket or a grant permits a read. It writes no record: events
-        use it.
-        """
+        """Return True if the control socket or a grant permits a read; without a record."""
         return (
             peer.role is SocketRole.CONTROL
             or self._permissions.permitting(peer.identities, object_id) is not None
@@ -301,11 +299,14 @@ class Access:
             grant.identities, grant.rule, grant.object_id, grant.alias
         )
 
-    def admits(self, peer: Peer) -> bool:
-        """Return True if this peer may use its socket.
+    def may_carry(self, peer: Peer) -> bool:
+        """Return True if this peer may bring what was signed for the fleet."""
+        carrier = self._tree.fleet.carrier
+        return peer.trusted or (bool(carrier) and self._index.allows(carrier, peer.identities))
 
-        The control socket admits uid 0, the daemon's own uid, and the peers that the socket's authz
-        object allows.
+    def admits(self, peer: Peer) -> bool:
+        """Return True if this peer may use its socket: the control socket admits uid 0, the
+        daemon's own uid, and those whom the socket's authz object allows.
         """
         return (
             peer.role is not SocketRole.CONTROL
@@ -336,7 +337,7 @@ class Access:
     def grants_after(
         self, after: str, secret: str | None, identities: frozenset[str] | None
     ) -> Iterator[GrantInfo | None]:
-        """See grant_list.listed_grants."""
+        """See grant_list."""
         return listed_grants(self._tree, self._index, after, secret, identities)
 
     def is_denied(self, identities: frozenset[str], alias: str, version: str) -> bool:

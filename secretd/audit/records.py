@@ -29,6 +29,8 @@ class AuditRecord(Struct, omit_defaults=True, rename="kebab"):
     id: str | UnsetType = UNSET
     alias: str | UnsetType = UNSET
     host: str | UnsetType = UNSET
+    origin: str | UnsetType = UNSET
+    number: int | UnsetType = UNSET  # of a roster or manifest
     credential: str | UnsetType = UNSET
     type: str | UnsetType = UNSET
     size: int | UnsetType = UNSET

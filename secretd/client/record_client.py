@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The client of secretctl with the two requests that take or give a record of any size."""
+"""The client with the requests that take or give a record, or what a fleet has signed, of any size.
+
+secretctl and secretd-fleet use it.
+"""
 
 import base64
 import os
@@ -16,20 +19,20 @@ INLINE_RECORD_BYTES: Final = 4000
 class RecordClient(SyncClient):
     """A client that wraps and accepts."""
 
-    def wrap(self, object_id: str, offer: str, receiver: str | None = None) -> bytes:
+    def wrap(self, object_id: str, offer: str | None = None, receiver: str | None = None) -> bytes:
         """Return a record with a secret for the host that made an offer. Raises ExecuteError.
 
-        ``receiver``: refuse an offer of another host.
+        ``receiver``: refuse an offer of another host; without an offer, a host of the fleet.
         """
-        to = {} if receiver is None else {"to": receiver}
+        given = {"offer": offer, "to": receiver}
+        more = {name: value for name, value in given.items() if value is not None}
 
         def once(channel: Channel) -> bytes:
             def deliver(sink: int, pump: Pump) -> dict[str, Any]:
                 arguments = {
                     "id": object_id,
-                    "offer": offer,
                     "fdname": self._connection.pass_descriptor(channel, sink),
-                    **to,
+                    **more,
                 }
                 reply = returned(channel.exchange("secret-wrap", arguments, (), pump))
                 return cast("dict[str, Any]", reply)
@@ -42,22 +45,28 @@ class RecordClient(SyncClient):
 
     def accept(self, record: bytes) -> None:
         """Add the secret in a record. Raises ExecuteError."""
-        if len(record) <= INLINE_RECORD_BYTES:
-            self.execute("secret-accept", {"record": base64.b64encode(record).decode()})
-            return
+        self._pass("secret-accept", "record", record)
 
-        def once(channel: Channel) -> None:
+    def accept_signed(self, data: bytes) -> dict[str, Any]:
+        """Bring a roster or manifest; return what secret-fleet-accept does. Raises ExecuteError."""
+        return cast("dict[str, Any]", self._pass("secret-fleet-accept", "data", data))
+
+    def _pass(self, command: str, member: str, data: bytes) -> object:
+        if len(data) <= INLINE_RECORD_BYTES:
+            return self.execute(command, {member: base64.b64encode(data).decode()})
+
+        def once(channel: Channel) -> object:
             fd = os.memfd_create("record", os.MFD_CLOEXEC)
             try:
                 with open(fd, "wb", closefd=False) as file:
-                    file.write(record)
+                    file.write(data)
                 added = cast(dict[str, int], returned(channel.exchange("add-fd", None, [fd])))
                 try:
                     file_ = f"/dev/fdset/{added['fdset-id']}"
-                    returned(channel.exchange("secret-accept", {"file": file_}))
+                    return returned(channel.exchange(command, {"file": file_}))
                 finally:
                     channel.exchange("remove-fd", {"fdset-id": added["fdset-id"]})
             finally:
                 os.close(fd)
 
-        self._connection.again(once, twice=False)
+        return self._connection.again(once, twice=False)

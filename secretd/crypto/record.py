@@ -31,7 +31,10 @@ NAME_BYTES: Final = 4096
 
 _OFFER: Final = b"secretd offer 1\0"
 _RECORD: Final = b"secretd record 1\0"
-_SIGNED: Final = b"signed "
+_FLEET_RECORD: Final = b"secretd fleet record 1\0"
+SIGNED: Final = b"signed "
+"""What stands before the bytes that a signature covers."""
+
 _WRAPPED_BYTES: Final = 32 + 32 + 16
 _NUMBERS: Final = struct.Struct(f">{NONCE_BYTES}sQ")
 
@@ -45,6 +48,9 @@ class Head(NamedTuple):
 
     ``sender``, ``receiver``: names of hosts. ``object_id``: the secret's. ``subject``: what it is
     for, such as a guest, or "". ``nonce``: the offer's. ``until``: seconds since the epoch.
+
+    In the record of a fleet ``sender`` is a publisher, ``subject`` the fleet, ``nonce`` random, and
+    ``until`` 0: it is good while a manifest has its digest.
     """
 
     sender: str
@@ -53,6 +59,11 @@ class Head(NamedTuple):
     subject: str
     nonce: bytes
     until: int
+
+    @property
+    def is_of_fleet(self) -> bool:
+        """True for the record of a fleet, and not of an offer."""
+        return self.until == 0
 
     def encoded(self, magic: bytes) -> bytes:
         """Return the bytes of the head."""
@@ -67,7 +78,7 @@ class Head(NamedTuple):
 def make_offer(head: Head, seed: memoryview, scratch: Arena) -> bytes:
     """Return an offer, signed by the host with ``seed``."""
     data = head.encoded(_OFFER)
-    return data + signing_key(seed, scratch).sign(_SIGNED + data)
+    return data + signing_key(seed, scratch).sign(SIGNED + data)
 
 
 def read_offer(data: bytes) -> Head:
@@ -80,24 +91,33 @@ def read_offer(data: bytes) -> Head:
 
 def read_record(data: bytes) -> Head:
     """Return what a record says, unverified. Raises Malformed."""
-    head, end = _head(data, _RECORD, "record")
+    head, end = _head(data, _magic(data), "record")
+    if head.is_of_fleet is not is_of_fleet(data):
+        raise Malformed("this is no record")
     if len(data) < end + _WRAPPED_BYTES + aead.BOX_BYTES + SIGNATURE_BYTES:
         raise Malformed("this is no whole record")
     return head
 
 
-def verify(data: bytes, by: PublicKeys) -> None:
-    """Raise Malformed unless a host has signed an offer or record."""
+def is_of_fleet(data: bytes) -> bool:
+    """Return True if these are the bytes of a fleet's record, whole or not."""
+    return data.startswith(_FLEET_RECORD)
+
+
+def verify(data: bytes, by: bytes) -> None:
+    """Raise Malformed unless the Ed25519 key ``by`` (32 bytes) has signed some bytes."""
     from cryptography.exceptions import InvalidSignature
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
     try:
-        key = Ed25519PublicKey.from_public_bytes(by.signing)
-        key.verify(data[-SIGNATURE_BYTES:], _SIGNED + data[:-SIGNATURE_BYTES])
+        key = Ed25519PublicKey.from_public_bytes(by)
+        key.verify(data[-SIGNATURE_BYTES:], SIGNED + data[:-SIGNATURE_BYTES])
     except InvalidSignature:
         raise Malformed(
             "its signature does not fit: it was changed, or another signed it"
         ) from None
+    except ValueError:
+        raise Malformed("the key of its signer is none") from None
 
 
 def make_record(
@@ -111,7 +131,7 @@ def wrapped(head: Head, plaintext: memoryview, to: PublicKeys, scratch: Arena) -
     """Return a record without its signature; each half of the work takes about as long."""
     from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PublicKey
 
-    data = head.encoded(_RECORD)
+    data = head.encoded(_FLEET_RECORD if head.is_of_fleet else _RECORD)
     with scratch.allocate(aead.KEY_BYTES) as key:
         _fill_random(key.view)
         receiver = X25519PublicKey.from_public_bytes(to.receiving)
@@ -122,7 +142,7 @@ def wrapped(head: Head, plaintext: memoryview, to: PublicKeys, scratch: Arena) -
 
 def signed(data: bytes, seed: memoryview, scratch: Arena) -> bytes:
     """Return a record with the signature of the host with ``seed``."""
-    return data + signing_key(seed, scratch).sign(_SIGNED + data)
+    return data + signing_key(seed, scratch).sign(SIGNED + data)
 
 
 def open_record(data: bytes, seed: memoryview, scratch: Arena, arena: Arena) -> LockedBuffer:
@@ -131,7 +151,7 @@ def open_record(data: bytes, seed: memoryview, scratch: Arena, arena: Arena) -> 
     """
     from cryptography.exceptions import InvalidTag
 
-    _, end = _head(data, _RECORD, "record")
+    _, end = _head(data, _magic(data), "record")
     head = data[:end]
     private = receiving_key(seed, scratch)
     try:
@@ -145,6 +165,10 @@ def open_record(data: bytes, seed: memoryview, scratch: Arena, arena: Arena) -> 
         raise Malformed("its content was changed") from None
     finally:
         wipe_bytes(key)
+
+
+def _magic(data: bytes) -> bytes:
+    return _FLEET_RECORD if is_of_fleet(data) else _RECORD
 
 
 def _head(data: bytes, magic: bytes, what: str) -> tuple[Head, int]:

@@ -9,8 +9,8 @@ from secretd import client as api
 from secretd import paths
 from secretd.client import SyncClient, default_socket
 from secretd.client.channel import Refused
+from secretd.client.record_client import RecordClient
 from secretd.ctl.output import REFUSED, Common, fail, note
-from secretd.ctl.record_client import RecordClient
 from secretd.errors import UsageError
 
 RETRY_SECONDS: Final = 5.0

@@ -17,11 +17,11 @@ from collections.abc import Iterable, Iterator
 from typing import IO, Any, cast
 
 from secretd import client as api
+from secretd.client.record_client import RecordClient
 from secretd.ctl.connection import client_of
 from secretd.ctl.globs import chosen
 from secretd.ctl.hosts import this_host
 from secretd.ctl.output import DONE, REFUSED, Common, count, fail, progress
-from secretd.ctl.record_client import RecordClient
 from secretd.ctl.verb import argument, option, verb
 from secretd.errors import UsageError
 

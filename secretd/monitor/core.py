@@ -22,6 +22,7 @@ from secretd.descriptors.threads import BlockingCalls
 from secretd.limits import Tuning
 from secretd.monitor.broadcast import Broadcaster
 from secretd.monitor.failures import log_internal
+from secretd.monitor.fleet_watch import FleetWatch
 from secretd.monitor.tables import tables
 from secretd.qapi.command import Command
 from secretd.qom.paths import Paths
@@ -85,7 +86,9 @@ class Core:
         tree.subscribe(store=self._declared)
         for store_id in tree.declared:
             self._declared(store_id)
-        # 4. The commands of each kind of socket.
+        # 4. The fleet, if there is one.
+        self.fleet = FleetWatch(self)
+        # 5. The commands of each kind of socket.
         self.tables = tables(list(commands))
 
     @property
@@ -201,6 +204,8 @@ class Core:
             members["reason"] = keeper.reason
         self.audit.append("store", None, count=keeper.loaded, **members)
         self.announce_to_control("SECRET_STORE", members, None, None)
+        if keeper.state == "open":
+            self.fleet.start()
 
     async def close_store(self) -> None:
         """Write what waits and close the store, at the end of the process."""

@@ -76,6 +76,17 @@ class AboutStore(TypedDict):
     reason: NotRequired[str]
 
 
+class AboutFleet(TypedDict):
+    """An event of the secret-fleet ``id``, for control connections only. ``since``: seconds since
+    the epoch. ``reason``: why the last roster, manifest or record was refused.
+    """
+
+    id: str
+    state: Literal["live", "stale", "refused"]
+    since: int
+    reason: NotRequired[str]
+
+
 class EventsLost(TypedDict):
     """The number of lost events: the client did not read, a queue was full, or too many ids were
     throttled.
@@ -94,6 +105,7 @@ EventName = Literal[
     "SECRET_GRANTED",
     "SECRET_REVOKED",
     "SECRET_STORE",
+    "FLEET_STATE",
 ]
 """The events that `secret-events` can select."""
 
@@ -108,5 +120,6 @@ EVENTS: Final[dict[str, type]] = {
     "SECRET_GRANTED": AboutGrant,
     "SECRET_REVOKED": AboutGrant,
     "SECRET_STORE": AboutStore,
+    "FLEET_STATE": AboutFleet,
     "SECRET_EVENTS_LOST": EventsLost,
 }

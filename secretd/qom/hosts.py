@@ -31,13 +31,16 @@ if TYPE_CHECKING:
     from secretd.qom.tree import ObjectTree
 
 _ANCESTORS: Final = ("object", "user-creatable", "interface")
-_NAME: Final = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,62}[A-Za-z0-9])?")
+NAME: Final = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,62}[A-Za-z0-9])?")
 
 SUBJECT_CHARACTERS: Final = 256
 """Characters of what an offer is for."""
 
 OFFER_SECONDS: Final = 600
 """Seconds for which an offer can be used."""
+
+SKEW_SECONDS: Final = 300
+"""Seconds by which the clocks of two hosts may differ."""
 
 NONCE: Final = "nonce"
 """The journal's name for an offer's nonce, in hexadecimal."""
@@ -65,7 +68,7 @@ class SecretOfferOptions(ObjectOptions, tag="secret-offer", kw_only=True):
 
 def check_name(name: str) -> None:
     """Raise CommandError for what is no name of a host."""
-    if not _NAME.fullmatch(name):
+    if not NAME.fullmatch(name):
         raise CommandError(
             "Parameter 'name' expects a host's name: letters, digits, '-', '.' and '_', 64 at most"
         )
@@ -96,7 +99,7 @@ def encoded(keys: PublicKeys) -> str:
     return base64.b64encode(keys.receiving + keys.signing).decode()
 
 
-class _Fixed(ObjectType):
+class FixedType(ObjectType):
     """A type whose objects are changed by nothing but adding and deleting them."""
 
     registers = True
@@ -112,7 +115,7 @@ class _Fixed(ObjectType):
         raise CommandError(f"Property '{self.info.name}.{name}' is not writable")
 
 
-class SecretHost(_Fixed):
+class SecretHost(FixedType):
     """The host on which secretd runs."""
 
     trusted_only = True
@@ -171,7 +174,7 @@ class SecretHost(_Fixed):
         tree.pinned.discard(str(record.properties["keyid"]))
 
 
-class SecretPeer(_Fixed):
+class SecretPeer(FixedType):
     """Another host."""
 
     trusted_only = True
@@ -214,7 +217,7 @@ class SecretPeer(_Fixed):
         tree.peer_keys.pop(name, None)
 
 
-class SecretOffer(_Fixed):
+class SecretOffer(FixedType):
     """A secret that is expected from another host."""
 
     info = TypeInfo(

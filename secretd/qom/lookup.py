@@ -14,6 +14,7 @@ from secretd.journal.journal import Journal
 from secretd.limits import Limits
 from secretd.qom.alias import Alias, alias_of
 from secretd.qom.deadlines import Deadlines
+from secretd.qom.fleet_state import Fleet
 from secretd.qom.object_type import ObjectType, Types
 from secretd.qom.sorted_ids import SortedIds
 
@@ -31,6 +32,7 @@ class Lookup:
     ``host``, ``host_name``, ``host_keyid``: of the secret-host, or ""; ``host_keys``: the ids of
     the secrets that its keys come or came from. ``peers``, ``peer_keys``: the secret-peers and
     their keys by name. ``offers``: the secret-offers by nonce; ``asked``: what each asks for.
+    ``fleet``: what is known of the fleet.
     """
 
     _sorted: SortedIds
@@ -52,6 +54,7 @@ class Lookup:
         self.peer_keys: dict[str, PublicKeys] = {}
         self.offers: dict[str, str] = {}
         self.asked: dict[str, tuple[str, str, str]] = {}
+        self.fleet = Fleet()
 
     def is_secret(self, object_id: str) -> bool:
         """Return True if there is an unexpired secret of that id."""
@@ -127,6 +130,13 @@ class Lookup:
         if number not in self.types.secrets:
             raise CommandError(f"Object with id '{object_id}' is not a secret")
         return self.journal.arena.view(slot, size)
+
+    def check_fresh(self, object_id: str) -> None:
+        """Raise CommandError for a secret that its fleet locks."""
+        if self.fleet.max_age:
+            reason = self.fleet.locked(self.origins.get(object_id))
+            if reason:
+                raise CommandError(f"Secret '{object_id}' is locked: {reason}")
 
     def key(self, keyid: str, uid: int, loading: str | None = None) -> memoryview:
         """Return the plaintext of a secret that ``uid`` uses as a key. Raises CommandError.

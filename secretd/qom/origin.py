@@ -5,12 +5,17 @@ A secret that was accepted in a record has an origin, which nothing changes. A r
 a secret of the same origin. monitor.commands.records calls this module.
 """
 
+from typing import Final
+
 from secretd.memory.arena import LockedBuffer
 from secretd.qom.lookup import ORIGIN
 from secretd.qom.renewal import check_replaceable
 from secretd.qom.secret import Secret
 from secretd.qom.tree import ObjectTree
 from secretd.store.commit import Commit
+
+DIGEST: Final = "digest"
+"""The journal's name for the digest of the record that brought a secret."""
 
 
 def check_place(tree: ObjectTree, object_id: str, host: str) -> None:
@@ -21,18 +26,21 @@ def check_place(tree: ObjectTree, object_id: str, host: str) -> None:
         check_replaceable(tree, object_id)
 
 
-def place(
+def place(  # noqa: PLR0917 - what a secret has
     tree: ObjectTree,
     object_id: str,
     host: str,
     plaintext: LockedBuffer,
     uid: int,
+    digest: str = "",
 ) -> int | Commit:
     """Add a secret that came from another host, or replace one of the same origin in one step; see
     `ObjectTree.add`. Takes over the plaintext, also if it raises CommandError.
+
+    ``digest``: of its record, in hexadecimal, in a fleet.
     """
     kind = tree.types.numbered[Secret.number]
-    properties: dict[str, object] = {ORIGIN: host}
+    properties: dict[str, object] = {ORIGIN: host, **({DIGEST: digest} if digest else {})}
     if object_id not in tree.journal:
         return tree.store_content(object_id, kind, properties, plaintext, uid)
     try:

@@ -16,6 +16,7 @@ from secretd.qom.authz import (
     AuthZSimple,
     AuthZSimpleOptions,
 )
+from secretd.qom.fleet import SecretFleet, SecretFleetOptions, SecretManifest, SecretRoster
 from secretd.qom.grant import SecretGrant, SecretGrantOptions
 from secretd.qom.hosts import (
     SecretHost,
@@ -46,6 +47,9 @@ _CREATABLE: Final[tuple[ObjectType, ...]] = (
     SecretHost(),
     SecretPeer(),
     SecretOffer(),
+    SecretFleet(),
+    SecretRoster(),
+    SecretManifest(),
 )
 
 AnyOptions: TypeAlias = (
@@ -59,6 +63,7 @@ AnyOptions: TypeAlias = (
     | SecretAliasOptions
     | SecretHostOptions
     | SecretPeerOptions
+    | SecretFleetOptions
 )
 """The arguments of object-add: ObjectOptions of qapi/qom.json, with the types in its order."""
 
@@ -76,6 +81,9 @@ _INFOS: Final = (
     SecretHost.info,
     SecretPeer.info,
     SecretOffer.info,
+    SecretFleet.info,
+    SecretRoster.info,
+    SecretManifest.info,
     AuthZSimple.info,
     TypeInfo("object", None, True, ("object",)),
     AuthZList.info,

@@ -718,6 +718,7 @@ def test_the_client_sockets_commands_are_known() -> None:
         "query-fdsets", "getfd", "closefd", "secret-read", "query-secrets", "query-status",
         "secret-events",
         "secret-wrap", "secret-accept", "query-secret-host",
+        "secret-fleet-accept", "query-secret-fleet", "query-secret-fleet-missing",
     }  # fmt: skip
 
 

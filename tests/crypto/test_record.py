@@ -53,14 +53,14 @@ def test_a_record_brings_a_secret(hosts: tuple[Host, Host], size: int) -> None:
     """To the host that it is for; its head says what it is."""
     alpha, beta = hosts
     data = wrapped(hosts, b"x" * size)
-    record.verify(data, alpha.public)
+    record.verify(data, alpha.public.signing)
     assert record.read_record(data) == HEAD
     with record.open_record(data, beta.seed.view, beta.arena, beta.arena) as content:
         assert bytes(content.view) == b"x" * size
     with pytest.raises(Malformed, match="it was not wrapped for this host"):
         record.open_record(data, alpha.seed.view, alpha.arena, alpha.arena)
     with pytest.raises(Malformed, match="its signature does not fit"):
-        record.verify(data, beta.public)
+        record.verify(data, beta.public.signing)
 
 
 def test_two_records_of_one_secret_have_nothing_in_common(hosts: tuple[Host, Host]) -> None:
@@ -91,7 +91,7 @@ def test_an_offer_is_no_record(hosts: tuple[Host, Host]) -> None:
     """And the other way round; a signature of one does not fit the other."""
     alpha, beta = hosts
     offer = record.make_offer(HEAD, beta.seed.view, beta.arena)
-    record.verify(offer, beta.public)
+    record.verify(offer, beta.public.signing)
     assert record.read_offer(offer) == HEAD
     with pytest.raises(Malformed, match="this is no record"):
         record.read_record(offer)

@@ -164,7 +164,7 @@ def test_help_on_objects_ends_the_start(tmp_path: Path) -> None:
     assert done.stdout == (
         "List of user creatable objects:\n"
         "  authz-list\n  authz-listfile\n  authz-simple\n  secret\n  secret-alias\n"
-        "  secret-grant\n  secret-host\n  secret-peer\n"
+        "  secret-fleet\n  secret-grant\n  secret-host\n  secret-peer\n"
         "  secret-store\n"
         "  secret_keyring\n"
     )

@@ -272,6 +272,7 @@ async def test_types_are_listed(aqmp: AsyncClient) -> None:
     assert [entry["name"] for entry in await aqmp.ok("qom-list-types")] == [
         "container", "secret", "secret_keyring", "authz-list-file", "secret-grant", "secret-store",
             "secret-alias", "secret-host", "secret-peer", "secret-offer",
+            "secret-fleet", "secret-roster", "secret-manifest",
         "authz-simple", "authz-list",
     ]  # fmt: skip
     abstract = await aqmp.ok("qom-list-types", {"abstract": True})
@@ -656,6 +657,7 @@ async def test_the_client_socket_refuses_every_read_and_shows_nothing(
         "qmp_capabilities", "query-version", "query-commands", "query-qmp-schema", "add-fd",
         "remove-fd", "query-fdsets", "getfd", "closefd", "secret-read", "query-secrets",
         "query-status", "secret-events", "secret-wrap", "secret-accept", "query-secret-host",
+        "secret-fleet-accept", "query-secret-fleet", "query-secret-fleet-missing",
     }  # fmt: skip
 
 

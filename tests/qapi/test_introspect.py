@@ -57,7 +57,14 @@ def without_ours(entry: dict) -> dict:
     if entry["name"] == "object-add":
         arguments = entry["arg-type"]
         tags = arguments["members"][0]["type"]
-        for name in ("secret-grant", "secret-store", "secret-alias", "secret-host", "secret-peer"):
+        for name in (
+            "secret-grant",
+            "secret-store",
+            "secret-alias",
+            "secret-host",
+            "secret-peer",
+            "secret-fleet",
+        ):
             (ours,) = [v for v in arguments["variants"] if v["case"] == name]
             arguments["variants"].remove(ours)
             tags["members"].remove({"name": name})

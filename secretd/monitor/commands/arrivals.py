@@ -1,21 +1,25 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """secretd's own command secret-accept: records that arrive from other hosts."""
 
-from collections.abc import Awaitable, Coroutine
+from collections.abc import Awaitable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Final, TypedDict
 
 from msgspec import UNSET, UnsetType
 
 from secretd.crypto import record as records
+from secretd.crypto.host_keys import PublicKeys
 from secretd.crypto.record import Head, Malformed
+from secretd.crypto.roster import digest_of
 from secretd.errors import CommandError
 from secretd.memory.arena import LockedBuffer
+from secretd.monitor.commands.fleet import check_carrier, when_kept
 from secretd.monitor.commands.known_hosts import decoded, own, peer, recorded
-from secretd.monitor.commands.objects import once_written
 from secretd.monitor.monitor import Monitor
 from secretd.net.loop import turn
 from secretd.qapi.command import Commands
-from secretd.qom.loading import then, use_content
+from secretd.qom import fleet_rules
+from secretd.qom.loading import use_content
 from secretd.qom.origin import check_place, place
 from secretd.store.commit import Commit
 
@@ -23,6 +27,8 @@ command: Final = Commands()
 
 TRIES: Final = 8
 """Records that may be tried against one offer; then it ends."""
+
+OWN_KEY: Final = "Only uid 0 and the daemon's own uid may add, change or delete '{}'"
 
 Accepted = TypedDict("Accepted", {"id": str, "size": int, "from": str})
 """The result of secret-accept: the secret, its size in bytes, and the host that it came from."""
@@ -38,7 +44,8 @@ def secret_accept(
 
     ``record``: in base64; or ``file``: /dev/fdset/N of a descriptor with its bytes. The offer ends.
     The secret belongs to the uid that made the offer. One that exists is replaced, if it came from
-    the same host.
+    the same host. A record of the fleet answers no offer: the manifest of its publisher has its
+    digest.
     """
     if (record is UNSET) is (file is UNSET):
         raise CommandError("Either 'record' or 'file' must be provided")
@@ -66,126 +73,207 @@ def _accept(
     monitor: Monitor, data: bytes
 ) -> Accepted | Coroutine[Any, Any, Accepted] | Awaitable[Accepted]:
     """Add the secret in a record, in two halves of some arithmetic."""
-    with recorded(monitor, "accept"):
-        head, offer_id = _verified(monitor, data)
+    with _recorded(monitor, data):
+        arrival = _expected(monitor, data)
+        if arrival.is_held(monitor):
+            size = monitor.tree.secret(arrival.head.object_id)[1]
+            return {"id": arrival.head.object_id, "size": size, "from": arrival.head.sender}
+        _verify(monitor, arrival)
     if not monitor.is_alone():
-        return _accept_in_turn(monitor, data, head, offer_id)
-    with recorded(monitor, "accept"):
-        plaintext = _opened(monitor, data, head, offer_id)
-    return _placed(monitor, head, offer_id, plaintext)
+        return _accept_in_turn(monitor, arrival)
+    with _recorded(monitor, data):
+        plaintext = _opened(monitor, arrival)
+    return _placed(monitor, arrival, plaintext)
 
 
-async def _accept_in_turn(monitor: Monitor, data: bytes, head: Head, offer_id: str) -> Accepted:
+async def _accept_in_turn(monitor: Monitor, arrival: "Arrival") -> Accepted:
     """Do the second half, and place the secret, each when others have had their turn."""
     uid = None if monitor.trusted else monitor.peer.uid
     await turn(uid)
-    with recorded(monitor, "accept"):
-        plaintext = _opened(monitor, data, head, offer_id)
+    with _recorded(monitor, arrival.data):
+        plaintext = _opened(monitor, arrival)
     if not monitor.is_alone():
         try:
             await turn(uid)
-            with recorded(monitor, "accept"):
-                _check_offer(monitor, head, offer_id)
+            with _recorded(monitor, arrival.data):
+                arrival.keys(monitor)
         except BaseException:
             plaintext.free()
             raise
-    placed = _placed(monitor, head, offer_id, plaintext)
+    placed = _placed(monitor, arrival, plaintext)
     return await placed if isinstance(placed, Awaitable) else placed
 
 
-def _placed(
-    monitor: Monitor, head: Head, offer_id: str, plaintext: LockedBuffer
-) -> Accepted | Awaitable[Accepted]:
-    """Add an opened secret, and end its offer."""
-    tree, size = monitor.tree, plaintext.size
-    uid, _ = tree.journal.owner(offer_id)
-    # The offer ends first: whatever happens then, the record is never accepted a second time.
-    tree.delete(offer_id)
-    with recorded(monitor, "accept", id=head.object_id, host=head.sender):
-        stored = place(tree, head.object_id, head.sender, plaintext, uid)
+@contextmanager
+def _recorded(monitor: Monitor, data: bytes) -> Iterator[None]:
+    """Put what is wrong with a record into words, and record it."""
+    with recorded(monitor, "accept"):
+        try:
+            yield
+        except Malformed as error:
+            words = f"The record cannot be accepted: {error}"
+            if monitor.tree.fleet.id and records.is_of_fleet(data):
+                monitor.core.fleet.refused(words)
+            raise CommandError(words) from None
 
-    def noted() -> None:
+
+class Arrival:
+    """A record that arrives. Why it may be accepted is looked at again whenever others had their
+    turn.
+    """
+
+    def __init__(self, head: Head, data: bytes) -> None:
+        self.head, self.data = head, data
+
+    def keys(self, monitor: Monitor) -> PublicKeys:
+        """Return the keys of its signer, if it may be accepted. Raises Malformed and
+        CommandError.
+        """
+        raise NotImplementedError
+
+    def is_held(self, _monitor: Monitor) -> bool:
+        """Return True if the secret came from this record, and is still there."""
+        return False
+
+    def failed(self, monitor: Monitor) -> None:
+        """It could not be opened, or its signature does not fit."""
+
+    def place(self, monitor: Monitor, plaintext: LockedBuffer) -> int | Commit:
+        """Add the secret; see qom.origin.place."""
+        raise NotImplementedError
+
+    def placed(self, _monitor: Monitor) -> Sequence[Commit]:
+        """The secret is there; return what waits for the disk by what follows."""
+        return ()
+
+
+class Answer(Arrival):
+    """The answer to an offer."""
+
+    offer_id = ""
+
+    def keys(self, monitor: Monitor) -> PublicKeys:
+        """See Arrival."""
+        head, tree = self.head, monitor.tree
+        offer_id = tree.offers.get(head.nonce.hex())
+        if (
+            offer_id is None
+            or tree.deadlines.expired(offer_id)
+            or self.offer_id not in ("", offer_id)
+        ):
+            raise Malformed("it answers no offer that can be used; an offer is used once")
+        self.offer_id = offer_id
+        asked = tree.asked[offer_id]
+        if asked != (head.sender, head.object_id, head.subject):
+            raise Malformed(
+                "the offer that it answers is for "
+                f"'{asked[1]}' from '{asked[0]}'{f' for {asked[2]!r}' if asked[2] else ''}"
+            )
+        uid, _ = tree.journal.owner(offer_id)
+        if head.object_id in tree.own_keys and uid not in tree.limits.trusted:
+            raise CommandError(OWN_KEY.format(head.object_id))
+        check_place(tree, head.object_id, head.sender)
+        return peer(monitor, head.sender)
+
+    def failed(self, monitor: Monitor) -> None:
+        """End an offer for which too many records were tried: each costs some arithmetic."""
+        tries, offer_id = monitor.core.offer_tries, self.offer_id
+        tries[offer_id] += 1
+        if tries[offer_id] >= TRIES and offer_id in monitor.tree.journal:
+            del tries[offer_id]
+            monitor.tree.delete(offer_id)
+
+    def place(self, monitor: Monitor, plaintext: LockedBuffer) -> int | Commit:
+        """See Arrival."""
+        tree = monitor.tree
+        uid, _ = tree.journal.owner(self.offer_id)
+        # The offer ends first: whatever happens then, the record is never accepted a second time.
+        tree.delete(self.offer_id)
+        return place(tree, self.head.object_id, self.head.sender, plaintext, uid)
+
+
+class Published(Arrival):
+    """What a publisher of the fleet has for this host."""
+
+    def keys(self, monitor: Monitor) -> PublicKeys:
+        """See Arrival."""
+        tree, head = monitor.tree, self.head
+        check_carrier(monitor)
+        keys = fleet_rules.listed(tree, head, self.data)
+        if head.object_id in tree.own_keys or head.object_id.startswith(f"{tree.fleet.id}."):
+            raise CommandError(OWN_KEY.format(head.object_id))
+        if not self.is_held(monitor):
+            check_place(tree, head.object_id, fleet_rules.origin(head.sender))
+        return keys
+
+    def is_held(self, monitor: Monitor) -> bool:
+        """See Arrival."""
+        return fleet_rules.is_held(monitor.tree, self.head, self.data)
+
+    def place(self, monitor: Monitor, plaintext: LockedBuffer) -> int | Commit:
+        """See Arrival."""
+        tree, head = monitor.tree, self.head
+        origin, digest = fleet_rules.origin(head.sender), digest_of(self.data).hex()
+        uid = tree.journal.owner(tree.fleet.id)[0]
+        return place(tree, head.object_id, origin, plaintext, uid, digest)
+
+    def placed(self, monitor: Monitor) -> Sequence[Commit]:
+        """See Arrival."""
+        monitor.core.fleet.accepted()
+        return monitor.core.fleet.settle(self.head.sender)
+
+
+def _placed(
+    monitor: Monitor, arrival: Arrival, plaintext: LockedBuffer
+) -> Accepted | Awaitable[Accepted]:
+    """Add an opened secret."""
+    head, size = arrival.head, plaintext.size
+    with recorded(monitor, "accept", id=head.object_id, host=head.sender):
+        stored = arrival.place(monitor, plaintext)
+
+    def noted() -> Sequence[Commit]:
         monitor.core.audit.append(
             "accept", monitor.subject, id=head.object_id, type="secret", size=size,
             host=head.sender,
         )  # fmt: skip
         monitor.announce("SECRET_ADDED", head.object_id)
+        return arrival.placed(monitor)
 
     reply: Accepted = {"id": head.object_id, "size": size, "from": head.sender}
-    if isinstance(stored, Commit):
-        return then(once_written(stored, noted), lambda _: reply)
-    noted()
-    return reply
+    return when_kept(stored if isinstance(stored, Commit) else None, noted, reply)
 
 
-def _offer(monitor: Monitor, head: Head) -> str:
-    """Return the id of the offer that a record answers. Raises Malformed and CommandError."""
-    tree = monitor.tree
-    offer_id = tree.offers.get(head.nonce.hex())
-    if offer_id is None or tree.deadlines.expired(offer_id):
-        raise Malformed("it answers no offer that can be used; an offer is used once")
-    asked = tree.asked[offer_id]
-    if asked != (head.sender, head.object_id, head.subject):
-        raise Malformed(
-            "the offer that it answers is for "
-            f"'{asked[1]}' from '{asked[0]}'{f' for {asked[2]!r}' if asked[2] else ''}"
-        )
-    uid, _ = tree.journal.owner(offer_id)
-    if head.object_id in tree.own_keys and uid not in tree.limits.trusted:
-        raise CommandError(
-            f"Only uid 0 and the daemon's own uid may add, change or delete '{head.object_id}'"
-        )
-    check_place(tree, head.object_id, head.sender)
-    return offer_id
-
-
-def _check_offer(monitor: Monitor, head: Head, offer_id: str) -> None:
-    """Raise CommandError unless an offer is still there: others had their turn."""
-    try:
-        if _offer(monitor, head) != offer_id:
-            raise Malformed("it answers no offer that can be used; an offer is used once")
-    except Malformed as error:
-        raise CommandError(f"The record cannot be accepted: {error}") from None
-
-
-def _verified(monitor: Monitor, data: bytes) -> tuple[Head, str]:
-    """Return a record's head and the offer that it answers, once its signature fits. Raises
+def _expected(monitor: Monitor, data: bytes) -> Arrival:
+    """Return a record that may be accepted if its signature fits. Raises Malformed and
     CommandError.
 
-    Cheap checks come first: without a valid offer a record costs no arithmetic.
+    Cheap checks come first: without a valid offer or manifest a record costs no arithmetic.
     """
     name, _ = own(monitor)
+    head = records.read_record(data)
+    if head.receiver != name:
+        raise Malformed(f"it is for host '{head.receiver}', and this is '{name}'")
+    arrival = Published(head, data) if head.is_of_fleet else Answer(head, data)
+    arrival.keys(monitor)
+    return arrival
+
+
+def _verify(monitor: Monitor, arrival: Arrival) -> None:
+    """Raise Malformed unless a record's signature fits."""
     try:
-        head = records.read_record(data)
-        if head.receiver != name:
-            raise Malformed(f"it is for host '{head.receiver}', and this is '{name}'")
-        offer_id = _offer(monitor, head)
-        keys = peer(monitor, head.sender)
-        try:
-            records.verify(data, keys)
-        except Malformed:
-            _count_try(monitor, offer_id)
-            raise
-    except Malformed as error:
-        raise CommandError(f"The record cannot be accepted: {error}") from None
-    return head, offer_id
+        records.verify(arrival.data, arrival.keys(monitor).signing)
+    except Malformed:
+        arrival.failed(monitor)
+        raise
 
 
-def _opened(monitor: Monitor, data: bytes, head: Head, offer_id: str) -> LockedBuffer:
-    """Return the secret in a verified record. Raises CommandError."""
-    _check_offer(monitor, head, offer_id)
+def _opened(monitor: Monitor, arrival: Arrival) -> LockedBuffer:
+    """Return the secret in a verified record. Raises Malformed and CommandError."""
+    arrival.keys(monitor)  # again: others had their turn
     _, seed = own(monitor)
+    tree = monitor.tree
     try:
-        return records.open_record(data, seed, monitor.scratch, monitor.tree.journal.arena)
-    except Malformed as error:
-        _count_try(monitor, offer_id)
-        raise CommandError(f"The record cannot be accepted: {error}") from None
-
-
-def _count_try(monitor: Monitor, offer_id: str) -> None:
-    """End an offer for which too many records were tried: each costs some arithmetic."""
-    tries = monitor.core.offer_tries
-    tries[offer_id] += 1
-    if tries[offer_id] >= TRIES and offer_id in monitor.tree.journal:
-        del tries[offer_id]
-        monitor.tree.delete(offer_id)
+        return records.open_record(arrival.data, seed, monitor.scratch, tree.journal.arena)
+    except Malformed:
+        arrival.failed(monitor)
+        raise

@@ -71,7 +71,7 @@ class Page:
             if object_id in aliases:
                 version = info["version"] = tree.resolved(object_id)
             if origin := tree.origins.get(object_id):
-                info["origin"] = f"host:{origin}"
+                info["origin"] = origin if ":" in origin else f"host:{origin}"
             left = remaining(version)
             if left is not None:
                 info["expires-in"] = left

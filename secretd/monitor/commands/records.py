@@ -19,16 +19,19 @@ from secretd.crypto import record as records
 from secretd.crypto.host_keys import PublicKeys
 from secretd.crypto.record import NONCE_BYTES, Head, Malformed
 from secretd.errors import CommandError, LimitReached
+from secretd.monitor.commands.fleet_signing import publisher_of
 from secretd.monitor.commands.known_hosts import decoded, own, peer, recorded
 from secretd.monitor.commands.objects import once_written
 from secretd.monitor.monitor import Monitor
 from secretd.net.loop import turn
 from secretd.qapi.command import Commands
+from secretd.qom import fleet_rules
 from secretd.qom.deadlines import DEADLINE, now
-from secretd.qom.hosts import NONCE, OFFER_SECONDS, SUBJECT_CHARACTERS
+from secretd.qom.hosts import NONCE, OFFER_SECONDS, SKEW_SECONDS, SUBJECT_CHARACTERS
 from secretd.qom.identifiers import check_identifier
 from secretd.qom.loading import then
 from secretd.qom.origin import check_place
+from secretd.qom.patterns import matcher
 from secretd.store.commit import Commit
 
 command: Final = Commands()
@@ -41,9 +44,6 @@ INLINE_BYTES: Final = 45_000
 
 USED_OFFERS: Final = 1 << 16
 """Offers of other hosts that this one remembers to have used, until they expire."""
-
-SKEW_SECONDS: Final = 300
-"""Seconds by which the clocks of two hosts may differ."""
 
 
 class OfferArguments(
@@ -121,7 +121,7 @@ def secret_offer(monitor: Monitor, arguments: OfferArguments) -> Offered | Await
 def secret_wrap(
     monitor: Monitor,
     id: str,  # noqa: A002
-    offer: str,
+    offer: str | UnsetType = UNSET,
     fdname: str | UnsetType = UNSET,
     to: str | UnsetType = UNSET,
 ) -> Wrapped | Coroutine[Any, Any, Wrapped]:
@@ -129,12 +129,16 @@ def secret_wrap(
 
     An offer is used once. With ``fdname`` the record goes to the descriptor that getfd called so,
     and the reply has its size in bytes: a reply has room for secrets of some 45,000 bytes only.
-    ``to``: refuse an offer of another host than this one.
+    ``to``: refuse an offer of another host than this one; without an offer, the host of the fleet
+    for which this publisher wraps.
     """
     fd = None if fdname is UNSET else monitor.named.take(fdname)
     try:
         with recorded(monitor, "wrap", id=id):
-            head, keys = _checked(monitor, id, offer, to)
+            if offer is UNSET:
+                head, keys = _for_fleet(monitor, id, to)
+            else:
+                head, keys = _checked(monitor, id, offer, to)
     except BaseException:
         if fd is not None:
             fd.close()
@@ -224,7 +228,32 @@ def _signed(monitor: Monitor, grant: Grant, head: Head, data: bytes) -> Wrapped:
 
 def _use(monitor: Monitor, head: Head) -> None:
     """Remember that an offer was used."""
-    monitor.core.used_offers[head.nonce] = head.until
+    if not head.is_of_fleet:
+        monitor.core.used_offers[head.nonce] = head.until
+
+
+def _for_fleet(monitor: Monitor, object_id: str, to: str | UnsetType) -> tuple[Head, PublicKeys]:
+    """Return the head of a record of the fleet, and its receiver's keys. Raises CommandError."""
+    if to is UNSET:
+        raise CommandError("Either 'offer' or 'to' must be provided")
+    own(monitor)
+    fleet = fleet_rules.fleet_of(monitor.tree)
+    name, publisher = publisher_of(monitor, fleet)
+    if not matcher(publisher.pattern)(object_id):
+        raise CommandError(
+            f"'{object_id}' is outside of the pattern '{publisher.pattern}' of publisher '{name}'"
+        )
+    keys = fleet_rules.roster_of(fleet).hosts.get(to)
+    if keys is None:
+        raise CommandError(f"Host '{to}' is not in the roster of fleet '{fleet.name}'")
+    summary = monitor.tree.journal.summary(object_id)
+    if summary is not None and summary[1] > fleet_rules.FLEET_SECRET_BYTES:
+        raise LimitReached(
+            "fleet-secret-bytes",
+            f"Secret '{object_id}' has {summary[1]} bytes, and the limit in a fleet is "
+            f"{fleet_rules.FLEET_SECRET_BYTES} (fleet-secret-bytes)",
+        )
+    return Head(name, to, object_id, fleet.name, os.urandom(NONCE_BYTES), 0), keys
 
 
 def _check_unused(monitor: Monitor, head: Head) -> None:
@@ -258,7 +287,7 @@ def _checked(
         if to is not UNSET and head.receiver != to:
             raise Malformed(f"it is from host '{head.receiver}', and not from '{to}'")
         keys = peer(monitor, head.receiver)
-        records.verify(data, keys)
+        records.verify(data, keys.signing)
         left = head.until - time.time()
         if left < 0:
             raise Malformed(f"it has expired {int(-left)} s ago; the hosts' clocks may differ")
