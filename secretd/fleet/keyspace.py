@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The keys of a fleet in etcd. Each host has a prefix of its own, which it watches.
+
+/secretd/v1/FLEET/roster
+/secretd/v1/FLEET/to/HOST/manifest/PUBLISHER
+/secretd/v1/FLEET/to/HOST/record/DIGEST
+/secretd/v1/FLEET/ack/HOST
+"""
+
+from typing import Final
+
+_VERSION: Final = "/secretd/v1"
+_MANIFEST: Final = "/manifest/"
+_RECORD: Final = "/record/"
+
+
+class Keyspace:
+    """The keys of one fleet."""
+
+    def __init__(self, fleet: str) -> None:
+        self._prefix = f"{_VERSION}/{fleet}/"
+        self.roster = f"{self._prefix}roster".encode()
+        self.hosts = f"{self._prefix}to/".encode()
+        self.acks = f"{self._prefix}ack/".encode()
+
+    def host(self, host: str) -> bytes:
+        """The prefix of what a host gets."""
+        return self.hosts + f"{host}/".encode()
+
+    def manifest(self, host: str, publisher: str) -> bytes:
+        """The key of a publisher's manifest for a host."""
+        return f"{self._prefix}to/{host}{_MANIFEST}{publisher}".encode()
+
+    def record(self, host: str, digest: str) -> bytes:
+        """The key of a record; ``digest``: of all its bytes, in hexadecimal."""
+        return f"{self._prefix}to/{host}{_RECORD}{digest}".encode()
+
+    def records(self, host: str) -> bytes:
+        """The prefix of the records for a host."""
+        return f"{self._prefix}to/{host}{_RECORD}".encode()
+
+    def ack(self, host: str) -> bytes:
+        """The key of what a host says that it has."""
+        return self.acks + host.encode()
+
+
+def publisher_of(key: bytes) -> str:
+    """Return the publisher of a manifest's key, or ""."""
+    _, found, name = key.decode(errors="replace").partition(_MANIFEST)
+    return name if found else ""
+
+
+def digest_of(key: bytes) -> str:
+    """Return the digest of a record's key, or ""."""
+    _, found, name = key.decode(errors="replace").partition(_RECORD)
+    return name if found else ""

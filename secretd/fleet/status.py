@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What `secretd-fleet status` shows: what etcd has for each host, and what each host says."""
+
+import json
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from secretd.crypto.record import Malformed
+from secretd.crypto.roster import Roster, digest_of, read_manifest
+from secretd.fleet.etcd import Etcd, prefix_end
+from secretd.fleet.keyspace import Keyspace, publisher_of
+
+
+class HostStatus(NamedTuple):
+    """A host. ``state``: "current", "behind", "silent" (no ack), or what its secretd says;
+    ``reason``: of what is wrong. ``heard``: seconds since its ack, None without one; ``secrets``:
+    those that etcd's manifests list.
+    """
+
+    host: str
+    state: str
+    heard: int | None
+    secrets: int
+    reason: str
+
+
+async def statuses(etcd: Etcd, keyspace: Keyspace, roster: Roster) -> Sequence[HostStatus]:
+    """Return the state of each host of a roster. Raises Refused and Unreachable."""
+    found = (await etcd.range(keyspace.acks, prefix_end(keyspace.acks))).kvs
+    acks = {each.key: each.value for each in found}
+    shown = []
+    for host in sorted(roster.hosts):
+        prefix = keyspace.host(host) + b"manifest/"
+        manifests = (await etcd.range(prefix, prefix_end(prefix))).kvs
+        shown.append(_status(
+            host, {publisher_of(each.key): each.value for each in manifests},
+            acks.get(keyspace.ack(host)), roster.number,
+        ))  # fmt: skip
+    return shown
+
+
+def _status(
+    host: str, manifests: dict[str, bytes], ack: bytes | None, roster_number: int
+) -> HostStatus:
+    secrets = 0
+    for each in manifests.values():
+        try:
+            secrets += len(read_manifest(each).ids)
+        except Malformed:
+            return HostStatus(host, "damaged", None, secrets, "a manifest in etcd is not whole")
+    if ack is None:
+        return HostStatus(host, "silent", None, secrets, "its agent was never heard")
+    try:
+        said = json.loads(ack)
+        heard = max(0, int(time.time()) - int(said["time"]))
+        has = {name: str(each["digest"]) for name, each in said["publishers"].items()}
+        missing = sum(int(each["missing"]) for each in said["publishers"].values())
+        state, number = str(said["state"]), int(said["roster"])
+        refused = str(said.get("refused", ""))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return HostStatus(host, "damaged", None, secrets, "its ack cannot be read")
+    if state != "live":
+        return HostStatus(host, state, heard, secrets, refused)
+    behind = [
+        *(["the roster"] if number != roster_number else []),
+        *(f"publisher '{name}'" for name, data in manifests.items()
+          if has.get(name) != digest_of(data).hex()),
+    ]  # fmt: skip
+    if behind:
+        return HostStatus(host, "behind", heard, secrets, refused or f"in {', '.join(behind)}")
+    if missing:
+        return HostStatus(host, "behind", heard, secrets, refused or f"{missing} records missing")
+    return HostStatus(host, "current", heard, secrets, refused)
