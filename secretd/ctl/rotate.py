@@ -45,6 +45,7 @@ from secretd.errors import UsageError
            help="with --luks: how long it takes to try the new passphrase (QEMU's default: 2000)"),
     option("--wait", metavar="S", type=int,
            help="retire the previous version after S seconds at the latest"),
+    flag("--no-wait", help="end once the new version is current; the next run retires the other"),
     flag("--restart-units", help="restart units that have not read the new version"),
     flag("--reload-units", help="reload them"),
     flag("--status", help="show the versions, and what each reader has read"),
@@ -69,6 +70,7 @@ def rotate(
     luks: str | None,
     iter_time: int | None,
     wait: int | None,
+    no_wait: bool,
     restart_units: bool,
     reload_units: bool,
     status: bool,
@@ -93,6 +95,8 @@ def rotate(
         raise WrongUsage("--apply needs a command after it" if apply else "--apply takes a command")
     if restart_units and reload_units:
         raise WrongUsage("--restart-units and --reload-units exclude each other")
+    if no_wait and (wait is not None or rollback or restart_units or reload_units):
+        raise WrongUsage("--no-wait excludes the options of waiting, and --rollback")
     if status and rollback:
         raise WrongUsage("--status and --rollback exclude each other")
     if text and generate is None:
@@ -108,15 +112,18 @@ def rotate(
         with _going_on(object_id):
             alias = _begun(common, client, object_id, rollback=rollback)
             wanted = Wanted(absolute(luks), iter_time, command)
-            note = agreed_note(alias, wanted)
-            value = Value(generate, text or bool(note.luks), file, prompt)
-            with resource_of(common, client, object_id, wanted._replace(luks=note.luks)) as found:
-                rotation = Rotation(common, client, object_id, found, note)
+            agreed = agreed_note(alias, wanted)
+            value = Value(generate, text or bool(agreed.luks), file, prompt)
+            with resource_of(common, client, object_id, wanted._replace(luks=agreed.luks)) as found:
+                rotation = Rotation(common, client, object_id, found, agreed)
                 if rollback:
                     rotation.back()
                 elif not alias.previous:
                     rotation.forward(value)
-                rotation.end(Readers(common, client, object_id), patience)
+                if no_wait:
+                    note(f"'{object_id}' is rotated; run rotate again to retire what was before")
+                else:
+                    rotation.end(Readers(common, client, object_id), patience)
     return DONE
 
 

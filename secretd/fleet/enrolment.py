@@ -97,7 +97,8 @@ async def revoke(opened: Directory, host: str) -> list[str]:
         found = await etcd.range(own, prefix_end(own))
         if host in roster.hosts:
             data = opened.save_roster(roster._replace(hosts=hosts, publishers=publishers))
-        await etcd.write({keyspace.roster: data}, [each.key for each in found.kvs])
+        gone = [*(each.key for each in found.kvs), keyspace.ack(host)]
+        await etcd.write({keyspace.roster: data}, gone)
         await rights.forbid(etcd, host)
         if host not in roster.hosts and not found.kvs:
             raise UsageError(f"host '{host}' is not in the roster of fleet '{opened.fleet}'")

@@ -18,7 +18,7 @@ from grpclib.exceptions import GRPCError, StreamTerminatedError
 
 from secretd.fleet import messages as m
 
-CALL_SECONDS: Final = 5.0
+CALL_SECONDS: Final = 3.0
 """Seconds for a call to one node."""
 
 REQUEST_BYTES, REQUEST_OPERATIONS = 1_000_000, 100

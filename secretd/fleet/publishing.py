@@ -8,10 +8,13 @@ publishing programs one is first, and the others begin again on top of it.
 
 import asyncio
 import base64
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Final, TypedDict, cast
+
+from qemu.qmp import ExecuteError
 
 from secretd.client.record_client import RecordClient
 from secretd.crypto.record import Malformed
@@ -31,6 +34,14 @@ HOSTS_AT_ONCE: Final = 64
 
 PREPARED_BYTES: Final = 16 << 20
 """Bytes that are prepared before they go to etcd."""
+
+
+_OTHER_WAS_FIRST: Final = re.compile(
+    "; expected was |is being changed; try again|duplicate property"
+)
+"""What secret-fleet-sign says to the second of two programs that publish for a host, before and
+after a store has what was signed for the first.
+"""
 
 
 class _Sent(TypedDict):
@@ -96,7 +107,12 @@ class Publishing:
                 some = hosts[first : first + HOSTS_AT_ONCE]
                 known = await asyncio.gather(*(self._known(host) for host in some))
                 for host, (revision, manifest, records) in zip(some, known, strict=True):
-                    batch.append(self._prepared(host, wanted, revision, manifest, records))
+                    try:
+                        batch.append(self._prepared(host, wanted, revision, manifest, records))
+                    except ExecuteError as error:
+                        if not _OTHER_WAS_FIRST.search(str(error)):
+                            raise
+                        lost.append(host)
                 if sum(sum(map(len, each.records.values())) for each, _ in batch) > PREPARED_BYTES:
                     lost += await self._put(batch, numbers)
                     batch = []
@@ -129,12 +145,16 @@ class Publishing:
     def _sent(self, host: str) -> Manifest:
         """Return what was signed last for a host."""
         ids: dict[str, bytes] = {}
-        after = ""
+        number, after = None, ""
         while True:
             found = cast(
                 _Sent,
                 self._client.execute("query-secret-fleet-sent", {"host": host, "after": after}),
             )
+            if number not in (None, found["number"]):  # another program has signed: begin again
+                ids, number, after = {}, None, ""
+                continue
+            number = found["number"]
             ids |= {each["id"]: bytes.fromhex(each["digest"]) for each in found["ids"]}
             if not found["ids"]:
                 break

@@ -225,6 +225,22 @@ def test_it_waits_for_the_readers(run: Ctl, db: Client, daemon: Daemon) -> None:
     assert process.wait(20) == 0
 
 
+def test_it_ends_after_the_commit_if_asked(run: Ctl, db: Client) -> None:
+    """For what has to happen before readers can have the new version; the next run retires."""
+    run("rotate", "db", "--generate", "4")
+    db.read("db")
+    out, err = run("rotate", "db", "--generate", "4", "--no-wait")
+    assert out.splitlines()[-1] == "committed: 'db' is db.v3"
+    assert err == "secretctl: 'db' is rotated; run rotate again to retire what was before\n"
+    (alias,) = db.ok("query-secret-alias", {"id": "db"})
+    assert (alias["current"], alias["previous"]) == ("db.v3", "db.v2")
+    out, _ = run("rotate", "db")
+    assert out.splitlines()[-1] == "retired: db.v2"
+    for option in ("--rollback", "--restart-units", "--wait=1"):
+        _, err = run("rotate", "db", "--no-wait", option, status=2)
+        assert "--no-wait excludes the options of waiting, and --rollback" in err
+
+
 def test_units_are_named_or_restarted(
     run: Ctl, db: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A whole fleet: etcd, several secretd with stores, their agents, and the operator's commands."""
+
+import asyncio
+import os
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from secretd.fleet import enrolment
+from secretd.fleet.etcd import Endpoint
+from secretd.fleet.keyspace import Keyspace
+from tests.e2e.fleet_hosts import Fleet, fleet_of, run, wait_for
+from tests.support.needs import need_program
+
+pytestmark = [pytest.mark.xdist_group("etcd"), pytest.mark.slow]
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Iterator[Fleet]:
+    """With one node of etcd."""
+    need_program("etcd", "etcdctl")
+    with fleet_of(tmp_path, 1) as made:
+        yield made
+
+
+def test_a_secret_is_published_replaced_and_withdrawn(fleet: Fleet) -> None:
+    """On those hosts that were named."""
+    pub, alpha = fleet.host("pub", "web.*"), fleet.host("alpha")
+    beta = fleet.host("beta")
+    for name in ("a", "b"):
+        pub.client.add(f"web.{name}", data=f"value {name}")
+    said = pub.publish("web.a", "web.b", "--to", "alpha")
+    assert said == "published 2 secrets to 1 host\n"
+    alpha.wait_until_it_has(web_a=b"value a", web_b=b"value b")
+    pub.publish("web.b", "--to", "*eta")
+    beta.wait_until_it_has(web_b=b"value b")
+    pub.process.ctl("add", "web.a", "--replace", "--stdin", input=b"value 2")
+    assert pub.publish("web.a", "--to", "alpha", "--to", "beta") == (
+        "published 1 secret to 2 hosts\n"
+    )
+    alpha.wait_until_it_has(web_a=b"value 2", web_b=b"value b")
+    beta.wait_until_it_has(web_a=b"value 2", web_b=b"value b")
+    said = pub.publish("web.b", "--to", "alpha", verb="withdraw")
+    assert said == "withdrew 1 secret from 1 host\n"
+    alpha.wait_until_it_has(web_a=b"value 2")
+    beta.wait_until_it_has(web_a=b"value 2", web_b=b"value b")
+    kinds = [each["event"] for each in alpha.audit()]
+    assert {"roster", "manifest", "withdraw"} <= set(kinds)
+    # etcd has what hosts need, and nothing else.
+    records = fleet.cluster.ctl("get", "--prefix", "/secretd/v1/trial/to/", "--keys-only").split()
+    assert sum("/record/" in each for each in records) == 3
+
+
+def test_status_shows_what_each_host_has(fleet: Fleet) -> None:
+    """Current, behind with the reason, or silent."""
+    pub, alpha = fleet.host("pub", "web.*"), fleet.host("alpha")
+    fleet.hosts["quiet"] = quiet = type(alpha)(fleet.cluster, pub.directory.parent, "quiet")
+    quiet.enrol()
+    pub.client.add("web.a", data="value")
+    pub.publish("web.a", "--to", "*")
+    found = wait_for(lambda: (s := fleet.status(pub))["alpha"]["state"] == "current" and s)
+    assert found["alpha"]["secrets"] == 1
+    assert found["quiet"]["state"] == "silent"
+    assert found["quiet"]["heard"] is None
+    alpha.kill_agent()
+    pub.publish("web.a", "--to", "alpha")
+    assert fleet.status(pub)["alpha"]["state"] == "behind"
+    assert fleet.status(pub)["alpha"]["reason"] == "in publisher 'pub'"
+    said = run("status", "--config", str(pub.config))
+    assert said.splitlines()[0].split() == ["HOST", "STATE", "HEARD", "SECRETS"]
+    assert "etcd refuses: etcdserver: permission denied" in run(
+        "status", "--config", str(alpha.config), status=1
+    )
+
+
+def test_an_alias_travels_and_rotates(fleet: Fleet) -> None:
+    """Readers on the hosts use its id; the version before goes when it is withdrawn."""
+    pub, alpha = fleet.host("pub", "db*"), fleet.host("alpha")
+    pub.process.ctl("add", "db", "--stdin", input=b"first")
+    pub.process.ctl("rotate", "db", "--no-wait", "--file", "/dev/stdin", input=b"second")
+    (alias,) = pub.client.ok("query-secret-alias", {"id": "db"})
+    pub.publish("db", "--to", "alpha")
+    wait_for(lambda: alpha.has().get("db") == b"second", alpha.said)
+    pub.process.ctl("rotate", "db")  # alpha has the second: the first is retired
+    pub.publish("db", "--to", "alpha")
+    wait_for(lambda: set(alpha.has()) == {"db", "db.v2"}, alpha.said)
+    pub.process.ctl("rotate", "db", "--no-wait", "--file", "/dev/stdin", input=b"third")
+    pub.publish("db", "--to", "alpha")
+    wait_for(lambda: alpha.has().get("db") == b"third", alpha.said)
+    (alias,) = pub.client.ok("query-secret-alias", {"id": "db"})
+    (there,) = alpha.client.ok("query-secret-alias", {"id": "db"})
+    assert there["current"] == alias["current"]
+    pub.publish("db", "--to", "alpha", verb="withdraw")
+    wait_for(lambda: not alpha.has(), alpha.said)
+
+
+def test_a_host_starts_from_its_store_while_etcd_is_down(fleet: Fleet) -> None:
+    """Its agent says so, and goes on when etcd is back."""
+    pub, alpha = fleet.host("pub", "web.*"), fleet.host("alpha")
+    pub.client.add("web.a", data="value")
+    pub.publish("web.a", "--to", "alpha")
+    alpha.wait_until_it_has(web_a=b"value")
+    alpha.kill_agent()
+    alpha.kill()
+    fleet.cluster.stop()
+    alpha.start()
+    alpha.start_agent()
+    alpha.wait_until_it_has(web_a=b"value")
+    assert alpha.state()["state"] == "live"
+    alpha.wait_for_words("Connect call failed")
+    assert "etcd cannot be reached" in pub.publish("web.a", "--to", "alpha", status=1)
+    fleet.cluster.start()
+    pub.client.add("web.b", data="later")
+    wait_for(lambda: "value" in str(alpha.has()))
+    pub.publish("web.b", "--to", "alpha")
+    alpha.wait_until_it_has(web_a=b"value", web_b=b"later")
+    assert 'secretd_fleet_state{state="live"} 1' in (alpha.directory / "metrics.prom").read_text()
+
+
+def test_the_agent_waits_for_secretd(fleet: Fleet) -> None:
+    """And brings what has changed meanwhile."""
+    pub, alpha = fleet.host("pub", "web.*"), fleet.host("alpha")
+    pub.client.add("web.a", data="value")
+    pub.publish("web.a", "--to", "alpha")
+    alpha.wait_until_it_has(web_a=b"value")
+    alpha.kill()
+    pub.client.add("web.b", data="later")
+    pub.publish("web.b", "--to", "alpha")
+    alpha.wait_for_words("secretd: ")
+    alpha.start()
+    alpha.wait_until_it_has(web_a=b"value", web_b=b"later")
+    alpha.wait_for_words("secretd is there again")
+
+
+def test_a_revoked_host_gets_nothing_more(fleet: Fleet) -> None:
+    """The operator is shown what it knows; a revoked publisher's manifests count no more."""
+    pub, alpha = fleet.host("pub", "web.*"), fleet.host("alpha")
+    second = fleet.host("second", "db.*")
+    pub.client.add("web.a", data="value")
+    pub.publish("web.a", "--to", "alpha")
+    second.client.add("db.a", data="from the second")
+    second.publish("db.a", "--to", "pub")
+    wait_for(lambda: pub.has().get("db.a") == b"from the second")
+    alpha.wait_until_it_has(web_a=b"value")
+    said = run("revoke", str(fleet.cluster.directory), "alpha")
+    assert said.splitlines() == [
+        "alpha is out of the fleet", "it knows these secrets, so rotate them:", "  web.a",
+    ]  # fmt: skip
+    assert "no host of fleet 'trial' is 'alpha'" in pub.publish("web.a", "--to", "alpha", status=1)
+    assert "alpha" not in fleet.cluster.ctl("get", "--prefix", "/secretd", "--keys-only")
+    alpha.kill_agent()
+    alpha.start_agent()
+    alpha.wait_for_words("etcd at ")  # its user is gone
+    assert "is not in the roster" in run("revoke", str(fleet.cluster.directory), "alpha", status=1)
+    run("revoke", str(fleet.cluster.directory), "second")
+    wait_for(lambda: pub.state()["roster"]["publishers"] == 1)
+    assert not pub.state()["publishers"]
+
+
+def test_a_publisher_stays_inside_of_its_pattern(fleet: Fleet) -> None:
+    """Its own secretd refuses, and the words say why."""
+    pub, alpha = fleet.host("pub", "web.*"), fleet.host("alpha")
+    pub.client.add("db.a", data="value")
+    said = pub.publish("db.a", "--to", "alpha", status=1)
+    assert "'db.a' is outside of the pattern 'web.*' of publisher 'pub'" in said
+    assert "object 'web.none' not found" in pub.publish("web.none", "--to", "alpha", status=1)
+    alpha.client.add("db.a", data="value")
+    assert "This host is no publisher" in alpha.publish("db.a", "--to", "alpha", status=1)
+    alpha.client.ok("object-del", {"id": "db.a"})
+    # What is there by another hand is not replaced, and the others arrive.
+    alpha.client.add("web.own", data="by hand")
+    for name in ("own", "other"):
+        pub.client.add(f"web.{name}", data="published")
+    pub.publish("web.own", "web.other", "--to", "alpha")
+    alpha.wait_until_it_has(web_own=b"by hand", web_other=b"published")
+    alpha.wait_for_words("was not accepted", "web.own")
+    status = wait_for(lambda: (s := fleet.status(pub)["alpha"])["reason"] and s)
+    assert "web.own" in status["reason"]
+
+
+def test_eight_publishing_programs_lose_nothing(fleet: Fleet) -> None:
+    """Each begins again on top of the one that was first."""
+    pub, alpha = fleet.host("pub", "web.*"), fleet.host("alpha")
+    for number in range(8):
+        pub.client.add(f"web.{number}", data=f"value {number}")
+    with ThreadPoolExecutor(8) as threads:
+        said = list(threads.map(lambda n: pub.publish(f"web.{n}", "--to", "alpha"), range(8)))
+    assert said == ["published 1 secret to 1 host\n"] * 8
+    alpha.wait_until_it_has(**{f"web_{n}": f"value {n}".encode() for n in range(8)})
+
+
+def test_a_large_fleet_secret_and_many_small_ones_arrive(fleet: Fleet) -> None:
+    """More than one transaction takes."""
+    pub, alpha = fleet.host("pub", "web.*"), fleet.host("alpha")
+    large = os.urandom(256 * 1024).hex().encode()
+    for number in range(4):
+        pub.process.ctl("add", f"web.l{number}", "--stdin", input=large)
+    for number in range(150):
+        pub.client.add(f"web.{number:03}", data=f"{number}")
+    ids = [f"web.{n:03}" for n in range(150)] + [f"web.l{n}" for n in range(4)]
+    pub.publish(*ids, "--to", "alpha")
+    wait_for(lambda: len(alpha.client.secrets()) == 2 + len(ids), alpha.said)
+    assert alpha.client.read("web.l3") == large
+    pub.process.ctl("add", "web.huge", "--stdin", input=large + b"x")
+    said = pub.publish("web.huge", "--to", "alpha", status=1)
+    assert "the limit in a fleet is 524288" in said
+
+
+def test_the_certificate_is_renewed_by_enrolling_again(fleet: Fleet) -> None:
+    """The agent reads it for its next connection, and with SIGHUP at once."""
+    pub, alpha = fleet.host("pub", "web.*"), fleet.host("alpha")
+    alpha.kill_agent()
+    alpha.enrol(days="0.00001")
+    alpha.start_agent()
+    alpha.wait_for_words("the certificate", "has ended", "etcd at ")
+    alpha.enrol()
+    assert alpha.agent is not None
+    alpha.agent.send_signal(signal.SIGHUP)
+    pub.client.add("web.a", data="value")
+    pub.publish("web.a", "--to", "alpha")
+    alpha.wait_until_it_has(web_a=b"value")
+
+
+def test_max_age_locks_until_a_manifest_is_renewed(fleet: Fleet) -> None:
+    """FLEET_STATE says so; values are there again after a renewal."""
+    pub = fleet.host("pub", "web.*")
+    alpha = fleet.hosts["alpha"] = type(pub)(fleet.cluster, pub.directory.parent, "alpha")
+    alpha.enrol(join=False)
+    control = alpha.process.control
+    run("join", "--config", str(alpha.config), "--control", control, "--max-age", "4")
+    events = alpha.process.connect().watch("FLEET_STATE")
+    alpha.start_agent()
+    pub.client.add("web.a", data="value")
+    pub.publish("web.a", "--to", "alpha")
+    wait_for(lambda: any(each["id"] == "web.a" for each in alpha.client.secrets()), alpha.said)
+    states: list[str] = []
+    while "live" not in states or states[-1] != "stale":
+        states.append(events.event()["data"]["state"])
+    source, sink = os.pipe()
+    said = alpha.client.fail("secret-read", {"id": "web.a"}, (sink,))
+    os.close(source)
+    os.close(sink)
+    assert "Secret 'web.a' is locked: fleet 'fleet' has no manifest of publisher:pub" in said
+    assert pub.publish("--to", "alpha", verb="renew") == "renewed 1 manifest\n"
+    while states[-1] != "live":
+        states.append(events.event()["data"]["state"])
+    wait_for(lambda: alpha.client.read("web.a") == b"value", alpha.said)
+
+
+def test_a_wrong_root_is_refused_by_name(fleet: Fleet, tmp_path: Path) -> None:
+    """Of another fleet with the same name."""
+    alpha = fleet.host("alpha")
+    wait_for(lambda: alpha.state().get("roster"))
+    enrolment.init(str(tmp_path / "other"), "trial", {"node1": Endpoint("127.0.0.1", 1)}, 0)
+
+    async def put() -> None:
+        etcd = fleet.cluster.etcd()
+        await etcd.write({Keyspace("trial").roster: (tmp_path / "other" / "roster").read_bytes()})
+        etcd.close()
+
+    asyncio.run(put())
+    alpha.wait_for_words("roster was not accepted", "it is not signed by the root of the fleet")
+    assert alpha.state()["state"] == "refused"
+
+
+def test_errors_are_said_in_one_line(tmp_path: Path) -> None:
+    """Without a traceback."""
+    missing = str(tmp_path / "none")
+    for words, text in (
+        (("enrol", missing, "a", "b"), "is no fleet's directory"),
+        (("agent", "--config", missing), f"{missing}: No such file or directory"),
+        (("publish", "a", "--to", "b", "--config", missing), "No such file or directory"),
+        (("init", missing, "--name", "x", "--node", "http://x"), "is no endpoint such as"),
+        (("init", missing, "--name", "-x", "--node", "https://x"), "expects a host's name"),
+    ):
+        said = run(*words, status=1)
+        assert text in said
+        assert said.startswith("secretd-fleet: ")
+        assert said.count("\n") == 1
+    run("init", missing, "--name", "x", "--node", "https://127.0.0.1:1")
+    assert "exists already" in run("init", missing, "--name", "x", "--node", "https://x", status=1)
+    assert oct(os.stat(f"{missing}/root.key").st_mode)[-3:] == "600"
+    assert "etcd cannot be reached" in run("enrol", missing, status=1)
+    (tmp_path / "bad.toml").write_text('fleet = "x"\n')
+    assert "missing required field" in run(
+        "agent", "--config", str(tmp_path / "bad.toml"), status=1
+    )
