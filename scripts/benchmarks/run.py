@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 
 from compare import compared
+from fleet import reaching
 from records import carrying
 from rig import CPU, ROOT, Machine, Result, Row, Server, fill, master, ratio_row, wait_for
 from scale import SCALE_GROUPS
@@ -585,7 +586,7 @@ GROUPS = {
     "requests": against_qemu, "crowd": crowd, "resident": resident, "delivery": delivery,
     "start": starting,
     "unit": unit, "idle": idle, "fair": fair, "flooded": flooded, "steady": steady,
-    **SCALE_GROUPS, "store": storing, "records": carrying,
+    **SCALE_GROUPS, "store": storing, "records": carrying, "fleet": reaching,
 }  # fmt: skip
 
 

@@ -34,7 +34,7 @@ def component(name: str, version: str, hashes: list[str]) -> Component:
 
 def main() -> None:
     """Read the first part of the lock file: what secretd needs to run."""
-    lock = Path(sys.argv[1]).read_text().partition("# development")[0]
+    lock = Path(sys.argv[1]).read_text().partition("# fleet")[0]
     match = re.search(r'__version__ = "(.+)"', (ROOT / "secretd/__init__.py").read_text())
     assert match is not None
     bom = Bom()

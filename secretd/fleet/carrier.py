@@ -1,64 +1,85 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Brings what etcd has to secretd, over the client socket: rosters, then manifests, then records.
 
-secretd decides what is accepted. This module brings only what it has not got, and only records
-that a manifest lists, so that an etcd that is not honest costs it little.
+secretd decides what is accepted. This module brings only what it has not got, only from publishers
+of the roster, and only records that a manifest lists, so that an etcd that is not honest costs it
+little.
 """
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final, cast
 
 from qemu.qmp import ExecuteError
 
 from secretd.client.record_client import RecordClient
-from secretd.fleet.keyspace import Keyspace, digest_of, publisher_of
+from secretd.crypto.record import Malformed
+from secretd.crypto.roster import ROSTER_BYTES, Roster, read_roster
+from secretd.fleet.etcd import Refused, Unreachable
+from secretd.fleet.keyspace import Keyspace
 
 log: Final = logging.getLogger("secretd-fleet")
 
-Fetch = Callable[[str], bytes | None]
-"""Returns the record with a digest, None if etcd has none."""
+RECORDS_AT_ONCE: Final = 16
+"""Records that are fetched from etcd together."""
+
+_MANIFEST: Final = "manifest of publisher '{}'"
+
+REFUSALS: Final = 100
+"""Refusals that are remembered."""
+
+Fetch = Callable[[Sequence[str]], Sequence[bytes | None]]
+"""Returns the records with some digests, None for what etcd has not. Raises Refused and
+Unreachable.
+"""
 
 
 class Carrier:
     """What was brought to secretd.
 
     ``accepted``, ``refused``: how many records, manifests and rosters were. ``refusals``: why the
-    last roster, manifest or record was, by what it is.
+    last roster, manifest or record was, by what it is. ``is_new_roster``: manifests that were
+    refused before may be accepted by now.
     """
 
-    def __init__(self, client: RecordClient, keyspace: Keyspace) -> None:
-        self._client, self._keyspace = client, keyspace
-        self._roster = b""
+    def __init__(self, client: RecordClient, keyspace: Keyspace, host: str) -> None:
+        self._client, self._keyspace, self._host = client, keyspace, host
         self._was_connected = False
+        self._roster = b""
+        self._publishers: frozenset[str] = frozenset()
+        self._known: dict[str, str] = {}  # by publisher, the digest of secretd's manifest
         self.accepted = self.refused = 0
         self.refusals: dict[str, str] = {}
+        self.is_new_roster = False
 
-    def forget(self) -> None:
-        """Bring everything anew, as to another secretd."""
-        self._roster = b""
-        self.refusals.clear()
+    def bring(
+        self, values: Mapping[bytes, bytes | None], fetch: Fetch, *, is_change: bool = False
+    ) -> dict[str, Any]:
+        """Bring what etcd has, and what is missing; return what query-secret-fleet says.
 
-    def bring(self, values: Mapping[bytes, bytes | None], fetch: Fetch) -> dict[str, Any]:
-        """Bring what has changed in etcd, and what is missing; return what query-secret-fleet says.
-
+        ``is_change``: only this has changed since the last time, so secretd need not be asked.
         Raises qemu.qmp's ConnectError if secretd is not there.
         """
         self._connect()
         roster = values.get(self._keyspace.roster)
-        if roster is not None and roster != self._roster and self._sign("roster", roster):
-            self._roster = roster
-        known = {each["name"]: each["digest"] for each in self.state()["publishers"]}
+        if roster is not None:
+            self._bring_roster(roster)
+        if not is_change:
+            self._known = {each["name"]: each["digest"] for each in self.state()["publishers"]}
+        records = {self._keyspace.digest_of(self._host, key): values[key] for key in values}
+        lacking = set() if is_change else set(self._known)
         for key, value in values.items():
-            name = publisher_of(key)
-            if name and value is not None and known.get(name) != hashlib.sha256(value).hexdigest():
-                self._sign(f"manifest of publisher '{name}'", value)
-        records = {digest_of(key): value for key, value in values.items() if value is not None}
-        for each in self.state()["publishers"]:
-            if each["missing"]:
-                self._bring_missing(each["name"], lambda d: records.get(d) or fetch(d))
+            name = self._keyspace.publisher_of(self._host, key)
+            if name not in self._publishers or value is None:
+                continue
+            digest = hashlib.sha256(value).hexdigest()
+            if self._known.get(name) != digest and self._sign(_MANIFEST.format(name), value):
+                self._known[name] = digest
+                lacking.add(name)
+        for name in sorted(lacking):
+            self._bring_missing(name, records, fetch)
         return self.state()
 
     def state(self) -> dict[str, Any]:
@@ -72,7 +93,28 @@ class Carrier:
             self._was_connected = True
             self._client.connect()
 
-    def _bring_missing(self, publisher: str, fetch: Fetch) -> None:
+    def _bring_roster(self, data: bytes) -> None:
+        """Bring a roster; one that secretd knows already costs it a comparison."""
+        if not self._sign("roster", data) or data == self._roster:
+            return
+        try:
+            roster = read_roster(data)
+        except Malformed:  # secretd has accepted it
+            return
+        self.is_new_roster = bool(self._roster)
+        self._roster, self._publishers = data, frozenset(roster.publishers)
+        self._check_listed(roster)
+
+    def _check_listed(self, roster: Roster) -> None:
+        what = f"host '{self._host}'"
+        self.refusals.pop(what, None)
+        if self._host not in roster.hosts:
+            self._note(what, f"roster {roster.number} does not have it: it was revoked")
+
+    def _bring_missing(
+        self, publisher: str, records: Mapping[str, bytes | None], fetch: Fetch
+    ) -> None:
+        """Bring records until none is missing, or none that etcd has."""
         arguments = {"publisher": publisher}
         tried: set[str] = set()
         while True:
@@ -82,18 +124,32 @@ class Carrier:
             fresh = [each for each in missing if each not in tried]
             if not fresh:
                 return
-            for digest in fresh:
-                tried.add(digest)
-                what = f"record {digest[:16]} of publisher '{publisher}'"
-                data = fetch(digest)
-                if data is None:
-                    self._note(what, "etcd does not have it")
-                elif hashlib.sha256(data).hexdigest() != digest:
-                    self._note(what, "what etcd has under its digest is something else")
-                else:
-                    self._attempt(what, partial(self._client.accept, data))
+            for first in range(0, len(fresh), RECORDS_AT_ONCE):
+                some = fresh[first : first + RECORDS_AT_ONCE]
+                tried.update(some)
+                lacking = [each for each in some if not records.get(each)]
+                try:
+                    fetched = dict(zip(lacking, fetch(lacking), strict=True)) if lacking else {}
+                except (Refused, Unreachable) as error:
+                    self._note("records", f"etcd did not give them: {error}")
+                    return
+                self.refusals.pop("records", None)
+                for digest in some:
+                    self._bring_record(publisher, digest, records.get(digest) or fetched[digest])
+
+    def _bring_record(self, publisher: str, digest: str, data: bytes | None) -> None:
+        what = f"record {digest[:16]} of publisher '{publisher}'"
+        if data is None:
+            self._note(what, "etcd does not have it")
+        elif hashlib.sha256(data).hexdigest() != digest:
+            self._note(what, "what etcd has under its digest is something else")
+        else:
+            self._attempt(what, partial(self._client.accept, data))
 
     def _sign(self, what: str, data: bytes) -> bool:
+        if len(data) > ROSTER_BYTES:
+            self._note(what, f"it has {len(data)} bytes, and the limit is {ROSTER_BYTES}")
+            return False
         return self._attempt(what, lambda: self._client.accept_signed(data))
 
     def _attempt(self, what: str, bring: Callable[[], object]) -> bool:
@@ -108,6 +164,6 @@ class Carrier:
 
     def _note(self, what: str, reason: str) -> None:
         self.refused += 1
-        if self.refusals.get(what) != reason:
+        if self.refusals.get(what) != reason and len(self.refusals) < REFUSALS:
             log.warning("%s was not accepted: %s", what, reason)
-        self.refusals[what] = reason
+            self.refusals[what] = reason

@@ -86,6 +86,13 @@ def read(path: str) -> Config:
     return found
 
 
+def extras(path: str) -> dict[str, str]:
+    """Return the lines that were added to a file by hand."""
+    with open(path, "rb") as file:
+        found = tomllib.load(file)
+    return {name: str(found[name]) for name in ("socket", "metrics") if name in found}
+
+
 def written(values: Mapping[str, str | int | Sequence[str]]) -> str:
     """Return the text of a TOML file; JSON's strings and lists are TOML's, too."""
     return "".join(

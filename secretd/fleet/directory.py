@@ -10,9 +10,10 @@ Files appear under their names when they are whole.
 import base64
 import fcntl
 import os
+import shutil
 import time
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Final
 
@@ -25,6 +26,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
+from secretd.crypto.record import Malformed, verify
 from secretd.crypto.roster import ROSTER_BYTES, Roster, read_roster, signed_part
 from secretd.errors import UsageError
 from secretd.fleet import certificates, config
@@ -54,8 +56,12 @@ class Directory:
         except (ValueError, msgspec.ValidationError) as error:
             raise UsageError(f"{self._file('fleet.toml')}: {error}") from None
         with open(self._file("root.key"), "rb") as file:
-            key = load_pem_private_key(file.read(), None)
-        assert isinstance(key, Ed25519PrivateKey)
+            try:
+                key = load_pem_private_key(file.read(), None)
+            except (ValueError, TypeError):
+                key = None
+        if not isinstance(key, Ed25519PrivateKey):
+            raise UsageError(f"{self._file('root.key')}: this is no Ed25519 key in PEM")
         self._root = key
 
     @property
@@ -82,7 +88,21 @@ class Directory:
         """Return the roster, and its signed bytes."""
         with open(self._file("roster"), "rb") as file:
             data = file.read()
-        return read_roster(data), data
+        try:
+            verify(data, self._root.public_key().public_bytes_raw())
+            return read_roster(data), data
+        except Malformed as error:
+            raise UsageError(f"{self._file('roster')}: {error}") from None
+
+    def adopt(self, there: bytes | None) -> None:
+        """Take over a later roster that was signed with this root, such as by a copy of DIR."""
+        try:
+            verify(there or b"", self._root.public_key().public_bytes_raw())
+            roster = read_roster(there or b"")
+        except Malformed:
+            return
+        if roster.fleet == self.fleet and roster.number > self.roster()[0].number:
+            _write(self._file("roster"), there or b"")
 
     def save_roster(self, roster: Roster) -> bytes:
         """Sign the next roster with the hosts and publishers of this one; return its bytes."""
@@ -101,10 +121,14 @@ class Directory:
         os.makedirs(where, mode=0o700, exist_ok=True)
         authority = self._authority()
         certificate, key = certificates.issue(authority, host, days=days)
-        text = config.written({
+        values: dict[str, str | int | Sequence[str]] = {
             "fleet": self.fleet, "host": host, "root": self.root, "endpoints": self.endpoints,
             "ca": "ca.crt", "certificate": "host.crt", "key": "host.key",
-        })  # fmt: skip
+        }  # fmt: skip
+        path = os.path.join(where, "fleet.toml")
+        if os.path.exists(path):  # what was added to it by hand stays
+            values = config.extras(path) | values
+        text = config.written(values)
         for name, data in {
             "ca.crt": authority[0], "host.crt": certificate, "host.key": key,
             "fleet.toml": text.encode(),
@@ -137,21 +161,35 @@ def opened(path: str) -> Iterator[Directory]:
 
 def create(path: str, fleet: str, nodes: Mapping[str, Endpoint], roster_days: int) -> None:
     """Make a fleet's directory. Raises UsageError if there is something already."""
+    path = path.rstrip("/") or path
     if os.path.lexists(path):
         raise UsageError(f"{path} exists already")
     fresh = f"{path}.{os.getpid()}.new"
-    os.makedirs(os.path.join(fresh, "hosts"), mode=0o700)
-    os.mkdir(os.path.join(fresh, "etcd"), 0o700)
+    os.mkdir(fresh, 0o700)
+    try:
+        _fill(fresh, path, fleet, nodes, roster_days)
+        os.rename(fresh, path)
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+
+
+def _fill(
+    fresh: str, path: str, fleet: str, nodes: Mapping[str, Endpoint], roster_days: int
+) -> None:
+    for name in ("hosts", "etcd"):
+        os.mkdir(os.path.join(fresh, name), 0o700)
     root = Ed25519PrivateKey.generate()
     pem = root.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     authority = certificates.make_authority(fleet)
-    operator = certificates.issue(authority, "root")
+    days = certificates.CA_DAYS  # as long as the CA itself
+    operator = certificates.issue(authority, "root", days=days)
     files = {
         "root.key": pem, "ca.crt": authority[0], "ca.key": authority[1],
         "operator.crt": operator[0], "operator.key": operator[1],
     }  # fmt: skip
     for name, node in nodes.items():
-        certificate, key = certificates.issue(authority, name, hosts=[node.host])
+        certificate, key = certificates.issue(authority, name, hosts=[node.host], days=days)
         files |= {
             f"etcd/{name}.crt": certificate, f"etcd/{name}.key": key,
             f"etcd/{name}.yml": node_text(os.path.abspath(path), fleet, name, nodes).encode(),
@@ -162,7 +200,6 @@ def create(path: str, fleet: str, nodes: Mapping[str, Endpoint], roster_days: in
         _write(os.path.join(fresh, name), data)
     empty = Roster(fleet, 0, 0, {}, {})
     Directory(fresh).save_roster(empty)
-    os.rename(fresh, path)
 
 
 def node_text(path: str, fleet: str, name: str, nodes: Mapping[str, Endpoint]) -> str:
@@ -200,3 +237,8 @@ def _write(path: str, data: bytes) -> None:
         file.flush()
         os.fsync(fd)
     os.rename(fresh, path)
+    fd = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -5,18 +5,29 @@ A host becomes part of a fleet by three things: its rights in etcd, its line in 
 root that its own secretd pins (`secretd-fleet join`).
 """
 
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from typing import NamedTuple
 
-from secretd.crypto.host_keys import PublicKeys
+from secretd.crypto.host_keys import PublicKeys, is_usable
 from secretd.crypto.record import Malformed
 from secretd.crypto.roster import Publisher, read_manifest
 from secretd.errors import CommandError, UsageError
 from secretd.fleet import directory, rights
+from secretd.fleet import messages as m
 from secretd.fleet.directory import Directory
-from secretd.fleet.etcd import Endpoint, prefix_end
-from secretd.fleet.keyspace import Keyspace, publisher_of
+from secretd.fleet.etcd import Endpoint, Etcd, prefix_end
+from secretd.fleet.keyspace import Keyspace
 from secretd.qom.hosts import check_name, decoded
+
+
+class Revoked(NamedTuple):
+    """``knows``: the ids that a host has had, as etcd says; ``published``: those that others have
+    of it.
+    """
+
+    knows: list[str]
+    published: list[str]
 
 
 class Enrolled(NamedTuple):
@@ -46,72 +57,108 @@ async def enrol(
     if host == rights.ROOT:
         raise UsageError("'root' is etcd's own user, and cannot be a host")
     keys = _keys(public)
-    roster, data = opened.roster()
-    known = roster.hosts.get(host)
-    if known is not None and known != keys and not replace:
-        raise UsageError(
-            f"host '{host}' is in the roster with other keys; --replace exchanges them"
-        )
-    hosts, publishers = {**roster.hosts, host: keys}, dict(roster.publishers)
-    if publisher is None and host in publishers:
-        publisher = publishers[host].pattern
-    publishers.pop(host, None)
-    if publisher:
-        publishers[host] = Publisher(keys, publisher)
-    keyspace, etcd = Keyspace(opened.fleet), opened.etcd()
-    try:
-        await rights.protect(etcd)
-        await rights.allow(etcd, keyspace, host, publishes=bool(publisher))
+    async with _changing(opened) as change:
+        roster = opened.roster()[0]
+        known = roster.hosts.get(host)
+        if known is not None and known != keys and not replace:
+            raise UsageError(
+                f"host '{host}' is in the roster with other keys; --replace exchanges them"
+            )
+        hosts, publishers = {**roster.hosts, host: keys}, dict(roster.publishers)
+        if publisher is None and host in publishers:
+            publisher = publishers[host].pattern
+        publishers.pop(host, None)
+        if publisher:
+            publishers[host] = Publisher(keys, publisher)
+        await rights.protect(change.etcd)
+        await rights.allow(change.etcd, change.keyspace, host, publishes=bool(publisher))
         where = opened.save_host(host, days)
         if (hosts, publishers) != (roster.hosts, roster.publishers):
-            data = opened.save_roster(roster._replace(hosts=hosts, publishers=publishers))
-        await etcd.write({keyspace.roster: data})
-    finally:
-        etcd.close()
+            opened.save_roster(roster._replace(hosts=hosts, publishers=publishers))
+        await change.put()
     return Enrolled(where, opened.roster()[0].number)
 
 
 async def sign_again(opened: Directory) -> int:
     """Sign the roster again, with a later end; return its number."""
-    etcd = opened.etcd()
-    try:
-        data = opened.save_roster(opened.roster()[0])
-        await etcd.write({Keyspace(opened.fleet).roster: data})
-    finally:
-        etcd.close()
+    async with _changing(opened) as change:
+        opened.save_roster(opened.roster()[0])
+        await change.put()
     return opened.roster()[0].number
 
 
-async def revoke(opened: Directory, host: str) -> list[str]:
-    """Take a host out of the fleet; return the ids that it has had, as etcd says.
+async def revoke(opened: Directory, host: str) -> Revoked:
+    """Take a host out of the fleet.
 
     Other hosts refuse what it publishes once they have the new roster, and publishers make nothing
-    for it. It keeps what it has.
+    for it. It keeps what it has, and so do those that got something from it.
     """
-    roster, data = opened.roster()
-    hosts = {name: keys for name, keys in roster.hosts.items() if name != host}
-    publishers = {name: each for name, each in roster.publishers.items() if name != host}
-    keyspace, etcd = Keyspace(opened.fleet), opened.etcd()
-    try:
+    async with _changing(opened) as change:
+        roster, keyspace = opened.roster()[0], change.keyspace
+        everything = (await change.etcd.range(keyspace.hosts, prefix_end(keyspace.hosts))).kvs
         own = keyspace.host(host)
-        found = await etcd.range(own, prefix_end(own))
-        if host in roster.hosts:
-            data = opened.save_roster(roster._replace(hosts=hosts, publishers=publishers))
-        gone = [*(each.key for each in found.kvs), keyspace.ack(host)]
-        await etcd.write({keyspace.roster: data}, gone)
-        await rights.forbid(etcd, host)
-        if host not in roster.hosts and not found.kvs:
-            raise UsageError(f"host '{host}' is not in the roster of fleet '{opened.fleet}'")
-    finally:
-        etcd.close()
-    ids = set()
-    for each in found.kvs:
-        if publisher_of(each.key):
+        gone = [each.key for each in everything if each.key.startswith(own)]
+        knows: set[str] = set()
+        published: set[str] = set()
+        there = {each.key: each.value for each in everything}
+        for key, value in there.items():
             try:
-                ids |= set(read_manifest(each.value).ids)
+                if key.startswith(own) and keyspace.publisher_of(host, key):
+                    knows |= set(read_manifest(value).ids)
             except Malformed:
                 continue
-    return sorted(ids)
+        for other in roster.hosts:
+            key = keyspace.manifest(other, host)
+            if key in there and other != host:
+                gone.append(key)
+                try:
+                    manifest = read_manifest(there[key])
+                except Malformed:
+                    continue
+                published |= set(manifest.ids)
+                digests = {each.hex() for each in manifest.ids.values()}
+                gone += [
+                    record for each in digests if (record := keyspace.record(other, each)) in there
+                ]
+        was_there = host in roster.hosts
+        if was_there:
+            opened.save_roster(roster._replace(
+                hosts={name: keys for name, keys in roster.hosts.items() if name != host},
+                publishers={n: each for n, each in roster.publishers.items() if n != host},
+            ))  # fmt: skip
+        await change.put()
+        await change.etcd.write({}, [*gone, keyspace.ack(host)])
+        await rights.forbid(change.etcd, host)
+    if not was_there and not gone:
+        raise UsageError(f"host '{host}' is not in the roster of fleet '{opened.fleet}'")
+    return Revoked(sorted(knows), sorted(published))
+
+
+class _Change:
+    """A change of the roster: nobody else may put one meanwhile."""
+
+    def __init__(self, opened: Directory, etcd: Etcd, keyspace: Keyspace, revision: int) -> None:
+        self.etcd, self.keyspace = etcd, keyspace
+        self._opened, self._revision = opened, revision
+
+    async def put(self) -> None:
+        """Put the directory's roster. Raises UsageError if another was put."""
+        key = self.keyspace.roster
+        put = m.Operation(put=m.PutRequest(key=key, value=self._opened.roster()[1]))
+        if not await self.etcd.transact([put], {key: self._revision}):
+            raise UsageError("another secretd-fleet has changed the roster in etcd; try again")
+
+
+@asynccontextmanager
+async def _changing(opened: Directory) -> AsyncIterator[_Change]:
+    """Begin with the latest roster, of this directory or of a copy of it."""
+    keyspace, etcd = Keyspace(opened.fleet), opened.etcd()
+    try:
+        there, revision = await etcd.get(keyspace.roster)
+        opened.adopt(there)
+        yield _Change(opened, etcd, keyspace, revision)
+    finally:
+        etcd.close()
 
 
 def _check_name(name: str) -> None:
@@ -123,6 +170,9 @@ def _check_name(name: str) -> None:
 
 def _keys(public: str) -> PublicKeys:
     try:
-        return decoded(public)
+        keys = decoded(public)
     except CommandError as error:
         raise UsageError(error.desc) from None
+    if not is_usable(keys):
+        raise UsageError("the public half of the host's keys is none that can be used")
+    return keys

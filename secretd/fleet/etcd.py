@@ -8,10 +8,12 @@ hanging. Users are known by their client certificate. A node is not trusted: wha
 import asyncio
 import random
 import ssl
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Final, NamedTuple
 from urllib.parse import urlsplit
 
+from google.protobuf.message import DecodeError
 from grpclib.client import Channel, UnaryUnaryMethod
 from grpclib.const import Status
 from grpclib.exceptions import GRPCError, StreamTerminatedError
@@ -45,6 +47,15 @@ class Endpoint(NamedTuple):
         return f"https://{bracketed(self.host)}:{self.port}"
 
 
+@contextmanager
+def undamaged() -> Iterator[None]:
+    """Raise Damaged for what cannot be decoded, or is compressed without being asked for."""
+    try:
+        yield
+    except (DecodeError, NotImplementedError) as error:
+        raise Damaged(f"its answer is no message of etcd: {type(error).__name__}") from None
+
+
 def bracketed(host: str) -> str:
     """Return a host as URLs have it."""
     return f"[{host}]" if ":" in host else host
@@ -60,6 +71,9 @@ def endpoint(text: str) -> Endpoint:
 
 def tls(ca: str, certificate: str, key: str) -> ssl.SSLContext:
     """Return TLS with a certificate of our own; the files are read now."""
+    for path in (ca, certificate, key):
+        with open(path, "rb"):  # ssl's errors do not name the file
+            pass
     context = ssl.create_default_context(cafile=ca)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.load_cert_chain(certificate, key)
@@ -72,7 +86,11 @@ def prefix_end(prefix: bytes) -> bytes:
     return prefix[:-1] + bytes([prefix[-1] + 1])
 
 
-LOST: Final = (OSError, asyncio.TimeoutError, StreamTerminatedError, ssl.SSLError)
+class Damaged(Exception):
+    """A node's answer is no message of etcd."""
+
+
+LOST: Final = (Damaged, OSError, asyncio.TimeoutError, StreamTerminatedError, ssl.SSLError)
 _AGAIN: Final = (
     Status.UNAVAILABLE, Status.DEADLINE_EXCEEDED, Status.CANCELLED, Status.UNKNOWN,
     Status.INTERNAL, Status.RESOURCE_EXHAUSTED,
@@ -95,6 +113,17 @@ def words_of(error: BaseException) -> str:
     if isinstance(error, asyncio.TimeoutError):
         return "no answer in time"
     return str(error) or type(error).__name__
+
+
+def range_request(key: bytes, end: bytes, *, keys_only: bool = False) -> Any:
+    """Return the request for one key, or for those before ``end``.
+
+    An end that is present and empty would be the end of all keys, for etcd and for its rights.
+    """
+    request = m.RangeRequest(key=key, keys_only=keys_only)
+    if end:
+        request.range_end = end
+    return request
 
 
 class Etcd:
@@ -136,12 +165,13 @@ class Etcd:
             self._channel = Channel(host, port, ssl=self._make_tls())
         return self._channel
 
-    async def once(self, path: str, request: Any, reply: Any) -> Any:
+    async def once(self, path: str, request: Any, reply: Any, seconds: float = CALL_SECONDS) -> Any:
         """Call the node in use. Raises GRPCError and what a lost connection raises."""
         method: Any = UnaryUnaryMethod(self.connected(), path, type(request), reply)
-        return await method(request, timeout=CALL_SECONDS, metadata=METADATA)
+        with undamaged():
+            return await method(request, timeout=seconds, metadata=METADATA)
 
-    async def call(self, path: str, request: Any, reply: Any) -> Any:
+    async def call(self, path: str, request: Any, reply: Any, seconds: float = CALL_SECONDS) -> Any:
         """Call any node; each is tried twice. Raises Refused and Unreachable.
 
         A node may have executed what another one is asked for again.
@@ -151,7 +181,7 @@ class Etcd:
             channel = None
             try:
                 channel = self.connected()
-                return await self.once(path, request, reply)
+                return await self.once(path, request, reply, seconds)
             except GRPCError as error:
                 last = words_of(error)
                 if not _is_passing(error):
@@ -167,12 +197,14 @@ class Etcd:
 
     async def range(self, key: bytes, end: bytes = b"", *, keys_only: bool = False) -> Any:
         """Return the response of a linearizable range. Raises Refused and Unreachable."""
-        request = m.RangeRequest(key=key, range_end=end, keys_only=keys_only)
+        request = range_request(key, end, keys_only=keys_only)
         return await self.call("/etcdserverpb.KV/Range", request, m.RangeResponse)
 
-    async def get(self, key: bytes) -> tuple[bytes | None, int]:
+    async def get(self, key: bytes, seconds: float = CALL_SECONDS) -> tuple[bytes | None, int]:
         """Return a key's value, None if there is none, and the revision of its last change."""
-        found = (await self.range(key)).kvs
+        request = range_request(key, b"")
+        reply = await self.call("/etcdserverpb.KV/Range", request, m.RangeResponse, seconds)
+        found = [each for each in reply.kvs if each.key == key]
         return (found[0].value, found[0].mod_revision) if found else (None, 0)
 
     async def transact(

@@ -18,7 +18,12 @@ from secretd.systemd.notify import NotifySocket
 log: Final = logging.getLogger("secretd-fleet")
 
 REPEAT_SECONDS: Final = 60.0
-"""Seconds after which another reason for the same trouble is logged."""
+"""Seconds after which a trouble is logged again."""
+
+QUIET_SECONDS: Final = 2.0
+"""Seconds within which another reason for a trouble is not logged."""
+
+NEVER: Final = "not tried yet"
 
 _ENDING_SECONDS: Final = 14 * 86400
 _REASON_CHARACTERS: Final = 200
@@ -33,9 +38,10 @@ class Health:
 
     def __init__(self, config: Config, carrier: Carrier, manager: NotifySocket | None) -> None:
         self._config, self._carrier, self._manager = config, carrier, manager
-        self.etcd, self.secretd = "not tried yet", ""
+        self.etcd, self.secretd = NEVER, ""
         self.fleet: dict[str, Any] = {"state": "none", "publishers": []}
         self.losses = 0
+        self._said: dict[str, str] = {}
         self._said_at: dict[str, float] = {}
         self._status = ""
 
@@ -55,7 +61,12 @@ class Health:
 
     def set_fleet(self, fleet: dict[str, Any]) -> None:
         """Secretd has said how it is."""
+        known = (self.fleet["state"], self.fleet.get("reason", ""))
         self.fleet = fleet
+        state, reason = fleet["state"], fleet.get("reason", "")
+        if known != (state, reason):
+            level = logging.INFO if state == "live" else logging.WARNING
+            log.log(level, "the fleet is %s%s", state, f": {reason}" * bool(reason))
         self.show()
 
     def show(self) -> None:
@@ -168,12 +179,14 @@ class Health:
         }  # fmt: skip
 
     def _say(self, about: str, before: str, now: str, well: str, what: str) -> None:
-        """Log a change; another reason for the same trouble now and then only."""
+        """Log a change; while one comes after the other, now and then only."""
         if not now:
-            if before:
+            if before == NEVER or self._said.pop(f"{about} is lost", ""):
                 log.info(well)
             return
-        said_at = self._said_at.get(about, float("-inf"))
-        if before in ("", "not tried yet") or time.monotonic() - said_at > REPEAT_SECONDS:
-            self._said_at[about] = time.monotonic()
-            log.warning("%s: %s", what, now)
+        ago = time.monotonic() - self._said_at.get(about, float("-inf"))
+        if ago < (REPEAT_SECONDS if now == self._said.get(about) else QUIET_SECONDS):
+            return
+        self._said[about] = self._said[f"{about} is lost"] = now
+        self._said_at[about] = time.monotonic()
+        log.warning("%s: %s", what, now)

@@ -9,6 +9,8 @@
 
 from typing import Final
 
+from secretd.qom.hosts import NAME
+
 _VERSION: Final = "/secretd/v1"
 _MANIFEST: Final = "/manifest/"
 _RECORD: Final = "/record/"
@@ -31,6 +33,10 @@ class Keyspace:
         """The key of a publisher's manifest for a host."""
         return f"{self._prefix}to/{host}{_MANIFEST}{publisher}".encode()
 
+    def manifests(self, host: str) -> bytes:
+        """The prefix of the manifests for a host."""
+        return f"{self._prefix}to/{host}{_MANIFEST}".encode()
+
     def record(self, host: str, digest: str) -> bytes:
         """The key of a record; ``digest``: of all its bytes, in hexadecimal."""
         return f"{self._prefix}to/{host}{_RECORD}{digest}".encode()
@@ -43,14 +49,15 @@ class Keyspace:
         """The key of what a host says that it has."""
         return self.acks + host.encode()
 
+    def publisher_of(self, host: str, key: bytes) -> str:
+        """Return the publisher of a manifest's key, "" for any other key."""
+        return self._last(f"{self._prefix}to/{host}{_MANIFEST}", key)
 
-def publisher_of(key: bytes) -> str:
-    """Return the publisher of a manifest's key, or ""."""
-    _, found, name = key.decode(errors="replace").partition(_MANIFEST)
-    return name if found else ""
+    def digest_of(self, host: str, key: bytes) -> str:
+        """Return the digest of a record's key, "" for any other key."""
+        return self._last(f"{self._prefix}to/{host}{_RECORD}", key)
 
-
-def digest_of(key: bytes) -> str:
-    """Return the digest of a record's key, or ""."""
-    _, found, name = key.decode(errors="replace").partition(_RECORD)
-    return name if found else ""
+    def _last(self, prefix: str, key: bytes) -> str:
+        text = key.decode(errors="replace")
+        name = text.removeprefix(prefix)
+        return name if text.startswith(prefix) and NAME.fullmatch(name) else ""

@@ -48,6 +48,7 @@ UserRole: user=1 string, role=2 string
 RoleAdd: name=1 string
 RoleDelete: role=1 string
 Permission: type=1 enum, key=2 bytes, range_end=3 bytes
+RoleRevoke: role=1 string, key=2 bytes, range_end=3 bytes
 RolePermission: name=1 string, permission=2 Permission
 """
 
@@ -91,6 +92,7 @@ Nothing, Answer = _message("Nothing"), _message("Answer")
 UserAdd, UserDelete, UserRole = _message("UserAdd"), _message("UserDelete"), _message("UserRole")
 UserOptions = _message("UserOptions")
 RoleAdd, RoleDelete = _message("RoleAdd"), _message("RoleDelete")
+RoleRevoke = _message("RoleRevoke")
 RolePermission, Permission = _message("RolePermission"), _message("Permission")
 
 EQUAL: Final = 0

@@ -8,6 +8,7 @@ publishing programs one is first, and the others begin again on top of it.
 
 import asyncio
 import base64
+import logging
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -17,14 +18,13 @@ from typing import Any, Final, TypedDict, cast
 from qemu.qmp import ExecuteError
 
 from secretd.client.record_client import RecordClient
-from secretd.crypto.record import Malformed
+from secretd.crypto.record import Malformed, verify
 from secretd.crypto.roster import AliasVersions, Manifest, digest_of, read_manifest
 from secretd.errors import UsageError
 from secretd.fleet import messages as m
 from secretd.fleet.config import Config
 from secretd.fleet.etcd import REQUEST_BYTES, REQUEST_OPERATIONS, Etcd, prefix_end
 from secretd.fleet.keyspace import Keyspace
-from secretd.fleet.keyspace import digest_of as digest_in
 
 TRIES: Final = 20
 """Tries for a host whose manifest others change at the same time."""
@@ -32,9 +32,14 @@ TRIES: Final = 20
 HOSTS_AT_ONCE: Final = 64
 """Hosts whose keys are asked for at once."""
 
+BEHIND: Final = 1000
+"""Manifests that are signed again after secretd has forgotten them."""
+
 PREPARED_BYTES: Final = 16 << 20
 """Bytes that are prepared before they go to etcd."""
 
+
+log: Final = logging.getLogger("secretd-fleet")
 
 _OTHER_WAS_FIRST: Final = re.compile(
     "; expected was |is being changed; try again|duplicate property"
@@ -91,6 +96,7 @@ class Publishing:
     def __init__(self, config: Config, client: RecordClient, etcd: Etcd) -> None:
         self._config, self._client, self._etcd = config, client, etcd
         self._keys = Keyspace(config.fleet)
+        self._signer = b""
 
     async def publish(self, globs: Sequence[str], wanted: Wanted) -> dict[str, int]:
         """Change what hosts are to have; return the number of each one's manifest.
@@ -98,53 +104,73 @@ class Publishing:
         ``globs``: patterns of their names. Raises UsageError, Refused, Unreachable, and what the
         client raises; hosts whose manifests are in etcd by then keep them.
         """
-        hosts = await self._hosts(globs)
+        hosts = await self.hosts(globs)
+        self._check_published(hosts, wanted.gone)
         numbers: dict[str, int] = {}
         for _ in range(TRIES):
             lost: list[str] = []
             batch: list[tuple[Prepared, int]] = []
             for first in range(0, len(hosts), HOSTS_AT_ONCE):
                 some = hosts[first : first + HOSTS_AT_ONCE]
-                known = await asyncio.gather(*(self._known(host) for host in some))
+                known = await asyncio.gather(*(self.known(host) for host in some))
                 for host, (revision, manifest, records) in zip(some, known, strict=True):
                     try:
-                        batch.append(self._prepared(host, wanted, revision, manifest, records))
+                        batch.append(self.prepared(host, wanted, revision, manifest, records))
                     except ExecuteError as error:
                         if not _OTHER_WAS_FIRST.search(str(error)):
                             raise
                         lost.append(host)
                 if sum(sum(map(len, each.records.values())) for each, _ in batch) > PREPARED_BYTES:
-                    lost += await self._put(batch, numbers)
+                    lost += await self.put(batch, numbers)
                     batch = []
-            lost += await self._put(batch, numbers)
+            lost += await self.put(batch, numbers)
             if not lost:
                 return numbers
             hosts = lost
         raise UsageError(f"others publish for {', '.join(hosts)} all the time; try again later")
 
-    async def _hosts(self, globs: Sequence[str]) -> list[str]:
+    async def hosts(self, globs: Sequence[str]) -> list[str]:
         """Bring the roster to this secretd; return the hosts of it that are meant."""
         data, _ = await self._etcd.get(self._keys.roster)
         roster = self._config.checked_roster(data)
         assert data is not None
         self._client.accept_signed(data)
+        if self._config.host in roster.publishers:
+            self._signer = roster.publishers[self._config.host].keys.signing
         for glob in globs:
             if not any(fnmatchcase(host, glob) for host in roster.hosts):
                 raise UsageError(f"no host of fleet '{self._config.fleet}' is '{glob}'")
         return [each for each in roster.hosts if any(fnmatchcase(each, glob) for glob in globs)]
 
-    async def _known(self, host: str) -> tuple[int, bytes | None, set[str]]:
+    def _check_published(self, hosts: Sequence[str], ids: Sequence[str]) -> None:
+        """Raise UsageError for ids that cannot be withdrawn."""
+        if not ids:
+            return
+        sent = [self._sent(host) for host in hosts]
+        for each in ids:
+            if not any(each in one.ids or each in one.aliases for one in sent):
+                raise UsageError(f"'{each}' was not published to these hosts")
+            for one in sent:
+                for alias, versions in one.aliases.items():
+                    if each in versions and alias not in ids:
+                        raise UsageError(
+                            f"'{each}' is a version of alias '{alias}', which needs it; withdraw "
+                            "the alias, or retire the version"
+                        )
+
+    async def known(self, host: str) -> tuple[int, bytes | None, set[str]]:
         """Return the revision of our manifest in etcd, that manifest, and the digests there."""
         own = self._keys.manifest(host, self._config.host)
         records = self._keys.records(host)
         # The manifest first: a change between both makes the transaction fail.
         manifest, revision = await self._etcd.get(own)
         found = (await self._etcd.range(records, prefix_end(records), keys_only=True)).kvs
-        return revision, manifest, {digest_in(each.key) for each in found}
+        return revision, manifest, {self._keys.digest_of(host, each.key) for each in found}
 
     def _sent(self, host: str) -> Manifest:
         """Return what was signed last for a host."""
         ids: dict[str, bytes] = {}
+        aliases: dict[str, AliasVersions] = {}
         number, after = None, ""
         while True:
             found = cast(
@@ -152,26 +178,27 @@ class Publishing:
                 self._client.execute("query-secret-fleet-sent", {"host": host, "after": after}),
             )
             if number not in (None, found["number"]):  # another program has signed: begin again
-                ids, number, after = {}, None, ""
+                ids, aliases, number, after = {}, {}, None, ""
                 continue
             number = found["number"]
             ids |= {each["id"]: bytes.fromhex(each["digest"]) for each in found["ids"]}
-            if not found["ids"]:
+            aliases |= {
+                each["id"]: AliasVersions(each["current"], each["previous"])
+                for each in found["aliases"]
+            }
+            entries = [each["id"] for each in (*found["ids"], *found["aliases"])]
+            if not entries:
                 break
-            after = found["ids"][-1]["id"]
-        aliases = {
-            each["id"]: AliasVersions(each["current"], each["previous"])
-            for each in found["aliases"]
-        }
+            after = max(entries)
         return Manifest(
             self._config.fleet, host, found["publisher"], found["number"], 0, ids, aliases
         )
 
-    def _prepared(
+    def prepared(
         self, host: str, wanted: Wanted, revision: int, manifest: bytes | None, there: set[str]
     ) -> tuple[Prepared, int]:
         """Wrap what a host lacks, and sign; return that and the manifest's number."""
-        sent = self._sent(host)
+        sent = self._caught_up(self._sent(host), manifest)
         aliases = dict(sent.aliases)
         wrap: set[str] = set()  # anew, whether it is there or not
         needed = set(sent.ids)
@@ -204,6 +231,31 @@ class Publishing:
         )  # fmt: skip
         return prepared, number
 
+    def _caught_up(self, sent: Manifest, there: bytes | None) -> Manifest:
+        """Return what was signed last, which may be in etcd and no longer in a secretd whose store
+        was restored: then sign up to that number, or hosts would refuse what follows.
+        """
+        try:
+            verify(there or b"", self._signer)
+            known = read_manifest(there or b"")
+        except Malformed:
+            return sent
+        if (known.fleet, known.host) != (sent.fleet, sent.host) or known.number <= sent.number:
+            return sent
+        if known.number - sent.number > BEHIND:
+            raise UsageError(
+                f"manifest {known.number} for host '{sent.host}' is in etcd, and secretd has "
+                f"signed {sent.number} only; give this host new keys, and enrol it with --replace"
+            )
+        log.warning(
+            "manifest %d for host '%s' is in etcd, and secretd has signed %d only: was its store "
+            "restored? Going on from the one in etcd", known.number, sent.host, sent.number,
+        )  # fmt: skip
+        while sent.number < known.number:
+            _, number = self._signed(sent, known.ids, known.aliases)
+            sent = sent._replace(number=number, ids=known.ids, aliases=known.aliases)
+        return sent
+
     def _versions(self, object_id: str) -> AliasVersions | None:
         """Return the versions of an alias, None for a secret."""
         info = self._client.info(object_id)
@@ -234,7 +286,7 @@ class Publishing:
         )
         return manifest.encoded() + base64.b64decode(reply["signature"]), manifest.number
 
-    async def _put(
+    async def put(
         self, batch: Iterable[tuple[Prepared, int]], numbers: dict[str, int]
     ) -> list[str]:
         """Put manifests and records, as many at once as etcd takes; return the hosts whose
@@ -245,7 +297,7 @@ class Publishing:
         operations: list[Any] = []
         size = 0
 
-        async def put() -> None:
+        async def put_together() -> None:
             if not together:
                 return
             compare = {each.key: each.revision for each, _ in together}
@@ -280,12 +332,12 @@ class Publishing:
                 or len(together) == REQUEST_OPERATIONS
                 or size + own_size > REQUEST_BYTES
             ):
-                await put()
+                await put_together()
                 together, operations, size = [], [], 0
             together.append((prepared, number))
             operations += own
             size += own_size
-        await put()
+        await put_together()
         return lost
 
 

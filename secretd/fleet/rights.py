@@ -26,8 +26,6 @@ async def protect(etcd: Etcd) -> None:
 async def allow(etcd: Etcd, keyspace: Keyspace, host: str, *, publishes: bool) -> None:
     """Give a host its rights, and those of a publisher or none of them."""
     role = _role(host)
-    with suppress(Refused):
-        await _call(etcd, "RoleDelete", m.RoleDelete(role=role))
     await _add_user(etcd, host)
     await _add_role(etcd, role)
     await _permit(etcd, role, keyspace.roster, b"", m.READ)
@@ -38,6 +36,10 @@ async def allow(etcd: Etcd, keyspace: Keyspace, host: str, *, publishes: bool) -
     else:
         own = keyspace.host(host)
         await _permit(etcd, role, own, prefix_end(own), m.READ)
+        for key in (keyspace.acks, keyspace.hosts):  # it may have been one
+            request = m.RoleRevoke(role=role, key=key, range_end=prefix_end(key))
+            with suppress(Refused):
+                await _call(etcd, "RoleRevokePermission", request)
     await _call(etcd, "UserGrantRole", m.UserRole(user=host, role=role))
 
 
@@ -75,7 +77,9 @@ async def _add_role(etcd: Etcd, name: str) -> None:
 
 
 async def _permit(etcd: Etcd, role: str, key: bytes, end: bytes, kind: int) -> None:
-    permission = m.Permission(type=kind, key=key, range_end=end)
+    permission = m.Permission(type=kind, key=key)
+    if end:
+        permission.range_end = end
     request = m.RolePermission(name=role, permission=permission)
     await _call(etcd, "RoleGrantPermission", request)
 

@@ -3,13 +3,15 @@
 
 import json
 import time
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Final, NamedTuple
 
 from secretd.crypto.record import Malformed
 from secretd.crypto.roster import Roster, digest_of, read_manifest
 from secretd.fleet.etcd import Etcd, prefix_end
-from secretd.fleet.keyspace import Keyspace, publisher_of
+from secretd.fleet.keyspace import Keyspace
+
+_STATES: Final = {state: state for state in ("live", "stale", "refused", "none")}
 
 
 class HostStatus(NamedTuple):
@@ -27,17 +29,36 @@ class HostStatus(NamedTuple):
 
 async def statuses(etcd: Etcd, keyspace: Keyspace, roster: Roster) -> Sequence[HostStatus]:
     """Return the state of each host of a roster. Raises Refused and Unreachable."""
-    found = (await etcd.range(keyspace.acks, prefix_end(keyspace.acks))).kvs
-    acks = {each.key: each.value for each in found}
+    kvs = (await etcd.range(keyspace.acks, prefix_end(keyspace.acks))).kvs
+    acks = {each.key: each.value for each in kvs}
     shown = []
     for host in sorted(roster.hosts):
-        prefix = keyspace.host(host) + b"manifest/"
-        manifests = (await etcd.range(prefix, prefix_end(prefix))).kvs
-        shown.append(_status(
-            host, {publisher_of(each.key): each.value for each in manifests},
-            acks.get(keyspace.ack(host)), roster.number,
-        ))  # fmt: skip
+        prefix = keyspace.manifests(host)
+        kvs = (await etcd.range(prefix, prefix_end(prefix))).kvs
+        found = {keyspace.publisher_of(host, each.key): each.value for each in kvs}
+        manifests = {name: found[name] for name in found if name in roster.publishers}
+        shown.append(_status(host, manifests, acks.get(keyspace.ack(host)), roster.number))
     return shown
+
+
+async def behind(
+    etcd: Etcd, keyspace: Keyspace, publisher: str, numbers: Mapping[str, int]
+) -> list[str]:
+    """Return the hosts that do not say that they have all of a publisher's manifests with these
+    numbers, or later ones.
+    """
+    found = (await etcd.range(keyspace.acks, prefix_end(keyspace.acks))).kvs
+    acks = {each.key: each.value for each in found}
+    rest = []
+    for host, number in numbers.items():
+        try:
+            said = json.loads(acks.get(keyspace.ack(host), b"{}"))["publishers"][publisher]
+            if int(said["number"]) >= number and not said["missing"]:
+                continue
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            pass
+        rest.append(host)
+    return rest
 
 
 def _status(
@@ -56,9 +77,9 @@ def _status(
         heard = max(0, int(time.time()) - int(said["time"]))
         has = {name: str(each["digest"]) for name, each in said["publishers"].items()}
         missing = sum(int(each["missing"]) for each in said["publishers"].values())
-        state, number = str(said["state"]), int(said["roster"])
-        refused = str(said.get("refused", ""))
-    except (ValueError, KeyError, TypeError, AttributeError):
+        state, number = _STATES[said["state"]], int(said["roster"])
+        refused = _shown(str(said.get("refused", "")))
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return HostStatus(host, "damaged", None, secrets, "its ack cannot be read")
     if state != "live":
         return HostStatus(host, state, heard, secrets, refused)
@@ -72,3 +93,8 @@ def _status(
     if missing:
         return HostStatus(host, "behind", heard, secrets, refused or f"{missing} records missing")
     return HostStatus(host, "current", heard, secrets, refused)
+
+
+def _shown(text: str) -> str:
+    """Return a host's text in printable form, for a terminal."""
+    return "".join(each if each.isprintable() else "?" for each in text[:300])

@@ -9,6 +9,7 @@ compaction, and when the store went back or is another one.
 
 import asyncio
 import random
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any, Final, NamedTuple
@@ -17,10 +18,21 @@ from grpclib.client import Stream, StreamStreamMethod
 from grpclib.exceptions import GRPCError
 
 from secretd.fleet import messages as m
-from secretd.fleet.etcd import CALL_SECONDS, LOST, METADATA, Etcd, words_of
+from secretd.fleet.etcd import (
+    CALL_SECONDS,
+    LOST,
+    METADATA,
+    Etcd,
+    range_request,
+    undamaged,
+    words_of,
+)
 
 SILENCE_SECONDS: Final = 2.0
 """Seconds of silence after which the watch asks for a sign of life, and for which it waits then."""
+
+STEADY_SECONDS: Final = 5.0
+"""Seconds after which a watch is steady, and its loss the first again."""
 
 BACKOFF_SECONDS: Final = 5.0
 """The longest pause before another try; pauses are random, so that hosts do not come together."""
@@ -38,6 +50,9 @@ class Change(NamedTuple):
     values: Sequence[tuple[bytes, bytes | None]]
 
 
+Range = tuple[bytes, bytes]
+
+
 class Lost(Exception):
     """The watch has lost its node, and tries another one; the text says why."""
 
@@ -45,13 +60,19 @@ class Lost(Exception):
 class Watch:
     """A lasting watch of some ranges: each a key, and the key behind the last one, or b"" for one.
 
-    ``on_state``: called with "" when the watch is whole, and with the reason while it is not.
+    ``listed``: what of each range is in a snapshot, all by default. ``on_state``: called with ""
+    when the watch is whole, and with the reason while it is not.
     """
 
     def __init__(
-        self, etcd: Etcd, ranges: Sequence[tuple[bytes, bytes]], on_state: Callable[[str], object]
+        self,
+        etcd: Etcd,
+        ranges: Sequence[Range],
+        on_state: Callable[[str], object],
+        listed: Sequence[Range] | None = None,
     ) -> None:
         self._etcd, self._ranges, self._on_state = etcd, ranges, on_state
+        self._listed = ranges if listed is None else listed
         self._next: list[int] = []  # by range, the revision to go on from
         self._seen = self._cluster = 0
 
@@ -59,19 +80,18 @@ class Watch:
         """Yield a snapshot and then changes, for ever."""
         failures = 0
         while True:
-            channel = None
+            channel, begin = None, time.monotonic()
             try:
                 channel = self._etcd.connected()
                 if not self._next:
                     yield await self._list()
                 async with self._stream() as stream:
                     async for found in self._changes(stream):
-                        failures = 0
                         if found is not None:
                             yield found
             except (Lost, GRPCError, *LOST) as error:
                 self._on_state(words_of(error))
-                failures += 1
+            failures = 1 if time.monotonic() - begin > STEADY_SECONDS else failures + 1
             self._etcd.leave(channel)
             pause = min(BACKOFF_SECONDS, 0.1 * 2 ** min(failures, 10))
             await asyncio.sleep(random.uniform(0, pause))  # noqa: S311 - no secret
@@ -79,8 +99,8 @@ class Watch:
     async def _list(self) -> Snapshot:
         values: dict[bytes, bytes] = {}
         starts = []
-        for key, end in self._ranges:
-            request = m.RangeRequest(key=key, range_end=end)
+        for key, end in self._listed:
+            request = range_request(key, end)
             reply = await self._etcd.once("/etcdserverpb.KV/Range", request, m.RangeResponse)
             values |= {each.key: each.value for each in reply.kvs}
             starts.append(reply.header.revision + 1)
@@ -99,9 +119,10 @@ class Watch:
                     await stream.send_request()
                     for number, (key, end) in enumerate(self._ranges):
                         create = m.WatchCreate(
-                            key=key, range_end=end, watch_id=number + 1,
-                            start_revision=self._next[number],
-                        )  # fmt: skip
+                            key=key, watch_id=number + 1, start_revision=self._next[number]
+                        )
+                        if end:
+                            create.range_end = end
                         await stream.send_message(m.WatchRequest(create=create))
                 yield stream
             finally:
@@ -151,11 +172,17 @@ class Watch:
             for each in reply.events
         ])  # fmt: skip
 
+    async def _next_message(self, stream: Stream[Any, Any]) -> Any:
+        with undamaged():
+            return await stream.recv_message()
+
     async def _received(self, stream: Stream[Any, Any]) -> Any:
         """Return the next message; after some silence, ask the node for one."""
-        receiving = asyncio.ensure_future(stream.recv_message())
+        receiving = asyncio.ensure_future(self._next_message(stream))
         try:
             done, _ = await asyncio.wait({receiving}, timeout=SILENCE_SECONDS)
+            while not done and _heard_within(stream, SILENCE_SECONDS):  # a long message arrives
+                done, _ = await asyncio.wait({receiving}, timeout=SILENCE_SECONDS)
             if not done:
                 async with asyncio.timeout(SILENCE_SECONDS):
                     await stream.send_message(m.WatchRequest(progress=m.WatchProgress()))
@@ -166,3 +193,10 @@ class Watch:
                 receiving.cancel()
                 with suppress(BaseException):
                     await receiving
+
+
+def _heard_within(stream: Stream[Any, Any], seconds: float) -> bool:
+    """Return True if bytes of a message came within some seconds."""
+    connection = getattr(getattr(stream, "_stream", None), "connection", None)
+    heard_at = getattr(connection, "last_data_received", None)
+    return heard_at is not None and time.monotonic() - heard_at < seconds

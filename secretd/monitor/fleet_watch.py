@@ -8,10 +8,11 @@ import asyncio
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from secretd.monitor.failures import log
-from secretd.qom import fleet_rules
+from secretd.qom import fleet_rules, fleet_settling
 from secretd.store.commit import Commit
 
 if TYPE_CHECKING:
@@ -19,6 +20,13 @@ if TYPE_CHECKING:
 
 _REASON_CHARACTERS = 200
 _LONGEST_TIMER_SECONDS = 3600.0
+_REFUSED_SECONDS = 1.0
+
+SETTLED_AT_ONCE = 32
+"""Objects that are removed or moved in one turn of the loop."""
+
+SETTLE_SECONDS = 5.0
+"""Seconds after which what could not be removed is tried again."""
 
 
 class FleetWatch:
@@ -31,6 +39,8 @@ class FleetWatch:
         self._fleet = core.tree.fleet
         self._known = ("", "")
         self._timer: asyncio.TimerHandle | None = None
+        self._settling: asyncio.TimerHandle | None = None
+        self._refused_at = float("-inf")
         self.since = int(time.time())
 
     def start(self) -> None:
@@ -45,9 +55,18 @@ class FleetWatch:
         self.update()
 
     def refused(self, reason: str) -> None:
-        """One was refused."""
-        self._fleet.refused = reason[:_REASON_CHARACTERS]
-        self.update()
+        """One was refused. Of many within a second the first and the last are announced."""
+        was, self._fleet.refused = self._fleet.refused, reason[:_REASON_CHARACTERS]
+        ago = time.monotonic() - self._refused_at
+        if not was or ago >= _REFUSED_SECONDS:
+            self._refused_at = time.monotonic()
+            self.update()
+            return
+        loop, left = asyncio.get_running_loop(), _REFUSED_SECONDS - ago
+        if self._timer is None or self._timer.when() > loop.time() + left:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = loop.call_later(left, self.update)
 
     def update(self) -> None:
         """Announce the state if it has changed, and look again when it may."""
@@ -62,14 +81,15 @@ class FleetWatch:
         if known != self._known:
             self._known, self.since = known, int(time.time())
             members: dict[str, object] = {"id": fleet.id, "state": fleet.state, "since": self.since}
-            if fleet.refused:
-                members["reason"] = fleet.refused
+            reason = fleet.reason
+            if reason:
+                members["reason"] = reason
             level = log.info if fleet.state == "live" else log.warning
             level(
                 "fleet '%s' is %s%s",
                 fleet.id,
                 fleet.state,
-                f": {fleet.refused}"[:300] * bool(fleet.refused),
+                f": {reason}" * bool(reason),
             )
             self._core.announce_to_control("FLEET_STATE", members, None, None)
         stale_at = fleet.stale_at
@@ -79,18 +99,43 @@ class FleetWatch:
             self._timer = asyncio.get_running_loop().call_later(wait, self.update)
 
     def settle(self, publisher: str) -> list[Commit]:
-        """Move aliases, and remove what was withdrawn; see fleet_rules.settle. Returns what waits
+        """Move aliases, and remove what was withdrawn; see qom.fleet_settling. Returns what waits
         for the disk.
         """
-        commits = []
-        for what, object_id, commit in fleet_rules.settle(self._core.tree, publisher):
-            done = partial(self._settled, what, object_id, fleet_rules.origin(publisher))
+        commits: list[Commit] = []
+        mine = fleet_rules.origin(publisher)
+        settling = fleet_settling.settle(self._core.tree, publisher)
+        for what, object_id, commit in islice(settling, SETTLED_AT_ONCE):
+            if what == "blocked":
+                self.refused(
+                    f"Alias '{object_id}' of {mine} cannot be made: the object with this id did "
+                    "not come from it"
+                )
+                continue
+            done = partial(self._settled, what, object_id, mine)
             if commit is None:
                 done()
             else:
                 commit.then(partial(_unless_failed, done))
                 commits.append(commit)
+        if self._fleet.withdrawn.get(publisher):
+            wait = 0.0 if commits else SETTLE_SECONDS
+            self._settle_later(wait)
         return commits
+
+    def _settle_later(self, wait: float) -> None:
+        """Go on, or try again what was in use."""
+        loop = asyncio.get_running_loop()
+        if self._settling is not None:
+            if self._settling.when() <= loop.time() + wait:
+                return
+            self._settling.cancel()
+        self._settling = loop.call_later(wait, self._settle_all)
+
+    def _settle_all(self) -> None:
+        self._settling = None
+        for publisher in list(self._fleet.withdrawn):
+            self.settle(publisher)
 
     def _settled(self, what: str, object_id: str, origin: str) -> None:
         core = self._core

@@ -10,7 +10,6 @@ TUF: root, targets (manifests) and, by the time in each, timestamp. monitor.comm
 import base64
 import os
 import time
-from collections.abc import Iterator
 from typing import Final
 
 from secretd.crypto import record as records
@@ -26,7 +25,7 @@ from secretd.crypto.roster import (
     read_roster,
 )
 from secretd.errors import CommandError
-from secretd.qom.alias import LAST, SecretAlias, check_versions, number_of
+from secretd.qom.alias import alias_of, check_versions
 from secretd.qom.fleet import (
     SIGNED_BYTES,
     SIGNER,
@@ -39,15 +38,16 @@ from secretd.qom.fleet import (
 from secretd.qom.fleet_state import PUBLISHED, Fleet
 from secretd.qom.hosts import NAME, SKEW_SECONDS
 from secretd.qom.identifiers import check_identifier
-from secretd.qom.lookup import ORIGIN
 from secretd.qom.origin import DIGEST
 from secretd.qom.patterns import matcher
-from secretd.qom.rotation import set_alias
 from secretd.qom.tree import ObjectTree
 from secretd.store.commit import Commit
 
 FLEET_SECRET_BYTES: Final = 512 << 10
 """Bytes of a secret in a fleet: etcd takes requests of 1.5 MiB."""
+
+_HEAD_BYTES: Final = 64 << 10
+"""Room for all of a record but the secret."""
 
 
 def fleet_of(tree: ObjectTree) -> Fleet:
@@ -98,12 +98,12 @@ def checked_manifest(tree: ObjectTree, data: bytes) -> Manifest | None:
     _check_fleet(fleet, manifest.fleet)
     roster = roster_of(fleet)
     if manifest.host != tree.host_name:
-        raise Malformed(f"it is for host '{manifest.host}', and this is '{tree.host_name}'")
+        raise Malformed(f"it is for host {manifest.host[:64]!a}, and this is '{tree.host_name}'")
     if tree.host_name not in roster.hosts:
         raise Malformed(f"host '{tree.host_name}' is not in the roster")
     publisher = roster.publishers.get(manifest.publisher)
     if publisher is None:
-        raise Malformed(f"publisher '{manifest.publisher}' is not in the roster")
+        raise Malformed(f"publisher {manifest.publisher[:64]!a} is not in the roster")
     records.verify(data, publisher.keys.signing)
     if fleet.digests.get(manifest.publisher) == digest_of(data).hex():
         return None
@@ -119,7 +119,7 @@ def checked_manifest(tree: ObjectTree, data: bytes) -> Manifest | None:
 def check_content(manifest: Manifest, pattern: str) -> None:
     """Raise Malformed unless a publisher may publish what a manifest has."""
     matches = matcher(pattern)
-    if max(len(manifest.ids), len(manifest.aliases)) > MANIFEST_IDS:
+    if len(manifest.ids) + len(manifest.aliases) > MANIFEST_IDS:
         raise Malformed(f"it has more than {MANIFEST_IDS} ids, and that is the limit")
     for object_id in (*manifest.ids, *manifest.aliases):
         try:
@@ -150,7 +150,7 @@ def _check_size(data: bytes) -> None:
 
 def _check_fleet(fleet: Fleet, name: str) -> None:
     if name != fleet.name:
-        raise Malformed(f"it is of fleet '{name}', and this host's is '{fleet.name}'")
+        raise Malformed(f"it is of fleet {name[:64]!a}, and this host's is '{fleet.name}'")
 
 
 def _check_number(number: int, known: int | None) -> None:
@@ -215,77 +215,6 @@ def origin(publisher: str) -> str:
     return f"{PUBLISHED}{publisher}"
 
 
-def withdraw(tree: ObjectTree, manifest: Manifest) -> None:
-    """Note what a new manifest no longer has."""
-    mine, publisher = origin(manifest.publisher), manifest.publisher
-    tree.fleet.withdrawn[publisher] = {
-        each for each, came_from in tree.origins.items()
-        if came_from == mine and each not in manifest.ids and each not in manifest.aliases
-    }  # fmt: skip
-
-
-def settle(tree: ObjectTree, publisher: str) -> Iterator[tuple[str, str, Commit | None]]:
-    """Let the aliases of a publisher point at what has arrived, and remove what was withdrawn and
-    is no current version of an alias.
-
-    Yields what was done, "alias", "flip" or "del", to which id, and what waits for the disk.
-    """
-    manifest = tree.fleet.manifest(publisher)
-    if manifest is None or not tree.fleet.id:
-        return
-    mine = origin(publisher)
-    for alias_id, (current, previous) in manifest.aliases.items():
-        if tree.is_secret(current) and tree.origins.get(current) == mine:
-            yield from _point(tree, alias_id, current, previous, mine)
-    if publisher not in tree.fleet.withdrawn:  # an earlier process may have ended in between
-        withdraw(tree, manifest)
-    withdrawn = tree.fleet.withdrawn[publisher]
-    # Aliases first: they need their versions.
-    for object_id in sorted(withdrawn, key=lambda each: (each not in tree.aliases, each)):
-        if tree.origins.get(object_id) != mine:
-            withdrawn.discard(object_id)
-            continue
-        try:
-            tree.check_deletable(object_id)
-            _, commit = tree.delete(object_id)
-        except CommandError:
-            continue  # with the next record, or the next manifest
-        withdrawn.discard(object_id)
-        yield "del", object_id, commit
-
-
-def _point(
-    tree: ObjectTree, alias_id: str, current: str, previous: str, mine: str
-) -> Iterator[tuple[str, str, Commit | None]]:
-    found = tree.aliases.get(alias_id)
-    if not tree.is_secret(previous):
-        previous = ""
-    if found is None:
-        if alias_id in tree.journal or alias_id in tree.reserved:
-            return
-        kind = tree.types.numbered[SecretAlias.number]
-        last = max(number_of(current), number_of(previous))
-        properties: dict[str, object] = {"current": current, LAST: last, ORIGIN: mine}
-        if previous:
-            properties["previous"] = previous
-        stored = tree.store_content(
-            alias_id, kind, properties, None, tree.journal.owner(tree.fleet.id)[0]
-        )
-        yield "alias", alias_id, stored if isinstance(stored, Commit) else None
-        return
-    if tree.origins.get(alias_id) != mine or (found.current, found.previous) == (current, previous):
-        return
-    expected = {
-        "current": found.current, "staged": found.staged, "previous": found.previous,
-    }  # fmt: skip
-    versions = {"current": current, "previous": previous, "staged": ""}
-    try:
-        commit = set_alias(tree, alias_id, expected, versions, None)
-    except CommandError:
-        return  # a store is writing it; the next record or manifest comes here again
-    yield "flip" if found.current != current else "alias", alias_id, commit
-
-
 def listed(tree: ObjectTree, head: Head, data: bytes) -> PublicKeys:
     """Return the keys of the publisher whose manifest has a record. Raises Malformed."""
     fleet = tree.fleet
@@ -293,12 +222,31 @@ def listed(tree: ObjectTree, head: Head, data: bytes) -> PublicKeys:
         raise Malformed("it is of a fleet, and this host has none")
     _check_fleet(fleet, head.subject)
     roster = roster_of(fleet)
+    if tree.host_name not in roster.hosts:
+        raise Malformed(f"host '{tree.host_name}' is not in the roster")
     manifest = fleet.manifest(head.sender)
     if manifest is None:
-        raise Malformed(f"there is no manifest of publisher '{head.sender}'")
+        raise Malformed(f"there is no manifest of publisher {head.sender[:64]!a}")
     if manifest.ids.get(head.object_id) != digest_of(data):
         raise Malformed(f"the manifest of '{head.sender}' does not have it")
-    return roster.publishers[head.sender].keys
+    publisher = roster.publishers[head.sender]
+    if not matcher(publisher.pattern)(head.object_id):  # narrower than when it was accepted
+        raise Malformed(
+            f"'{head.object_id}' is outside of the pattern '{publisher.pattern}' of publisher "
+            f"'{head.sender}'"
+        )
+    if len(data) > FLEET_SECRET_BYTES + _HEAD_BYTES:
+        raise Malformed(f"it has {len(data)} bytes, more than a secret of {FLEET_SECRET_BYTES}")
+    return publisher.keys
+
+
+def check_version(tree: ObjectTree, object_id: str, publisher: str) -> None:
+    """Raise Malformed for a version of an object that is not the publisher's: a rotation of it
+    would take that version.
+    """
+    base = alias_of(object_id)
+    if base and base in tree.journal and tree.origins.get(base) != origin(publisher):
+        raise Malformed(f"'{object_id}' would be a version of '{base}', which did not come from it")
 
 
 def is_held(tree: ObjectTree, head: Head, data: bytes) -> bool:

@@ -76,10 +76,28 @@ class Fleet:
             return 0.0
         ends = [float(self.roster.until)] if self.roster.until else []
         if self.max_age:
-            if not self.manifests:
+            known = [each for each in map(self.manifest, self.manifests) if each is not None]
+            if not known:
                 return 0.0
-            ends += [float(each.signed_at + self.max_age + 1) for each in self.manifests.values()]
+            ends += [float(each.signed_at + self.max_age + 1) for each in known]
         return min(ends, default=None)
+
+    @property
+    def reason(self) -> str:
+        """Why the fleet is not live, or ""."""
+        if self.refused or self.state == "live":
+            return self.refused
+        roster, now = self.roster, int(time.time())
+        if roster is None:
+            return "There is no roster yet"
+        if roster.until and roster.until <= now:
+            return f"The roster has expired {now - roster.until} s ago"
+        old = [
+            f"that of publisher '{name}' is {now - each.signed_at} s old"
+            for name in self.manifests
+            if (each := self.manifest(name)) is not None and now - each.signed_at > self.max_age
+        ]
+        return f"No manifest is fresh: {old[0] if old else 'none came'}"
 
     @property
     def state(self) -> State:

@@ -23,6 +23,7 @@ from secretd.qom.alias import (
     number_of,
     text_size,
 )
+from secretd.qom.object_type import ObjectType
 from secretd.qom.renewal import check_replaceable
 from secretd.qom.tree import ObjectTree
 from secretd.store.commit import Commit
@@ -69,6 +70,10 @@ def set_alias(  # noqa: PLR0917 - what there is to set
     check_versions(alias_id, after)
     for version in {after["current"], after["previous"]} - {"", *present.values()}:
         _check_quiet(tree, version)
+    for version in {*after.values()} - {"", *present.values()}:
+        came_from = tree.origins.get(version)
+        if came_from is not None and came_from != tree.origins.get(alias_id):
+            raise CommandError(f"'{version}' came from {came_from}, and '{alias_id}' did not")
     if after["current"] != present["current"]:
         _check_quiet(tree, after["current"])
         if not tree.is_secret(after["current"]):
@@ -172,10 +177,7 @@ def convert(tree: ObjectTree, object_id: str, uid: int) -> Commit | Awaitable[No
     """
     version = f"{object_id}.v1"
     check_versions(object_id, {"current": version})
-    check_replaceable(tree, object_id)
-    if object_id in tree.own_keys or object_id in tree.fixed:
-        raise CommandError(f"object '{object_id}' is in use, can not be deleted")
-    _check_quiet(tree, object_id)
+    _check_place(tree, object_id)
     keeper = tree.keeper
     if keeper is not None and keeper.covers(object_id) != keeper.covers(version):
         raise CommandError(
@@ -233,8 +235,29 @@ async def _name_later(
 
 def _name(tree: ObjectTree, object_id: str, version: str, uid: int) -> Commit | None:
     """Put an alias in the place of a secret."""
-    (kind,) = (each for each in tree.types.numbered.values() if isinstance(each, SecretAlias))
-    properties: dict[str, object] = {"current": version, LAST: 1}
+    kind = tree.types.numbered[SecretAlias.number]
+    return _exchange(tree, object_id, kind, {"current": version, LAST: 1}, uid)
+
+
+def _check_place(tree: ObjectTree, object_id: str) -> None:
+    """Raise CommandError if an alias may not take the place of an object."""
+    check_replaceable(tree, object_id)
+    if object_id in tree.own_keys or object_id in tree.fixed:
+        raise CommandError(f"object '{object_id}' is in use, can not be deleted")
+    _check_quiet(tree, object_id)
+
+
+def put_in_place(
+    tree: ObjectTree, object_id: str, kind: ObjectType, properties: dict[str, object], uid: int
+) -> Commit | None:
+    """Put an alias in the place of a secret, in one step for its readers; see `convert`."""
+    _check_place(tree, object_id)
+    return _exchange(tree, object_id, kind, properties, uid)
+
+
+def _exchange(
+    tree: ObjectTree, object_id: str, kind: ObjectType, properties: dict[str, object], uid: int
+) -> Commit | None:
     if tree.keeper is not None and tree.keeper.covers(object_id):
         return tree.keeper.exchange(object_id, kind, properties, None, uid)
     tree.replace(object_id, kind, properties, None, uid)

@@ -84,7 +84,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with once(tmp_path_factory, "installed") as directory:
         if not directory.exists():
             subprocess.run(
-                [str(ROOT / "scripts/install"), "--prefix=/usr"],
+                [str(ROOT / "scripts/install"), "--prefix=/usr", "--fleet"],
                 env=os.environ | {"DESTDIR": f"{directory}.new"},
                 check=True, capture_output=True, timeout=300,
             )  # fmt: skip

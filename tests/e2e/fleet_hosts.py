@@ -3,6 +3,7 @@
 
 import contextlib
 import json
+import re
 import signal
 import subprocess
 import time
@@ -73,20 +74,32 @@ class FleetHost:
             self.process.ctl("host", "init", self.name)
         (known,) = self.client.ok("query-secret-host")
         words = ["--publisher", publisher] if publisher is not None else []
-        words += [word for pair in options.items() for word in (f"--{pair[0]}", pair[1])]
+        words += [each for name, value in options.items() for each in (f"--{name}", value) if each]
         said = run("enrol", str(self.cluster.directory), self.name, known["public"], *words)
-        with open(self.config, "a") as file:
-            file.write(f'socket = "{self.directory}/client.sock"\n')
-            file.write(f'metrics = "{self.directory}/metrics.prom"\n')
+        if "metrics" not in self.config.read_text():  # what is added by hand stays there
+            with open(self.config, "a") as file:
+                file.write(f'socket = "{self.directory}/client.sock"\n')
+                file.write(f'metrics = "{self.directory}/metrics.prom"\n')
         if join and not self.client.ok("query-secret-fleet"):
-            run("join", "--config", str(self.config), "--control", self.process.control)
+            self.join()
         return said
 
-    def start_agent(self) -> "FleetHost":
-        """Start its agent."""
+    def join(self, *options: str) -> None:
+        """Let its secretd know the fleet."""
+        run("join", "--config", str(self.config), "--control", self.process.control, *options)
+
+    def start_agent(self, endpoint: object = None) -> "FleetHost":
+        """Start its agent; it may have another node to talk to."""
+        config = self.config
+        if endpoint is not None:
+            config = self.directory / "fleet.toml"
+            text = re.sub(r"endpoints = .*", f'endpoints = ["{endpoint}"]', self.config.read_text())
+            for name in ("ca.crt", "host.crt", "host.key"):
+                text = text.replace(f'"{name}"', f'"{self.config.parent}/{name}"')
+            config.write_text(text)
         with open(self.log, "ab") as log:
             self.agent = subprocess.Popen(
-                [SECRETD_FLEET, "agent", "--config", str(self.config)], stderr=log
+                [SECRETD_FLEET, "agent", "--config", str(config)], stderr=log
             )
         return self
 
@@ -144,8 +157,7 @@ class FleetHost:
     def close(self) -> None:
         """End everything."""
         if self.agent is not None:
-            with contextlib.suppress(AssertionError):
-                self.kill_agent()
+            self.kill_agent()
         if self._client is not None:
             self._client.close()
         if self.process.popen.poll() is None:

@@ -24,8 +24,8 @@ __all__ = ["installed"]
 
 pytestmark = pytest.mark.xdist_group("docs")
 
-ELSEWHERE = ("reboot.md", "recover.md", "migrate-vm.md")
-"""These reboot the machine or need two: test_store_boxed and test_migration have them."""
+ELSEWHERE = ("reboot.md", "recover.md", "migrate-vm.md", "fleet.md")
+"""These reboot the machine or need several: test_store_boxed, test_migration, test_fleet_docs."""
 
 PAGES = [
     path.relative_to(ROOT / "docs")

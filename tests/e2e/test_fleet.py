@@ -272,6 +272,7 @@ def test_errors_are_said_in_one_line(tmp_path: Path) -> None:
     missing = str(tmp_path / "none")
     for words, text in (
         (("enrol", missing, "a", "b"), "is no fleet's directory"),
+        (("enrol", missing), "enrol takes a host, or --again"),
         (("agent", "--config", missing), f"{missing}: No such file or directory"),
         (("publish", "a", "--to", "b", "--config", missing), "No such file or directory"),
         (("init", missing, "--name", "x", "--node", "http://x"), "is no endpoint such as"),
@@ -284,7 +285,7 @@ def test_errors_are_said_in_one_line(tmp_path: Path) -> None:
     run("init", missing, "--name", "x", "--node", "https://127.0.0.1:1")
     assert "exists already" in run("init", missing, "--name", "x", "--node", "https://x", status=1)
     assert oct(os.stat(f"{missing}/root.key").st_mode)[-3:] == "600"
-    assert "etcd cannot be reached" in run("enrol", missing, status=1)
+    assert "etcd cannot be reached" in run("enrol", missing, "--again", status=1)
     (tmp_path / "bad.toml").write_text('fleet = "x"\n')
     assert "missing required field" in run(
         "agent", "--config", str(tmp_path / "bad.toml"), status=1

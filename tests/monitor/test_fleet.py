@@ -339,3 +339,22 @@ async def test_the_state_is_announced(trial: Trial) -> None:
     await trial.alpha.ok("secret-fleet-accept", {"data": trial.roster(2)})
     assert (await watching.event())["data"]["state"] == "live"
     await asyncio.sleep(0)
+
+
+async def test_a_published_secret_becomes_an_alias_for_its_readers(trial: Trial) -> None:
+    """In one step, once the current version has arrived; and a secret again later."""
+    await trial.pub.add("web.a", data="plain")
+    await trial.publish({"web.a": await trial.wrap("web.a")})
+    await trial.pub.add("web.a.v2", data="second")
+    record = await trial.wrap("web.a.v2")
+    manifest = await trial.manifest({"web.a.v2": record}, {"web.a": ("web.a.v2", "")})
+    await trial.alpha.ok("secret-fleet-accept", {"data": manifest})
+    assert await trial.alpha.read("web.a") == b"plain"
+    await trial.alpha.ok("secret-accept", {"record": record})
+    assert await trial.alpha.read("web.a") == b"second"
+    (alias,) = await trial.alpha.ok("query-secret-alias")
+    assert alias["current"] == "web.a.v2"
+    record = await trial.wrap("web.a")
+    await trial.publish({"web.a": record})
+    assert await trial.secrets() == {"web.a"}
+    assert await trial.alpha.read("web.a") == b"plain"

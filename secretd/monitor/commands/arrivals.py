@@ -73,6 +73,9 @@ def _accept(
     monitor: Monitor, data: bytes
 ) -> Accepted | Coroutine[Any, Any, Accepted] | Awaitable[Accepted]:
     """Add the secret in a record, in two halves of some arithmetic."""
+    if records.is_of_fleet(data) and monitor.tree.fleet.id:
+        with recorded(monitor, "accept"):
+            check_carrier(monitor)
     with _recorded(monitor, data):
         arrival = _expected(monitor, data)
         if arrival.is_held(monitor):
@@ -109,12 +112,14 @@ def _recorded(monitor: Monitor, data: bytes) -> Iterator[None]:
     """Put what is wrong with a record into words, and record it."""
     with recorded(monitor, "accept"):
         try:
-            yield
-        except Malformed as error:
-            words = f"The record cannot be accepted: {error}"
+            try:
+                yield
+            except Malformed as error:
+                raise CommandError(f"The record cannot be accepted: {error}") from None
+        except CommandError as error:
             if monitor.tree.fleet.id and records.is_of_fleet(data):
-                monitor.core.fleet.refused(words)
-            raise CommandError(words) from None
+                monitor.core.fleet.refused(error.desc)
+            raise
 
 
 class Arrival:
@@ -198,12 +203,12 @@ class Published(Arrival):
     def keys(self, monitor: Monitor) -> PublicKeys:
         """See Arrival."""
         tree, head = monitor.tree, self.head
-        check_carrier(monitor)
         keys = fleet_rules.listed(tree, head, self.data)
         if head.object_id in tree.own_keys or head.object_id.startswith(f"{tree.fleet.id}."):
             raise CommandError(OWN_KEY.format(head.object_id))
         if not self.is_held(monitor):
             check_place(tree, head.object_id, fleet_rules.origin(head.sender))
+            fleet_rules.check_version(tree, head.object_id, head.sender)
         return keys
 
     def is_held(self, monitor: Monitor) -> bool:
@@ -252,7 +257,7 @@ def _expected(monitor: Monitor, data: bytes) -> Arrival:
     name, _ = own(monitor)
     head = records.read_record(data)
     if head.receiver != name:
-        raise Malformed(f"it is for host '{head.receiver}', and this is '{name}'")
+        raise Malformed(f"it is for host {head.receiver[:64]!a}, and this is '{name}'")
     arrival = Published(head, data) if head.is_of_fleet else Answer(head, data)
     arrival.keys(monitor)
     return arrival

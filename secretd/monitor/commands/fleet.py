@@ -23,7 +23,7 @@ from secretd.monitor.commands.known_hosts import decoded, recorded
 from secretd.monitor.commands.objects import once_written
 from secretd.monitor.monitor import Monitor
 from secretd.qapi.command import Commands
-from secretd.qom import fleet_rules
+from secretd.qom import fleet_rules, fleet_settling
 from secretd.qom.fleet_rules import fleet_of
 from secretd.qom.fleet_state import State
 from secretd.qom.loading import use_content
@@ -39,7 +39,8 @@ DIGESTS_PER_REPLY: Final = 400
 
 class PublisherInfo(TypedDict):
     """What a host has of a publisher. ``number``, ``digest``: of its manifest; ``age``: seconds
-    since it was signed; ``missing``: the number of records that have not arrived.
+    since it was signed; ``missing``: the number of records that have not arrived; ``pending``: of
+    withdrawn objects that are still in use.
     """
 
     name: str
@@ -48,6 +49,7 @@ class PublisherInfo(TypedDict):
     digest: str
     age: int
     missing: int
+    pending: int
 
 
 RosterInfo = TypedDict(
@@ -58,7 +60,7 @@ RosterInfo = TypedDict(
 
 class FleetInfo(TypedDict):
     """An entry of query-secret-fleet. ``since``: seconds since the epoch; ``reason``: why the last
-    thing that came was refused; ``publishers``: those of which there is a manifest.
+    thing that came was refused, or what is stale; ``publishers``: those with a manifest.
     """
 
     id: str
@@ -180,7 +182,7 @@ def _manifest(monitor: Monitor, data: bytes) -> FleetAccepted | Awaitable[FleetA
             "manifest", monitor.subject, id=tree.fleet.id, number=manifest.number,
             origin=fleet_rules.origin(manifest.publisher), count=len(manifest.ids),
         )  # fmt: skip
-        fleet_rules.withdraw(tree, manifest)
+        fleet_settling.withdraw(tree, manifest)
         watch.accepted()
         return watch.settle(manifest.publisher)
 
@@ -224,8 +226,8 @@ def query_secret_fleet(monitor: Monitor) -> list[FleetInfo]:
         "id": fleet.id, "name": fleet.name, "host": tree.host_name, "state": fleet.state,
         "since": monitor.core.fleet.since, "publishers": [],
     }  # fmt: skip
-    if fleet.refused:
-        info["reason"] = fleet.refused
+    if fleet.reason:
+        info["reason"] = fleet.reason
     roster = fleet.roster
     if roster is not None:
         info["roster"] = {
@@ -239,6 +241,7 @@ def query_secret_fleet(monitor: Monitor) -> list[FleetInfo]:
                     "name": name, "pattern": publisher.pattern, "number": manifest.number,
                     "digest": fleet.digests[name], "age": int(time.time()) - manifest.signed_at,
                     "missing": len(fleet_rules.missing(tree, name)),
+                    "pending": len(fleet.withdrawn.get(name, ())),
                 })  # fmt: skip
     return [info]
 

@@ -15,7 +15,7 @@ from secretd.crypto.host_keys import signing_key
 from secretd.crypto.record import Malformed
 from secretd.crypto.roster import DIGEST_BYTES, AliasVersions, Manifest, Publisher, signed_part
 from secretd.errors import CommandError
-from secretd.monitor.commands.fleet import DIGESTS_PER_REPLY, when_kept
+from secretd.monitor.commands.fleet import when_kept
 from secretd.monitor.commands.known_hosts import own
 from secretd.monitor.monitor import Monitor
 from secretd.qapi.command import Commands
@@ -25,6 +25,12 @@ from secretd.qom.fleet_state import Fleet
 from secretd.store.commit import Commit
 
 command: Final = Commands()
+
+PAGE_BYTES: Final = 48 << 10
+"""Bytes of the entries of one reply: a reply has 64 KiB at most."""
+
+_ENTRY_BYTES: Final = 100
+"""An entry without its ids."""
 
 
 class FleetRecord(Struct, forbid_unknown_fields=True):
@@ -68,7 +74,7 @@ SentInfo = TypedDict(
         "ids": list[SentRecord], "aliases": list[SentAlias],
     },
 )  # fmt: skip
-"""The result of query-secret-fleet-sent: 400 ids after ``after``, in order, and all aliases."""
+"""The result of query-secret-fleet-sent: those after ``after``, in the order of all ids."""
 
 
 def publisher_of(monitor: Monitor, fleet: Fleet) -> tuple[str, Publisher]:
@@ -165,15 +171,21 @@ def query_secret_fleet_sent(
     if sent is None:
         return {"number": 0, "signed-at": 0, "publisher": name, "ids": [], "aliases": []}
     first = "" if after is UNSET else after
-    ids = [each for each in sorted(sent.ids) if each > first][:DIGESTS_PER_REPLY]
-    aliases = sorted(sent.aliases.items())
-    return {
-        "number": sent.number,
-        "signed-at": sent.signed_at,
-        "publisher": name,
-        "ids": [{"id": each, "digest": sent.ids[each].hex()} for each in ids],
-        "aliases": [
-            {"id": each, "current": current, "previous": previous}
-            for each, (current, previous) in aliases
-        ],
-    }
+    info: SentInfo = {
+        "number": sent.number, "signed-at": sent.signed_at, "publisher": name, "ids": [],
+        "aliases": [],
+    }  # fmt: skip
+    room = PAGE_BYTES
+    for each in sorted({*sent.ids, *sent.aliases}):
+        if each <= first:
+            continue
+        digest, versions = sent.ids.get(each), sent.aliases.get(each)
+        room -= _ENTRY_BYTES + len(each) + sum(map(len, versions or ()))
+        if room < 0:
+            break
+        if digest is not None:
+            info["ids"].append({"id": each, "digest": digest.hex()})
+        elif versions is not None:
+            current, previous = versions
+            info["aliases"].append({"id": each, "current": current, "previous": previous})
+    return info

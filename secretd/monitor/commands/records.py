@@ -15,10 +15,11 @@ from typing import Any, Final, NotRequired, TypedDict
 from msgspec import UNSET, Struct, UnsetType
 
 from secretd.access.decision import NOT_COUNTED, Grant
+from secretd.access.peer import SocketRole
 from secretd.crypto import record as records
 from secretd.crypto.host_keys import PublicKeys
 from secretd.crypto.record import NONCE_BYTES, Head, Malformed
-from secretd.errors import CommandError, LimitReached
+from secretd.errors import AccessDenied, CommandError, LimitReached
 from secretd.monitor.commands.fleet_signing import publisher_of
 from secretd.monitor.commands.known_hosts import decoded, own, peer, recorded
 from secretd.monitor.commands.objects import once_written
@@ -238,6 +239,9 @@ def _for_fleet(monitor: Monitor, object_id: str, to: str | UnsetType) -> tuple[H
         raise CommandError("Either 'offer' or 'to' must be provided")
     own(monitor)
     fleet = fleet_rules.fleet_of(monitor.tree)
+    if monitor.peer.role is SocketRole.CLIENT:
+        # An offer is signed by its receiver; this is asked by nobody else.
+        raise AccessDenied("Wrapping for the fleet needs a control socket")
     name, publisher = publisher_of(monitor, fleet)
     if not matcher(publisher.pattern)(object_id):
         raise CommandError(
