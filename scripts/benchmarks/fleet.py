@@ -249,7 +249,8 @@ async def watchers_main(where: str, count: int, ports: list[int]) -> None:
     async def follow(number: int) -> None:
         await asyncio.sleep(random.uniform(0, 5))
         etcd = Etcd(endpoints, lambda: context)
-        roster, own = (KEYS.roster, b""), KEYS.host(f"h{number:04}")
+        own = KEYS.host(f"h{number:04}")
+        roster = KEYS.host_roster(f"h{number:04}")
         manifests = KEYS.manifests(f"h{number:04}")
 
         def state(reason: str) -> None:
@@ -260,8 +261,8 @@ async def watchers_main(where: str, count: int, ports: list[int]) -> None:
                 is_ready.set()
 
         watch = Watch(
-            etcd, [roster, (own, prefix_end(own))], state,
-            listed=[roster, (manifests, prefix_end(manifests))],
+            etcd, [(own, prefix_end(own))], state,
+            listed=[(roster, b""), (manifests, prefix_end(manifests))],
         )  # fmt: skip
         async for found in watch.follow():
             if isinstance(found, Change) and any(key.startswith(own) for key, _ in found.values):

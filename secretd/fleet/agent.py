@@ -113,12 +113,12 @@ class Agent:
     async def _follow(self) -> None:
         """Bring what etcd says, all of it after secretd was lost."""
         await self._look()  # etcd is asked only if there is a secretd to bring something to
-        roster, own = (self._keyspace.roster, b""), self._keyspace.host(self._host)
+        roster, own = self._keyspace.host_roster(self._host), self._keyspace.host(self._host)
         manifests = self._keyspace.manifests(self._host)
         # Records come with the events; at the beginning only those that are missing are fetched.
         following = Watch(
-            self._etcd, [roster, (own, prefix_end(own))], self._etcd_state,
-            listed=[roster, (manifests, prefix_end(manifests))],
+            self._etcd, [(own, prefix_end(own))], self._etcd_state,
+            listed=[(roster, b""), (manifests, prefix_end(manifests))],
         ).follow()  # fmt: skip
         try:
             async for found in following:
@@ -197,12 +197,13 @@ class Agent:
         own = self._keyspace.manifests(self._host)
         try:
             found = await self._etcd.range(own, prefix_end(own))
-            roster, _ = await self._etcd.get(self._keyspace.roster)
+            key = self._keyspace.host_roster(self._host)
+            roster, _ = await self._etcd.get(key)
         except (Refused, Unreachable) as error:
             log.debug("etcd could not be compared: %s", error)
             return
         values = {each.key: each.value for each in found.kvs}
-        await self._bring({self._keyspace.roster: roster, **values})
+        await self._bring({key: roster, **values})
 
     @property
     def _lacks(self) -> bool:

@@ -16,7 +16,7 @@ from qemu.qmp import ExecuteError
 
 from secretd.client.record_client import RecordClient
 from secretd.crypto.record import Malformed
-from secretd.crypto.roster import ROSTER_BYTES, Roster, read_roster
+from secretd.crypto.roster import ROSTER_BYTES, read_roster
 from secretd.fleet.etcd import Refused, Unreachable
 from secretd.fleet.keyspace import Keyspace
 
@@ -26,6 +26,7 @@ RECORDS_AT_ONCE: Final = 16
 """Records that are fetched from etcd together."""
 
 _MANIFEST: Final = "manifest of publisher '{}'"
+_RECORD: Final = "record {} of publisher '{}'"
 
 REFUSALS: Final = 100
 """Refusals that are remembered."""
@@ -63,7 +64,7 @@ class Carrier:
         Raises qemu.qmp's ConnectError if secretd is not there.
         """
         self._connect()
-        roster = values.get(self._keyspace.roster)
+        roster = values.get(self._keyspace.host_roster(self._host))
         if roster is not None:
             self._bring_roster(roster)
         if not is_change:
@@ -72,7 +73,7 @@ class Carrier:
         lacking = set() if is_change else set(self._known)
         for key, value in values.items():
             name = self._keyspace.publisher_of(self._host, key)
-            if name not in self._publishers or value is None:
+            if value is None or (name not in self._publishers and name not in self._known):
                 continue
             digest = hashlib.sha256(value).hexdigest()
             if self._known.get(name) != digest and self._sign(_MANIFEST.format(name), value):
@@ -103,13 +104,6 @@ class Carrier:
             return
         self.is_new_roster = bool(self._roster)
         self._roster, self._publishers = data, frozenset(roster.publishers)
-        self._check_listed(roster)
-
-    def _check_listed(self, roster: Roster) -> None:
-        what = f"host '{self._host}'"
-        self.refusals.pop(what, None)
-        if self._host not in roster.hosts:
-            self._note(what, f"roster {roster.number} does not have it: it was revoked")
 
     def _bring_missing(
         self, publisher: str, records: Mapping[str, bytes | None], fetch: Fetch
@@ -138,7 +132,7 @@ class Carrier:
                     self._bring_record(publisher, digest, records.get(digest) or fetched[digest])
 
     def _bring_record(self, publisher: str, digest: str, data: bytes | None) -> None:
-        what = f"record {digest[:16]} of publisher '{publisher}'"
+        what = _RECORD.format(digest[:16], publisher)
         if data is None:
             self._note(what, "etcd does not have it")
         elif hashlib.sha256(data).hexdigest() != digest:

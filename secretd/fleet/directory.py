@@ -94,6 +94,17 @@ class Directory:
         except Malformed as error:
             raise UsageError(f"{self._file('roster')}: {error}") from None
 
+    def for_host(self, host: str) -> bytes:
+        """Return the roster for a host: publishers get all of it, others the line of their own.
+
+        So a host more changes nothing for those that are there.
+        """
+        roster, data = self.roster()
+        if host in roster.publishers or host not in roster.hosts:
+            return data
+        own = roster._replace(hosts={host: roster.hosts[host]}).encoded()
+        return own + self._root.sign(signed_part(own))
+
     def adopt(self, there: bytes | None) -> None:
         """Take over a later roster that was signed with this root, such as by a copy of DIR."""
         try:

@@ -5,7 +5,7 @@ A host becomes part of a fleet by three things: its rights in etcd, its line in 
 root that its own secretd pins (`secretd-fleet join`).
 """
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import NamedTuple
 
@@ -75,7 +75,8 @@ async def enrol(
         where = opened.save_host(host, days)
         if (hosts, publishers) != (roster.hosts, roster.publishers):
             opened.save_roster(roster._replace(hosts=hosts, publishers=publishers))
-        await change.put()
+        everyone = publishers != roster.publishers
+        await change.put([*hosts] if everyone else [host, *publishers])
     return Enrolled(where, opened.roster()[0].number)
 
 
@@ -83,7 +84,7 @@ async def sign_again(opened: Directory) -> int:
     """Sign the roster again, with a later end; return its number."""
     async with _changing(opened) as change:
         opened.save_roster(opened.roster()[0])
-        await change.put()
+        await change.put([*opened.roster()[0].hosts])
     return opened.roster()[0].number
 
 
@@ -126,7 +127,9 @@ async def revoke(opened: Directory, host: str) -> Revoked:
                 hosts={name: keys for name, keys in roster.hosts.items() if name != host},
                 publishers={n: each for n, each in roster.publishers.items() if n != host},
             ))  # fmt: skip
-        await change.put()
+        rest = opened.roster()[0]
+        everyone = host in roster.publishers
+        await change.put([*(rest.hosts if everyone else rest.publishers)])
         await change.etcd.write({}, [*gone, keyspace.ack(host)])
         await rights.forbid(change.etcd, host)
     if not was_there and not gone:
@@ -135,16 +138,29 @@ async def revoke(opened: Directory, host: str) -> Revoked:
 
 
 class _Change:
-    """A change of the roster: nobody else may put one meanwhile."""
+    """A change of the roster: nobody else may put one meanwhile.
+
+    ``was_interrupted``: etcd has not got the directory's roster, so hosts may not have theirs.
+    """
 
     def __init__(self, opened: Directory, etcd: Etcd, keyspace: Keyspace, revision: int) -> None:
         self.etcd, self.keyspace = etcd, keyspace
         self._opened, self._revision = opened, revision
+        self.was_interrupted = False
 
-    async def put(self) -> None:
-        """Put the directory's roster. Raises UsageError if another was put."""
+    async def put(self, hosts: Sequence[str]) -> None:
+        """Put the directory's roster, and those of hosts for which it has changed. Raises
+        UsageError if another was put.
+        """
         key = self.keyspace.roster
-        put = m.Operation(put=m.PutRequest(key=key, value=self._opened.roster()[1]))
+        roster, data = self._opened.roster()
+        if self.was_interrupted:
+            hosts = [*roster.hosts]
+        # Theirs first: an interruption is seen by the roster that is missing.
+        await self.etcd.write({
+            self.keyspace.host_roster(host): self._opened.for_host(host) for host in hosts
+        })  # fmt: skip
+        put = m.Operation(put=m.PutRequest(key=key, value=data))
         if not await self.etcd.transact([put], {key: self._revision}):
             raise UsageError("another secretd-fleet has changed the roster in etcd; try again")
 
@@ -156,7 +172,9 @@ async def _changing(opened: Directory) -> AsyncIterator[_Change]:
     try:
         there, revision = await etcd.get(keyspace.roster)
         opened.adopt(there)
-        yield _Change(opened, etcd, keyspace, revision)
+        change = _Change(opened, etcd, keyspace, revision)
+        change.was_interrupted = there != opened.roster()[1]
+        yield change
     finally:
         etcd.close()
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The keys of a fleet in etcd. Each host has a prefix of its own, which it watches.
 
-/secretd/v1/FLEET/roster
+/secretd/v1/FLEET/roster                        with all hosts, for publishers
+/secretd/v1/FLEET/to/HOST/roster                with this host only, unless it publishes
 /secretd/v1/FLEET/to/HOST/manifest/PUBLISHER
 /secretd/v1/FLEET/to/HOST/record/DIGEST
 /secretd/v1/FLEET/ack/HOST
@@ -28,6 +29,10 @@ class Keyspace:
     def host(self, host: str) -> bytes:
         """The prefix of what a host gets."""
         return self.hosts + f"{host}/".encode()
+
+    def host_roster(self, host: str) -> bytes:
+        """The key of the roster for a host."""
+        return f"{self._prefix}to/{host}/roster".encode()
 
     def manifest(self, host: str, publisher: str) -> bytes:
         """The key of a publisher's manifest for a host."""

@@ -23,7 +23,7 @@ from secretd.crypto.roster import AliasVersions, Manifest, digest_of, read_manif
 from secretd.errors import UsageError
 from secretd.fleet import messages as m
 from secretd.fleet.config import Config
-from secretd.fleet.etcd import REQUEST_BYTES, REQUEST_OPERATIONS, Etcd, prefix_end
+from secretd.fleet.etcd import REQUEST_BYTES, REQUEST_OPERATIONS, Etcd, Refused, prefix_end
 from secretd.fleet.keyspace import Keyspace
 
 TRIES: Final = 20
@@ -131,7 +131,13 @@ class Publishing:
 
     async def hosts(self, globs: Sequence[str]) -> list[str]:
         """Bring the roster to this secretd; return the hosts of it that are meant."""
-        data, _ = await self._etcd.get(self._keys.roster)
+        try:
+            data, _ = await self._etcd.get(self._keys.roster)
+        except Refused as error:
+            raise UsageError(
+                f"etcd refuses: {error}; is '{self._config.host}' a publisher of fleet "
+                f"'{self._config.fleet}'?"
+            ) from None
         roster = self._config.checked_roster(data)
         assert data is not None
         self._client.accept_signed(data)

@@ -28,9 +28,9 @@ async def allow(etcd: Etcd, keyspace: Keyspace, host: str, *, publishes: bool) -
     role = _role(host)
     await _add_user(etcd, host)
     await _add_role(etcd, role)
-    await _permit(etcd, role, keyspace.roster, b"", m.READ)
     await _permit(etcd, role, keyspace.ack(host), b"", m.READWRITE)
     if publishes:
+        await _permit(etcd, role, keyspace.roster, b"", m.READ)
         await _permit(etcd, role, keyspace.acks, prefix_end(keyspace.acks), m.READ)
         await _permit(etcd, role, keyspace.hosts, prefix_end(keyspace.hosts), m.READWRITE)
     else:

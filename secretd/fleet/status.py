@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple
 
 from secretd.crypto.record import Malformed
-from secretd.crypto.roster import Roster, digest_of, read_manifest
+from secretd.crypto.roster import Roster, digest_of, read_manifest, read_roster
 from secretd.fleet.etcd import Etcd, prefix_end
 from secretd.fleet.keyspace import Keyspace
 
@@ -33,11 +33,13 @@ async def statuses(etcd: Etcd, keyspace: Keyspace, roster: Roster) -> Sequence[H
     acks = {each.key: each.value for each in kvs}
     shown = []
     for host in sorted(roster.hosts):
-        prefix = keyspace.manifests(host)
+        prefix = keyspace.host(host)
         kvs = (await etcd.range(prefix, prefix_end(prefix))).kvs
-        found = {keyspace.publisher_of(host, each.key): each.value for each in kvs}
+        values = {each.key: each.value for each in kvs}
+        found = {keyspace.publisher_of(host, key): values[key] for key in values}
+        number = _number(values.get(keyspace.host_roster(host)))
         manifests = {name: found[name] for name in found if name in roster.publishers}
-        shown.append(_status(host, manifests, acks.get(keyspace.ack(host)), roster.number))
+        shown.append(_status(host, manifests, acks.get(keyspace.ack(host)), number))
     return shown
 
 
@@ -98,3 +100,11 @@ def _status(
 def _shown(text: str) -> str:
     """Return a host's text in printable form, for a terminal."""
     return "".join(each if each.isprintable() else "?" for each in text[:300])
+
+
+def _number(roster: bytes | None) -> int:
+    """Return the number of a host's roster in etcd, 0 for none."""
+    try:
+        return read_roster(roster or b"").number
+    except Malformed:
+        return 0

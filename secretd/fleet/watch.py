@@ -60,7 +60,7 @@ class Lost(Exception):
 class Watch:
     """A lasting watch of some ranges: each a key, and the key behind the last one, or b"" for one.
 
-    ``listed``: what of each range is in a snapshot, all by default. ``on_state``: called with ""
+    ``listed``: the ranges of a snapshot, the same by default. ``on_state``: called with ""
     when the watch is whole, and with the reason while it is not.
     """
 
@@ -98,14 +98,14 @@ class Watch:
 
     async def _list(self) -> Snapshot:
         values: dict[bytes, bytes] = {}
-        starts = []
+        start = 0
         for key, end in self._listed:
             request = range_request(key, end)
             reply = await self._etcd.once("/etcdserverpb.KV/Range", request, m.RangeResponse)
             values |= {each.key: each.value for each in reply.kvs}
-            starts.append(reply.header.revision + 1)
+            start = start or reply.header.revision + 1  # what changes between comes as an event
             self._seen, self._cluster = reply.header.revision, reply.header.cluster_id
-        self._next = starts
+        self._next = [start] * len(self._ranges)
         return Snapshot(values)
 
     @asynccontextmanager

@@ -67,8 +67,9 @@ def roster_of(fleet: Fleet) -> Roster:
     return roster
 
 
-def checked_roster(fleet: Fleet, data: bytes) -> Roster | None:
+def checked_roster(tree: ObjectTree, data: bytes) -> Roster | None:
     """Return what a roster says if it is to be accepted, None if it is known. Raises Malformed."""
+    fleet, host = tree.fleet, tree.host_name
     _check_size(data)
     roster = read_roster(data)
     _check_fleet(fleet, roster.fleet)
@@ -85,7 +86,9 @@ def checked_roster(fleet: Fleet, data: bytes) -> Roster | None:
     for names in (roster.hosts, roster.publishers):
         for name in names:
             if not NAME.fullmatch(name):
-                raise Malformed(f"{name!a} is no name")
+                raise Malformed(f"{name[:64]!a} is no name")
+    if host not in roster.hosts:  # another host's, or this one was revoked
+        raise Malformed(f"it does not have host '{host}'")
     return roster
 
 

@@ -3,6 +3,7 @@
 
 import asyncio
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from secretd.fleet import enrolment
 from secretd.fleet.etcd import Endpoint
 from secretd.fleet.keyspace import Keyspace
 from tests.e2e.fleet_hosts import Fleet, fleet_of, run, wait_for
+from tests.support.etcd import closed
 from tests.support.needs import need_program
 
 pytestmark = [pytest.mark.xdist_group("etcd"), pytest.mark.slow]
@@ -169,7 +171,9 @@ def test_a_publisher_stays_inside_of_its_pattern(fleet: Fleet) -> None:
     assert "'db.a' is outside of the pattern 'web.*' of publisher 'pub'" in said
     assert "object 'web.none' not found" in pub.publish("web.none", "--to", "alpha", status=1)
     alpha.client.add("db.a", data="value")
-    assert "This host is no publisher" in alpha.publish("db.a", "--to", "alpha", status=1)
+    assert "is 'alpha' a publisher of fleet 'trial'?" in alpha.publish(
+        "db.a", "--to", "alpha", status=1
+    )
     alpha.client.ok("object-del", {"id": "db.a"})
     # What is there by another hand is not replaced, and the others arrive.
     alpha.client.add("web.own", data="by hand")
@@ -257,10 +261,12 @@ def test_a_wrong_root_is_refused_by_name(fleet: Fleet, tmp_path: Path) -> None:
     wait_for(lambda: alpha.state().get("roster"))
     enrolment.init(str(tmp_path / "other"), "trial", {"node1": Endpoint("127.0.0.1", 1)}, 0)
 
+    other = (tmp_path / "other" / "roster").read_bytes()
+
     async def put() -> None:
         etcd = fleet.cluster.etcd()
-        await etcd.write({Keyspace("trial").roster: (tmp_path / "other" / "roster").read_bytes()})
-        etcd.close()
+        await etcd.write({Keyspace("trial").host_roster("alpha"): other})
+        await closed(etcd)
 
     asyncio.run(put())
     alpha.wait_for_words("roster was not accepted", "it is not signed by the root of the fleet")
@@ -290,3 +296,84 @@ def test_errors_are_said_in_one_line(tmp_path: Path) -> None:
     assert "missing required field" in run(
         "agent", "--config", str(tmp_path / "bad.toml"), status=1
     )
+
+
+def test_hosts_get_their_own_only(fleet: Fleet) -> None:
+    """Also one whose name sorts before others: an empty end of a range would be that of all."""
+    pub, later = fleet.host("pub", "web.*"), fleet.host("zeta")
+    pub.client.add("web.z", data="for zeta")
+    pub.publish("web.z", "--to", "zeta")
+    later.wait_until_it_has(web_z=b"for zeta")
+    first = fleet.host("aab")
+    pub.client.add("web.a", data="for aab")
+    pub.publish("web.a", "--to", "aab")
+    first.wait_until_it_has(web_a=b"for aab")
+    assert first.state()["state"] == "live"
+    assert "not accepted" not in first.said()
+
+
+def test_a_revoked_publisher_leaves_no_host_behind(fleet: Fleet) -> None:
+    """What it has published is deleted in etcd and listed; hosts keep it."""
+    pub, second, alpha = (
+        fleet.host("pub", "web.*"),
+        fleet.host("second", "db.*"),
+        fleet.host("alpha"),
+    )
+    second.client.add("db.a", data="value")
+    second.publish("db.a", "--to", "alpha")
+    alpha.wait_until_it_has(db_a=b"value")
+    said = run("revoke", str(fleet.cluster.directory), "second")
+    assert "hosts keep these secrets of it, so delete them there:\n  db.a\n" in said
+    wait_for(lambda: fleet.status(pub)["alpha"]["state"] == "current", alpha.said)
+    assert alpha.has() == {"db.a": b"value"}
+    assert alpha.state()["publishers"] == []
+    alpha.client.ok("object-del", {"id": "db.a"})
+
+
+def test_a_publisher_from_a_backup_goes_on(fleet: Fleet) -> None:
+    """With the numbers and ids of its manifests in etcd, which it has signed itself."""
+    pub, alpha = fleet.host("pub", "web.*"), fleet.host("alpha")
+    pub.client.add("web.a", data="a")
+    pub.publish("web.a", "--to", "alpha")
+    pub.kill_agent()
+    pub.kill()
+    shutil.copytree(pub.directory / "store", pub.directory / "backup")
+    pub.start()
+    pub.client.add("web.b", data="b")
+    for _ in range(3):
+        pub.publish("web.b", "--to", "alpha")
+    alpha.wait_until_it_has(web_a=b"a", web_b=b"b")
+    pub.kill()
+    shutil.rmtree(pub.directory / "store")
+    (pub.directory / "backup").rename(pub.directory / "store")
+    pub.start()
+    pub.client.add("web.c", data="c")
+    said = pub.publish("web.c", "--to", "alpha")
+    assert "secretd has signed 1 only: was its store restored?" in said
+    alpha.wait_until_it_has(web_a=b"a", web_b=b"b", web_c=b"c")
+
+
+def test_a_copy_of_the_operators_directory_goes_on(fleet: Fleet) -> None:
+    """It takes over the roster in etcd, which has the same root's signature."""
+    alpha = fleet.host("alpha")
+    copy = fleet.cluster.directory.parent / "copy"
+    shutil.copytree(fleet.cluster.directory, copy)
+    fleet.host("beta")
+    fleet.host("gamma")
+    public = alpha.client.ok("query-secret-host")[0]["public"]
+    said = run("enrol", str(copy), "alpha", public, "--publisher", "web.*")
+    assert "alpha is in roster 5" in said
+    wait_for(lambda: alpha.state()["roster"]["hosts"] == 3, alpha.said)
+
+
+def test_what_was_not_published_is_not_withdrawn(fleet: Fleet) -> None:
+    """A misspelt id is an error, and so is a version that an alias needs."""
+    pub, alpha = fleet.host("pub", "web.*"), fleet.host("alpha")
+    pub.process.ctl("add", "web.a", "--stdin", input=b"1")
+    pub.process.ctl("rotate", "web.a", "--no-wait", "--file", "/dev/stdin", input=b"2")
+    pub.publish("web.a", "--to", "alpha")
+    said = pub.publish("web.typo", "--to", "alpha", verb="withdraw", status=1)
+    assert "'web.typo' was not published to these hosts" in said
+    said = pub.publish("web.a.v2", "--to", "alpha", verb="withdraw", status=1)
+    assert "'web.a.v2' is a version of alias 'web.a', which needs it" in said
+    wait_for(lambda: alpha.has().get("web.a") == b"2", alpha.said)

@@ -23,8 +23,9 @@ from tests.support.needs import need_root
 class Trial:
     """A publisher with its secretd, and the host alpha; both know roster 1."""
 
-    def __init__(self, pub: AsyncClient, alpha: AsyncClient, alpha_served: Served) -> None:
-        self.pub, self.alpha, self.alpha_served = pub, alpha, alpha_served
+    def __init__(self, pub: AsyncClient, alpha: AsyncClient, made: list[Served]) -> None:
+        self.pub, self.alpha = pub, alpha
+        self.pub_served, self.alpha_served = made
         self.root = Root()
         self.keys: dict[str, PublicKeys] = {}
         self.numbers: dict[str, int] = {}
@@ -33,7 +34,7 @@ class Trial:
     def roster(self, number: int = 1) -> str:
         """A roster with both."""
         publishers = {"pub": Publisher(self.keys["pub"], self.pattern)}
-        hosts = {"alpha": self.keys["alpha"], "beta": self.keys["pub"]}
+        hosts = {"alpha": self.keys["alpha"], "beta": self.keys["pub"], "pub": self.keys["pub"]}
         return self.root.roster(number, hosts, publishers)
 
     async def start(self, directory: Path, **more: object) -> None:
@@ -100,7 +101,7 @@ async def trial(tmp_path: Path) -> AsyncIterator[Trial]:
             (tmp_path / name).mkdir()
             made.append(await stack.enter_async_context(served(tmp_path / name, Tuning())))
         pub, alpha = [await each.connect() for each in made]
-        trial = Trial(pub, alpha, made[1])
+        trial = Trial(pub, alpha, made)
         await trial.start(tmp_path)
         yield trial
 
@@ -358,3 +359,120 @@ async def test_a_published_secret_becomes_an_alias_for_its_readers(trial: Trial)
     await trial.publish({"web.a": record})
     assert await trial.secrets() == {"web.a"}
     assert await trial.alpha.read("web.a") == b"plain"
+
+
+async def test_a_bystander_cannot_set_the_state(trial: Trial) -> None:
+    """A record of the fleet is looked at only if a carrier brings it; names are printed safely."""
+    need_root()
+    await trial.pub.add("web.a", data="value")
+    record = await trial.wrap("web.a")
+    await trial.publish({"web.a": record})
+    data = bytearray(base64.b64decode(record))
+    at = data.index(b"alpha")
+    data[at : at + 5] = b"\n\x1bxyz"
+    client = await trial.alpha_served.connect(role="client", uid=4711)
+    words = await client.fail("secret-accept", {"record": b64(bytes(data))})
+    assert words.startswith("Only uid 0, the daemon's own uid, and those whom")
+    assert (await trial.state())["state"] == "live"
+    words = await trial.alpha.fail("secret-accept", {"record": b64(bytes(data))})
+    assert "it is for host '\\n\\x1bxyz', and this is 'alpha'" in words
+    assert (await trial.state())["reason"] == words
+
+
+async def test_wrapping_for_the_fleet_needs_a_control_socket(trial: Trial) -> None:
+    """Or anyone could use up a grant's reads: no offer of the receiver is needed."""
+    need_root()
+    await trial.pub.add("web.a", data="value")
+    client = await trial.pub_served.connect(role="client", uid=4711)
+    words = await client.fail("secret-wrap", {"id": "web.a", "to": "alpha"})
+    assert words == "Wrapping for the fleet needs a control socket"
+
+
+async def test_a_publisher_gives_no_version_to_what_is_not_its_own(trial: Trial) -> None:
+    """A rotation would take it for the next one; and an alias that is blocked is named."""
+    await trial.alpha.add("web.a.v1", data="local")
+    versions = {"qom-type": "secret-alias", "id": "web.a", "current": "web.a.v1"}
+    await trial.alpha.ok("object-add", versions)
+    await trial.pub.add("web.a.v2", data="evil")
+    record = await trial.wrap("web.a.v2")
+    manifest = await trial.manifest({"web.a.v2": record})
+    await trial.alpha.ok("secret-fleet-accept", {"data": manifest})
+    words = await trial.alpha.fail("secret-accept", {"record": record})
+    assert "'web.a.v2' would be a version of 'web.a', which did not come from it" in words
+    await trial.alpha.ok("object-del", {"id": "web.a"})
+    await trial.alpha.ok("secret-accept", {"record": record})
+    await trial.alpha.ok("object-add", versions)
+    change = {"id": "web.a", "expect": {"current": "web.a.v1"}, "staged": "web.a.v2"}
+    words = await trial.alpha.fail("secret-alias-set", change)
+    assert words == "'web.a.v2' came from publisher:pub, and 'web.a' did not"
+    await trial.publish({"web.a.v2": record}, {"web.a": ("web.a.v2", "")})
+    state = await trial.state()
+    assert state["state"] == "refused"
+    assert state["reason"].startswith("Alias 'web.a' of publisher:pub cannot be made")
+    assert await trial.alpha.read("web.a") == b"local"
+
+
+async def test_a_later_roster_counts_for_records_too(trial: Trial) -> None:
+    """A narrower pattern, and a secret that is larger than a fleet allows."""
+    await trial.pub.add("web.a", data="value")
+    record = await trial.wrap("web.a")
+    manifest = await trial.manifest({"web.a": record})
+    await trial.alpha.ok("secret-fleet-accept", {"data": manifest})
+    trial.pattern = "db.*"
+    await trial.alpha.ok("secret-fleet-accept", {"data": trial.roster(2)})
+    words = await trial.alpha.fail("secret-accept", {"record": record})
+    assert "'web.a' is outside of the pattern 'db.*' of publisher 'pub'" in words
+    roster = trial.root.roster(3, {"beta": trial.keys["pub"]}, {})
+    words = await trial.alpha.fail("secret-fleet-accept", {"data": roster})
+    assert words == "The roster cannot be accepted: it does not have host 'alpha'"
+
+
+async def test_what_is_in_use_goes_later(trial: Trial, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A withdrawn secret that a local alias needs; until then it is pending."""
+    monkeypatch.setattr("secretd.monitor.fleet_watch.SETTLE_SECONDS", 0.01)
+    await trial.pub.add("web.k.v1", data="value")
+    await trial.publish({"web.k.v1": await trial.wrap("web.k.v1")})
+    alias = {"qom-type": "secret-alias", "id": "web.k", "current": "web.k.v1"}
+    await trial.alpha.ok("object-add", alias)
+    await trial.publish({})
+    assert (await trial.state())["publishers"][0]["pending"] == 1
+    await trial.alpha.ok("object-del", {"id": "web.k"})
+    while await trial.secrets():
+        await asyncio.sleep(0.01)
+    assert (await trial.state())["publishers"][0]["pending"] == 0
+
+
+async def test_many_are_withdrawn_in_turns(trial: Trial) -> None:
+    """More than one turn of the loop removes."""
+    ids = [f"web.{number:03}" for number in range(100)]
+    for each in ids:
+        await trial.pub.add(each, data="v")
+    await trial.publish({each: await trial.wrap(each) for each in ids})
+    assert len(await trial.secrets()) == 100
+    await trial.publish({})
+    while await trial.secrets():
+        await asyncio.sleep(0.01)
+
+
+async def test_what_was_signed_is_shown_in_pages(trial: Trial) -> None:
+    """Of long ids, and of aliases, which are too many for one reply."""
+    ids = [f"web.{'x' * 100}.{number}" for number in range(300)]
+    aliases = {f"web.{'y' * 100}.{n}": (f"web.{'y' * 100}.{n}.v1", "") for n in range(300)}
+    digest = hashlib.sha256(b"").hexdigest()
+    everything = [*ids, *(current for current, _ in aliases.values())]
+    await trial.pub.ok("secret-fleet-sign", {
+        "host": "alpha", "expect": 0, "ids": [{"id": i, "digest": digest} for i in everything],
+        "aliases": [{"id": i, "current": current} for i, (current, _) in aliases.items()],
+    })  # fmt: skip
+    seen: list[str] = []
+    pages = 0
+    while True:
+        after = {"after": max(seen)} if seen else {}
+        page = await trial.pub.ok("query-secret-fleet-sent", {"host": "alpha", **after})
+        found = [each["id"] for each in (*page["ids"], *page["aliases"])]
+        if not found:
+            break
+        seen += found
+        pages += 1
+    assert sorted(seen) == sorted([*everything, *aliases])
+    assert pages > 2

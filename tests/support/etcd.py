@@ -11,7 +11,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from secretd.fleet import directory, enrolment, rights
+from secretd.fleet import enrolment, rights
 from secretd.fleet import messages as m
 from secretd.fleet.etcd import Endpoint, Etcd, tls
 
@@ -157,8 +157,9 @@ class Cluster:
         self.start()
 
 
-async def enrolled(cluster: Cluster, host: str, public: str, publisher: str | None = None) -> Path:
-    """Enrol a host; return the directory for it."""
-    with directory.opened(str(cluster.directory)) as opened:
-        done = await enrolment.enrol(opened, host, public, publisher, 30, replace=False)
-    return Path(done.where)
+async def closed(etcd: Etcd) -> None:
+    """Close a client, and wait until its connection has ended."""
+    etcd.close()
+    transports = asyncio.get_running_loop()._transports
+    while any(each._sock is not None for each in list(transports.values())):
+        await asyncio.sleep(0.01)

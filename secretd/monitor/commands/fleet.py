@@ -146,7 +146,7 @@ def _accept(monitor: Monitor, data: bytes) -> FleetAccepted | Awaitable[FleetAcc
 
 def _roster(monitor: Monitor, data: bytes) -> FleetAccepted | Awaitable[FleetAccepted]:
     tree, watch = monitor.tree, monitor.core.fleet
-    roster = fleet_rules.checked_roster(tree.fleet, data)
+    roster = fleet_rules.checked_roster(tree, data)
     if roster is None:
         watch.accepted()
         return {"kind": "roster", "number": read_roster(data).number, "changed": False}
