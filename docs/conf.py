@@ -48,6 +48,7 @@ man_pages = [
         "8",
     ),
     ("man/secretctl", "secretctl", "add secrets to secretd, and hand them on", author, "1"),
+    ("man/secretd-fleet", "secretd-fleet", "bring secrets to many hosts through etcd", author, "1"),
     ("man/secretd-qmp", "secretd-qmp", "the protocol of secretd", author, "7"),
 ]
 man_show_urls = True

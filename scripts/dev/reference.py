@@ -22,6 +22,8 @@ from secretd.audit.records import AuditRecord
 from secretd.ctl.frame import SECTIONS, cli
 from secretd.ctl.output import EXIT_STATUS
 from secretd.daemon.options import parser as daemon_parser
+from secretd.fleet import cli as _  # noqa: F401 - it names the verbs
+from secretd.fleet.options import commands as fleet
 from secretd.limits import Tuning
 from secretd.monitor.commands import COMMANDS
 from secretd.monitor.events import EVENTS
@@ -76,6 +78,7 @@ def write(directory: Path) -> None:
         "audit": audit(),
         "secretd": options(),
         "secretctl": verbs(),
+        "secretd-fleet": fleet_verbs(),
         "exit-status": exit_status(),
     }.items():
         text = "\n".join(lines) + "\n"
@@ -500,27 +503,48 @@ def verbs() -> Iterator[str]:
         yield f"## {title}"
         yield ""
         for name in names:
-            command = cli.commands[name]
-            context = click.Context(command, info_name=f"secretctl {name}")
-            yield f"### secretctl {name}"
+            yield from _verb("###", f"secretctl {name}", cli.commands[name])
+
+
+def fleet_verbs() -> Iterator[str]:
+    """Return a section for each verb of secretd-fleet."""
+    for title, names in FLEET_SECTIONS.items():
+        yield f"## {title}"
+        yield ""
+        for name in names:
+            yield from _verb("###", f"secretd-fleet {name}", fleet.commands[name])
+    missing = set(fleet.commands) - {name for names in FLEET_SECTIONS.values() for name in names}
+    assert not missing, missing
+
+
+FLEET_SECTIONS = {
+    "The operator": ("init", "enrol", "revoke"),
+    "A publisher": ("publish", "withdraw", "renew", "status"),
+    "Every host": ("join", "agent"),
+}
+
+
+def _verb(level: str, name: str, command: click.Command) -> Iterator[str]:
+    context = click.Context(command, info_name=name)
+    yield f"{level} {name}"
+    yield ""
+    yield "```none"
+    yield " ".join([name, *command.collect_usage_pieces(context)])
+    yield "```"
+    yield ""
+    yield inspect.cleandoc(command.help or "")
+    yield ""
+    for parameter in command.get_params(context):
+        record = parameter.get_help_record(context)
+        if record and record[1] and record[0] not in _COMMON:
+            yield f"`{record[0]}`"
+            yield f": {record[1]}"
             yield ""
-            yield "```none"
-            yield " ".join([f"secretctl {name}", *command.collect_usage_pieces(context)])
-            yield "```"
-            yield ""
-            yield inspect.cleandoc(command.help or "")
-            yield ""
-            for parameter in command.get_params(context):
-                record = parameter.get_help_record(context)
-                if record and record[1] and record[0] not in _COMMON:
-                    yield f"`{record[0]}`"
-                    yield f": {record[1]}"
-                    yield ""
-            if command.epilog:
-                yield "```none"
-                yield from (line.strip() for line in command.epilog.split("\n")[2:])
-                yield "```"
-                yield ""
+    if command.epilog:
+        yield "```none"
+        yield from (line.strip() for line in command.epilog.split("\n")[2:])
+        yield "```"
+        yield ""
 
 
 _COMMON = ("-h, --help", "--help", "--json", "--socket PATH")

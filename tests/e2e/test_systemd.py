@@ -44,6 +44,7 @@ def trixie(factory: pytest.TempPathFactory, name: str) -> Box:
             "PIP_FIND_LINKS=/wheels",
             "/secretd/scripts/install",
             "--prefix=/usr",
+            "--fleet",
         )
     except BaseException:
         box.close()
@@ -141,7 +142,7 @@ def log_of(box: Box, words: str) -> None:
 
 def test_systemd_finds_nothing_wrong_with_the_units(box: Box) -> None:
     """Nor with the user's."""
-    for where, option, count in (("system", "--system", 5), ("user", "--user", 4)):
+    for where, option, count in (("system", "--system", 7), ("user", "--user", 4)):
         units = box.run(
             "sh", "-c", f"ls -d /usr/lib/systemd/{where}/secretd*.[s]*[et]"
         ).stdout.split()
