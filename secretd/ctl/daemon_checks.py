@@ -2,7 +2,7 @@
 """The checks of `secretctl doctor` that ask the daemon. They change nothing."""
 
 from collections.abc import Iterator
-from typing import Final
+from typing import Any, Final, cast
 
 from secretd import __version__, paths
 from secretd import client as api
@@ -10,7 +10,7 @@ from secretd.client import SyncClient, default_socket
 from secretd.client.types import figures
 from secretd.ctl.connection import unsure_denials
 from secretd.ctl.findings import Finding
-from secretd.ctl.output import Common
+from secretd.ctl.output import Common, count
 from secretd.ctl.store_checks import store_findings
 
 ANSWER_SECONDS: Final = 3.0
@@ -63,6 +63,25 @@ def _answers(client: SyncClient) -> Iterator[Finding]:
     yield from _figures(client)
     yield from _rules(client)
     yield from store_findings(client)
+    yield from _fleet(client)
+
+
+def _fleet(client: SyncClient) -> Iterator[Finding]:
+    """Check the fleet, if the host belongs to one."""
+    try:
+        found = cast("list[dict[str, Any]]", client.execute("query-secret-fleet"))
+    except api.ExecuteError:  # an older secretd
+        return
+    for fleet in found:
+        missing = sum(each["missing"] for each in fleet["publishers"])
+        if fleet["state"] == "live" and not missing:
+            yield Finding("fleet", "ok", f"{fleet['name']}, as host {fleet['host']}")
+            continue
+        reason = fleet.get("reason") or f"{count(missing, 'record')} missing"
+        yield Finding(
+            "fleet", "warning", f"{fleet['name']} is {fleet['state']}: {reason}",
+            "systemctl status secretd-fleet, and docs/fleet.md",
+        )  # fmt: skip
 
 
 def _figures(client: SyncClient) -> Iterator[Finding]:

@@ -5,6 +5,7 @@ import asyncio
 import os
 import shutil
 import signal
+import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from secretd.fleet import enrolment
 from secretd.fleet.etcd import Endpoint
 from secretd.fleet.keyspace import Keyspace
+from tests.e2e.conftest import SECRETCTL
 from tests.e2e.fleet_hosts import Fleet, fleet_of, run, wait_for
 from tests.support.etcd import closed
 from tests.support.needs import need_program
@@ -271,6 +273,10 @@ def test_a_wrong_root_is_refused_by_name(fleet: Fleet, tmp_path: Path) -> None:
     asyncio.run(put())
     alpha.wait_for_words("roster was not accepted", "it is not signed by the root of the fleet")
     assert alpha.state()["state"] == "refused"
+    done = subprocess.run(
+        [SECRETCTL, "--socket", alpha.process.control, "doctor"], capture_output=True, check=False
+    )
+    assert b"trial is refused: The roster cannot be accepted" in done.stdout
 
 
 def test_errors_are_said_in_one_line(tmp_path: Path) -> None:
