@@ -27,7 +27,8 @@ from secretd.crypto.host_keys import PublicKeys
 from secretd.fleet import config, directory
 from secretd.fleet.etcd import Endpoint, Etcd, prefix_end, tls
 from secretd.fleet.keyspace import Keyspace
-from secretd.fleet.publishing import Publishing, Wanted
+from secretd.fleet.preparing import Wanted
+from secretd.fleet.publishing import Publishing
 from secretd.fleet.watch import Change, Watch
 from tests.e2e.fleet_hosts import FLEET, Fleet, FleetHost, fleet_of
 from tests.support.etcd import Cluster
@@ -98,7 +99,7 @@ async def _published(publishing: Publishing, pub: FleetHost, count: int) -> list
         pub.client.ok("object-del", {"id": "web.a"})
         pub.client.add("web.a", data=value)
         revision, manifest, there = await publishing.known("alpha")
-        prepared, signed = publishing.prepared(
+        prepared, signed = publishing.preparing.prepared(
             "alpha", Wanted(["web.a"]), revision, manifest, there
         )
         (key,) = prepared.records
@@ -167,7 +168,7 @@ def _many_hosts(fleet: Fleet, count: int) -> Iterator[Row]:
                     batch = []
                     for name in names:
                         state = await publishing.known(name)
-                        batch.append(publishing.prepared(name, Wanted(["web.a"]), *state))
+                        batch.append(publishing.preparing.prepared(name, Wanted(["web.a"]), *state))
                     first = time.monotonic()
                     assert not await publishing.put(batch, {})
                     return first

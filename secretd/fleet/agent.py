@@ -31,6 +31,9 @@ log: Final = logging.getLogger("secretd-fleet")
 ACK_SECONDS: Final = 1.0
 """Seconds between two acks."""
 
+ACK_AGAIN_SECONDS: Final = 300.0
+"""Seconds after which an agent says again what it has, though nothing has changed."""
+
 COMPARE_SECONDS: Final = 3600.0
 """Seconds after which etcd and secretd are compared without an event, with a random part."""
 
@@ -169,10 +172,10 @@ class Agent:
         said, said_at = b"", 0.0
         while True:
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), COMPARE_SECONDS)
+                await asyncio.wait_for(self._changed.wait(), ACK_AGAIN_SECONDS)
             self._changed.clear()
             ack = self._health.ack()
-            if ack != said or time.monotonic() - said_at >= COMPARE_SECONDS:
+            if ack != said or time.monotonic() - said_at >= ACK_AGAIN_SECONDS:
                 text = json.dumps({**json.loads(ack), "time": int(time.time())}).encode()
                 try:
                     await self._etcd.write({self._keyspace.ack(self._host): text})

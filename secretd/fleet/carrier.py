@@ -76,6 +76,8 @@ class Carrier:
             if value is None or (name not in self._publishers and name not in self._known):
                 continue
             digest = hashlib.sha256(value).hexdigest()
+            if self._known.get(name) == digest:
+                self.refusals.pop(_MANIFEST.format(name), None)
             if self._known.get(name) != digest and self._sign(_MANIFEST.format(name), value):
                 self._known[name] = digest
                 lacking.add(name)
@@ -102,7 +104,7 @@ class Carrier:
             roster = read_roster(data)
         except Malformed:  # secretd has accepted it
             return
-        self.is_new_roster = bool(self._roster)
+        self.is_new_roster = True
         self._roster, self._publishers = data, frozenset(roster.publishers)
 
     def _bring_missing(
@@ -111,6 +113,10 @@ class Carrier:
         """Bring records until none is missing, or none that etcd has."""
         arguments = {"publisher": publisher}
         tried: set[str] = set()
+        about = f"of publisher '{publisher}'"
+        for what in [each for each in self.refusals if each.startswith("record ")]:
+            if what.endswith(about):  # what still fails is noted again
+                del self.refusals[what]
         while True:
             missing = cast(
                 "list[str]", self._client.execute("query-secret-fleet-missing", arguments)

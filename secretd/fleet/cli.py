@@ -24,9 +24,7 @@ FAILED: Final = 1
 def run() -> int:
     """Run `secretd-fleet`; return the exit status."""
     try:
-        commands.main(standalone_mode=False, prog_name="secretd-fleet")
-    except click.exceptions.Exit as error:
-        return error.exit_code
+        ended = commands.main(standalone_mode=False, prog_name="secretd-fleet")
     except click.UsageError as error:
         error.show()
         return 2
@@ -45,7 +43,7 @@ def run() -> int:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return _failed(f"{where}{error.strerror or error}")
-    return 0
+    return ended if isinstance(ended, int) else 0
 
 
 def _failed(message: str) -> int:

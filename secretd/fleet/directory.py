@@ -112,8 +112,21 @@ class Directory:
             roster = read_roster(there or b"")
         except Malformed:
             return
-        if roster.fleet == self.fleet and roster.number > self.roster()[0].number:
+        mine, data = self.roster()
+        # One of the same number was put by a copy of DIR, and ours was not.
+        if roster.fleet == self.fleet and (
+            roster.number > mine.number or (roster.number == mine.number and data != there)
+        ):
             _write(self._file("roster"), there or b"")
+
+    @contextmanager
+    def unfinished(self) -> Iterator[bool]:
+        """Note that a change of etcd is under way; yields whether an earlier one was left so."""
+        path = self._file("unfinished")
+        was_left = os.path.exists(path)
+        _write(path, b"")
+        yield was_left
+        os.unlink(path)
 
     def save_roster(self, roster: Roster) -> bytes:
         """Sign the next roster with the hosts and publishers of this one; return its bytes."""

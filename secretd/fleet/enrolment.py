@@ -73,6 +73,10 @@ async def enrol(
         await rights.protect(change.etcd)
         await rights.allow(change.etcd, change.keyspace, host, publishes=bool(publisher))
         where = opened.save_host(host, days)
+        if known is not None and known != keys:  # what is there was wrapped for the other keys
+            prefix = change.keyspace.records(host)
+            old = await change.etcd.range(prefix, prefix_end(prefix), keys_only=True)
+            await change.etcd.write({}, [each.key for each in old.kvs])
         if (hosts, publishers) != (roster.hosts, roster.publishers):
             opened.save_roster(roster._replace(hosts=hosts, publishers=publishers))
         everyone = publishers != roster.publishers
@@ -83,8 +87,14 @@ async def enrol(
 async def sign_again(opened: Directory) -> int:
     """Sign the roster again, with a later end; return its number."""
     async with _changing(opened) as change:
-        opened.save_roster(opened.roster()[0])
-        await change.put([*opened.roster()[0].hosts])
+        roster = opened.roster()[0]
+        await rights.protect(change.etcd)
+        for host in roster.hosts:  # etcd may have been made anew
+            await rights.allow(
+                change.etcd, change.keyspace, host, publishes=host in roster.publishers
+            )
+        opened.save_roster(roster)
+        await change.put([*roster.hosts])
     return opened.roster()[0].number
 
 
@@ -130,8 +140,8 @@ async def revoke(opened: Directory, host: str) -> Revoked:
         rest = opened.roster()[0]
         everyone = host in roster.publishers
         await change.put([*(rest.hosts if everyone else rest.publishers)])
-        await change.etcd.write({}, [*gone, keyspace.ack(host)])
         await rights.forbid(change.etcd, host)
+        await change.etcd.write({}, [*gone, keyspace.ack(host)])
     if not was_there and not gone:
         raise UsageError(f"host '{host}' is not in the roster of fleet '{opened.fleet}'")
     return Revoked(sorted(knows), sorted(published))
@@ -140,7 +150,8 @@ async def revoke(opened: Directory, host: str) -> Revoked:
 class _Change:
     """A change of the roster: nobody else may put one meanwhile.
 
-    ``was_interrupted``: etcd has not got the directory's roster, so hosts may not have theirs.
+    ``was_interrupted``: an earlier change was, or etcd has not got the directory's roster; so
+    hosts may not have theirs.
     """
 
     def __init__(self, opened: Directory, etcd: Etcd, keyspace: Keyspace, revision: int) -> None:
@@ -154,15 +165,14 @@ class _Change:
         """
         key = self.keyspace.roster
         roster, data = self._opened.roster()
-        if self.was_interrupted:
-            hosts = [*roster.hosts]
-        # Theirs first: an interruption is seen by the roster that is missing.
-        await self.etcd.write({
-            self.keyspace.host_roster(host): self._opened.for_host(host) for host in hosts
-        })  # fmt: skip
         put = m.Operation(put=m.PutRequest(key=key, value=data))
         if not await self.etcd.transact([put], {key: self._revision}):
             raise UsageError("another secretd-fleet has changed the roster in etcd; try again")
+        if self.was_interrupted:
+            hosts = [*roster.hosts]
+        await self.etcd.write({
+            self.keyspace.host_roster(host): self._opened.for_host(host) for host in hosts
+        })  # fmt: skip
 
 
 @asynccontextmanager
@@ -173,8 +183,9 @@ async def _changing(opened: Directory) -> AsyncIterator[_Change]:
         there, revision = await etcd.get(keyspace.roster)
         opened.adopt(there)
         change = _Change(opened, etcd, keyspace, revision)
-        change.was_interrupted = there != opened.roster()[1]
-        yield change
+        with opened.unfinished() as was_left:
+            change.was_interrupted = was_left or there != opened.roster()[1]
+            yield change
     finally:
         etcd.close()
 

@@ -102,7 +102,7 @@ class Health:
         content = {
             "state": fleet["state"], "roster": fleet.get("roster", {}).get("number", 0),
             "publishers": {
-                each["name"]: {k: each[k] for k in ("number", "digest", "missing")}
+                each["name"]: {k: each[k] for k in ("number", "digest", "missing", "pending")}
                 for each in fleet["publishers"]
             },
         }  # fmt: skip

@@ -43,6 +43,10 @@ def join(config: str, control: str | None, carrier: str, max_age: int) -> None:
         if _is_as(client, fleet) and _is_as(client, identity):
             print(f"{known.host} belongs to fleet {known.fleet} already")
             return
+        same = {name: fleet[name] for name in ("id", "name", "root")}
+        if _is_as(client, same):  # only the other options change; what was accepted stays
+            client.execute("object-del", {"id": "fleet"})
+            client.execute("object-del", {"id": "fleet.carrier"})
         was_there = _is_as(client, identity)  # a join may have ended between the two
         if not was_there:
             client.execute("object-add", identity)

@@ -3,6 +3,8 @@
 
 import asyncio
 import json
+import logging
+import sys
 import time
 from typing import Any, Final
 
@@ -13,6 +15,8 @@ from secretd.errors import UsageError
 from secretd.fleet import config as files
 from secretd.fleet.keyspace import Keyspace
 from secretd.fleet.options import CONFIG, CONTROL, TO, client_of, commands
+from secretd.fleet.preparing import Wanted
+from secretd.fleet.publishing import Outcome, Publishing
 
 _POLL_SECONDS: Final = 0.25
 
@@ -26,16 +30,19 @@ _WAIT = click.option(
 @click.argument("ids", nargs=-1, required=True, metavar="ID...")
 @TO
 @_WAIT
+@click.option("--begin-anew", is_flag=True,
+              help="what was published with other keys of this host may be deleted")  # fmt: skip
 @CONFIG
 @CONTROL
 def publish(
     ids: tuple[str, ...], hosts: tuple[str, ...], wait: float | None, config: str,
-    control: str | None,
+    control: str | None, *, begin_anew: bool,
 ) -> None:  # fmt: skip
     """Bring secrets or aliases of this host's secretd to other hosts."""
-    numbers = _publish(config, control, hosts, ids, ())
-    print(f"published {_many(len(ids), 'secret')} to {_many(len(numbers), 'host')}")
-    _wait(config, numbers, wait)
+    done = _publish(config, control, hosts, Wanted(ids, (), begin_anew))
+    if done.numbers or not done.failures:
+        print(f"published {_many(len(ids), 'secret')} to {_many(len(done.numbers), 'host')}")
+    _ended(config, done, wait, "have it")
 
 
 @commands.command()
@@ -49,9 +56,10 @@ def withdraw(
     control: str | None,
 ) -> None:  # fmt: skip
     """Delete secrets or aliases on other hosts that were published from here."""
-    numbers = _publish(config, control, hosts, (), ids)
-    print(f"withdrew {_many(len(ids), 'secret')} from {_many(len(numbers), 'host')}")
-    _wait(config, numbers, wait)
+    done = _publish(config, control, hosts, Wanted((), ids))
+    if done.numbers or not done.failures:
+        print(f"withdrew {_many(len(ids), 'secret')} from {_many(len(done.numbers), 'host')}")
+    _ended(config, done, wait, "no longer have it")
 
 
 @commands.command()
@@ -60,8 +68,9 @@ def withdraw(
 @CONTROL
 def renew(hosts: tuple[str, ...], config: str, control: str | None) -> None:
     """Sign what other hosts have again, before their 'max-age' ends."""
-    numbers = _publish(config, control, hosts, (), ())
-    print(f"renewed {_many(len(numbers), 'manifest')}")
+    done = _publish(config, control, hosts, Wanted())
+    print(f"renewed {_many(len(done.numbers), 'manifest')}")
+    _ended(config, done, None, "")
 
 
 @commands.command()
@@ -98,18 +107,14 @@ def status(config: str, *, as_json: bool) -> None:
         )
 
 
-def _publish(
-    config: str, control: str | None, hosts: tuple[str, ...], ids: tuple[str, ...],
-    gone: tuple[str, ...],
-) -> dict[str, int]:  # fmt: skip
-    from secretd.fleet.publishing import Publishing, Wanted
-
+def _publish(config: str, control: str | None, hosts: tuple[str, ...], wanted: Wanted) -> Outcome:
+    logging.basicConfig(format="secretd-fleet: %(message)s")
     known = files.read(config)
 
-    async def carry_out(client: RecordClient) -> dict[str, int]:
+    async def carry_out(client: RecordClient) -> Outcome:
         etcd = known.etcd()
         try:
-            return await Publishing(known, client, etcd).publish(hosts, Wanted(ids, gone))
+            return await Publishing(known, client, etcd).publish(hosts, wanted)
         finally:
             etcd.close()
 
@@ -117,7 +122,17 @@ def _publish(
         return asyncio.run(carry_out(client))
 
 
-def _wait(config: str, numbers: dict[str, int], seconds: float | None) -> None:
+def _ended(config: str, done: Outcome, seconds: float | None, have: str) -> None:
+    """Wait for hosts, if asked for, and end with an error if some failed."""
+    if done.numbers:
+        _wait(config, done.numbers, seconds, have)
+    if done.failures:
+        for host, reason in sorted(done.failures.items()):
+            print(f"secretd-fleet: {host}: {reason}", file=sys.stderr)
+        raise click.exceptions.Exit(1)
+
+
+def _wait(config: str, numbers: dict[str, int], seconds: float | None, have: str) -> None:
     """Wait until hosts have the manifests that were published. Raises UsageError for the rest."""
     if seconds is None:
         return
@@ -139,10 +154,11 @@ def _wait(config: str, numbers: dict[str, int], seconds: float | None) -> None:
     rest = asyncio.run(ask())
     if rest:
         raise UsageError(
-            f"{_many(len(rest), 'host')} did not say within {seconds:g} s to have it: "
+            f"{_many(len(rest), 'host')} did not confirm within {seconds:g} s: "
             f"{', '.join(rest[:20])}; 'secretd-fleet status' shows why"
         )
-    print(f"{_many(len(numbers), 'host')} {'has' if len(numbers) == 1 else 'have'} it")
+    words = have.replace("have", "has") if len(numbers) == 1 else have
+    print(f"{_many(len(numbers), 'host')} {words}")
 
 
 def _many(number: int, what: str) -> str:

@@ -41,9 +41,14 @@ class Remote:
             for name in sorted(os.listdir(where)):
                 archive.add(os.path.join(where, name), name)
         at = shlex.quote(self._at)
-        self._run(
-            f"umask 077 && mkdir -p {at} && tar -x --no-same-owner -C {at} -f -", data.getvalue()
+        # What was added to the file there by hand stays.
+        keep = f"cp {at}/fleet.toml {at}/fleet.toml.old 2> /dev/null || :"
+        add = (
+            f'for name in socket metrics; do grep -q "^$name *=" {at}/fleet.toml || '
+            f'grep -sh "^$name *=" {at}/fleet.toml.old >> {at}/fleet.toml || :; done'
         )
+        take = f"tar -x --no-same-owner -C {at} -f -"
+        self._run(f"umask 077; mkdir -p {at} && {{ {keep}; }} && {take} && {add}", data.getvalue())
         self._run(f"secretd-fleet join --config {at}/fleet.toml")
 
     def _run(self, command: str, data: bytes = b"") -> str:

@@ -36,8 +36,13 @@ async def allow(etcd: Etcd, keyspace: Keyspace, host: str, *, publishes: bool) -
     else:
         own = keyspace.host(host)
         await _permit(etcd, role, own, prefix_end(own), m.READ)
-        for key in (keyspace.acks, keyspace.hosts):  # it may have been one
-            request = m.RoleRevoke(role=role, key=key, range_end=prefix_end(key))
+        for key, end in (  # it may have been one
+            (keyspace.roster, b""), (keyspace.acks, prefix_end(keyspace.acks)),
+            (keyspace.hosts, prefix_end(keyspace.hosts)),
+        ):  # fmt: skip
+            request = m.RoleRevoke(role=role, key=key)
+            if end:
+                request.range_end = end
             with suppress(Refused):
                 await _call(etcd, "RoleRevokePermission", request)
     await _call(etcd, "UserGrantRole", m.UserRole(user=host, role=role))

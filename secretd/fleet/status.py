@@ -11,6 +11,9 @@ from secretd.crypto.roster import Roster, digest_of, read_manifest, read_roster
 from secretd.fleet.etcd import Etcd, prefix_end
 from secretd.fleet.keyspace import Keyspace
 
+SILENT_SECONDS: Final = 900
+"""Seconds after which an agent should have been heard again: it says each 5 minutes what it has."""
+
 _STATES: Final = {state: state for state in ("live", "stale", "refused", "none")}
 
 
@@ -55,7 +58,7 @@ async def behind(
     for host, number in numbers.items():
         try:
             said = json.loads(acks.get(keyspace.ack(host), b"{}"))["publishers"][publisher]
-            if int(said["number"]) >= number and not said["missing"]:
+            if int(said["number"]) >= number and not said["missing"] and not said["pending"]:
                 continue
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             pass
@@ -79,6 +82,7 @@ def _status(
         heard = max(0, int(time.time()) - int(said["time"]))
         has = {name: str(each["digest"]) for name, each in said["publishers"].items()}
         missing = sum(int(each["missing"]) for each in said["publishers"].values())
+        pending = sum(int(each["pending"]) for each in said["publishers"].values())
         state, number = _STATES[said["state"]], int(said["roster"])
         refused = _shown(str(said.get("refused", "")))
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
@@ -94,6 +98,11 @@ def _status(
         return HostStatus(host, "behind", heard, secrets, refused or f"in {', '.join(behind)}")
     if missing:
         return HostStatus(host, "behind", heard, secrets, refused or f"{missing} records missing")
+    if pending:
+        reason = f"{pending} objects are not yet as published, or still in use"
+        return HostStatus(host, "behind", heard, secrets, refused or reason)
+    if heard > SILENT_SECONDS:
+        return HostStatus(host, "silent", heard, secrets, "its agent was not heard for long")
     return HostStatus(host, "current", heard, secrets, refused)
 
 

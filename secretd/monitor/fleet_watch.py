@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from secretd.monitor.failures import log
 from secretd.qom import fleet_rules, fleet_settling
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 _REASON_CHARACTERS = 200
 _LONGEST_TIMER_SECONDS = 3600.0
 _REFUSED_SECONDS = 1.0
+
+Kind = Literal["roster", "manifest", "record", "alias"]
 
 SETTLED_AT_ONCE = 32
 """Objects that are removed or moved in one turn of the loop."""
@@ -41,6 +43,7 @@ class FleetWatch:
         self._timer: asyncio.TimerHandle | None = None
         self._settling: asyncio.TimerHandle | None = None
         self._refused_at = float("-inf")
+        self._kind: Kind = "roster"
         self.since = int(time.time())
 
     def start(self) -> None:
@@ -49,13 +52,17 @@ class FleetWatch:
             self.settle(publisher)
         self.update()
 
-    def accepted(self) -> None:
-        """A roster, a manifest or a record was accepted."""
-        self._fleet.refused = ""
+    def accepted(self, kind: Kind, *, is_new: bool = False) -> None:
+        """A roster, a manifest or a record was accepted: what was refused of its kind is past, and
+        with one that is new all of it may be.
+        """
+        if is_new or kind == self._kind:
+            self._fleet.refused = ""
         self.update()
 
-    def refused(self, reason: str) -> None:
+    def refused(self, kind: Kind, reason: str) -> None:
         """One was refused. Of many within a second the first and the last are announced."""
+        self._kind = kind
         was, self._fleet.refused = self._fleet.refused, reason[:_REASON_CHARACTERS]
         ago = time.monotonic() - self._refused_at
         if not was or ago >= _REFUSED_SECONDS:
@@ -108,8 +115,9 @@ class FleetWatch:
         for what, object_id, commit in islice(settling, SETTLED_AT_ONCE):
             if what == "blocked":
                 self.refused(
+                    "alias",
                     f"Alias '{object_id}' of {mine} cannot be made: the object with this id did "
-                    "not come from it"
+                    "not come from it",
                 )
                 continue
             done = partial(self._settled, what, object_id, mine)
@@ -118,9 +126,9 @@ class FleetWatch:
             else:
                 commit.then(partial(_unless_failed, done))
                 commits.append(commit)
-        if self._fleet.withdrawn.get(publisher):
-            wait = 0.0 if commits else SETTLE_SECONDS
-            self._settle_later(wait)
+        if fleet_settling.pending(self._core.tree, publisher):
+            more = self._fleet.withdrawn.get(publisher) and commits
+            self._settle_later(0.0 if more else SETTLE_SECONDS)
         return commits
 
     def _settle_later(self, wait: float) -> None:
@@ -134,7 +142,7 @@ class FleetWatch:
 
     def _settle_all(self) -> None:
         self._settling = None
-        for publisher in list(self._fleet.withdrawn):
+        for publisher in list(self._fleet.manifests):
             self.settle(publisher)
 
     def _settled(self, what: str, object_id: str, origin: str) -> None:

@@ -25,6 +25,21 @@ def withdraw(tree: ObjectTree, manifest: Manifest) -> None:
     }  # fmt: skip
 
 
+def pending(tree: ObjectTree, publisher: str) -> int:
+    """Return how many aliases are not as in a publisher's manifest, and how many of the withdrawn
+    objects are still there.
+    """
+    manifest, mine = tree.fleet.manifest(publisher), origin(publisher)
+    if manifest is None:
+        return 0
+    different = 0
+    for alias_id, (current, _) in manifest.aliases.items():
+        found = tree.aliases.get(alias_id)
+        if found is None or found.current != current or tree.origins.get(alias_id) != mine:
+            different += 1
+    return different + len(tree.fleet.withdrawn.get(publisher, ()))
+
+
 def settle(tree: ObjectTree, publisher: str) -> Iterator[tuple[str, str, Commit | None]]:
     """Let the aliases of a publisher point at what has arrived, and remove what was withdrawn and
     is no current version of an alias.

@@ -18,12 +18,15 @@ DIGEST: Final = "digest"
 """The journal's name for the digest of the record that brought a secret."""
 
 
-def check_place(tree: ObjectTree, object_id: str, host: str) -> None:
-    """Raise CommandError unless there is no object of that id, or a secret from this host."""
+def check_place(tree: ObjectTree, object_id: str, host: str, *, is_version: bool = False) -> None:
+    """Raise CommandError unless there is no object of that id, or a secret from this host.
+
+    ``is_version``: it may be a version of an alias, as for a publisher, which has the alias, too.
+    """
     if tree.origins.get(object_id) != host:
         tree.check_new(object_id)
     else:
-        check_replaceable(tree, object_id)
+        check_replaceable(tree, object_id, is_version=is_version)
 
 
 def place(  # noqa: PLR0917 - what a secret has
@@ -47,7 +50,7 @@ def place(  # noqa: PLR0917 - what a secret has
         owner, before = tree.journal.owner(object_id)
         more = plaintext.size if owner != uid else max(0, plaintext.size - before)
         tree.limits.object_bytes.check(uid, more)
-        check_replaceable(tree, object_id)
+        check_replaceable(tree, object_id, is_version=bool(digest))
         if tree.keeper is not None and tree.keeper.covers(object_id):
             return tree.keeper.exchange(object_id, kind, properties, plaintext, uid)
     except BaseException:

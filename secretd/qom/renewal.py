@@ -138,12 +138,15 @@ def exchange(
     return store(content)
 
 
-def check_replaceable(tree: ObjectTree, object_id: str) -> None:
-    """Raise CommandError unless there is an unexpired secret that may be replaced."""
+def check_replaceable(tree: ObjectTree, object_id: str, *, is_version: bool = False) -> None:
+    """Raise CommandError unless there is an unexpired secret that may be replaced.
+
+    ``is_version``: also as a version of an alias.
+    """
     tree.plaintext(object_id)
     if object_id in tree.pinned:
         raise CommandError(f"object '{object_id}' is in use, can not be deleted")
-    alias = tree.aliases.get(alias_of(object_id))
+    alias = None if is_version else tree.aliases.get(alias_of(object_id))
     if alias is not None and object_id in (alias.current, alias.previous):
         raise CommandError(
             f"'{object_id}' is a version of alias '{alias_of(object_id)}', and is written once; "

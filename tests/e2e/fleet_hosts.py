@@ -68,14 +68,17 @@ class FleetHost:
             self._client = self.process.connect()
         return self._client
 
-    def enrol(self, publisher: str | None = None, *, join: bool = True, **options: str) -> str:
+    def enrol(
+        self, publisher: str | None = None, *, join: bool = True, status: int = 0, **options: str
+    ) -> str:
         """Name it, if it has no name, and take it into the fleet."""
         if not self.client.ok("query-secret-host"):
             self.process.ctl("host", "init", self.name)
         (known,) = self.client.ok("query-secret-host")
         words = ["--publisher", publisher] if publisher is not None else []
         words += [each for name, value in options.items() for each in (f"--{name}", value) if each]
-        said = run("enrol", str(self.cluster.directory), self.name, known["public"], *words)
+        words = ["enrol", str(self.cluster.directory), self.name, known["public"], *words]
+        said = run(*words, status=status)
         if "metrics" not in self.config.read_text():  # what is added by hand stays there
             with open(self.config, "a") as file:
                 file.write(f'socket = "{self.directory}/client.sock"\n')

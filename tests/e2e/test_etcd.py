@@ -341,14 +341,16 @@ async def test_a_host_reads_its_own_prefix_and_writes_its_ack(
     alpha = as_user(cluster, tmp_path)
     try:
         await rights.allow(etcd, keys, "alpha", publishes=False)
-        await etcd.write({keys.roster: b"r", keys.manifest("alpha", "p"): b"m"})
-        assert (await alpha.get(keys.roster))[0] == b"r"
+        own_roster = keys.host_roster("alpha")
+        await etcd.write({own_roster: b"r", keys.roster: b"all", keys.manifest("alpha", "p"): b"m"})
+        assert (await alpha.get(own_roster))[0] == b"r"
         own = keys.host("alpha")
-        assert len((await alpha.range(own, prefix_end(own))).kvs) == 1
+        assert len((await alpha.range(own, prefix_end(own))).kvs) == 2
         await alpha.write({keys.ack("alpha"): b"a"})
         other = keys.host("beta")
         for refused in (
             alpha.range(other, prefix_end(other)), alpha.get(keys.ack("beta")),
+            alpha.get(keys.roster),
             alpha.write({keys.roster: b""}), alpha.write({keys.manifest("alpha", "p"): b""}),
             alpha.write({keys.ack("beta"): b""}), alpha.range(b"\0", b"\0"),
             rights.allow(alpha, keys, "alpha", publishes=True),
@@ -385,7 +387,7 @@ async def test_a_deleted_user_is_refused_and_its_open_watch_is_not_cut(
         await etcd.write({keys.manifest("alpha", "p"): b"m"})
         assert await change == Change([(keys.manifest("alpha", "p"), b"m")])
         with pytest.raises(Refused):
-            await alpha.get(keys.roster)
+            await alpha.get(keys.host_roster("alpha"))
         change = asyncio.ensure_future(anext(following))
         alpha.close()
         async with asyncio.timeout(30):
@@ -413,9 +415,9 @@ async def test_an_ended_certificate_is_refused_until_its_renewal(
     try:
         assert certificates.ends_at(str(tmp_path / "user.crt")) < time.time()
         with pytest.raises(Unreachable):
-            await alpha.get(keys.roster)
+            await alpha.get(keys.host_roster("alpha"))
         renew()
-        assert await alpha.get(keys.roster) == (None, 0)
+        assert await alpha.get(keys.host_roster("alpha")) == (None, 0)
     finally:
         alpha.close()
 
@@ -457,7 +459,7 @@ async def test_reads_go_on_while_others_are_enrolled(cluster: Cluster, tmp_path:
         enrolling = asyncio.create_task(enrol())
         reads = 0
         while not enrolling.done():
-            await alpha.get(keys.roster)
+            await alpha.get(keys.host_roster("alpha"))
             reads += 1
         await enrolling
         assert reads > 20

@@ -6,13 +6,14 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from secretd.fleet import enrolment
+from secretd.fleet import certificates, enrolment
 from secretd.fleet.etcd import Endpoint
 from secretd.fleet.keyspace import Keyspace
 from tests.e2e.conftest import SECRETCTL
@@ -221,6 +222,8 @@ def test_the_certificate_is_renewed_by_enrolling_again(fleet: Fleet) -> None:
     pub, alpha = fleet.host("pub", "web.*"), fleet.host("alpha")
     alpha.kill_agent()
     alpha.enrol(days="0.00001")
+    ends_at = certificates.ends_at(str(alpha.config.with_name("host.crt")))
+    wait_for(lambda: time.time() > ends_at)
     alpha.start_agent()
     alpha.wait_for_words("the certificate", "has ended", "etcd at ")
     alpha.enrol()
@@ -383,3 +386,103 @@ def test_what_was_not_published_is_not_withdrawn(fleet: Fleet) -> None:
     said = pub.publish("web.a.v2", "--to", "alpha", verb="withdraw", status=1)
     assert "'web.a.v2' is a version of alias 'web.a', which needs it" in said
     wait_for(lambda: alpha.has().get("web.a") == b"2", alpha.said)
+
+
+def test_a_version_may_be_brought_again(fleet: Fleet) -> None:
+    """As after a loss of etcd's data; and an id that has another value by now."""
+    pub, alpha = fleet.host("pub", "web.*"), fleet.host("alpha")
+    pub.process.ctl("add", "web.a", "--stdin", input=b"1")
+    pub.process.ctl("rotate", "web.a", "--no-wait", "--file", "/dev/stdin", input=b"2")
+    pub.publish("web.a", "--to", "alpha", "--wait", "20")
+    fleet.cluster.ctl("del", "--prefix", "/secretd/v1/trial/to/")
+    run("enrol", str(fleet.cluster.directory), "--again")
+    pub.publish("--to", "alpha", verb="renew")
+    assert "1 host has it" in pub.publish("web.a", "--to", "alpha", "--wait", "20")
+    for each in ("web.a", "web.a.v2", "web.a.v1"):
+        pub.client.ok("object-del", {"id": each})
+    pub.process.ctl("add", "web.a", "--stdin", input=b"3")
+    pub.process.ctl("rotate", "web.a", "--no-wait", "--file", "/dev/stdin", input=b"4")
+    pub.publish("web.a", "--to", "alpha", "--wait", "20")
+    assert alpha.has() == {"web.a": b"4", "web.a.v1": b"3", "web.a.v2": b"4"}
+    assert fleet.status(pub)["alpha"]["state"] == "current"
+
+
+def test_a_host_with_new_keys_gets_everything_again(fleet: Fleet) -> None:
+    """What was wrapped for the other keys is of no use to it."""
+    pub, alpha = fleet.host("pub", "web.*"), fleet.host("alpha")
+    pub.client.add("web.a", data="value")
+    pub.publish("web.a", "--to", "alpha", "--wait", "20")
+    alpha.kill_agent()
+    for each in ("fleet", "host", "host.key", "web.a"):
+        alpha.client.ok("object-del", {"id": each})
+    assert "with other keys; --replace exchanges them" in alpha.enrol(join=False, status=1)
+    alpha.enrol(replace="")
+    alpha.start_agent()
+    pub.publish("--to", "alpha", verb="renew")
+    alpha.wait_until_it_has(web_a=b"value")
+
+
+def test_a_publisher_with_new_keys_deletes_nothing_unasked(fleet: Fleet) -> None:
+    """Its numbers begin anew, and what it does not publish again would go."""
+    pub, alpha = fleet.host("pub", "web.*"), fleet.host("alpha")
+    for each in ("a", "b"):
+        pub.client.add(f"web.{each}", data=each)
+    pub.publish("web.a", "web.b", "--to", "alpha", "--wait", "20")
+    for each in ("fleet", "fleet.sent.alpha", "host", "host.key"):
+        pub.client.ok("object-del", {"id": each})
+    pub.enrol(replace="")
+    said = pub.publish("web.a", "--to", "alpha", status=1)
+    assert "alpha: with other keys this publisher has published web.b to it" in said
+    pub.publish("web.a", "web.b", "--to", "alpha")
+    alpha.wait_until_it_has(web_a=b"a", web_b=b"b")
+    assert wait_for(lambda: alpha.state()["publishers"][0]["number"] == 1, alpha.said)
+
+
+def test_an_error_of_one_host_stops_no_other(fleet: Fleet) -> None:
+    """It is named, and the exit status says that something is wrong."""
+    pub, alpha, beta = fleet.host("pub", "web.*"), fleet.host("alpha"), fleet.host("beta")
+    pub.process.ctl("revoke", "grant-_-host_")
+    pub.process.ctl("grant", "web.*", "--to", "host:alpha")
+    pub.client.add("web.a", data="value")
+    said = pub.publish("web.a", "--to", "*", status=1)
+    assert "published 1 secret to 1 host\n" in said
+    assert "secretd-fleet: beta: No grant lets host 'beta' have secret 'web.a'" in said
+    alpha.wait_until_it_has(web_a=b"value")
+    assert beta.has() == {}
+
+
+def test_a_narrower_pattern_withdraws_what_is_outside(fleet: Fleet) -> None:
+    """With the next manifest, and with a word for each id."""
+    pub, alpha = fleet.host("pub", "web.*"), fleet.host("alpha")
+    for each in ("web.a", "web.b"):
+        pub.client.add(each, data="value")
+    pub.publish("web.a", "web.b", "--to", "alpha", "--wait", "20")
+    pub.enrol("web.a*")
+    said = pub.publish("--to", "alpha", verb="renew")
+    assert "'web.b' is outside of the pattern 'web.a*' by now, and withdrawn" in said
+    alpha.wait_until_it_has(web_a=b"value")
+
+
+def test_an_alias_that_was_in_the_way_is_made_later(fleet: Fleet) -> None:
+    """Until then the host is behind, and says why."""
+    pub, alpha = fleet.host("pub", "web.*"), fleet.host("alpha")
+    alpha.client.add("web.a", data="local")
+    pub.process.ctl("add", "web.a", "--stdin", input=b"1")
+    pub.process.ctl("rotate", "web.a", "--no-wait", "--file", "/dev/stdin", input=b"2")
+    said = pub.publish("web.a", "--to", "alpha", "--wait", "3", status=1)
+    assert "1 host did not confirm within 3 s: alpha" in said
+    assert fleet.status(pub)["alpha"]["state"] in ("refused", "behind")
+    alpha.client.ok("object-del", {"id": "web.a"})
+    wait_for(lambda: fleet.status(pub)["alpha"]["state"] == "current", alpha.said)
+
+
+def test_joining_again_changes_max_age(fleet: Fleet) -> None:
+    """And forgets nothing."""
+    pub, alpha = fleet.host("pub", "web.*"), fleet.host("alpha")
+    pub.client.add("web.a", data="value")
+    pub.publish("web.a", "--to", "alpha", "--wait", "20")
+    alpha.join("--max-age", "86400")
+    path = {"path": "/objects/fleet", "property": "max-age"}
+    assert alpha.client.ok("qom-get", path) == 86400
+    assert alpha.has() == {"web.a": b"value"}
+    assert alpha.state()["publishers"][0]["number"] == 1

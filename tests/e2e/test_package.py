@@ -20,7 +20,7 @@ from tests.support.needs import need, need_program
 
 pytestmark = pytest.mark.xdist_group("package")
 
-LOCK = (ROOT / "requirements.lock").read_text().partition("# development")[0]
+LOCK = (ROOT / "requirements.lock").read_text().partition("# fleet")[0]
 LOCKED = dict(re.findall(r"^([a-z0-9-]+)==(\S+)", LOCK, re.MULTILINE))
 
 

@@ -118,7 +118,7 @@ def _recorded(monitor: Monitor, data: bytes) -> Iterator[None]:
                 raise CommandError(f"The record cannot be accepted: {error}") from None
         except CommandError as error:
             if monitor.tree.fleet.id and records.is_of_fleet(data):
-                monitor.core.fleet.refused(error.desc)
+                monitor.core.fleet.refused("record", error.desc)
             raise
 
 
@@ -207,7 +207,8 @@ class Published(Arrival):
         if head.object_id in tree.own_keys or head.object_id.startswith(f"{tree.fleet.id}."):
             raise CommandError(OWN_KEY.format(head.object_id))
         if not self.is_held(monitor):
-            check_place(tree, head.object_id, fleet_rules.origin(head.sender))
+            origin = fleet_rules.origin(head.sender)
+            check_place(tree, head.object_id, origin, is_version=True)
             fleet_rules.check_version(tree, head.object_id, head.sender)
         return keys
 
@@ -224,7 +225,7 @@ class Published(Arrival):
 
     def placed(self, monitor: Monitor) -> Sequence[Commit]:
         """See Arrival."""
-        monitor.core.fleet.accepted()
+        monitor.core.fleet.accepted("record")
         return monitor.core.fleet.settle(self.head.sender)
 
 

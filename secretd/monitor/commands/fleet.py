@@ -40,7 +40,7 @@ DIGESTS_PER_REPLY: Final = 400
 class PublisherInfo(TypedDict):
     """What a host has of a publisher. ``number``, ``digest``: of its manifest; ``age``: seconds
     since it was signed; ``missing``: the number of records that have not arrived; ``pending``: of
-    withdrawn objects that are still in use.
+    aliases that are not as in the manifest, and of withdrawn objects that are still in use.
     """
 
     name: str
@@ -140,7 +140,7 @@ def _accept(monitor: Monitor, data: bytes) -> FleetAccepted | Awaitable[FleetAcc
                 raise CommandError(f"The {kind} cannot be accepted: {error}") from None
     except CommandError as error:
         if tree.fleet.id:
-            watch.refused(error.desc)
+            watch.refused(kind, error.desc)
         raise
 
 
@@ -148,7 +148,7 @@ def _roster(monitor: Monitor, data: bytes) -> FleetAccepted | Awaitable[FleetAcc
     tree, watch = monitor.tree, monitor.core.fleet
     roster = fleet_rules.checked_roster(tree, data)
     if roster is None:
-        watch.accepted()
+        watch.accepted("roster")
         return {"kind": "roster", "number": read_roster(data).number, "changed": False}
     commit = fleet_rules.keep_roster(tree, data)
 
@@ -157,7 +157,7 @@ def _roster(monitor: Monitor, data: bytes) -> FleetAccepted | Awaitable[FleetAcc
             "roster", monitor.subject, id=tree.fleet.id, number=roster.number,
             count=len(roster.hosts),
         )  # fmt: skip
-        watch.accepted()
+        watch.accepted("roster", is_new=True)
         return ()
 
     reply: FleetAccepted = {"kind": "roster", "number": roster.number, "changed": True}
@@ -169,7 +169,7 @@ def _manifest(monitor: Monitor, data: bytes) -> FleetAccepted | Awaitable[FleetA
     manifest = fleet_rules.checked_manifest(tree, data)
     if manifest is None:
         known = read_manifest(data)
-        watch.accepted()
+        watch.accepted("manifest")
         same: FleetAccepted = {
             "kind": "manifest", "number": known.number, "publisher": known.publisher,
             "changed": False,
@@ -183,7 +183,7 @@ def _manifest(monitor: Monitor, data: bytes) -> FleetAccepted | Awaitable[FleetA
             origin=fleet_rules.origin(manifest.publisher), count=len(manifest.ids),
         )  # fmt: skip
         fleet_settling.withdraw(tree, manifest)
-        watch.accepted()
+        watch.accepted("manifest", is_new=True)
         return watch.settle(manifest.publisher)
 
     reply: FleetAccepted = {
@@ -241,7 +241,7 @@ def query_secret_fleet(monitor: Monitor) -> list[FleetInfo]:
                     "name": name, "pattern": publisher.pattern, "number": manifest.number,
                     "digest": fleet.digests[name], "age": int(time.time()) - manifest.signed_at,
                     "missing": len(fleet_rules.missing(tree, name)),
-                    "pending": len(fleet.withdrawn.get(name, ())),
+                    "pending": fleet_settling.pending(tree, name),
                 })  # fmt: skip
     return [info]
 

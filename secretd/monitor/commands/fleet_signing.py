@@ -119,9 +119,8 @@ def secret_fleet_sign(
         raise CommandError(
             f"The last manifest for host '{host}' has number {number}; expected was {expect}"
         )
-    now = int(time.time())
     manifest = Manifest(
-        fleet.name, host, name, number + 1, max(now, 0 if last is None else last.signed_at),
+        fleet.name, host, name, number + 1, int(time.time()),
         {each.id: _digest(each) for each in ids},
         {} if aliases is UNSET else {
             each.id: AliasVersions(each.current, "" if each.previous is UNSET else each.previous)
