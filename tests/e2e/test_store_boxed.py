@@ -49,9 +49,11 @@ def follow(box: Box, page: str) -> int:
             box.reboot()
             assert box.boot_id() != boot_id
             box.run("systemctl", "start", "secretd.service")
+            # It begins when secretd is ready: until then it is inactive, with a job.
             box.wait(
-                "sh", "-c", "systemctl show -P ActiveState secretd-unlock | grep -v activating"
-            )
+                "sh", "-c", "! systemctl list-jobs --no-legend | grep secretd-unlock && "
+                "systemctl show -P ActiveState secretd-unlock | grep -v activating",
+            )  # fmt: skip
         else:
             check(box, block, "/srv")
     return commands
