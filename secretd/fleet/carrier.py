@@ -16,7 +16,7 @@ from qemu.qmp import ExecuteError
 
 from secretd.client.record_client import RecordClient
 from secretd.crypto.record import Malformed
-from secretd.crypto.roster import ROSTER_BYTES, read_roster
+from secretd.crypto.roster import ROSTER_BYTES, is_roster, read_roster
 from secretd.fleet.etcd import Refused, Unreachable
 from secretd.fleet.keyspace import Keyspace
 
@@ -98,6 +98,9 @@ class Carrier:
 
     def _bring_roster(self, data: bytes) -> None:
         """Bring a roster; one that secretd knows already costs it a comparison."""
+        if not is_roster(data):
+            self._note("roster", "what etcd has is no roster")
+            return
         if not self._sign("roster", data) or data == self._roster:
             return
         try:
@@ -112,7 +115,6 @@ class Carrier:
     ) -> None:
         """Bring records until none is missing, or none that etcd has."""
         arguments = {"publisher": publisher}
-        tried: set[str] = set()
         about = f"of publisher '{publisher}'"
         for what in [each for each in self.refusals if each.startswith("record ")]:
             if what.endswith(about):  # what still fails is noted again
@@ -121,12 +123,11 @@ class Carrier:
             missing = cast(
                 "list[str]", self._client.execute("query-secret-fleet-missing", arguments)
             )
-            fresh = [each for each in missing if each not in tried]
-            if not fresh:
+            if not missing:
                 return
-            for first in range(0, len(fresh), RECORDS_AT_ONCE):
-                some = fresh[first : first + RECORDS_AT_ONCE]
-                tried.update(some)
+            arguments["after"] = missing[-1]
+            for first in range(0, len(missing), RECORDS_AT_ONCE):
+                some = missing[first : first + RECORDS_AT_ONCE]
                 lacking = [each for each in some if not records.get(each)]
                 try:
                     fetched = dict(zip(lacking, fetch(lacking), strict=True)) if lacking else {}

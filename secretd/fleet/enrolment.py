@@ -31,10 +31,13 @@ class Revoked(NamedTuple):
 
 
 class Enrolled(NamedTuple):
-    """``where``: the directory for the host; ``number``: the roster's."""
+    """``where``: the directory for the host; ``number``: the roster's; ``was_known``: the host was
+    in it before.
+    """
 
     where: str
     number: int
+    was_known: bool
 
 
 def init(path: str, fleet: str, nodes: Mapping[str, Endpoint], roster_days: int) -> None:
@@ -81,7 +84,7 @@ async def enrol(
             opened.save_roster(roster._replace(hosts=hosts, publishers=publishers))
         everyone = publishers != roster.publishers
         await change.put([*hosts] if everyone else [host, *publishers])
-    return Enrolled(where, opened.roster()[0].number)
+    return Enrolled(where, opened.roster()[0].number, known is not None)
 
 
 async def sign_again(opened: Directory) -> int:

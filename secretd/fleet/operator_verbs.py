@@ -75,7 +75,7 @@ def enrol(  # noqa: PLR0917 - the options of the verb
     if math.isnan(days):
         raise UsageError("--days takes a number")
     if (host is None) is not again:
-        raise UsageError("enrol takes a host, or --again")
+        raise click.UsageError("enrol takes a host, or --again")
     with fleets.opened(directory) as opened:
         if host is None:
             print(f"roster {asyncio.run(enrolment.sign_again(opened))}")
@@ -89,6 +89,8 @@ def enrol(  # noqa: PLR0917 - the options of the verb
             remote.bring(done.where)
     bring = "" if remote is not None else f"; bring it {done.where}"
     print(f"{host} is in roster {done.number}{bring}")
+    if done.was_known:
+        print("its certificate is a new one: restart its agent, or send it SIGHUP")
 
 
 @commands.command()

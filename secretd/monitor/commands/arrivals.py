@@ -208,6 +208,8 @@ class Published(Arrival):
             raise CommandError(OWN_KEY.format(head.object_id))
         if not self.is_held(monitor):
             origin = fleet_rules.origin(head.sender)
+            if head.object_id in tree.journal and tree.origins.get(head.object_id) != origin:
+                raise Malformed(f"'{head.object_id}' is there, and did not come from it")
             check_place(tree, head.object_id, origin, is_version=True)
             fleet_rules.check_version(tree, head.object_id, head.sender)
         return keys

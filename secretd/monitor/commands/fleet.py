@@ -247,7 +247,14 @@ def query_secret_fleet(monitor: Monitor) -> list[FleetInfo]:
 
 
 @command(client=True)
-def query_secret_fleet_missing(monitor: Monitor, publisher: str) -> list[str]:
-    """List the digests of a publisher's records that have not arrived, 400 at most."""
+def query_secret_fleet_missing(
+    monitor: Monitor, publisher: str, after: str | UnsetType = UNSET
+) -> list[str]:
+    """List the digests of a publisher's records that have not arrived, in order, 400 at most.
+
+    ``after`` continues after that digest.
+    """
     fleet_of(monitor.tree)
-    return fleet_rules.missing(monitor.tree, publisher)[:DIGESTS_PER_REPLY]
+    first = "" if after is UNSET else after
+    missing = sorted(fleet_rules.missing(monitor.tree, publisher))
+    return [each for each in missing if each > first][:DIGESTS_PER_REPLY]
