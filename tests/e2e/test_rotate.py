@@ -6,6 +6,7 @@ After each kill some version that secretd holds opens the disk; run again, the r
 one keyslot, and only the current version opens it.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -332,9 +333,11 @@ class Qemu:
              "-mon", "chardev=b,mode=control"],
             stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
-        while not os.path.exists(f"{self.path}2"):
+        while True:  # QEMU binds its socket before it listens
             assert self._process.poll() is None
-        self.monitor = Client(f"{self.path}2")
+            with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
+                self.monitor = Client(f"{self.path}2")
+                break
         data = client.read("d").decode()
         self.monitor.ok("object-add", {"qom-type": "secret", "id": "q", "data": data})
         node = disk.node("q")
