@@ -158,7 +158,7 @@ class Agent:
         self._knows(state)
 
     def _knows(self, state: dict[str, Any]) -> None:
-        """Secretd has said how it is."""
+        """Note what secretd has said."""
         if self._health.secretd:
             self._health.set_secretd("")
         joined = self._health.fleet["state"] == "none" and state["state"] != "none"

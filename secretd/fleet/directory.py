@@ -76,7 +76,7 @@ class Directory:
 
     @property
     def endpoints(self) -> list[str]:
-        """Etcd's nodes."""
+        """The nodes of etcd."""
         return list(self._settings.nodes.values())
 
     def etcd(self) -> Etcd:

@@ -46,7 +46,7 @@ class Health:
         self._status = ""
 
     def set_etcd(self, reason: str, where: str) -> None:
-        """Etcd's node ``where`` was lost, or is watched again."""
+        """Note that etcd's node ``where`` was lost, or is watched again."""
         before, self.etcd = self.etcd, reason
         if reason and not before:
             self.losses += 1
@@ -54,13 +54,13 @@ class Health:
         self.show()
 
     def set_secretd(self, reason: str) -> None:
-        """Secretd was lost, or is there again."""
+        """Note that secretd was lost, or is there again."""
         before, self.secretd = self.secretd, reason
         self._say("secretd", before, reason, "secretd is there again", "secretd")
         self.show()
 
     def set_fleet(self, fleet: dict[str, Any]) -> None:
-        """Secretd has said how it is."""
+        """Note what query-secret-fleet said."""
         known = (self.fleet["state"], self.fleet.get("reason", ""))
         self.fleet = fleet
         state, reason = fleet["state"], fleet.get("reason", "")

@@ -82,8 +82,7 @@ class Session(Refusals):
         self._batch: BatchReply | None = None  # the reply to a batch under way
         self.first_needed, self.shifted = self._codec.first_needed, self._codec.shifted
         self.origin: object = self.monitor
-        self.monitor.on_events = self._subscribe
-        self.monitor.is_alone = self._is_alone
+        self.monitor.on_events, self.monitor.is_alone = self._subscribe, self._turn.is_alone
         self.wanted: Collection[str] | None = None
         self.since = self.position = 0
         self.throttle: Throttle | None = None
@@ -96,9 +95,6 @@ class Session(Refusals):
         transport.start(self)
         if self._wire.GREETS:
             transport.send(self.monitor.greeting())
-
-    def _is_alone(self) -> bool:
-        return self._core.has_one_session() or not self.transport.others_ready()
 
     def _negotiated(self) -> None:
         self._codec.oob = self.monitor.oob

@@ -82,6 +82,10 @@ class Turn:
         self._longest, self._longest_shared = tuning.turn_seconds, tuning.shared_turn_seconds
         self.began = self._looked = 0.0
 
+    def is_alone(self) -> bool:
+        """Return True while no other connection waits: a long piece of work may go on."""
+        return self._alone() or not self._others_ready()
+
     def yield_if_due(self) -> bool:
         """Yield if the turn has lasted long enough or others are ready; return True if so."""
         now = monotonic()

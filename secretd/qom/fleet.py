@@ -7,7 +7,6 @@ the commands of monitor.commands.fleet make them. fleet_rules decides what is ac
 """
 
 import base64
-import binascii
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
@@ -17,7 +16,7 @@ from secretd.crypto.roster import DIGEST_BYTES, digest_of, read_manifest, read_r
 from secretd.errors import CommandError
 from secretd.journal.files import ObjectRecord
 from secretd.qom.fleet_state import Fleet
-from secretd.qom.hosts import FixedType, check_name
+from secretd.qom.hosts import FixedType, check_name, key_bytes
 from secretd.qom.loading import Loading
 from secretd.qom.object_type import Content, ObjectOptions, TypeInfo
 
@@ -210,12 +209,4 @@ class SecretManifest(FixedType):
 
 
 def _root(text: str) -> bytes:
-    try:
-        data = base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
-        data = b""
-    if len(data) != DIGEST_BYTES:
-        raise CommandError(
-            "Parameter 'root' expects 32 bytes in base64, as 'secretd-fleet init' prints them"
-        )
-    return data
+    return key_bytes("root", text, DIGEST_BYTES, "fleet.toml has them")

@@ -74,17 +74,20 @@ def check_name(name: str) -> None:
         )
 
 
-def decoded(public: str) -> PublicKeys:
-    """Return the public keys in their base64 text. Raises CommandError."""
+def key_bytes(name: str, text: str, size: int, source: str) -> bytes:
+    """Return the bytes of a parameter in base64; ``source``: who has it. Raises CommandError."""
     try:
-        data = base64.b64decode(public, validate=True)
+        data = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
         data = b""
-    if len(data) != PUBLIC_BYTES:
-        raise CommandError(
-            f"Parameter 'public' expects {PUBLIC_BYTES} bytes in base64, as 'secretctl host show' "
-            "prints them"
-        )
+    if len(data) != size:
+        raise CommandError(f"Parameter '{name}' expects {size} bytes in base64, as {source}")
+    return data
+
+
+def decoded(public: str) -> PublicKeys:
+    """Return the public keys in their base64 text. Raises CommandError."""
+    data = key_bytes("public", public, PUBLIC_BYTES, "'secretctl host show' prints them")
     return PublicKeys(data[: PUBLIC_BYTES // 2], data[PUBLIC_BYTES // 2 :])
 
 

@@ -142,7 +142,8 @@ def test_hosts_are_listed_and_removed(run: Ctl, hosts: str) -> None:
     assert run("host", "show", socket=hosts)[0].startswith("beta ")
 
 
-def test_a_carrier_that_fails_is_named(run: Ctl, qmp: Client, hosts: str) -> None:
+@pytest.mark.usefixtures("hosts")
+def test_a_carrier_that_fails_is_named(run: Ctl, qmp: Client) -> None:
     """One that is not there, and one that ends too early."""
     qmp.add("a", data="x")
     run("grant", "a", "--to", "host:beta")
@@ -150,8 +151,6 @@ def test_a_carrier_that_fails_is_named(run: Ctl, qmp: Client, hosts: str) -> Non
     assert "/no/such/ssh: No such file or directory" in err
     _, err = run("handover", "a", "--to", "beta", "--ssh", "false", status=1)
     assert "the other host has not accepted all of them" in err
-    assert subprocess.run(["true"], check=True).returncode == 0
-    assert hosts
 
 
 def test_a_hostile_carrier_achieves_nothing(

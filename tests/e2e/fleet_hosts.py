@@ -11,8 +11,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.e2e.conftest import BIN, Process
 from tests.support.etcd import FLEET, Cluster
+from tests.support.needs import need_program
 from tests.support.qmp import Client
 
 SECRETD_FLEET = str(BIN / "secretd-fleet")
@@ -211,4 +214,12 @@ def fleet_of(where: Path, size: int) -> Iterator[Fleet]:
         fleet.close()
 
 
-__all__ = ["FLEET", "Fleet", "FleetHost", "fleet_of", "run", "wait_for"]
+@pytest.fixture
+def fleet(tmp_path: Path) -> Iterator[Fleet]:
+    """With one node of etcd."""
+    need_program("etcd", "etcdctl")
+    with fleet_of(tmp_path, 1) as made:
+        yield made
+
+
+__all__ = ["FLEET", "Fleet", "FleetHost", "fleet", "fleet_of", "run", "wait_for"]

@@ -248,7 +248,7 @@ async def relayed(cluster: Cluster) -> AsyncIterator[tuple[Relay, Etcd]]:
 
 
 async def test_3000_revisions_arrive_over_a_cut_connection(cluster: Cluster) -> None:
-    """Etcd sends a watch that is behind 1,000 revisions at a time, under its present header."""
+    """A watch that is behind gets 1,000 revisions at a time, under the present header."""
     etcd = await cluster.ready()
     count = 3000
     try:
@@ -444,7 +444,7 @@ async def test_of_eight_at_once_one_changes_a_key(cluster: Cluster) -> None:
 
 
 async def test_reads_go_on_while_others_are_enrolled(cluster: Cluster, tmp_path: Path) -> None:
-    """Etcd refuses some for a moment, as its store of rights is renewed; the client asks again."""
+    """While its store of rights is renewed, etcd refuses some; the client asks again."""
     etcd = await cluster.ready()
     keys = Keyspace(FLEET)
     user(cluster, "alpha", tmp_path)

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,19 +16,12 @@ from secretd.fleet import certificates, enrolment
 from secretd.fleet.etcd import Endpoint
 from secretd.fleet.keyspace import Keyspace
 from tests.e2e.conftest import SECRETCTL
-from tests.e2e.fleet_hosts import Fleet, fleet_of, run, wait_for
+from tests.e2e.fleet_hosts import Fleet, fleet, run, wait_for
 from tests.support.etcd import closed
-from tests.support.needs import need_program
+
+__all__ = ["fleet"]
 
 pytestmark = [pytest.mark.xdist_group("etcd"), pytest.mark.slow]
-
-
-@pytest.fixture
-def fleet(tmp_path: Path) -> Iterator[Fleet]:
-    """With one node of etcd."""
-    need_program("etcd", "etcdctl")
-    with fleet_of(tmp_path, 1) as made:
-        yield made
 
 
 def test_a_secret_is_published_replaced_and_withdrawn(fleet: Fleet) -> None:

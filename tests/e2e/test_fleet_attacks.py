@@ -5,7 +5,6 @@ nothing else; each is named in the agent's log, and by secretd.
 
 import hashlib
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -14,23 +13,17 @@ from secretd.crypto.host_keys import signing_key
 from secretd.crypto.roster import read_manifest, read_roster, signed_part
 from secretd.fleet.keyspace import Keyspace
 from secretd.memory.arena import Arena
-from tests.e2e.fleet_hosts import FLEET, Fleet, FleetHost, fleet_of, wait_for
+from tests.e2e.fleet_hosts import FLEET, Fleet, FleetHost, fleet, wait_for
 from tests.support.hostile_etcd import HostileEtcd
-from tests.support.needs import ARENA_LEVEL, need_program
+from tests.support.needs import ARENA_LEVEL
+
+__all__ = ["fleet"]
 
 pytestmark = [pytest.mark.xdist_group("etcd"), pytest.mark.slow]
 
 KEYS = Keyspace(FLEET)
 MANIFEST = KEYS.manifest("alpha", "pub")
 ROSTER = KEYS.host_roster("alpha")
-
-
-@pytest.fixture
-def fleet(tmp_path: Path) -> Iterator[Fleet]:
-    """With one node of etcd."""
-    need_program("etcd", "etcdctl")
-    with fleet_of(tmp_path, 1) as made:
-        yield made
 
 
 class Trial:

@@ -48,16 +48,14 @@ def box(installed: Path) -> Iterator[Box]:
 
 def test_the_units_bring_a_fleet_to_a_machine(box: Box) -> None:
     """By 'secretctl host init', 'secretd-fleet enrol', and two units."""
-    box.run("secretd-fleet", "init", "/root/trial", "--name", "trial", "--node",
+    box.run("secretd-fleet", "init", "/srv/trial", "--name", "trial", "--node",
             "https://127.0.0.1:2379")  # fmt: skip
     box.run("systemd-run", "--unit=etcd-trial", "etcd", "--config-file",
-            "/root/trial/etcd/node1.yml")  # fmt: skip
-    box.wait("secretd-fleet", "enrol", "/root/trial", "alpha", "--publisher", "web.*",
+            "/srv/trial/etcd/node1.yml")  # fmt: skip
+    box.wait("secretd-fleet", "enrol", "/srv/trial", "alpha", "--publisher", "web.*",
              "--ssh", "sh -c")  # fmt: skip
     assert box.run("stat", "-c", "%a %U", f"{FILES}/host.key").stdout == "600 root\n"
     box.run("systemctl", "start", "secretd-fleet.service")
-    status = box.run("systemctl", "show", "-P", "StatusText", "secretd-fleet.service").stdout
-    assert status.strip() in ("starting", "live") or "etcd" in status
     box.wait("sh", "-c", "systemctl show -P StatusText secretd-fleet | grep -qx live")
     (fleet,) = box.qmp().ok("query-secret-fleet")
     assert fleet["roster"]["publishers"] == 1
@@ -66,8 +64,6 @@ def test_the_units_bring_a_fleet_to_a_machine(box: Box) -> None:
     (pid,) = box.processes("secretd-fleet.service")
     uid = os.stat(f"/proc/{pid}").st_uid
     assert uid != 0
-    records = box.run("secretctl", "audit", "show", "--json", check=False).stdout
-    assert "Traceback" not in records
     # The rest of the machine cannot do what the unit may.
     words = ["setpriv", "--reuid=4711", "--clear-groups", "socat", "-"]
     requests = (

@@ -8,27 +8,20 @@ import random
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.fleet_hosts import SECRETD_FLEET, Fleet, fleet_of, wait_for
-from tests.support.needs import need_program, need_root
+from tests.e2e.fleet_hosts import SECRETD_FLEET, Fleet, fleet, wait_for
+from tests.support.needs import need_root
 from tests.support.scan import parts, scan, secret
+
+__all__ = ["fleet"]
 
 pytestmark = [pytest.mark.xdist_group("etcd"), pytest.mark.slow]
 
 KILLS = int(os.environ.get("SECRETD_FLEET_KILLS", "12"))
 """The long form has 100."""
-
-
-@pytest.fixture
-def fleet(tmp_path: Path) -> Iterator[Fleet]:
-    """With one node of etcd."""
-    need_program("etcd", "etcdctl")
-    with fleet_of(tmp_path, 1) as made:
-        yield made
 
 
 class Model:

@@ -181,7 +181,7 @@ def test_keys_are_told_apart_by_what_stands_before_them() -> None:
 
 
 def test_an_empty_end_is_not_sent() -> None:
-    """Etcd would take it for the end of all keys, and its rights for one key."""
+    """To etcd it would be the end of all keys, and to its rights one key."""
     assert not range_request(b"k", b"").HasField("range_end")
     assert range_request(b"k", b"l").range_end == b"l"
     assert prefix_end(b"/to/a/") == b"/to/a0"
@@ -256,7 +256,7 @@ def test_figures_are_prometheus(health: Health, caplog: pytest.LogCaptureFixture
 def test_a_trouble_is_logged_now_and_then_only(
     health: Health, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Etcd may come and go many times a second."""
+    """A node may come and go many times a second."""
     caplog.set_level("INFO")
     for number in range(50):
         health.set_etcd(f"reason {number}", "https://x")
