@@ -82,6 +82,13 @@ def test_the_units_bring_a_fleet_to_a_machine(box: Box) -> None:
     assert "renewed 0 manifests" in box.journal("secretd-fleet-renew")
     found = json.loads(box.run("secretd-fleet", "status", "--json").stdout)
     assert [each["host"] for each in found] == ["alpha"]
+    # Enrolling again brings another certificate, and leaves what was added to the file by hand.
+    before = box.run("cat", f"{FILES}/host.crt").stdout
+    box.run("sh", "-c", f"echo 'metrics = \"/run/figures.prom\"' >> {FILES}/fleet.toml")
+    for _ in range(2):
+        box.run("secretd-fleet", "enrol", "/srv/trial", "alpha", "--ssh", "sh -c")
+    assert box.run("cat", f"{FILES}/host.crt").stdout != before
+    assert box.run("cat", f"{FILES}/fleet.toml").stdout.count("metrics = ") == 1
 
 
 def test_nothing_is_wrong_with_the_units(box: Box) -> None:
